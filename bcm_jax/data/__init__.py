@@ -1,0 +1,1 @@
+"""Sources of images and the pipeline from them to batches."""

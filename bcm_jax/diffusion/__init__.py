@@ -1,0 +1,1 @@
+"""The mathematics shared by all methods: processes, schedules, solvers."""

@@ -1,0 +1,1 @@
+"""Networks as Flax Linen modules. Imports nothing of ours but models."""

@@ -1,0 +1,1 @@
+"""How a learnt map is used: plans, samplers, inversion, editing."""

@@ -1,0 +1,1 @@
+"""The engine that knows no method: state, step, averages, checkpoints."""
