@@ -1,0 +1,177 @@
+"""Layers shared by the U-Nets: PyTorch's initialisation, norms, attention."""
+
+import math
+from typing import Any
+import zlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = Any
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of torch.nn.Conv2d and Linear.
+_torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _torch_bias(fan_in: int):
+  limit = 1 / math.sqrt(fan_in)
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+  return init
+
+
+def _inits(fan_in: int, zero: bool) -> dict[str, Any]:
+  if zero:
+    zeros = nn.initializers.zeros_init()
+    return {"kernel_init": zeros, "bias_init": zeros}
+  return {"kernel_init": _torch_kernel, "bias_init": _torch_bias(fan_in)}
+
+
+def at_least_float32(dtype: Dtype) -> Dtype:
+  """Promotes a dtype to float32 or wider; never casts float64 down."""
+  return jnp.promote_types(jnp.float32, dtype)
+
+
+def conv(
+    x: jax.Array,
+    features: int,
+    kernel_size: int,
+    *,
+    name: str,
+    stride: int = 1,
+    zero: bool = False,
+    dtype: Dtype | None = None,
+) -> jax.Array:
+  """Applies an odd-sized convolution with symmetric padding to x [B,H,W,C]."""
+  pad = kernel_size // 2
+  return nn.Conv(
+      features,
+      (kernel_size, kernel_size),
+      strides=stride,
+      padding=((pad, pad), (pad, pad)),
+      dtype=dtype,
+      name=name,
+      **_inits(x.shape[-1] * kernel_size**2, zero),
+  )(x)
+
+
+def linear(
+    x: jax.Array,
+    features: int,
+    *,
+    name: str,
+    use_bias: bool = True,
+    zero: bool = False,
+    dtype: Dtype | None = None,
+    precision: jax.lax.Precision | None = None,
+) -> jax.Array:
+  """Applies a dense layer to the last axis of x."""
+  return nn.Dense(
+      features,
+      use_bias=use_bias,
+      dtype=dtype,
+      precision=precision,
+      name=name,
+      **_inits(x.shape[-1], zero),
+  )(x)
+
+
+def group_norm(x: jax.Array, num_groups: int, *, name: str) -> jax.Array:
+  """Group normalisation, eps 1e-5 (PyTorch's), statistics in float32 or wider.
+
+  The variance is the two-pass form: E[x^2] - E[x]^2 loses digits where a
+  channel's mean is large against its spread.
+  """
+  return nn.GroupNorm(
+      num_groups=num_groups,
+      epsilon=1e-5,
+      dtype=at_least_float32(x.dtype),
+      use_fast_variance=False,
+      name=name,
+  )(x).astype(x.dtype)
+
+
+class Dropout(nn.Module):
+  """Dropout with one key an example.
+
+  The mask of an example depends on its own key and on the layer's place in
+  the network alone, so it is the same on one device and on eight, and two
+  passes given the same keys share their masks. `keys` None means evaluation.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+    if keys is None or self.rate == 0.0:
+      return x
+    layer = zlib.crc32("/".join(self.path).encode())
+
+    def mask(key):
+      key = jax.random.fold_in(key, layer)
+      return jax.random.bernoulli(key, 1 - self.rate, x.shape[1:])
+
+    return jnp.where(jax.vmap(mask)(keys), x / (1 - self.rate), 0)
+
+
+def unit_rms(x: jax.Array) -> jax.Array:
+  """Divides x by 1e-4 + its root mean square over the last axis.
+
+  The 'QKV normalisation' that keeps consistency training on ADM stable: the
+  norm is taken in float32, so that bfloat16 does not round it.
+  """
+  wide = x.astype(at_least_float32(x.dtype))
+  norm = jnp.linalg.norm(wide, axis=-1, keepdims=True)
+  return (wide / (1e-4 + norm / math.sqrt(x.shape[-1]))).astype(x.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Softmax attention over positions; logits and softmax in float32 or wider.
+
+  Args:
+    q, k, v: [B, N, heads, head_dim].
+
+  Returns:
+    [B, N, heads, head_dim].
+  """
+  scale = q.shape[-1] ** -0.25
+  wide = at_least_float32(q.dtype)
+  logits = jnp.einsum(
+      "bqhd,bkhd->bhqk", q * scale, k * scale, preferred_element_type=wide
+  )
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+class AttentionBlock(nn.Module):
+  """x + proj(attention(qkv(GroupNorm(x)))) over all positions.
+
+  The channels of qkv are thirds [Q | K | V], head-major inside each.
+
+  Attributes:
+    num_heads: number of heads; must divide the channels.
+    num_groups: groups of the norm.
+    qkv_norm: normalise q, k and v to unit RMS a head and position.
+    dtype: dtype of the two projections; None follows the input.
+  """
+
+  num_heads: int
+  num_groups: int = 32
+  qkv_norm: bool = True
+  dtype: Dtype | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    b, h, w, c = x.shape
+    hidden = group_norm(x, self.num_groups, name="norm").reshape(b, h * w, c)
+    qkv = linear(hidden, 3 * c, name="qkv", dtype=self.dtype)
+    qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    if self.qkv_norm:
+      q, k, v = unit_rms(q), unit_rms(k), unit_rms(v)
+    hidden = attention(q, k, v).reshape(b, h * w, c)
+    out = linear(hidden, c, name="proj_out", zero=True, dtype=self.dtype)
+    return x + out.reshape(b, h, w, c)
