@@ -1,0 +1,125 @@
+"""Solvers of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma.
+
+Each step goes from sigmas[i] to sigmas[i + 1]; a decreasing grid generates, an
+increasing one inverts. With churn every step first raises the noise level a
+little (Karras et al., 2022, algorithm 2).
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bcm_jax.diffusion import process
+
+Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
+Noise = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Churn:
+  """Stochasticity of Karras et al. (2022), algorithm 2; 0 is deterministic.
+
+  Attributes:
+    s_churn: total amount, spread over the steps.
+    s_tmin, s_tmax: range of sigma in which it acts.
+    s_noise: factor of the added noise's standard deviation.
+  """
+
+  s_churn: float = 0.0
+  s_tmin: float = 0.0
+  s_tmax: float = math.inf
+  s_noise: float = 1.0
+
+  def gamma(self, sigma: float, num_steps: int) -> float:
+    """Relative rise of the noise level before a step from sigma."""
+    if not self.s_tmin <= sigma <= self.s_tmax:
+      return 0.0
+    return min(self.s_churn / num_steps, math.sqrt(2) - 1)
+
+
+def euler_step(denoiser: Denoiser, x, s, s_next):
+  """One step of first order: 1 NFE."""
+  return x + (s_next - s) * process.ode_velocity(x, s, denoiser(x, s))
+
+
+def heun_step(denoiser: Denoiser, x, s, s_next):
+  """One step of the trapezoidal rule: 2 NFE; s_next must not be 0."""
+  d = process.ode_velocity(x, s, denoiser(x, s))
+  x_next = x + (s_next - s) * d
+  d_next = process.ode_velocity(x_next, s_next, denoiser(x_next, s_next))
+  return x + (s_next - s) * (d + d_next) / 2
+
+
+def dpm2_step(denoiser: Denoiser, x, s, s_next):
+  """One step of the midpoint rule, the midpoint taken in sigma^(1/3): 2 NFE."""
+  d = process.ode_velocity(x, s, denoiser(x, s))
+  mid = ((s ** (1 / 3) + s_next ** (1 / 3)) / 2) ** 3
+  x_mid = x + (mid - s) * d
+  d_mid = process.ode_velocity(x_mid, mid, denoiser(x_mid, mid))
+  return x + (s_next - s) * d_mid
+
+
+_STEPS = {"euler": (euler_step, 1), "heun": (heun_step, 2),
+          "dpm2": (dpm2_step, 2)}
+SOLVERS = tuple(_STEPS)
+
+
+def nfe(sigmas: np.ndarray, solver: str = "heun") -> int:
+  """Number of denoiser calls that `solve` makes on a grid."""
+  steps = len(sigmas) - 1
+  saved = solver == "heun" and sigmas[-1] == 0
+  return steps * _STEPS[solver][1] - (1 if saved else 0)
+
+
+def solve(
+    denoiser: Denoiser,
+    x: jax.Array,
+    sigmas: np.ndarray,
+    solver: str = "heun",
+    churn: Churn = Churn(),
+    noise: Noise | None = None,
+) -> jax.Array:
+  """Carries x from level sigmas[0] to level sigmas[-1].
+
+  Args:
+    denoiser: D(x, sigma) -> like x; sigma is a scalar.
+    x: [B, ...] at level sigmas[0].
+    sigmas: [n + 1] levels on the host, monotone; a decreasing grid may end in
+      0, where Heun's step falls back to Euler's (its D at 0 does not exist).
+    solver: 'euler', 'heun' or 'dpm2'.
+    churn: stochasticity.
+    noise: step index -> standard normal like x; needed with churn.
+
+  Returns:
+    [B, ...] at level sigmas[-1].
+
+  Raises:
+    ValueError: for churn without noise.
+  """
+  sigmas = np.asarray(sigmas, np.float64)
+  n = len(sigmas) - 1
+  gammas = np.array([churn.gamma(s, n) for s in sigmas[:-1]])
+  if gammas.any() and noise is None:
+    raise ValueError("churn needs a noise function")
+  hats = sigmas[:-1] * (1 + gammas)
+  extra = churn.s_noise * np.sqrt(np.maximum(hats**2 - sigmas[:-1] ** 2, 0))
+  step = _STEPS[solver][0]
+
+  def body(x, inputs, step=step):
+    i, hat, s_next, added = inputs
+    if gammas.any():
+      x = x + added * noise(i)
+    return step(denoiser, x, hat, s_next), None
+
+  inputs = (jnp.arange(n),) + tuple(
+      jnp.asarray(a, x.dtype) for a in (hats, sigmas[1:], extra)
+  )
+  if solver == "heun" and sigmas[-1] == 0:
+    x, _ = jax.lax.scan(body, x, jax.tree.map(lambda a: a[:-1], inputs))
+    last = jax.tree.map(lambda a: a[-1], inputs)
+    return body(x, last, step=euler_step)[0]
+  return jax.lax.scan(body, x, inputs)[0]

@@ -1,0 +1,56 @@
+"""The one executor of plans, and the start noise of generation."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from bcm_jax.diffusion import process
+from bcm_jax.sampling import plan as plans
+
+FlowMap = Callable[..., jax.Array]
+
+
+def start_noise(
+    keys: jax.Array, shape: tuple[int, ...], sigma_max: float
+) -> jax.Array:
+  """sigma_max z [B, *shape] from keys [B]: one image's noise is its own."""
+  draw = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))
+  return sigma_max * draw(keys)
+
+
+def run(
+    plan: plans.Plan,
+    flow_map: FlowMap,
+    x: jax.Array,
+    labels: jax.Array | None = None,
+    keys: jax.Array | None = None,
+) -> jax.Array:
+  """Executes a plan.
+
+  Args:
+    plan: what to do.
+    flow_map: f(x, t, u, labels) with t, u of shape [B].
+    x: [B, ...] at level plan.start.
+    labels: [B] int or None.
+    keys: [B] keys for the noise that the plan adds, one an example; step i of
+      the plan uses fold_in(key, i).
+
+  Returns:
+    [B, ...] at level plan.end, not clipped.
+
+  Raises:
+    ValueError: if the plan adds noise and there are no keys.
+  """
+  batch = x.shape[:1]
+  for i, step in enumerate(plan.steps):
+    if isinstance(step, plans.AddNoise):
+      if keys is None:
+        raise ValueError(f"{plan.name} adds noise and needs keys")
+      fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+      x = x + step.scale * process.normal_like(fold(keys, i), x)
+    else:
+      t = jnp.full(batch, step.t, jnp.float32)
+      u = jnp.full(batch, step.u, jnp.float32)
+      x = flow_map(x, t, u, labels)
+  return x
