@@ -42,7 +42,7 @@ def run(
   Raises:
     ValueError: if the plan adds noise and there are no keys.
   """
-  batch = x.shape[:1]
+  batch, wide = x.shape[:1], jnp.promote_types(jnp.float32, x.dtype)
   for i, step in enumerate(plan.steps):
     if isinstance(step, plans.AddNoise):
       if keys is None:
@@ -50,7 +50,7 @@ def run(
       fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
       x = x + step.scale * process.normal_like(fold(keys, i), x)
     else:
-      t = jnp.full(batch, step.t, jnp.float32)
-      u = jnp.full(batch, step.u, jnp.float32)
+      t = jnp.full(batch, step.t, wide)
+      u = jnp.full(batch, step.u, wide)
       x = flow_map(x, t, u, labels)
   return x

@@ -1,0 +1,77 @@
+"""Bidirectional consistency training (BCM; Li & He, 2024).
+
+One network f(x, t, u) for jumps between any two noise levels. To L_CT of
+`consistency` it adds the soft trajectory constraint
+
+  L_ST = d( f_stopgrad(theta)( f_theta(x_t, t, u), u, eps ), b ) / |t - u|
+
+with b the target of L_CT at the level r next below t, and u any other level
+of the grid, above or below t: wherever f jumps, the way from there to the
+image must end where consistency training says it should.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from bcm_jax.diffusion import process
+from bcm_jax.diffusion import schedules
+from bcm_jax.methods import base
+from bcm_jax.methods import consistency
+from bcm_jax.models import adm
+
+
+@dataclasses.dataclass(frozen=True)
+class BidirectionalTraining(consistency.ConsistencyTraining):
+  """L = L_CT + bidirectional_weight L_ST, all four passes under one mask.
+
+  Attributes:
+    bidirectional_weight: coefficient of L_ST; 1 in the published method, 0
+      leaves it out (the negative control).
+  """
+
+  bidirectional_weight: float = 1.0
+
+  def adapt(self, source, fresh):
+    """Starts from a consistency model's parameters, F unchanged.
+
+    Parameters that have the second time branch already are taken as they are.
+    """
+    if "time_embed_align" in source:
+      return source
+    return adm.add_second_time(source, fresh)
+
+  def sample_end(self, ctx: base.Context, index: jax.Array) -> jax.Array:
+    """End levels u != t, [B], given t's index in the grid."""
+    tables = ctx.curriculum["tables"]
+    uniform = jax.vmap(jax.random.uniform)(ctx.keys("u"))
+    other = schedules.sample_other_index(
+        jnp.asarray(tables.end_cdf), index, uniform
+    )
+    return jnp.asarray(tables.sigmas)[other]
+
+  def soft_term(self, params, ctx: base.Context, x_t, t, u, b, dropout_keys):
+    """Soft trajectory constraint: [B]; its gradient flows through y alone."""
+    end = jnp.full_like(t, self.sigma_min)
+    y = self.f(params, x_t, t, u, ctx.labels, dropout_keys)
+    frozen = jax.lax.stop_gradient(ctx.averages.get("target", params))
+    v = self.f(frozen, y, u, end, ctx.labels, dropout_keys)
+    return self.weight(t, u) * self.distance(v, b)
+
+  def loss(self, params, ctx: base.Context):
+    """L_CT + L_ST: per-example loss [B] and metrics."""
+    times = self.sample_times(ctx)
+    z = process.normal_like(ctx.keys("noise"), ctx.images)
+    x_t = process.add_noise(ctx.images, times.t, z)
+    # The same keys to each pass: one dropout mask shared by all four.
+    keys = ctx.keys("dropout")
+    ct, b = self.ct_term(params, ctx, x_t, z, times, keys)
+    if self.bidirectional_weight == 0.0:
+      return ct, {"loss_ct": ct}
+    u = self.sample_end(ctx, times.index)
+    soft = self.soft_term(params, ctx, x_t, times.t, u, b, keys)
+    return ct + self.bidirectional_weight * soft, {
+        "loss_ct": ct,
+        "loss_soft": soft,
+    }

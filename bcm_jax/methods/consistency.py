@@ -1,0 +1,215 @@
+"""Consistency training: CT, iCT and ECT as options of one loss.
+
+  L_CT = w(t, r) d( f_theta(x_0 + t z, t), stopgrad f_target(x_0 + r z, r) )
+
+for adjacent noise levels r < t of a grid that refines over training (CT: Song
+et al., 2023; iCT: Song & Dhariwal, 2023) or for levels drawn continuously
+whose gap shrinks (ECT: Geng et al., 2024). Both passes share noise and
+dropout mask.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bcm_jax.diffusion import distances
+from bcm_jax.diffusion import preconditioning
+from bcm_jax.diffusion import process
+from bcm_jax.diffusion import schedules
+from bcm_jax.methods import base
+
+# Options that make the three published methods of the one loss.
+PRESETS: Mapping[str, dict[str, Any]] = {
+    "ct": dict(
+        scales="sqrt", s0=2, s1=150, bins="uniform", metric="l2",
+        weighting="uniform", target_mu0=0.9,
+    ),
+    "ict": dict(
+        scales="doubling", s0=10, s1=1280, bins="lognormal",
+        metric="pseudo_huber", weighting="inverse_gap", target_mu0=0.0,
+    ),
+    "ect": dict(
+        bins="continuous", metric="pseudo_huber", huber_c=0.0,
+        huber_normalise=False, weighting="inverse_gap", target_mu0=0.0,
+    ),
+}
+
+
+class Times(NamedTuple):
+  """Noise levels of a batch, [B] each; index is t's place in the grid."""
+
+  t: jax.Array
+  r: jax.Array
+  index: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencyTraining(base.OnePlayer):
+  """The loss above with its options; the defaults are iCT's.
+
+  Attributes:
+    network: F(x, c_noise, c_noise_end, labels, dropout_keys).
+    scalings: preconditioning of f.
+    noise: conditioning value of a level, as the network expects it.
+    sigma_data, sigma_min, sigma_max, rho: data spread and Karras grid.
+    bins: law of (t, r): 'lognormal' or 'uniform' over the intervals of the
+      grid, or 'continuous' (ECT: ln t ~ N(p_mean, p_std^2)).
+    p_mean, p_std: of the log-normal laws.
+    include_T: train at sigma_max too, see schedules.grid_tables.
+    scales: curriculum of N; s0, s1: its first and last number of intervals;
+      curriculum_steps: K, the steps it spans.
+    ect_q, ect_stage_steps, ect_k, ect_b: ECT's r(t), see schedules.
+    metric: 'pseudo_huber', 'l2' or 'l1'.
+    huber_c: width of the pseudo-Huber; None is iCT's 0.00054 sqrt(D).
+    huber_normalise: divide it by sqrt(D), as BCM's and iCT's code does.
+    weighting: 'inverse_gap' 1/(t - r), 'uniform' 1, 'karras' 1/t^2 + 1/sd^2,
+      'snr+1' 1/t^2 + 1, or 'edm' (t^2 + sd^2) / (t sd)^2.
+    target_mu0: start rate of the target network's average (CT); 0 takes the
+      online network, stop-gradiented.
+  """
+
+  network: nn.Module
+  scalings: preconditioning.Preconditioning
+  noise: Callable[[jax.Array], jax.Array] = preconditioning.adm_noise
+  sigma_data: float = 0.5
+  sigma_min: float = 0.002
+  sigma_max: float = 80.0
+  rho: float = 7.0
+  bins: str = "lognormal"
+  p_mean: float = -1.1
+  p_std: float = 2.0
+  include_T: bool = True  # noqa: N815 (the literature's T)
+  scales: str = "doubling"
+  s0: int = 10
+  s1: int = 1280
+  curriculum_steps: int = 400_000
+  ect_q: float = 2.0
+  ect_stage_steps: int = 25_000
+  ect_k: float = 8.0
+  ect_b: float = 1.0
+  metric: str = "pseudo_huber"
+  huber_c: float | None = None
+  huber_normalise: bool = True
+  weighting: str = "inverse_gap"
+  target_mu0: float = 0.0
+
+  @property
+  def two_time(self) -> bool:
+    """Whether the network takes an end level."""
+    return self.network.two_time
+
+  @property
+  def averages(self) -> Mapping[str, base.Average]:
+    """The target network, where it lags behind the online one."""
+    if self.target_mu0 == 0.0:
+      return {}
+    return {"target": base.Average("student", "target_ema_rate")}
+
+  def num_scales(self, step: int) -> int:
+    """N of a step."""
+    step = min(step, self.curriculum_steps)
+    return schedules.CURRICULA[self.scales](
+        step, self.curriculum_steps, self.s0, self.s1
+    )
+
+  def curriculum(self, step: int) -> dict[str, Any]:
+    """N, its tables and the target's rate; or ECT's gap ratio."""
+    if self.bins == "continuous":
+      ratio = schedules.ect_gap_ratio(step, self.ect_stage_steps, self.ect_q)
+      return {"gap_ratio": jnp.float32(ratio)}
+    n = self.num_scales(step)
+    tables = schedules.grid_tables(
+        n, self.s1 + 2, self.sigma_min, self.sigma_max, self.rho, self.bins,
+        self.p_mean, self.p_std, self.include_T,
+    )
+    rate = schedules.target_ema_rate(n, self.target_mu0, self.s0)
+    return {
+        "num_scales": jnp.float32(n),
+        "tables": tables,
+        "target_ema_rate": jnp.float32(rate),
+    }
+
+  def init(self, key, images, labels):
+    """Fresh parameters for images [B, H, W, C] and labels [B] or None."""
+    t = jnp.ones(images.shape[:1], jnp.float32)
+    end = t if self.two_time else None
+    return self.network.init(key, images, t, end, labels)["params"]
+
+  def f(self, params, x, t, u, labels, dropout_keys=None) -> jax.Array:
+    """The preconditioned network f(x, t, u): [B, ...] from level t to u."""
+
+    def network(x, c_noise, c_noise_end):
+      end = c_noise_end if self.two_time else None
+      return self.network.apply(
+          {"params": params}, x, c_noise, end, labels, dropout_keys
+      )
+
+    return preconditioning.precondition(
+        network, self.scalings, x, t, u, self.noise
+    )
+
+  def flow_map(self, params):
+    """f(x, t, u, labels) in evaluation mode; u is sigma_min if one-time."""
+    return lambda x, t, u, labels=None: self.f(params, x, t, u, labels)
+
+  def sample_times(self, ctx: base.Context) -> Times:
+    """Draws levels r < t for every example."""
+    if self.bins == "continuous":
+      z = jax.vmap(jax.random.normal)(ctx.keys("t"))
+      t = jnp.exp(self.p_mean + self.p_std * z)
+      r = schedules.ect_earlier_time(
+          t, ctx.curriculum["gap_ratio"], self.ect_k, self.ect_b
+      )
+      return Times(t, r, None)
+    tables = ctx.curriculum["tables"]
+    uniform = jax.vmap(jax.random.uniform)(ctx.keys("t"))
+    index = schedules.sample_index(jnp.asarray(tables.cdf), uniform)
+    sigmas = jnp.asarray(tables.sigmas)
+    return Times(sigmas[index], sigmas[index - 1], index)
+
+  def distance(self, a, b) -> jax.Array:
+    """d(a, b) for [B, ...] twice -> [B]."""
+    if self.metric == "pseudo_huber":
+      c = self.huber_c
+      if c is None:
+        c = distances.huber_constant(a[0].size)
+      return distances.pseudo_huber(a, b, c, self.huber_normalise)
+    return {"l2": distances.l2, "l1": distances.l1}[self.metric](a, b)
+
+  def weight(self, t, r) -> jax.Array:
+    """Weight of the distance between levels t and r: [B]."""
+    sd = self.sigma_data
+    return {
+        "inverse_gap": lambda: 1 / (jnp.abs(t - r) + 1e-20),
+        "uniform": lambda: jnp.ones_like(t),
+        "karras": lambda: 1 / t**2 + 1 / sd**2,
+        "snr+1": lambda: 1 / t**2 + 1,
+        "edm": lambda: (t**2 + sd**2) / (t * sd) ** 2,
+    }[self.weighting]()
+
+  def ct_term(self, params, ctx: base.Context, x_t, z, times, dropout_keys):
+    """Consistency term: (loss [B], target b [B, ...], stop-gradiented)."""
+    end = jnp.full_like(times.t, self.sigma_min)
+    a = self.f(params, x_t, times.t, end, ctx.labels, dropout_keys)
+    target = ctx.averages.get("target", params)
+    x_r = process.add_noise(ctx.images, times.r, z)
+    b = self.f(target, x_r, times.r, end, ctx.labels, dropout_keys)
+    if self.bins == "continuous":
+      # ECT's r may be 0, where the target is the image itself.
+      b = jnp.where(process.expand(times.r, b.ndim) > 0, b, ctx.images)
+    b = jax.lax.stop_gradient(b)
+    return self.weight(times.t, times.r) * self.distance(a, b), b
+
+  def loss(self, params, ctx: base.Context):
+    """L_CT: per-example loss [B] and metrics."""
+    times = self.sample_times(ctx)
+    z = process.normal_like(ctx.keys("noise"), ctx.images)
+    x_t = process.add_noise(ctx.images, times.t, z)
+    loss, _ = self.ct_term(
+        params, ctx, x_t, z, times, ctx.keys("dropout")
+    )
+    return loss, {"loss_ct": loss}

@@ -1,0 +1,93 @@
+"""The training state: all that a run is, beside its config and its step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from bcm_jax.methods import base
+from bcm_jax.training import ema
+from bcm_jax.training import rng
+
+
+@struct.dataclass
+class PlayerState:
+  """One trained network.
+
+  Attributes:
+    params: its parameters.
+    opt_state: state of its optimiser.
+    updates: number of updates that went through; int32 scalar.
+  """
+
+  params: Any
+  opt_state: Any
+  updates: jax.Array
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that affects the next step, but (seed, step, data).
+
+  Attributes:
+    step: number of finished steps; int32 scalar.
+    players: trained networks by name.
+    averages: moving averages of parameters by name.
+    skipped: steps whose update was skipped as non-finite; int32 scalar.
+    skipped_in_row: such steps since the last good one; int32 scalar.
+  """
+
+  step: jax.Array
+  players: dict[str, PlayerState]
+  averages: dict[str, Any]
+  skipped: jax.Array
+  skipped_in_row: jax.Array
+
+
+def average_name(rate: float) -> str:
+  """Name of the moving average of a rate, such as 'ema_0.999'."""
+  return f"ema_{rate:g}"
+
+
+def create(
+    method: base.Method,
+    optimizers: Mapping[str, optax.GradientTransformation],
+    ema_rates: tuple[float, ...],
+    seed: int,
+    images: jax.Array,
+    labels: jax.Array | None,
+    start_from: Mapping[str, Any] | None = None,
+) -> TrainState:
+  """Makes the state before the first step; pure, so it can be jitted.
+
+  Args:
+    method: declares players and averages.
+    optimizers: one for each player.
+    ema_rates: rates of the averages of the sampled player.
+    seed: run's seed.
+    images: [b, H, W, C] of any b, for shapes.
+    labels: [b] or None.
+    start_from: player -> parameters of another run to start from.
+  """
+  players = {}
+  for name, player in method.players.items():
+    key = rng.stream_key(seed, f"init/{name}")
+    params = player.init(key, images, labels)
+    if start_from and name in start_from:
+      source = start_from[name]
+      params = player.adapt(source, params) if player.adapt else source
+    players[name] = PlayerState(
+        params, optimizers[name].init(params), jnp.int32(0)
+    )
+  averages = {
+      average_name(r): ema.start(players[method.sampled].params)
+      for r in ema_rates
+  }
+  for name, average in method.averages.items():
+    averages[name] = ema.start(players[average.player].params)
+  # Distinct arrays: a donated buffer must not appear twice.
+  zero = [jnp.zeros((), jnp.int32) for _ in range(3)]
+  return TrainState(zero[0], players, averages, zero[1], zero[2])

@@ -1,0 +1,180 @@
+"""The training step: pure, the same for every method.
+
+  gradients of the players in the phase  (each of its own loss, all others
+  stop-gradiented; summed over microbatches; averaged over devices)
+  -> finite?  -> optimisers -> averages -> metrics
+
+One executable is compiled a phase; the curriculum enters as arguments.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bcm_jax.methods import base
+from bcm_jax.training import ema
+from bcm_jax.training import rng
+from bcm_jax.training import state as states
+
+Batch = dict[str, jax.Array]
+Step = Callable[..., tuple[states.TrainState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+  """What the step needs beside method and optimisers.
+
+  Attributes:
+    seed: of all randomness of the step.
+    ema_rates: rates of the sampled player's averages.
+    ema_warmup: let the averages forget the start early, see ema.warmed_rate.
+    microbatches: gradient accumulation; the batch is cut into this many.
+    axis_name: mapped axis to average over under pmap; None under jit, where
+      the global batch is one array.
+  """
+
+  seed: int = 0
+  ema_rates: tuple[float, ...] = (0.9999,)
+  ema_warmup: bool = False
+  microbatches: int = 1
+  axis_name: str | None = None
+
+
+def make_step(
+    method: base.Method,
+    optimizers: Mapping[str, optax.GradientTransformation],
+    options: StepOptions,
+) -> Step:
+  """Returns step(state, batch, curriculum, phase) -> (state, metrics).
+
+  batch: 'image' [B, H, W, C] float32, 'label' [B] int32 (optional), 'index'
+  [B] int32 positions in the global batch. phase is static. metrics are
+  scalars, means over the global batch.
+  """
+
+  def step(state, batch, curriculum, phase):
+    grads, metrics = {}, {}
+    for name in phase:
+      grads[name], metrics[name] = _gradients(
+          method, options, state, batch, curriculum, name
+      )
+    finite = jnp.array(True)
+    for name in phase:
+      norm = optax.global_norm(grads[name])
+      finite &= jnp.isfinite(norm) & jnp.isfinite(metrics[name]["loss"])
+      metrics[name]["grad_norm"] = norm
+    players = dict(state.players)
+    for name in phase:
+      players[name] = _update(
+          state.players[name], grads[name], optimizers[name]
+      )
+    averages = _averages(method, options, state, players, curriculum)
+    keep = functools.partial(jnp.where, finite)
+    players, averages = jax.tree.map(
+        keep, (players, averages), (state.players, state.averages)
+    )
+    bad = 1 - finite.astype(jnp.int32)
+    new = states.TrainState(
+        step=state.step + 1,
+        players=players,
+        averages=averages,
+        skipped=state.skipped + bad,
+        skipped_in_row=(state.skipped_in_row + 1) * bad,
+    )
+    flat = {
+        (k if len(method.players) == 1 else f"{name}/{k}"): v
+        for name in phase
+        for k, v in metrics[name].items()
+    }
+    flat["skipped"] = new.skipped
+    flat["skipped_in_row"] = new.skipped_in_row
+    return new, flat
+
+  return step
+
+
+def _loss(params, player, method, options, state, batch, curriculum):
+  """Mean loss and metrics of a player over a (micro)batch."""
+  frozen = jax.lax.stop_gradient(
+      ({n: p.params for n, p in state.players.items()}, state.averages)
+  )
+  context = base.Context(
+      images=batch["image"],
+      labels=batch.get("label"),
+      keys=lambda stream: rng.example_keys(
+          options.seed, stream, state.step, batch["index"]
+      ),
+      curriculum=curriculum,
+      players=frozen[0],
+      averages=frozen[1],
+  )
+  loss, metrics = method.losses[player](params, context)
+  means = {k: jnp.mean(v) for k, v in metrics.items()}
+  mean = jnp.mean(loss)
+  return mean, {"loss": mean} | means
+
+
+def _gradients(method, options, state, batch, curriculum, player):
+  """Gradient of a player's mean loss over the global batch, and metrics."""
+  params = state.players[player].params
+
+  def one(batch):
+    grad = jax.grad(_loss, has_aux=True)
+    return grad(params, player, method, options, state, batch, curriculum)
+
+  m = options.microbatches
+  if m == 1:
+    result = one(batch)
+  else:
+    # Every m-th example, not contiguous runs: a batch that is sharded over
+    # devices then stays where it is.
+    parts = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // m, m, *x.shape[1:]).swapaxes(0, 1),
+        batch,
+    )
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def accumulate(total, part):
+      return jax.tree.map(lambda a, b: a + b / m, total, one(part)), None
+
+    result, _ = jax.lax.scan(accumulate, zeros, parts)
+  if options.axis_name is not None:
+    result = jax.lax.pmean(result, options.axis_name)
+  return result
+
+
+def _update(player, grads, optimizer):
+  updates, opt_state = optimizer.update(
+      grads, player.opt_state, player.params
+  )
+  return states.PlayerState(
+      optax.apply_updates(player.params, updates),
+      opt_state,
+      player.updates + 1,
+  )
+
+
+def _averages(
+    method, options, state, players, curriculum
+) -> dict[str, Any]:
+  """Moving averages after the players' updates."""
+  averages = dict(state.averages)
+  sampled = players[method.sampled]
+  for rate in options.ema_rates:
+    name = states.average_name(rate)
+    if options.ema_warmup:
+      rate = ema.warmed_rate(rate, sampled.updates)
+    averages[name] = ema.update(averages[name], sampled.params, rate)
+  for name, average in method.averages.items():
+    averages[name] = ema.update(
+        averages[name],
+        players[average.player].params,
+        curriculum[average.rate],
+    )
+  return averages
