@@ -51,26 +51,48 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     )
     return jnp.asarray(tables.sigmas)[other]
 
-  def soft_term(self, params, ctx: base.Context, x_t, t, u, b, dropout_keys):
-    """Soft trajectory constraint: [B]; its gradient flows through y alone."""
+  def two_jumps(self, params, x, t, ends, labels, dropout_keys):
+    """f(x, t, u) for both of two end levels, in one pass of twice the batch.
+
+    Each example is doubled in place, so that a batch cut over devices stays
+    where it is, and takes its dropout key along: both jumps share a mask.
+    """
+
+    def double(a, b):
+      return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+    out = self.f(
+        params, double(x, x), double(t, t), double(*ends),
+        None if labels is None else double(labels, labels),
+        None if dropout_keys is None else double(dropout_keys, dropout_keys),
+    )
+    out = out.reshape(x.shape[0], 2, *x.shape[1:])
+    return out[:, 0], out[:, 1]
+
+  def soft_term(self, params, ctx: base.Context, y, t, u, b, dropout_keys):
+    """L_ST [B] of y = f(x_t, t, u); its gradient flows through y alone."""
     end = jnp.full_like(t, self.sigma_min)
-    y = self.f(params, x_t, t, u, ctx.labels, dropout_keys)
     frozen = jax.lax.stop_gradient(ctx.averages.get("target", params))
     v = self.f(frozen, y, u, end, ctx.labels, dropout_keys)
     return self.weight(t, u) * self.distance(v, b)
 
   def loss(self, params, ctx: base.Context):
     """L_CT + L_ST: per-example loss [B] and metrics."""
+    if self.bidirectional_weight == 0.0:
+      return super().loss(params, ctx)
     times = self.sample_times(ctx)
+    u = self.sample_end(ctx, times.index)
     z = process.normal_like(ctx.keys("noise"), ctx.images)
     x_t = process.add_noise(ctx.images, times.t, z)
     # The same keys to each pass: one dropout mask shared by all four.
     keys = ctx.keys("dropout")
-    ct, b = self.ct_term(params, ctx, x_t, z, times, keys)
-    if self.bidirectional_weight == 0.0:
-      return ct, {"loss_ct": ct}
-    u = self.sample_end(ctx, times.index)
-    soft = self.soft_term(params, ctx, x_t, times.t, u, b, keys)
+    end = jnp.full_like(times.t, self.sigma_min)
+    a, y = self.two_jumps(
+        params, x_t, times.t, (end, u), ctx.labels, keys
+    )
+    b = self.target(params, ctx, z, times, keys)
+    ct = self.ct_term(a, b, times)
+    soft = self.soft_term(params, ctx, y, times.t, u, b, keys)
     return ct + self.bidirectional_weight * soft, {
         "loss_ct": ct,
         "loss_soft": soft,

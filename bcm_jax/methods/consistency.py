@@ -191,25 +191,29 @@ class ConsistencyTraining(base.OnePlayer):
         "edm": lambda: (t**2 + sd**2) / (t * sd) ** 2,
     }[self.weighting]()
 
-  def ct_term(self, params, ctx: base.Context, x_t, z, times, dropout_keys):
-    """Consistency term: (loss [B], target b [B, ...], stop-gradiented)."""
-    end = jnp.full_like(times.t, self.sigma_min)
-    a = self.f(params, x_t, times.t, end, ctx.labels, dropout_keys)
-    target = ctx.averages.get("target", params)
+  def target(self, params, ctx: base.Context, z, times, dropout_keys):
+    """Target b [B, ...] of the consistency term, stop-gradiented."""
+    frozen = jax.lax.stop_gradient(ctx.averages.get("target", params))
+    end = jnp.full_like(times.r, self.sigma_min)
     x_r = process.add_noise(ctx.images, times.r, z)
-    b = self.f(target, x_r, times.r, end, ctx.labels, dropout_keys)
+    b = self.f(frozen, x_r, times.r, end, ctx.labels, dropout_keys)
     if self.bins == "continuous":
       # ECT's r may be 0, where the target is the image itself.
       b = jnp.where(process.expand(times.r, b.ndim) > 0, b, ctx.images)
-    b = jax.lax.stop_gradient(b)
-    return self.weight(times.t, times.r) * self.distance(a, b), b
+    return jax.lax.stop_gradient(b)
+
+  def ct_term(self, a, b, times) -> jax.Array:
+    """L_CT [B] of the online output a and the target b."""
+    return self.weight(times.t, times.r) * self.distance(a, b)
 
   def loss(self, params, ctx: base.Context):
     """L_CT: per-example loss [B] and metrics."""
     times = self.sample_times(ctx)
     z = process.normal_like(ctx.keys("noise"), ctx.images)
     x_t = process.add_noise(ctx.images, times.t, z)
-    loss, _ = self.ct_term(
-        params, ctx, x_t, z, times, ctx.keys("dropout")
-    )
+    # The same keys to both passes: one dropout mask.
+    keys = ctx.keys("dropout")
+    end = jnp.full_like(times.t, self.sigma_min)
+    a = self.f(params, x_t, times.t, end, ctx.labels, keys)
+    loss = self.ct_term(a, self.target(params, ctx, z, times, keys), times)
     return loss, {"loss_ct": loss}

@@ -1,0 +1,388 @@
+"""From strings to objects; the only place where a name becomes a thing.
+
+A config file is `get_config()` returning a ConfigDict. It is resolved against
+the classes that it names: unknown keys and names are errors that say the
+nearest known one, values are checked by type, defaults are filled in. What
+comes out is complete, and is written to the run's config.json.
+"""
+
+from collections.abc import Mapping, Sequence
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+from bcm_jax import errors
+from bcm_jax import options
+from bcm_jax.diffusion import preconditioning
+from bcm_jax.methods import bidirectional
+from bcm_jax.methods import consistency
+from bcm_jax.models import adm
+from bcm_jax.training import optim
+
+# Model name -> (module, conditioning value of a noise level that it expects).
+MODELS = {"adm": (adm.ADM, preconditioning.adm_noise)}
+
+# Method name -> (class, its options that differ from the class's defaults).
+METHODS = {
+    name: (consistency.ConsistencyTraining, preset)
+    for name, preset in consistency.PRESETS.items()
+} | {"bcm": (bidirectional.BidirectionalTraining, {})}
+
+PRECONDITIONINGS = {
+    "edm": lambda m: preconditioning.EDM(m["sigma_data"]),
+    "cm": lambda m: preconditioning.ConsistencyBoundary(
+        m["sigma_data"], m["sigma_min"]
+    ),
+    "bcm": lambda m: preconditioning.Bidirectional(m["sigma_data"]),
+    "ctm": lambda m: preconditioning.Trajectory(
+        preconditioning.EDM(m["sigma_data"])
+    ),
+}
+
+SECTIONS = {
+    "data": options.Data,
+    "optimizer": optim.Optimizer,
+    "training": options.Training,
+    "checkpoint": options.Checkpoint,
+    "log": options.Log,
+    "sample": options.Sample,
+    "invert": options.Invert,
+    "edit": options.Edit,
+    "eval": options.Eval,
+}
+# Keys that span the run unless a config says otherwise.
+_SPANS = (("method", "curriculum_steps"), ("optimizer", "schedule_steps"))
+# What may differ between a run and the config that resumes it.
+_FREE_SECTIONS = ("checkpoint", "log", "sample", "invert", "edit", "eval")
+_FREE_KEYS = ("training.max_skipped_in_row",)
+
+
+# Files ---------------------------------------------------------------------
+
+
+def shipped_configs() -> list[pathlib.Path]:
+  """The config files that come with the package, installed or checked out."""
+  here = pathlib.Path(__file__).resolve().parent
+  for folder in (here / "configs", here.parent / "configs"):
+    found = sorted(p for p in folder.glob("*.py") if p.name[0] != "_")
+    if found:
+      return found
+  return []
+
+
+def find_file(path: str) -> pathlib.Path:
+  """A config file: as given, or else the shipped one of that name."""
+  given = pathlib.Path(path)
+  if given.is_file():
+    return given
+  shipped = {p.name: p for p in shipped_configs()}
+  if given.name in shipped and given.parent.name in ("", "configs"):
+    return shipped[given.name]
+  folder = next(iter(shipped.values())).parent if shipped else "(none)"
+  raise errors.UserError(
+      f"no config file {path!r}{errors.nearest(given.name, shipped)} "
+      f"(shipped in {folder}: {', '.join(shipped)})"
+  )
+
+
+def read_file(path: str) -> ml_collections.ConfigDict:
+  """Runs get_config() of a file; 'file.py:arg' passes arg to it."""
+  name, _, arg = path.partition(":")
+  file = find_file(name)
+  spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise errors.UserError(f"{file} has no get_config()")
+  return module.get_config(arg) if arg else module.get_config()
+
+
+# Resolving -----------------------------------------------------------------
+
+
+def resolve(
+    raw: Mapping[str, Any], overrides: Mapping[str, str] | None = None
+) -> ml_collections.ConfigDict:
+  """Completes and checks a config.
+
+  Args:
+    raw: ConfigDict of a file, or the dict of a config.json.
+    overrides: 'section.key' -> text, as on the command line.
+
+  Returns:
+    A locked ConfigDict with every key of every section.
+
+  Raises:
+    UserError: unknown section, key, name, or a value of the wrong type.
+  """
+  if isinstance(raw, ml_collections.ConfigDict):
+    raw = raw.to_dict()
+  given = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
+  for path, text in (overrides or {}).items():
+    _set(given, path, text)
+  known = ["seed", "model", "method", *SECTIONS]
+  for section in given:
+    if section not in known:
+      raise errors.unknown_name("config section", section, known)
+  full: dict[str, Any] = {"seed": _convert(given.get("seed", 0), int, "seed")}
+  full["training"] = _fill("training", given, options.Training)
+  for section, key in _SPANS:
+    spans = given.setdefault(section, {})
+    spans.setdefault(key, full["training"]["num_steps"])
+  for section, cls in SECTIONS.items():
+    full[section] = _fill(section, given, cls)
+  full["model"] = _named("model", given, {k: v[0] for k, v in MODELS.items()})
+  name, (cls, preset) = _look_up("method", given, METHODS)
+  given["method"] = {**preset, **given["method"]}
+  extra = {"preconditioning": (str, "bcm" if name == "bcm" else "cm")}
+  full["method"] = {"name": name} | _fill("method", given, cls, extra)
+  if full["method"]["preconditioning"] not in PRECONDITIONINGS:
+    raise errors.unknown_name(
+        "preconditioning", full["method"]["preconditioning"], PRECONDITIONINGS
+    )
+  return ml_collections.ConfigDict(full).lock()
+
+
+def _set(given: dict[str, Any], path: str, text: str) -> None:
+  *sections, key = path.split(".")
+  if len(sections) > 1:
+    raise errors.UserError(
+        f"unknown config key {path!r}; keys are config.section.key"
+    )
+  if not sections:
+    if key != "seed":
+      raise errors.unknown_name("config key", key, ["seed"])
+    given[key] = text
+    return
+  given.setdefault(sections[0], {})
+  if not isinstance(given[sections[0]], dict):
+    raise errors.UserError(f"config.{sections[0]} has no keys below it")
+  given[sections[0]][key] = text
+
+
+def _look_up(section, given, table) -> tuple[str, Any]:
+  name = given.get(section, {}).get("name")
+  if name not in table:
+    raise errors.unknown_name(f"{section}.name", str(name), table)
+  return name, table[name]
+
+
+def _named(section, given, table) -> dict[str, Any]:
+  name, cls = _look_up(section, given, table)
+  return {"name": name} | _fill(section, given, cls)
+
+
+def _keys(cls: type) -> dict[str, tuple[Any, Any]]:
+  """Key -> (type, default) of the fields of a class that a config can set."""
+  hints = typing.get_type_hints(cls)
+  keys = {}
+  for field in dataclasses.fields(cls):
+    settable = field.default is not dataclasses.MISSING
+    plain = not callable(field.default) and field.name not in ("parent", "name")
+    if field.name == "name" and hints["name"] is str:
+      plain = True
+    if settable and plain and field.init:
+      keys[field.name] = (hints[field.name], field.default)
+  return keys
+
+
+def _fill(section, given, cls, extra=None) -> dict[str, Any]:
+  keys = _keys(cls) | (extra or {})
+  values = given.get(section, {})
+  if not isinstance(values, Mapping):
+    raise errors.UserError(f"config.{section} must be a section, not {values}")
+  for key in values:
+    if key not in keys and key != "name":
+      kind = values.get("name")
+      of = f" of {kind!r}" if isinstance(kind, str) else ""
+      raise errors.unknown_name(
+          f"config key{of}", f"{section}.{key}", [f"{section}.{k}" for k in keys]
+      )
+  return {
+      key: _convert(values.get(key, default), hint, f"{section}.{key}")
+      for key, (hint, default) in keys.items()
+  }
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+  """Checks a value, or parses its text, by a type hint."""
+  try:
+    return _cast(value, hint)
+  except (TypeError, ValueError, SyntaxError) as e:
+    if isinstance(e, errors.UserError):
+      raise
+    if typing.get_origin(hint) is typing.Literal:
+      choices = typing.get_args(hint)
+      raise errors.unknown_name(f"config.{path}", str(value), choices) from e
+    want = getattr(hint, "__name__", None) or str(hint)
+    if typing.get_origin(hint):
+      want = str(hint).replace("typing.", "")
+    raise errors.UserError(
+        f"config.{path} must be {want}, not {value!r}"
+    ) from e
+
+
+def _cast(value: Any, hint: Any) -> Any:
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (typing.Union, types.UnionType):
+    if value in (None, "None", "none"):
+      return None
+    return _cast(value, next(a for a in args if a is not type(None)))
+  if origin is typing.Literal:
+    if value not in args:
+      raise ValueError(value)
+    return value
+  if origin is tuple:
+    if isinstance(value, str):
+      value = ast.literal_eval(value) if value[:1].isdigit() or value[
+          :1] in "([-." else tuple(v.strip() for v in value.split(","))
+    if not isinstance(value, (list, tuple)):
+      value = (value,)
+    return tuple(_cast(v, args[0]) for v in value)
+  if hint is str:
+    if not isinstance(value, str):
+      raise TypeError(value)
+    return value
+  if isinstance(value, str):
+    value = {"true": True, "false": False}.get(
+        value.lower(), None
+    ) if hint is bool else ast.literal_eval(value)
+  if hint is float and type(value) in (int, float):
+    return float(value)
+  if hint is int and type(value) is float and value.is_integer():
+    return int(value)
+  if type(value) is not hint:
+    raise TypeError(value)
+  return value
+
+
+# Comparing and storing -----------------------------------------------------
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """A plain nested dict, equal to what reading the JSON file gives."""
+  return json.loads(json.dumps(config.to_dict(), sort_keys=True))
+
+
+def digest(config: ml_collections.ConfigDict) -> str:
+  """Twelve hex digits that name a resolved config."""
+  text = json.dumps(to_json(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{'a': {'b': 1}} -> {'a.b': 1}."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def difference(
+    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+) -> dict[str, tuple[Any, Any]]:
+  """Keys that differ: 'section.key' -> (old value, new value)."""
+  a, b = flatten(to_json(old)), flatten(to_json(new))
+  return {
+      k: (a.get(k), b.get(k))
+      for k in sorted(a.keys() | b.keys())
+      if a.get(k) != b.get(k)
+  }
+
+
+def check_resume(
+    run: ml_collections.ConfigDict, asked: ml_collections.ConfigDict
+) -> None:
+  """Raises UserError unless a run may go on under the config asked for.
+
+  Sections of logging, saving, sampling and evaluation are free, and so are
+  more steps, as long as curriculum and learning-rate schedule stay.
+  """
+  changed = {
+      k: v
+      for k, v in difference(run, asked).items()
+      if k.split(".")[0] not in _FREE_SECTIONS and k not in _FREE_KEYS
+      and not (k == "training.num_steps" and v[1] > v[0])
+  }
+  if not changed:
+    return
+  keep = " ".join(
+      f"--config.{'.'.join(k)}={changed['.'.join(k)][0]}"
+      for k in _SPANS if ".".join(k) in changed
+  )
+  raise errors.UserError(
+      "the work directory holds a run with another config: "
+      + "; ".join(f"{k} is {a!r} there, {b!r} here"
+                  for k, (a, b) in changed.items())
+      + ". Use another --workdir, or the run's own values"
+      + (f" ({keep})" if keep else "")
+  )
+
+
+def write(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Writes workdir/config.json, whole or not at all."""
+  path = pathlib.Path(workdir) / "config.json"
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(to_json(config), indent=2) + "\n")
+  os.replace(temporary, path)
+
+
+def of_run(
+    workdir: str, overrides: Mapping[str, str] | None = None
+) -> ml_collections.ConfigDict | None:
+  """The config of the run in a work directory, or None if there is none."""
+  path = pathlib.Path(workdir) / "config.json"
+  if not path.is_file():
+    return None
+  try:
+    raw = json.loads(path.read_text())
+  except json.JSONDecodeError as e:
+    raise errors.UserError(
+        f"{path} is damaged ({e}); restore it, or pass --config"
+    ) from e
+  return resolve(raw, overrides)
+
+
+def build_section(config: ml_collections.ConfigDict, section: str) -> Any:
+  """The dataclass of a section, such as options.Training."""
+  return SECTIONS[section](**config[section].to_dict())
+
+
+def split_overrides(
+    arguments: Sequence[str],
+) -> tuple[str | None, dict[str, str], list[str]]:
+  """Takes --config and --config.a.b out of a command line.
+
+  Returns:
+    (config file or None, {'a.b': text}, the other arguments).
+  """
+  file, overrides, rest = None, {}, []
+  queue = list(arguments)
+  while queue:
+    flag = queue.pop(0)
+    name, equals, value = flag.partition("=")
+    name = name.lstrip("-") if flag.startswith("-") else ""
+    if name != "config" and not name.startswith("config."):
+      rest.append(flag)
+      continue
+    if not equals:
+      if not queue:
+        raise errors.UserError(f"{flag} needs a value: {flag}=...")
+      value = queue.pop(0)
+    if name == "config":
+      file = value
+    else:
+      overrides[name.removeprefix("config.")] = value
+  return file, overrides, rest

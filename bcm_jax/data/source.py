@@ -1,0 +1,195 @@
+"""Random-access image sources, and the two roads between uint8 and [-1, 1].
+
+A source hands out examples by index, in any order, as often as asked: this is
+what lets a batch be a pure function of (seed, step) (see `pipeline`).
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from bcm_jax.errors import UserError
+
+
+class Source(Protocol):
+  """Examples 0 .. len - 1, each a uint8 image with a label.
+
+  Attributes:
+    name: shown in error messages, for example 'digits/train'.
+    image_shape: (H, W, C) of every image.
+    num_classes: labels lie in [0, num_classes); None if there are no classes.
+  """
+
+  name: str
+  image_shape: tuple[int, int, int]
+  num_classes: int | None
+
+  def __len__(self) -> int:
+    """Returns the number of examples."""
+
+  def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns image uint8 [n, H, W, C] and label int32 [n]."""
+
+
+class ArraySource:
+  """A `Source` held in memory.
+
+  Args:
+    images: uint8 [n, H, W, C], n >= 1.
+    labels: integers [n] in [0, num_classes), or None for all zero.
+    num_classes: the number of classes, or None if there are none.
+    name: shown in error messages.
+
+  Raises:
+    UserError: no example, images that are not uint8 NHWC, labels of the wrong
+      length or type, or a label out of range (the first such one is named).
+  """
+
+  def __init__(
+      self,
+      images: np.ndarray,
+      labels: np.ndarray | None = None,
+      num_classes: int | None = None,
+      name: str = "array",
+  ):
+    images = np.asarray(images)
+    if labels is None:
+      labels = np.zeros(images.shape[:1], np.int32)
+    labels = np.asarray(labels)
+    _check_images(images, name)
+    _check_label_array(labels, len(images), name)
+    check_labels(labels, np.arange(len(labels)), num_classes, name)
+    self.name = name
+    self.num_classes = num_classes
+    self.image_shape = tuple(int(size) for size in images.shape[1:])
+    self._images = images
+    self._labels = labels.astype(np.int32)
+
+  def __len__(self) -> int:
+    return len(self._images)
+
+  def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns image uint8 [n, H, W, C] and label int32 [n].
+
+    Args:
+      indices: integers [n] in [0, len(self)), repeats allowed.
+
+    Raises:
+      IndexError: an index outside of that range.
+    """
+    indices = np.asarray(indices)
+    # NumPy would read a negative index from the end: a wrong example, silently.
+    if indices.size and indices.min() < 0:
+      raise IndexError(f"{self.name}: negative index {indices.min()}")
+    return dict(image=self._images[indices], label=self._labels[indices])
+
+
+def _check_images(images: np.ndarray, name: str) -> None:
+  if images.dtype != np.uint8:
+    raise UserError(
+        f"{name}: images are {images.dtype}, expected uint8 in 0..255; convert"
+        " them, for example with bcm_jax.data.source.to_uint8 from [-1, 1]"
+    )
+  if images.ndim != 4:
+    raise UserError(
+        f"{name}: images have shape {images.shape}, expected [n, H, W, C]; add"
+        " the missing axis (grey images have C = 1)"
+    )
+  if images.size == 0:
+    raise UserError(
+        f"{name}: shape {images.shape} holds no image, expected at least one;"
+        " check the path and the split"
+    )
+
+
+def _check_label_array(labels: np.ndarray, n: int, name: str) -> None:
+  if labels.shape != (n,) or not np.issubdtype(labels.dtype, np.integer):
+    raise UserError(
+        f"{name}: labels are {labels.dtype} of shape {labels.shape}, expected"
+        f" integers of shape ({n},), one an image; check the label file"
+    )
+
+
+def check_labels(
+    labels: np.ndarray,
+    examples: np.ndarray,
+    num_classes: int | None,
+    name: str,
+) -> None:
+  """Checks that labels lie in [0, num_classes).
+
+  Args:
+    labels: integers [n].
+    examples: integers [n], the example ids to name in the error.
+    num_classes: the number of classes; None allows any label >= 0.
+    name: of the source.
+
+  Raises:
+    UserError: names the first label out of range, its example and the range.
+  """
+  limit = np.inf if num_classes is None else num_classes
+  wrong = np.flatnonzero((labels < 0) | (labels >= limit))
+  if wrong.size:
+    first = wrong[0]
+    expected = (
+        "0 or more" if num_classes is None else f"0 to {num_classes - 1}"
+    )
+    raise UserError(
+        f"{name}: example {examples[first]} has label {labels[first]}, expected"
+        f" {expected} ({wrong.size} of {labels.size} are out of range); correct"
+        " the labels or the number of classes"
+    )
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+  """Maps [-1, 1] to uint8 by floor(clip((x + 1) * 127.5, 0, 255)).
+
+  The flooring and the float32 arithmetic are those of the official samplers
+  (consistency_models and BCM, `image_sample.py`), so that saved samples and
+  reconstruction errors are comparable with published ones.
+
+  Args:
+    image: floating point, any shape; values outside of [-1, 1] are clipped.
+
+  Returns:
+    uint8 of the same shape.
+  """
+  scaled = (np.asarray(image, np.float32) + np.float32(1)) * np.float32(127.5)
+  return np.floor(np.clip(scaled, 0, 255)).astype(np.uint8)
+
+
+def _float_table() -> np.ndarray:
+  """Returns float32 [256], v / 127.5 - 1 for which `to_uint8` gives back v.
+
+  Rounding leaves some of the plain quotients (v = 1 .. 63) just below the
+  value that `to_uint8` needs, and its floor would then lose a grey level on
+  every trip. Those are moved to the next float32, less than 1e-7 above.
+  """
+  grey = np.arange(256, dtype=np.uint8)
+  value = grey.astype(np.float32) / np.float32(127.5) - np.float32(1)
+  above = np.nextafter(value, np.float32(2))
+  return np.where(to_uint8(value) == grey, value, above)
+
+
+_FLOAT_OF_UINT8 = _float_table()
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+  """Maps uint8 to float32 in [-1, 1], x / 127.5 - 1; `to_uint8` undoes it.
+
+  Args:
+    image: uint8, any shape.
+
+  Returns:
+    float32 of the same shape.
+
+  Raises:
+    UserError: the image is not uint8.
+  """
+  image = np.asarray(image)
+  if image.dtype != np.uint8:
+    raise UserError(
+        f"to_float was given {image.dtype}, expected uint8; images that are"
+        " floats already need no conversion"
+    )
+  return _FLOAT_OF_UINT8[image]

@@ -1,0 +1,300 @@
+"""A resolved config as objects: method, sources, optimisers, plans."""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import ml_collections
+import numpy as np
+import optax
+
+from bcm_jax import config as configs
+from bcm_jax import errors
+from bcm_jax import options
+from bcm_jax.data import digits
+from bcm_jax.data import source as sources
+from bcm_jax.diffusion import schedules
+from bcm_jax.methods import base
+from bcm_jax.sampling import plan as plans
+from bcm_jax.training import optim
+from bcm_jax.training import step as steps
+
+# Data set name -> (split, data_dir) -> source.
+DATA = {"digits": digits.digits}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """Everything that a command works with.
+
+  Attributes:
+    config: resolved config.
+    method: what is learnt.
+    image_shape: (H, W, C).
+    num_classes: classes that the network is conditioned on, or None.
+  """
+
+  config: ml_collections.ConfigDict
+  method: base.Method
+  image_shape: tuple[int, int, int]
+  num_classes: int | None
+
+  @property
+  def levels(self) -> plans.Range:
+    """Noise levels that the network is trained on."""
+    return plans.Range(self.method.sigma_min, self.method.sigma_max)
+
+  def section(self, name: str) -> Any:
+    """A section of the config as its dataclass."""
+    return configs.build_section(self.config, name)
+
+  def source(self, split: str) -> sources.Source:
+    """The images of a split, 'train' or 'test'."""
+    data = self.section("data")
+    return DATA[data.name](split, data.data_dir)
+
+  def optimizers(self) -> dict[str, optax.GradientTransformation]:
+    """An optimiser for every player."""
+    optimizer: optim.Optimizer = self.section("optimizer")
+    return {name: optimizer.build() for name in self.method.players}
+
+  def step_options(self, axis_name: str | None = None) -> steps.StepOptions:
+    """Options of the training step."""
+    training: options.Training = self.section("training")
+    return steps.StepOptions(
+        seed=self.config.seed,
+        ema_rates=training.ema_rates,
+        ema_warmup=training.ema_warmup,
+        microbatches=training.microbatches,
+        axis_name=axis_name,
+    )
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """Makes an experiment and checks that its parts fit together.
+
+  Raises:
+    UserError: for a config whose parts contradict one another.
+  """
+  if config.data.name not in DATA:
+    raise errors.unknown_name("data.name", config.data.name, DATA)
+  method = _method(config)
+  source = DATA[config.data.name]("test", config.data.data_dir)
+  _check_model(config, source)
+  _check_method(config)
+  return Experiment(
+      config, method, tuple(source.image_shape), config.model.num_classes
+  )
+
+
+def _method(config: ml_collections.ConfigDict) -> base.Method:
+  model = config.model.to_dict()
+  module, noise = configs.MODELS[model.pop("name")]
+  numbers = config.method.to_dict()
+  cls, _ = configs.METHODS[numbers.pop("name")]
+  scalings = configs.PRECONDITIONINGS[numbers.pop("preconditioning")](numbers)
+  return cls(
+      network=module(**model), scalings=scalings, noise=noise, **numbers
+  )
+
+
+def _check_model(config, source: sources.Source) -> None:
+  model, name = config.model, config.data.name
+  height, width, channels = source.image_shape
+  halvings = 2 ** (len(model.channel_mult) - 1)
+  if height % halvings or width % halvings:
+    raise errors.UserError(
+        f"images of {name} are {height}x{width} and cannot be halved "
+        f"{len(model.channel_mult) - 1} times, as model.channel_mult="
+        f"{tuple(model.channel_mult)} asks; use at most "
+        f"{_max_levels(height, width)} levels"
+    )
+  if model.out_channels != channels:
+    raise errors.UserError(
+        f"model.out_channels={model.out_channels}, but images of {name} have "
+        f"{channels}; set model.out_channels={channels}"
+    )
+  if model.num_classes is not None and (
+      source.num_classes is None or source.num_classes > model.num_classes
+  ):
+    raise errors.UserError(
+        f"model.num_classes={model.num_classes}, but labels of {name} go up "
+        f"to {source.num_classes}; set model.num_classes={source.num_classes}"
+    )
+  for mult in model.channel_mult:
+    if model.model_channels * mult % model.num_groups:
+      raise errors.UserError(
+          f"model.num_groups={model.num_groups} does not divide "
+          f"{model.model_channels * mult} channels; change model_channels, "
+          "channel_mult or num_groups"
+      )
+
+
+def _max_levels(height: int, width: int) -> int:
+  levels = 1
+  while height % 2 == 0 and width % 2 == 0:
+    height, width, levels = height // 2, width // 2, levels + 1
+  return levels
+
+
+def _check_method(config: ml_collections.ConfigDict) -> None:
+  method = config.method
+  if method.name == "bcm" and not config.model.two_time:
+    raise errors.UserError(
+        "method.name='bcm' needs a network with an end level; set "
+        "model.two_time=True"
+    )
+  if method.name == "bcm" and method.bins == "continuous":
+    raise errors.UserError(
+        "method.bins='continuous' has no grid to draw end levels from; use "
+        "'lognormal' or 'uniform' with method.name='bcm'"
+    )
+  if method.name == "bcm" and method.preconditioning not in ("bcm", "ctm"):
+    raise errors.UserError(
+        f"method.preconditioning={method.preconditioning!r} has no end level; "
+        "use 'bcm' with method.name='bcm'"
+    )
+  if not 0 < method.sigma_min < method.sigma_max:
+    raise errors.UserError(
+        f"method.sigma_min={method.sigma_min} and sigma_max="
+        f"{method.sigma_max} must satisfy 0 < sigma_min < sigma_max"
+    )
+  if not 1 <= method.s0 <= method.s1:
+    raise errors.UserError(
+        f"method.s0={method.s0} and s1={method.s1} must satisfy 1 <= s0 <= s1"
+    )
+  training = config.training
+  for key in ("num_steps", "batch_size", "microbatches"):
+    if training[key] < 1:
+      raise errors.UserError(
+          f"training.{key}={training[key]} must be at least 1"
+      )
+  for rate in training.ema_rates:
+    if not 0 <= rate < 1:
+      raise errors.UserError(
+          f"training.ema_rates holds {rate}; rates lie in [0, 1)"
+      )
+
+
+# Plans ---------------------------------------------------------------------
+
+
+def _mid_times(
+    start: float, end: float, count: int, rho: float
+) -> tuple[float, ...]:
+  """Interior points of a Karras grid from start to end, either direction."""
+  low, high = min(start, end), max(start, end)
+  inner = schedules.karras_sigmas(count + 2, low, high, rho)[1:-1]
+  return tuple(float(t) for t in (inner if start < end else inner[::-1]))
+
+
+def _times(
+    given: Sequence[float], nfe: int | None, start, end, rho, section: str
+) -> tuple[float, ...]:
+  """Intermediate times: those given, or default ones for an NFE."""
+  if given:
+    if nfe is not None and nfe != len(given) + 1:
+      raise errors.UserError(
+          f"{section}.nfe={nfe} needs {nfe - 1} intermediate times, but "
+          f"{section}.times has {len(given)}; leave one of the two out"
+      )
+    return tuple(given)
+  if nfe is not None and nfe < 1:
+    raise errors.UserError(f"{section}.nfe={nfe} must be at least 1")
+  return _mid_times(start, end, (nfe or 1) - 1, rho)
+
+
+# Published zigzag of the three-step sampler on ImageNet-64 (Li & He, 2024).
+_ZIGZAG = ((0.1, 1.2),)
+
+
+def _pairs(sample: options.Sample) -> tuple[tuple[float, float], ...]:
+  noise, level = sample.zigzag_noise, sample.zigzag_level
+  if len(noise) != len(level):
+    raise errors.UserError(
+        f"sample.zigzag_noise has {len(noise)} values and zigzag_level "
+        f"{len(level)}; give as many of each"
+    )
+  return tuple(zip(noise, level, strict=True)) or _ZIGZAG
+
+
+def sampling_plan(
+    experiment: Experiment, sampler: str | None = None
+) -> plans.Plan:
+  """The plan of section sample, or of another sampler with its times.
+
+  Raises:
+    UserError: unknown sampler, times that do not fit, or a sampler that
+      needs end levels which the network does not take.
+  """
+  sample: options.Sample = experiment.section("sample")
+  levels, rho = experiment.levels, experiment.method.rho
+  name = sampler or sample.sampler
+  known = ("onestep", "ancestral", "zigzag", "mixture", "cm_multistep")
+  if name not in known:
+    raise errors.unknown_name("sampler", name, known)
+  nfe = sample.nfe if name == sample.sampler else None
+  pairs = _pairs(sample) if name in ("zigzag", "mixture") else ()
+  mid: tuple[float, ...] = ()
+  if name in ("ancestral", "mixture", "cm_multistep"):
+    inner = None if nfe is None else nfe - 2 * len(pairs)
+    if inner is None and not sample.times:
+      inner = 2
+    mid = _times(
+        sample.times, inner, levels.sigma_max, levels.sigma_min, rho, "sample"
+    )
+  plan = {
+      "onestep": lambda: plans.ancestral((), levels),
+      "ancestral": lambda: plans.ancestral(mid, levels),
+      "zigzag": lambda: plans.zigzag(pairs, levels),
+      "mixture": lambda: plans.mixture(mid, pairs, levels),
+      "cm_multistep": lambda: plans.cm_multistep(mid, levels),
+  }[name]()
+  if nfe is not None and plan.nfe != nfe:
+    raise errors.UserError(
+        f"sample.nfe={nfe}, but {name} with these times makes {plan.nfe} "
+        "evaluations; leave sample.nfe out or change the times"
+    )
+  _check_end_levels(experiment, plan)
+  return plan
+
+
+def inversion_plan(
+    experiment: Experiment, nfe: int | None = None
+) -> plans.Plan:
+  """The plan of section invert, or one of another NFE with default times."""
+  section: options.Invert = experiment.section("invert")
+  given = section.times
+  if nfe is None:
+    nfe = section.nfe
+  elif nfe != len(given) + 1:
+    given = ()
+  levels = experiment.levels
+  mid = _times(
+      given, nfe, section.noise, levels.sigma_max, experiment.method.rho,
+      "invert",
+  )
+  plan = plans.inversion(section.noise, mid, levels)
+  _check_end_levels(experiment, plan)
+  return plan
+
+
+def _check_end_levels(experiment: Experiment, plan: plans.Plan) -> None:
+  low = experiment.levels.sigma_min
+  if experiment.method.two_time:
+    return
+  if any(isinstance(s, plans.Jump) and s.u != low for s in plan.steps):
+    raise errors.UserError(
+        f"{plan.name} jumps to other levels than sigma_min, which this "
+        "network cannot (model.two_time=False); use sampler 'onestep' or "
+        "'cm_multistep', or fine-tune it with method.name='bcm'"
+    )
+
+
+def example_batch(experiment: Experiment) -> tuple[Any, Any]:
+  """A batch of zeros to initialise networks with: images, labels or None."""
+  images = np.zeros((1, *experiment.image_shape), np.float32)
+  labels = None
+  if experiment.num_classes is not None:
+    labels = np.zeros((1,), np.int32)
+  return images, labels

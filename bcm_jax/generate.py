@@ -1,0 +1,403 @@
+"""A checkpoint in, images out: modes sample, invert and edit."""
+
+from collections.abc import Sequence
+import dataclasses
+import io
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import options
+from bcm_jax.data import source as sources
+from bcm_jax.metrics import image_grid
+from bcm_jax.metrics import reconstruction
+from bcm_jax.sampling import editing
+from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import samplers
+from bcm_jax.training import checkpoint
+from bcm_jax.training import parallel
+from bcm_jax.training import rng
+
+Params = Any
+
+
+# Loading -------------------------------------------------------------------
+
+
+def checkpoint_dir(workdir: str) -> str:
+  """Where a run keeps its checkpoints."""
+  return os.path.join(workdir, "checkpoints")
+
+
+def choose(
+    player: str, state: Any, average: str | None, what: str
+) -> Params:
+  """Parameters of a player or one of its averages, out of a state's dict.
+
+  Args:
+    player: name of the sampled player.
+    state: nested dict as a checkpoint holds it.
+    average: name of an average, 'params' for the parameters themselves, None
+      for the first average (the parameters where there is none).
+    what: the config key, for the error.
+  """
+  averages = dict(state["averages"])
+  if average is None:
+    names = [n for n in averages if n.startswith("ema_")]
+    average = names[0] if names else "params"
+  if average == "params":
+    return state["players"][player]["params"]
+  if average not in averages:
+    raise errors.unknown_name(what, average, [*averages, "params"])
+  return averages[average]
+
+
+def load_params(workdir: str, average: str | None) -> Params:
+  """Parameters of the newest good checkpoint of another run, on the host.
+
+  Raises:
+    UserError: no run there, or no good checkpoint.
+  """
+  saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
+  _, state, _ = saved.read_raw()
+  (player,) = state["players"]
+  return choose(player, state, average, "training.init_average")
+
+
+def load_run(
+    experiment: experiments.Experiment, workdir: str
+) -> tuple[int, Params]:
+  """(step, parameters) of the newest good checkpoint of a run."""
+  saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
+  step, state, _ = saved.read_raw()
+  params = choose(
+      experiment.method.sampled, state, experiment.config.sample.average,
+      "sample.average",
+  )
+  return step, params
+
+
+# Running plans -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+  """Runs plans over many images, some at a time, on all devices.
+
+  One executable serves every plan: levels are arguments of the flow map.
+  """
+
+  experiment: experiments.Experiment
+  params: Params
+  batch_size: int
+
+  def __post_init__(self):
+    mesh = parallel.make_mesh(jax.local_devices())
+    devices = parallel.Jit(mesh)
+    method = self.experiment.method
+    function = jax.jit(
+        lambda p, x, t, u, labels: method.flow_map(p)(x, t, u, labels)
+    )
+    params = devices.replicate(self.params)
+    object.__setattr__(self, "_devices", devices)
+    object.__setattr__(
+        self, "_flow_map", lambda *args: function(params, *args)
+    )
+    per = mesh.devices.size
+    object.__setattr__(self, "_batch", -(-self.batch_size // per) * per)
+
+  def __call__(
+      self,
+      plan: plans.Plan,
+      images: np.ndarray,
+      labels: np.ndarray | None,
+      keys: np.ndarray,
+  ) -> np.ndarray:
+    """Runs a plan on images [n, H, W, C] at its start level.
+
+    Args:
+      plan: what to do.
+      images: float32.
+      labels: [n] int32; ignored by an unconditional network.
+      keys: [n] keys of the noise that the plan adds.
+
+    Returns:
+      [n, H, W, C] float32.
+    """
+    if self.experiment.num_classes is None:
+      labels = None
+    results = []
+    for first in range(0, len(images), self._batch):
+      part = {"x": images[first : first + self._batch]}
+      count = len(part["x"])
+      part["keys"] = jax.random.key_data(keys[first : first + count])
+      if labels is not None:
+        part["labels"] = labels[first : first + count]
+      # The last batch is filled up, so that nothing compiles twice.
+      part = {k: _fill(np.asarray(v), self._batch) for k, v in part.items()}
+      part = self._devices.batch(part)
+      x = samplers.run(
+          plan, self._flow_map, part["x"], part.get("labels"),
+          jax.random.wrap_key_data(part["keys"]),
+      )
+      results.append(np.asarray(x)[:count])
+    return np.concatenate(results)
+
+
+def _fill(array: np.ndarray, size: int) -> np.ndarray:
+  missing = size - len(array)
+  return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+
+
+def asked_labels(experiment, sample: options.Sample) -> np.ndarray | None:
+  """Classes of the images to generate: one class, or all in equal shares."""
+  classes = experiment.num_classes
+  if classes is None:
+    if sample.label is not None:
+      raise errors.UserError(
+          f"sample.label={sample.label}, but the network is unconditional; "
+          "leave it out"
+      )
+    return None
+  if sample.label is None:
+    return (np.arange(sample.num_samples) % classes).astype(np.int32)
+  if not 0 <= sample.label < classes:
+    raise errors.UserError(
+        f"sample.label={sample.label} is out of range; this network knows "
+        f"classes 0 to {classes - 1}"
+    )
+  return np.full(sample.num_samples, sample.label, np.int32)
+
+
+def generate(
+    experiment: experiments.Experiment,
+    runner: Runner,
+    plan: plans.Plan,
+    labels: np.ndarray | None,
+    num_samples: int,
+    seed: int,
+) -> np.ndarray:
+  """Generates images: uint8 [n, H, W, C]. Image i depends on (seed, i)."""
+  index = jnp.arange(num_samples)
+  noise = samplers.start_noise(
+      rng.example_keys(seed, "sample/start", 0, index),
+      experiment.image_shape, experiment.method.sigma_max,
+  )
+  keys = rng.example_keys(seed, "sample/added", 0, index)
+  return sources.to_uint8(runner(plan, np.asarray(noise), labels, keys))
+
+
+# Files ---------------------------------------------------------------------
+
+
+def write_bytes(path: str, content: bytes) -> None:
+  """Writes a file, whole or not at all."""
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  with open(path + ".tmp", "wb") as f:
+    f.write(content)
+  os.replace(path + ".tmp", path)
+
+
+def write_npz(path: str, **arrays: np.ndarray) -> None:
+  """Writes a compressed .npz, whole or not at all."""
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, **arrays)
+  write_bytes(path, buffer.getvalue())
+
+
+def write_json(path: str, content: Any) -> None:
+  """Writes indented JSON, whole or not at all."""
+  write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _scale(experiment) -> int:
+  """Enlargement that makes small images visible."""
+  return max(1, 32 // experiment.image_shape[0])
+
+
+# Modes ---------------------------------------------------------------------
+
+
+def sample(
+    experiment: experiments.Experiment,
+    workdir: str,
+    runner: Runner,
+    sampler: str | None = None,
+) -> str:
+  """Mode sample: writes samples.npz and grid.png; returns their folder."""
+  section: options.Sample = experiment.section("sample")
+  plan = experiments.sampling_plan(experiment, sampler)
+  labels = asked_labels(experiment, section)
+  print(plan)
+  images = generate(
+      experiment, runner, plan, labels, section.num_samples, section.seed
+  )
+  folder = os.path.join(workdir, "samples", f"{plan.name}_nfe{plan.nfe}")
+  arrays = {"arr_0": images}
+  if labels is not None:
+    arrays["arr_1"] = labels
+  write_npz(os.path.join(folder, "samples.npz"), **arrays)
+  columns = experiment.num_classes if section.label is None else None
+  if columns is None or columns > 16:
+    columns = 10
+  image_grid.save_png(
+      os.path.join(folder, "grid.png"),
+      image_grid.image_grid(
+          images[: 10 * columns], columns, scale=_scale(experiment)
+      ),
+  )
+  return folder
+
+
+def test_images(
+    experiment: experiments.Experiment, count: int | None
+) -> dict[str, np.ndarray]:
+  """The first `count` images of the test split, all for None."""
+  source = experiment.source("test")
+  count = len(source) if count is None else min(count, len(source))
+  return source.fetch(np.arange(count))
+
+
+def invert_and_reconstruct(
+    experiment: experiments.Experiment,
+    runner: Runner,
+    plan: plans.Plan,
+    batch: dict[str, np.ndarray],
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Inverts by a plan, generates in one step: (latents, uint8 images)."""
+  index = jnp.arange(len(batch["image"]))
+  keys = rng.example_keys(seed, "invert/added", 0, index)
+  latents = runner(
+      plan, sources.to_float(batch["image"]), batch["label"], keys
+  )
+  back = plans.ancestral((), experiment.levels)
+  images = runner(back, latents, batch["label"], keys)
+  return latents, sources.to_uint8(images)
+
+
+def invert(
+    experiment: experiments.Experiment,
+    workdir: str,
+    runner: Runner,
+    nfe: int | None = None,
+) -> str:
+  """Mode invert: originals, latents, reconstructions and their error."""
+  section: options.Invert = experiment.section("invert")
+  plan = experiments.inversion_plan(experiment, nfe)
+  print(plan)
+  batch = test_images(experiment, section.num_images)
+  latents, images = invert_and_reconstruct(
+      experiment, runner, plan, batch, section.seed
+  )
+  mse = reconstruction.per_pixel_mse(batch["image"], images)
+  folder = os.path.join(workdir, "inversions", f"nfe{plan.nfe}")
+  write_npz(
+      os.path.join(folder, "inversion.npz"), originals=batch["image"],
+      latents=latents, reconstructions=images, labels=batch["label"], mse=mse,
+  )
+  write_json(
+      os.path.join(folder, "result.json"),
+      {"plan": str(plan).splitlines(), "images": len(images),
+       "mse": float(mse.mean())},
+  )
+  shown = slice(0, 16)
+  rows = [
+      ("original", batch["image"][shown]),
+      ("latent", _visible(latents[shown], experiment.method.sigma_max)),
+      ("reconstruction", images[shown]),
+  ]
+  image_grid.save_png(
+      os.path.join(folder, "grid.png"),
+      image_grid.captioned_rows(rows, scale=_scale(experiment)),
+  )
+  print(f"reconstruction MSE on the [0, 1] scale: {mse.mean():.5f} "
+        f"({len(images)} images)")
+  return folder
+
+
+def _visible(latents: np.ndarray, sigma_max: float) -> np.ndarray:
+  """Latents as pictures: three standard deviations fill the range."""
+  return sources.to_uint8(latents / (3 * sigma_max))
+
+
+def interpolate(
+    experiment: experiments.Experiment, workdir: str, runner: Runner
+) -> str:
+  """Mode edit, task interpolate: rows between pairs of real images.
+
+  Both ends of a pair get the same small noise before they are inverted, and
+  the row takes the class of the nearer end.
+  """
+  section: options.Edit = experiment.section("edit")
+  source = experiment.source("test")
+  if not 1 <= section.pairs <= len(source) // 2 or section.points < 2:
+    raise errors.UserError(
+        f"edit.pairs={section.pairs} and edit.points={section.points}: give "
+        f"1 to {len(source) // 2} pairs and at least 2 points"
+    )
+  order = np.random.default_rng(section.seed).permutation(len(source))
+  ends = [
+      source.fetch(order[i * section.pairs : (i + 1) * section.pairs])
+      for i in range(2)
+  ]
+  keys = rng.example_keys(
+      section.seed, "edit/added", 0, jnp.arange(section.pairs)
+  )
+  plan = experiments.inversion_plan(experiment)
+  print(plan)
+  latents = [
+      runner(plan, sources.to_float(e["image"]), e["label"], keys)
+      for e in ends
+  ]
+  back = plans.ancestral((), experiment.levels)
+  columns = [ends[0]["image"]]
+  for weight in np.linspace(0, 1, section.points):
+    mixed = editing.slerp(
+        jnp.asarray(latents[0]), jnp.asarray(latents[1]),
+        jnp.full(section.pairs, weight, jnp.float32),
+    )
+    labels = ends[int(weight > 0.5)]["label"]
+    images = runner(back, np.asarray(mixed), labels, keys)
+    columns.append(sources.to_uint8(images))
+  columns.append(ends[1]["image"])
+  images = np.stack(columns, axis=1)
+  folder = os.path.join(workdir, "edits", "interpolate")
+  write_npz(
+      os.path.join(folder, "interpolation.npz"), images=images,
+      labels=np.stack([e["label"] for e in ends], axis=1),
+  )
+  image_grid.save_png(
+      os.path.join(folder, "grid.png"),
+      image_grid.image_grid(
+          images.reshape(-1, *images.shape[2:]), images.shape[1],
+          scale=_scale(experiment),
+      ),
+  )
+  return folder
+
+
+def run(
+    experiment: experiments.Experiment, workdir: str, mode: str
+) -> Sequence[str]:
+  """Loads the run in workdir and runs a mode; returns the folders written."""
+  section: options.Sample = experiment.section("sample")
+  if mode == "sample":
+    # Bad times and labels are found before the checkpoint is read.
+    experiments.sampling_plan(experiment)
+    asked_labels(experiment, section)
+  else:
+    experiments.inversion_plan(experiment)
+  _, params = load_run(experiment, workdir)
+  runner = Runner(experiment, params, section.batch_size)
+  if mode == "sample":
+    return [sample(experiment, workdir, runner)]
+  if mode == "invert":
+    return [invert(experiment, workdir, runner)]
+  return [interpolate(experiment, workdir, runner)]

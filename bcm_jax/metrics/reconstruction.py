@@ -1,0 +1,75 @@
+"""How far a reconstruction is from its original.
+
+The BCM convention (Li and He 2024, arXiv:2403.18035, and its released
+image_sample.py): both images as uint8 (truncated, not rounded), divided by
+255, squared error averaged over pixels and channels.
+"""
+
+import numpy as np
+
+from bcm_jax.errors import UserError
+
+
+def per_pixel_mse(
+  original_uint8: np.ndarray, reconstruction_uint8: np.ndarray
+) -> np.ndarray:
+  """Mean squared error of each image on the [0, 1] scale.
+
+  Args:
+    original_uint8: uint8 [n, H, W, C].
+    reconstruction_uint8: uint8 [n, H, W, C].
+
+  Returns:
+    float64 [n], in [0, 1].
+
+  Raises:
+    UserError: shapes differ, no pixels to average, or an array is not uint8.
+  """
+  original = np.asarray(original_uint8)
+  reconstruction = np.asarray(reconstruction_uint8)
+  for name, images in (
+    ("original", original),
+    ("reconstruction", reconstruction),
+  ):
+    if images.dtype != np.uint8:
+      raise UserError(
+        f"{name} is {images.dtype}, expected uint8: quantise both images "
+        "to 0..255 first"
+      )
+  if original.shape != reconstruction.shape:
+    raise UserError(
+      f"original has shape {original.shape} and reconstruction "
+      f"{reconstruction.shape}, expected the same: pass them in pairs"
+    )
+  if original.ndim < 2 or original[:1].size == 0:
+    raise UserError(
+      f"original has shape {original.shape}, expected [n, H, W, C] with "
+      "at least one image: pass a batch"
+    )
+  # Before the difference: uint8 would wrap around.
+  difference = original.astype(np.float64) - reconstruction.astype(np.float64)
+  axes = tuple(range(1, original.ndim))
+  return np.mean((difference / 255.0) ** 2, axis=axes)
+
+
+def psnr(mse: np.ndarray | float) -> np.ndarray:
+  """Peak signal-to-noise ratio in dB of an MSE on the [0, 1] scale.
+
+  The mean of PSNRs is not the PSNR of the mean; say which one is reported.
+
+  Args:
+    mse: any shape, >= 0.
+
+  Returns:
+    float64 of the same shape; infinity where mse is 0.
+
+  Raises:
+    UserError: an mse below 0.
+  """
+  mse = np.asarray(mse, np.float64)
+  if np.any(mse < 0):
+    raise UserError(
+      f"mse is {mse.min():g}, expected >= 0: pass the output of per_pixel_mse"
+    )
+  with np.errstate(divide="ignore"):
+    return -10.0 * np.log10(mse)

@@ -1,0 +1,176 @@
+"""Sections of a config that belong to no room of their own.
+
+Each is a frozen dataclass; its fields are the keys that a config may set, its
+types are checked, its defaults fill what a config leaves out. Sections model,
+method and optimizer take their keys from the classes that they name.
+"""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Where images come from.
+
+  Attributes:
+    name: data set.
+    data_dir: where TFDS keeps its copy; None is TFDS's own default.
+    flip: random horizontal flips.
+  """
+
+  name: str = "digits"
+  data_dir: str | None = None
+  flip: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """The loop.
+
+  Attributes:
+    num_steps: steps in all.
+    batch_size: global batch size.
+    microbatches: gradient accumulation, the batch is cut into this many.
+    ema_rates: rates of the moving averages, kept beside the parameters.
+    ema_warmup: min(rate, (1 + n) / (10 + n)) instead of the rate.
+    max_skipped_in_row: non-finite steps in a row that stop the run.
+    init_from: work directory of a run whose average the player starts from;
+      None starts fresh.
+    init_average: which of its averages; None is its first.
+    parallel: 'jit' over one mesh, or the 'pmap' adapter.
+    cpu_devices: devices that JAX makes of the host's cores where it runs on
+      a CPU; 0 is one a usable core, as far as the batch divides evenly.
+  """
+
+  num_steps: int = 400_000
+  batch_size: int = 1024
+  microbatches: int = 1
+  ema_rates: tuple[float, ...] = (0.9999,)
+  ema_warmup: bool = False
+  max_skipped_in_row: int = 20
+  init_from: str | None = None
+  init_average: str | None = None
+  parallel: Literal["jit", "pmap"] = "jit"
+  cpu_devices: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """When the state is saved, and how much is kept.
+
+  Attributes:
+    every_steps: steps between saves; the last step is always saved.
+    keep: newest checkpoints to keep; None keeps all.
+    keep_every: additionally keep those at multiples of this step.
+  """
+
+  every_steps: int = 10_000
+  keep: int | None = 3
+  keep_every: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """What is written, and when.
+
+  Attributes:
+    every_steps: steps between lines of metrics.
+    progress_secs: seconds between progress lines where there is no terminal.
+    profile: write a profile of a few steps for TensorBoard.
+  """
+
+  every_steps: int = 100
+  progress_secs: float = 30.0
+  profile: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """Generation. Times are in sigma units.
+
+  Attributes:
+    sampler: see sampling.plan.
+    nfe: network evaluations. Where `times` and pairs are empty it picks
+      default ones; otherwise it must agree with them, or be None.
+    times: intermediate times, descending (ancestral, mixture, cm_multistep).
+    zigzag_noise: noise e added before each zigzag.
+    zigzag_level: level t to which each zigzag amplifies it.
+    num_samples: images in all.
+    batch_size: images at a time.
+    label: class of all images; None takes all classes in equal shares.
+    seed: of noise.
+    average: moving average to sample from; None is the first, 'params' the
+      parameters themselves.
+  """
+
+  sampler: Literal[
+      "onestep", "ancestral", "zigzag", "mixture", "cm_multistep"
+  ] = "onestep"
+  nfe: int | None = None
+  times: tuple[float, ...] = ()
+  zigzag_noise: tuple[float, ...] = ()
+  zigzag_level: tuple[float, ...] = ()
+  num_samples: int = 1000
+  batch_size: int = 250
+  label: int | None = None
+  seed: int = 0
+  average: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Invert:
+  """Inversion of the test split. Times are in sigma units.
+
+  Attributes:
+    nfe: network evaluations of the inversion; reconstruction is one more.
+    times: intermediate times, ascending; empty takes default ones.
+    noise: e, standard deviation of the noise added before inverting.
+    num_images: images to invert; None is the whole split.
+    batch_size: images at a time.
+    seed: of the added noise.
+  """
+
+  nfe: int | None = None
+  times: tuple[float, ...] = ()
+  noise: float = 0.07
+  num_images: int | None = None
+  batch_size: int = 250
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+  """Editing of real images.
+
+  Attributes:
+    task: 'interpolate' goes between pairs of test images through latents.
+    pairs: number of pairs.
+    points: images a row, both ends included.
+    seed: of the choice of pairs and of the added noise.
+  """
+
+  task: Literal["interpolate"] = "interpolate"
+  pairs: int = 8
+  points: int = 9
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  """Numbers at the end of a run and in mode eval.
+
+  Attributes:
+    samplers: samplers to evaluate, with the times of section sample.
+    inversion_nfe: evaluations of each inversion whose error is measured; the
+      times of section invert serve where their number fits, else defaults.
+    num_samples: generated images, equal shares a class.
+    num_reference: training images that precision and recall compare with.
+    k: neighbours of precision and recall.
+  """
+
+  samplers: tuple[str, ...] = ("onestep", "ancestral")
+  inversion_nfe: tuple[int, ...] = (1, 2)
+  num_samples: int = 1000
+  num_reference: int = 1000
+  k: int = 3

@@ -1,0 +1,371 @@
+"""Checkpoints with digests, fallback and quarantine, on top of Orbax.
+
+Orbax commits a step atomically, but it neither notices a flipped byte (the
+step restores with wrong values) nor tries an older step when the newest does
+not read. Here every leaf is saved with a SHA-256 digest, verified on the way
+back; a step that fails is set aside, never deleted, and the next older one is
+taken.
+
+A step holds two Orbax items: `state`, nested dicts of arrays that do not
+depend on class names, and `meta`, JSON with the caller's facts and the
+manifest of leaves. `None`, empty dicts and arrays without elements (which
+Orbax refuses) live in the manifest alone.
+
+This is the only file that imports Orbax, which takes seconds.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import logging as std_logging
+from typing import Any
+
+from absl import logging
+from etils import epath
+from flax import serialization
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import orbax.checkpoint as ocp
+
+from bcm_jax.errors import UserError
+from bcm_jax.training import manifest
+
+_STATE, _META = "state", "meta"
+# Trouble of the machine, not of the files: these never condemn a checkpoint.
+_NOT_DAMAGE = (MemoryError, PermissionError)
+_MAX_LISTED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+  """A verified step on the host: `leaves` maps paths to host values."""
+
+  step: int
+  leaves: dict[manifest.Path, Any]
+  meta: dict[str, Any]
+
+
+class _QuietOrbax(std_logging.Filter):
+  """Drops what Orbax says below ERROR: dozens of lines for every save."""
+
+  def filter(self, record: std_logging.LogRecord) -> bool:
+    path = record.pathname.replace("\\", "/")
+    return record.levelno >= std_logging.ERROR or "/orbax/" not in path
+
+
+std_logging.getLogger("absl").addFilter(_QuietOrbax())
+
+
+class Checkpoints:
+  """The checkpoints of one run, `<directory>/<step>/`.
+
+  Reading never creates or changes anything but what `restore` says of damaged
+  steps, so a directory of another run can be opened safely.
+  """
+
+  def __init__(
+      self,
+      directory: str,
+      keep: int | None = 3,
+      keep_every: int | None = None,
+  ):
+    """Opens a directory; it is made by the first save.
+
+    Args:
+      directory: where the steps are, a local or gs:// path.
+      keep: how many of the newest steps stay; None keeps all.
+      keep_every: steps divisible by this one stay for ever.
+    """
+    self._directory = epath.Path(directory).expanduser()
+    if "://" not in str(self._directory):
+      # Orbax accepts absolute paths only.
+      self._directory = self._directory.resolve()
+    self._keep = keep
+    self._keep_every = keep_every
+    self._manager = None
+
+  @property
+  def directory(self) -> str:
+    """The absolute path of the folder that holds the steps."""
+    return str(self._directory)
+
+  def save(
+      self, step: int, state: Any, meta: dict[str, Any], force: bool = False
+  ) -> bool:
+    """Saves a state and its facts as one atomic step, in the background.
+
+    The arrays are copied to the host before this returns, so the caller may
+    donate or overwrite them. Errors of the background write are raised by the
+    next `save`, `wait` or `close`.
+
+    Args:
+      step: non-negative step number.
+      state: a pytree of containers that Flax can serialise (dicts, lists,
+        named tuples, flax.struct dataclasses) with array leaves.
+      meta: JSON values: config, code version, data position, ...
+      force: replace the step if it is there already. The old one is deleted
+        first: a kill in between costs this step, not older ones.
+
+    Returns:
+      Whether it was saved: False where the step exists and force is False.
+
+    Raises:
+      TypeError: a leaf is not an array of numbers, or meta is not JSON.
+      UserError: the directory cannot be written.
+    """
+    step = int(step)
+    leaves = {path: manifest.to_host(path, leaf)
+              for path, leaf in manifest.flatten(state).items()}
+    record = manifest.make_record(step, leaves, meta)
+    manager = self._writer()
+    if step in self.all_steps():
+      if not force:
+        return False
+      manager.delete(step)
+    arrays = {p: x for p, x in leaves.items() if manifest.is_stored(x)}
+    # Orbax's own force means: also when a later step exists.
+    return bool(manager.save(step, force=True, args=ocp.args.Composite(**{
+        _STATE: ocp.args.StandardSave(manifest.unflatten(arrays)),
+        _META: ocp.args.JsonSave(record),
+    })))
+
+  def all_steps(self) -> list[int]:
+    """Committed steps in rising order; waits for a save under way."""
+    self.wait()
+    if not self._directory.exists():
+      return []
+    # Leftovers of a killed save have a suffix on local disks; object stores
+    # cannot rename, there the marker file tells.
+    marker = "://" in str(self._directory)
+    return sorted(
+        int(path.name)
+        for path in self._directory.iterdir()
+        if path.name.isdigit()
+        and (not marker or (path / "commit_success.txt").exists())
+    )
+
+  def latest_step(self) -> int | None:
+    """The newest committed step, or None; nothing is verified."""
+    return max(self.all_steps(), default=None)
+
+  def restore(
+      self, template: Any, step: int | None = None
+  ) -> tuple[int, Any, dict[str, Any]]:
+    """Restores the newest good step, or the one asked for.
+
+    A damaged step is logged as one error line and, once a good older one is
+    found, moved to `<directory>/../damaged/<step>-<n>`. Where none is good
+    nothing moves, so that a restarted job is refused again instead of quietly
+    starting from nothing.
+
+    Args:
+      template: pytree of arrays or jax.ShapeDtypeStruct: structure, shapes,
+        dtypes and shardings of the result. NumPy leaves stay on the host.
+      step: take this step and no other.
+
+    Returns:
+      (step, state like template, meta).
+
+    Raises:
+      UserError: no checkpoint, none that is good, not the step asked for, or
+        an intact one that does not fit the template.
+    """
+    loaded, damaged = self._load(step)
+    want = manifest.flatten(template)
+    self._check_fits(want, loaded)
+    for bad, reason in damaged:
+      self._set_aside(bad, reason, loaded.step)
+    leaves = {path: manifest.place(leaf, loaded.leaves[path])
+              for path, leaf in want.items()}
+    state = serialization.from_state_dict(template, manifest.unflatten(leaves))
+    return loaded.step, state, loaded.meta
+
+  def read_raw(
+      self, step: int | None = None
+  ) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Like `restore` without a template, and never moves a folder.
+
+    Returns:
+      (step, nested dicts of NumPy arrays, meta); lists and tuples come as
+      dicts with keys '0', '1', ..., as flax.serialization writes them.
+
+    Raises:
+      UserError: as `restore`.
+    """
+    loaded, damaged = self._load(step)
+    for bad, reason in damaged:
+      logging.error("checkpoint step %d in %s is damaged (%s); using step %d",
+                    bad, self.directory, reason, loaded.step)
+    return loaded.step, manifest.unflatten(loaded.leaves), loaded.meta
+
+  def wait(self) -> None:
+    """Blocks until a save under way is committed; raises its error if any."""
+    if self._manager is not None:
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits and frees Orbax's threads; a later save opens them again."""
+    if self._manager is not None:
+      self._manager.close()
+      self._manager = None
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self.close()
+
+  def _writer(self) -> ocp.CheckpointManager:
+    if self._manager is None:
+      options = ocp.CheckpointManagerOptions(
+          max_to_keep=self._keep,
+          keep_period=self._keep_every,
+          cleanup_tmp_directories=True,
+      )
+      try:
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+      except OSError as e:
+        raise UserError(
+            f"cannot write checkpoints to {self.directory}: {_one_line(e)}; "
+            "expected a folder that this job may create and write; choose "
+            "another workdir or mend its permissions"
+        ) from e
+    return self._manager
+
+  def _load(
+      self, step: int | None
+  ) -> tuple[_Loaded, list[tuple[int, str]]]:
+    """Returns the newest good step and the newer ones with their damage."""
+    steps = self.all_steps()
+    if not steps:
+      raise UserError(
+          f"no checkpoint in {self.directory}; expected at least one saved "
+          "step; train first or give the folder of another run"
+      )
+    if step is not None and step not in steps:
+      raise UserError(
+          f"no checkpoint of step {step} in {self.directory}; expected one "
+          f"of the saved steps {_listed(steps)}; choose one of these"
+      )
+    damaged = []
+    for candidate in [step] if step is not None else reversed(steps):
+      reason = loaded = None
+      try:
+        loaded = _read_step(self._directory / str(candidate), candidate)
+      except manifest.Damage as e:
+        reason = str(e)
+      if _all_hosts(loaded is not None):
+        return loaded, damaged
+      damaged.append((candidate, reason or "damaged as another host sees it"))
+    raise self._none_good(damaged, step)
+
+  def _check_fits(
+      self, want: dict[manifest.Path, Any], loaded: _Loaded
+  ) -> None:
+    wrong = manifest.differences(want, loaded.leaves)
+    if wrong:
+      more = len(wrong) - _MAX_LISTED
+      listed = ", ".join(wrong[:_MAX_LISTED])
+      raise UserError(
+          f"checkpoint step {loaded.step} in {self.directory} does not fit "
+          f"this state: {listed}{f' and {more} more' if more > 0 else ''}; "
+          "expected the same leaves; use the config the run was made with or "
+          "another workdir"
+      )
+
+  def _none_good(self, damaged, step: int | None) -> UserError:
+    for bad, reason in damaged:
+      logging.error("checkpoint step %d in %s is damaged (%s); left in place",
+                    bad, self.directory, reason)
+    tried = "; ".join(f"step {bad}: {why}" for bad, why in damaged)
+    if step is not None:
+      others = [s for s in self.all_steps() if s != step]
+      advice = (f"choose another step ({_listed(others)})" if others
+                else "there is no other step; copy it back from a backup")
+    else:
+      advice = ("copy a good one back from a backup, or move the folder away "
+                "to start afresh")
+    return UserError(
+        f"damaged checkpoints in {self.directory} ({tried}); expected one "
+        f"whose digests agree; {advice}"
+    )
+
+  def _set_aside(self, step: int, reason: str, instead: int) -> None:
+    home = self._directory.parent / "damaged"
+    number = 0
+    while (home / f"{step}-{number}").exists():
+      number += 1
+    target = home / f"{step}-{number}"
+    if jax.process_index() == 0:
+      home.mkdir(parents=True, exist_ok=True)
+      (self._directory / str(step)).rename(target)
+      logging.error(
+          "checkpoint step %d is damaged (%s); moved to %s; falling back to "
+          "step %d", step, reason, target, instead)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f"set aside {step}")
+    if self._manager is not None:
+      self._manager.reload()
+
+
+def _read_step(folder: epath.Path, step: int) -> _Loaded:
+  """Reads one step into host memory; raises Damage if it does not verify."""
+  record = _attempt("meta", lambda: _read_item(
+      folder / _META, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()))
+  record = dict(record) if isinstance(record, dict) else {}
+  digest = record.pop("sha256", None)
+  if digest != manifest.json_digest(record):
+    raise manifest.Damage("meta: digest differs")
+  if record["format"] != manifest.FORMAT:
+    raise UserError(
+        f"checkpoint {folder} has format {record['format']}; expected "
+        f"{manifest.FORMAT}; use the version of the library that wrote it")
+  if record["step"] != step:
+    raise manifest.Damage(f"meta: belongs to step {record['step']}")
+  tree: dict[str, Any] = {}
+  if any(e["kind"] == "array" and 0 not in e["shape"]
+         for e in record["leaves"]):
+    tree = _attempt("state", lambda: _read_item(
+        folder / _STATE, ocp.StandardCheckpointHandler(),
+        ocp.args.StandardRestore()))
+  leaves = {}
+  for entry in record["leaves"]:
+    path = tuple(entry["path"])
+    leaves[path] = manifest.verified(entry, tree, path)
+  return _Loaded(step, leaves, record["meta"])
+
+
+def _read_item(folder: epath.Path, handler: Any, args: Any) -> Any:
+  # Each host reads alone: one that fails must not leave others at a barrier.
+  index = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+      primary_host=index, active_processes={index},
+      barrier_sync_key_prefix=f"read{index}")
+  with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+    return reader.restore(folder, args=args)
+
+
+def _attempt(what: str, read: Callable[[], Any]) -> Any:
+  try:
+    return read()
+  except _NOT_DAMAGE:
+    raise
+  except Exception as e:  # Orbax raises bare Exceptions for bad data.
+    raise manifest.Damage(f"{what}: {_one_line(e)}") from e
+
+
+def _all_hosts(ok: bool) -> bool:
+  """Whether all hosts say yes: they must agree on the step they take."""
+  if jax.process_count() == 1:
+    return ok
+  return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
+
+
+def _one_line(error: BaseException, limit: int = 160) -> str:
+  text = " ".join(str(error).split()) or "no message"
+  text = text if len(text) <= limit else text[:limit] + "..."
+  return f"{type(error).__name__}: {text}"
+
+
+def _listed(steps: list[int]) -> str:
+  return ", ".join(map(str, steps))

@@ -1,0 +1,329 @@
+"""Metric writers: JSON lines always, TensorBoard where CLU can be imported.
+
+All have the method names of clu.metric_writers.MetricWriter. CLU's writers
+need TensorFlow; without it the JSONL file alone is written.
+"""
+
+from collections.abc import Iterable, Mapping
+import importlib
+import json
+import math
+import os
+from typing import Any, Protocol
+
+from absl import logging
+import numpy as np
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricWriter(Protocol):
+  """The part of clu.metric_writers.MetricWriter that training uses."""
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None: ...
+
+  def write_images(self, step: int, images: Mapping[str, Any]) -> None: ...
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None: ...
+
+  def write_histograms(
+      self,
+      step: int,
+      arrays: Mapping[str, Any],
+      num_buckets: Mapping[str, int] | None = None,
+  ) -> None: ...
+
+  def write_hparams(self, hparams: Mapping[str, Any]) -> None: ...
+
+  def flush(self) -> None: ...
+
+  def close(self) -> None: ...
+
+
+def import_clu(module: str) -> Any | None:
+  """Imports clu.<module>, or returns None where it (or TensorFlow) cannot be.
+
+  A broken TensorFlow raises anything; training goes on without it.
+  """
+  # Its greetings would break the progress bar; nothing is computed with it.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  try:
+    imported = importlib.import_module(f"clu.{module}")
+  except ImportError as e:
+    logging.info("clu.%s is not available (%s)", module, e)
+    return None
+  except Exception as e:
+    logging.warning("clu.%s cannot be imported (%s: %s); using the fallback",
+                    module, type(e).__name__, e)
+    return None
+  return imported
+
+
+def create_writer(
+    logdir: str, primary: bool = True, resume_step: int | None = None
+) -> MetricWriter:
+  """Makes the writer of a run.
+
+  Args:
+    logdir: the run's folder; `metrics.jsonl` and `tensorboard/` go there.
+    primary: whether this host writes; others get a writer that does nothing.
+    resume_step: drop JSON lines of later steps first (see
+      `JsonlWriter.truncate_after`).
+
+  Returns:
+    A MetricWriter; JSON lines are written at once, TensorBoard's in a thread.
+  """
+  if not primary:
+    return NullWriter()
+  jsonl = JsonlWriter(logdir)
+  if resume_step is not None:
+    jsonl.truncate_after(resume_step)
+  clu_writers = import_clu("metric_writers")
+  if clu_writers is None:
+    return jsonl
+  _hide_gpus_from_tensorflow()
+  board = clu_writers.AsyncWriter(
+      clu_writers.SummaryWriter(os.path.join(logdir, "tensorboard")))
+  return clu_writers.MultiWriter([jsonl, _HostValues(board)])
+
+
+class NullWriter:
+  """A writer for hosts that are not the primary one: does nothing."""
+
+  def write_summaries(self, step, values, metadata=None):
+    """Does nothing."""
+
+  def write_scalars(self, step, scalars):
+    """Does nothing."""
+
+  def write_images(self, step, images):
+    """Does nothing."""
+
+  def write_videos(self, step, videos):
+    """Does nothing."""
+
+  def write_audios(self, step, audios, *, sample_rate):
+    """Does nothing."""
+
+  def write_texts(self, step, texts):
+    """Does nothing."""
+
+  def write_histograms(self, step, arrays, num_buckets=None):
+    """Does nothing."""
+
+  def write_hparams(self, hparams):
+    """Does nothing."""
+
+  def flush(self):
+    """Does nothing."""
+
+  def close(self):
+    """Does nothing."""
+
+
+class JsonlWriter(NullWriter):
+  """Writes `<logdir>/metrics.jsonl`, one JSON object a line.
+
+  Scalars: {"step": 3, "loss": 0.5}, values plain floats; those that are not
+  finite become the strings "NaN", "Infinity", "-Infinity", which float()
+  reads, so that the file stays valid JSON. Other lines have a "kind" key
+  after the step (hyper-parameters have no step). Of images and histograms
+  only shapes and moments are kept; videos, audio and summaries are not.
+
+  Lines of a step are equal in a resumed and an uninterrupted run if the
+  values are: there are no time stamps.
+  """
+
+  def __init__(self, logdir: str):
+    """Opens the file for appending; half a line left by a crash is dropped."""
+    os.makedirs(logdir, exist_ok=True)
+    self.path = os.path.join(logdir, METRICS_FILE)
+    _drop_partial_line(self.path)
+    self._file = open(self.path, "a", encoding="utf-8")
+
+  def write_scalars(self, step, scalars):
+    """Writes {name: scalar}; arrays must hold a single number."""
+    values = {name: _plain_float(x) for name, x in scalars.items()}
+    self._write({"step": int(step), **values})
+
+  def write_images(self, step, images):
+    """Writes the shapes of [H, W, C] or [N, H, W, C] images."""
+    shapes = {name: list(np.shape(x)) for name, x in images.items()}
+    self._write({"step": int(step), "kind": "images", "shapes": shapes})
+
+  def write_texts(self, step, texts):
+    """Writes {name: text}."""
+    self._write({"step": int(step), "kind": "texts", "texts": dict(texts)})
+
+  def write_histograms(self, step, arrays, num_buckets=None):
+    """Writes size, mean, deviation, least and greatest of each array."""
+    del num_buckets
+    moments = {name: _moments(x) for name, x in arrays.items()}
+    self._write({"step": int(step), "kind": "histograms", "arrays": moments})
+
+  def write_hparams(self, hparams):
+    """Writes hyper-parameters unless the file holds the same line already."""
+    record = {"kind": "hparams", "hparams": _jsonable(hparams)}
+    with open(self.path, encoding="utf-8") as lines:
+      # A resumed run writes them again; an uninterrupted one would not have.
+      if any(_parse(line) == record for line in lines if '"hparams"' in line):
+        return
+    self._write(record)
+
+  def truncate_after(self, step: int) -> None:
+    """Drops lines of later steps, and lines that are not JSON objects.
+
+    Called on resuming from `step`, so that the file becomes that of an
+    uninterrupted run. The file is replaced atomically.
+    """
+    self._file.close()
+    with open(self.path, encoding="utf-8", errors="replace") as lines:
+      kept = [line for line in lines if _belongs(line, step)]
+    temporary = f"{self.path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as out:
+      out.writelines(kept)
+      out.flush()
+      os.fsync(out.fileno())
+    os.replace(temporary, self.path)
+    self._file = open(self.path, "a", encoding="utf-8")
+
+  def flush(self):
+    """Hands all lines to the operating system's disk."""
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+  def close(self):
+    """Closes the file; a second call does nothing."""
+    self._file.close()
+
+  def _write(self, record: dict[str, Any]) -> None:
+    # One write and a flush: a killed job loses at most the line it is at.
+    self._file.write(json.dumps(record, allow_nan=False) + "\n")
+    self._file.flush()
+
+
+class _HostValues:
+  """Passes all on to a threaded writer, as values it can take later.
+
+  Device arrays may be donated before the thread reads them, TensorFlow takes
+  no array of shape (1,) for a scalar, and TensorBoard's plugin refuses None
+  and lists as hyper-parameters: in the thread, such errors would surface at
+  some later call.
+  """
+
+  def __init__(self, writer: Any):
+    self._writer = writer
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._writer, name)
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    self._writer.write_scalars(
+        int(step), {name: _number(x) for name, x in scalars.items()})
+
+  def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+    self._writer.write_images(
+        int(step), {name: np.array(x) for name, x in images.items()})
+
+  def write_histograms(
+      self,
+      step: int,
+      arrays: Mapping[str, Any],
+      num_buckets: Mapping[str, int] | None = None,
+  ) -> None:
+    arrays = {name: np.array(x, np.float64) for name, x in arrays.items()}
+    self._writer.write_histograms(int(step), arrays, num_buckets)
+
+  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    self._writer.write_hparams({
+        name: x if isinstance(x, (bool, int, float, str)) else json.dumps(x)
+        for name, x in _flat(_jsonable(hparams))
+    })
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable:
+  for key, value in tree.items():
+    if isinstance(value, dict) and value:
+      yield from _flat(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value
+
+
+def _hide_gpus_from_tensorflow() -> None:
+  """Keeps TensorFlow from reserving the memory that JAX needs."""
+  try:
+    tf = importlib.import_module("tensorflow")
+    tf.config.set_visible_devices([], "GPU")
+  except (ImportError, RuntimeError) as e:  # Too late: it already uses them.
+    logging.info("cannot hide GPUs from TensorFlow (%s)", e)
+
+
+def _number(value: Any) -> float:
+  array = np.asarray(value)
+  if array.size != 1:
+    raise ValueError(f"expected a single number, got shape {array.shape}")
+  return float(array.reshape(()))
+
+
+def _plain_float(value: Any) -> float | str:
+  number = _number(value)
+  if math.isfinite(number):
+    return number
+  if math.isnan(number):
+    return "NaN"
+  return "Infinity" if number > 0 else "-Infinity"
+
+
+def _moments(array: Any) -> dict[str, Any]:
+  x = np.asarray(array).astype(np.float64)
+  names = ("mean", "std", "min", "max") if x.size else ()
+  return {"size": x.size,
+          **{name: _plain_float(getattr(x, name)()) for name in names}}
+
+
+def _jsonable(value: Any) -> Any:
+  """Turns nested mappings, sequences, arrays and numbers to JSON values."""
+  if isinstance(value, Mapping) or hasattr(value, "items"):
+    return {str(key): _jsonable(x) for key, x in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_jsonable(x) for x in value]
+  if value is None or isinstance(value, (bool, int, str)):
+    return value
+  if isinstance(value, float):
+    return _plain_float(value)
+  if hasattr(value, "tolist"):
+    return _jsonable(np.asarray(value).tolist())
+  return str(value)
+
+
+def _parse(line: str) -> Any:
+  try:
+    return json.loads(line)
+  except ValueError:
+    return None
+
+
+def _belongs(line: str, step: int) -> bool:
+  record = _parse(line)
+  if not isinstance(record, dict) or not line.endswith("\n"):
+    return False
+  at = record.get("step", 0)
+  return isinstance(at, int) and at <= step
+
+
+def _drop_partial_line(path: str) -> None:
+  """Cuts the file after its last newline."""
+  if not os.path.exists(path):
+    return
+  with open(path, "rb+") as file:
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+      start = max(0, end - 65536)
+      file.seek(start)
+      newline = file.read(end - start).rfind(b"\n")
+      if newline >= 0:
+        end = start + newline + 1
+        break
+      end = start
+    file.truncate(end)

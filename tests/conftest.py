@@ -1,0 +1,16 @@
+"""What every test relies on, set before anything imports JAX or TFDS."""
+
+import os
+import tempfile
+
+# Tests of sharding need several devices; four exist on any CPU this way.
+_DEVICES = "--xla_force_host_platform_device_count"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=4"
+
+# Always replaced, so that no test reads or writes a user's own data sets. The
+# folder goes when the interpreter does, and this name with it.
+_tfds_dir = tempfile.TemporaryDirectory(prefix="bcm_jax_tfds_")
+os.environ["TFDS_DATA_DIR"] = _tfds_dir.name

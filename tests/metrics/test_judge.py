@@ -1,0 +1,91 @@
+"""The judge on the real handwritten digits."""
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import sklearn.model_selection
+import sklearn.svm
+
+from bcm_jax.errors import UserError
+from bcm_jax.metrics import judge as judge_lib
+
+
+@pytest.fixture(scope="module")
+def digits():
+  """(train, test) of (pixels in 0..16, uint8 images, labels)."""
+  pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+  images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+  train, test = sklearn.model_selection.train_test_split(
+    np.arange(len(labels)), test_size=360, stratify=labels, random_state=0
+  )
+  return [(pixels[i], images[i], labels[i]) for i in (train, test)]
+
+
+@pytest.fixture(scope="module")
+def judge(digits):
+  _, images, labels = digits[0]
+  return judge_lib.DigitJudge().fit(images, labels)
+
+
+def test_knows_the_test_digits_as_the_plain_classifier_does(judge, digits):
+  (train_pixels, _, train_labels), (pixels, images, labels) = digits
+  plain = sklearn.svm.SVC(gamma=0.256).fit(train_pixels / 16, train_labels)
+  found = judge.predict(images)
+  assert np.sum(found == labels) >= 355  # of 360; 356 with scikit-learn 1.9
+  assert np.sum(found != plain.predict(pixels / 16)) <= 1
+
+
+def test_recognition_of_real_and_of_wrongly_asked_digits(judge, digits):
+  _, images, labels = digits[1]
+  real = judge_lib.recognition(judge, images, labels)
+  assert real["accuracy"] >= 355 / 360
+  assert sorted(real["per_class"]) == list(range(10))
+  wrong = judge_lib.recognition(judge, images, (labels + 1) % 10)
+  assert wrong["accuracy"] <= 5 / 360
+
+
+def test_judges_by_gamma(digits):
+  _, images, labels = digits[0]
+  blind = judge_lib.SvcJudge(gamma=1e4).fit(images[:300], labels[:300])
+  _, images, labels = digits[1]
+  assert np.mean(blind.predict(images) == labels) < 0.5
+
+
+class Says:
+  """A judge whose answers are known beforehand."""
+
+  def __init__(self, answers):
+    self.answers = np.array(answers)
+
+  def predict(self, images):
+    return self.answers[: len(images)]
+
+
+def test_recognition_counts_by_asked_class():
+  found = judge_lib.recognition(
+    Says([3, 3, 7, 3, 5, 5]),
+    np.zeros((6, 8, 8, 1), np.uint8),
+    np.array([3, 3, 7, 7, 5, 3]),
+  )
+  assert found == {
+    "accuracy": 4 / 6,
+    "worst_class_accuracy": 0.5,
+    "worst_class": 7,
+    "per_class": {3: 2 / 3, 5: 1.0, 7: 0.5},
+  }
+
+
+def test_bad_input_is_a_user_error(judge):
+  images = np.zeros((4, 8, 8, 1), np.uint8)
+  with pytest.raises(UserError, match="expected uint8"):
+    judge.predict(images / 255.0)
+  with pytest.raises(UserError, match="expected 64"):
+    judge.predict(np.zeros((4, 8, 8, 3), np.uint8))
+  with pytest.raises(UserError, match="for 4 images"):
+    judge_lib.recognition(judge, images, np.arange(3))
+  with pytest.raises(UserError, match="for 4 images"):
+    judge_lib.DigitJudge().fit(images, np.arange(5))
+  with pytest.raises(UserError, match="one class only"):
+    judge_lib.DigitJudge().fit(images, np.zeros(4, int))
+  with pytest.raises(UserError, match="expected uint8"):
+    judge_lib.recognition(judge, images[:0], np.arange(0))
