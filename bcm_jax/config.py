@@ -6,8 +6,8 @@ nearest known one, values are checked by type, defaults are filled in. What
 comes out is complete, and is written to the run's config.json.
 """
 
-from collections.abc import Mapping, Sequence
 import ast
+from collections.abc import Mapping, Sequence
 import dataclasses
 import hashlib
 import importlib.util
@@ -21,6 +21,7 @@ from typing import Any
 import ml_collections
 
 from bcm_jax import errors
+from bcm_jax import files
 from bcm_jax import options
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import bidirectional
@@ -205,7 +206,8 @@ def _fill(section, given, cls, extra=None) -> dict[str, Any]:
       kind = values.get("name")
       of = f" of {kind!r}" if isinstance(kind, str) else ""
       raise errors.unknown_name(
-          f"config key{of}", f"{section}.{key}", [f"{section}.{k}" for k in keys]
+          f"config key{of}", f"{section}.{key}",
+          [f"{section}.{k}" for k in keys],
       )
   return {
       key: _convert(values.get(key, default), hint, f"{section}.{key}")
@@ -333,10 +335,7 @@ def check_resume(
 
 def write(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Writes workdir/config.json, whole or not at all."""
-  path = pathlib.Path(workdir) / "config.json"
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(to_json(config), indent=2) + "\n")
-  os.replace(temporary, path)
+  files.write_json(os.path.join(workdir, "config.json"), to_json(config))
 
 
 def of_run(

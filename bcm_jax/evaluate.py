@@ -12,6 +12,7 @@ import numpy as np
 from bcm_jax import __version__
 from bcm_jax import config as configs
 from bcm_jax import experiment as experiments
+from bcm_jax import files
 from bcm_jax import generate
 from bcm_jax import options
 from bcm_jax.data import source as sources
@@ -202,7 +203,7 @@ def run(experiment: experiments.Experiment, workdir: str) -> dict[str, Any]:
 def _evaluate_and_write(experiment, workdir, runner, step) -> dict[str, Any]:
   result = evaluate(experiment, runner, step)
   path = os.path.join(workdir, "eval", f"{step}.json")
-  generate.write_json(path, result)
+  files.write_json(path, result)
   print(summary(result))
   print(f"numbers: {path}")
   return result

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import io
-import json
 import os
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
+from bcm_jax import files
 from bcm_jax import options
 from bcm_jax.data import source as sources
 from bcm_jax.metrics import image_grid
@@ -193,29 +192,6 @@ def generate(
   return sources.to_uint8(runner(plan, np.asarray(noise), labels, keys))
 
 
-# Files ---------------------------------------------------------------------
-
-
-def write_bytes(path: str, content: bytes) -> None:
-  """Writes a file, whole or not at all."""
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  with open(path + ".tmp", "wb") as f:
-    f.write(content)
-  os.replace(path + ".tmp", path)
-
-
-def write_npz(path: str, **arrays: np.ndarray) -> None:
-  """Writes a compressed .npz, whole or not at all."""
-  buffer = io.BytesIO()
-  np.savez_compressed(buffer, **arrays)
-  write_bytes(path, buffer.getvalue())
-
-
-def write_json(path: str, content: Any) -> None:
-  """Writes indented JSON, whole or not at all."""
-  write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
 def _scale(experiment) -> int:
   """Enlargement that makes small images visible."""
   return max(1, 32 // experiment.image_shape[0])
@@ -242,7 +218,7 @@ def sample(
   arrays = {"arr_0": images}
   if labels is not None:
     arrays["arr_1"] = labels
-  write_npz(os.path.join(folder, "samples.npz"), **arrays)
+  files.write_npz(os.path.join(folder, "samples.npz"), **arrays)
   columns = experiment.num_classes if section.label is None else None
   if columns is None or columns > 16:
     columns = 10
@@ -298,11 +274,11 @@ def invert(
   )
   mse = reconstruction.per_pixel_mse(batch["image"], images)
   folder = os.path.join(workdir, "inversions", f"nfe{plan.nfe}")
-  write_npz(
+  files.write_npz(
       os.path.join(folder, "inversion.npz"), originals=batch["image"],
       latents=latents, reconstructions=images, labels=batch["label"], mse=mse,
   )
-  write_json(
+  files.write_json(
       os.path.join(folder, "result.json"),
       {"plan": str(plan).splitlines(), "images": len(images),
        "mse": float(mse.mean())},
@@ -369,7 +345,7 @@ def interpolate(
   columns.append(ends[1]["image"])
   images = np.stack(columns, axis=1)
   folder = os.path.join(workdir, "edits", "interpolate")
-  write_npz(
+  files.write_npz(
       os.path.join(folder, "interpolation.npz"), images=images,
       labels=np.stack([e["label"] for e in ends], axis=1),
   )

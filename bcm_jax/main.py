@@ -5,7 +5,6 @@ but train, --config may be left out where the work directory holds a run.
 Exit status: 0 done, 65 bad input (one line says what).
 """
 
-import os
 import sys
 
 from absl import app
@@ -42,21 +41,6 @@ def _load(file, overrides, mode: str, workdir: str | None):
   return run
 
 
-def _use_all_cores(config) -> None:
-  """Makes JAX split the host into devices, where it runs on a CPU."""
-  import jax  # After flags, before any backend exists.
-
-  count = config.training.cpu_devices
-  if not count:
-    cores = len(os.sched_getaffinity(0)) if hasattr(
-        os, "sched_getaffinity") else os.cpu_count() or 1
-    part = config.training.batch_size // config.training.microbatches
-    count = max(n for n in range(1, min(cores, 8) + 1) if part % n == 0)
-  if "xla_force_host_platform_device_count" not in os.environ.get(
-      "XLA_FLAGS", ""):
-    jax.config.update("jax_num_cpu_devices", count)
-
-
 def run(file, overrides) -> None:
   """Dispatches to a command."""
   mode, workdir = _MODE.value, _WORKDIR.value
@@ -65,10 +49,18 @@ def run(file, overrides) -> None:
   if workdir is None and mode != "inspect":
     raise errors.UserError(f"--workdir is missing; mode {mode} needs one")
   config = _load(file, overrides, mode, workdir)
-  _use_all_cores(config)
   # Imported late: a wrong flag should not wait for TensorFlow.
-  from bcm_jax import evaluate, experiment, generate, inspection, train
+  from bcm_jax import evaluate
+  from bcm_jax import experiment
+  from bcm_jax import generate
+  from bcm_jax import inspection
+  from bcm_jax import train
+  from bcm_jax.training import parallel
 
+  training = config.training
+  parallel.use_cores(
+      training.cpu_devices, training.batch_size // training.microbatches
+  )
   if mode == "train":
     train.train_and_evaluate(config, workdir)
   elif mode == "inspect":

@@ -162,11 +162,10 @@ class _Guard:
     self.waiting.append((step, metrics))
     while self.waiting and (wait or len(self.waiting) > _LAG):
       at, old = self.waiting.popleft()
-      in_row = int(np.asarray(old["skipped_in_row"]).ravel()[0])
+      in_row = int(old["skipped_in_row"])
       if in_row >= self.limit:
         values = ", ".join(
-            f"{k}={float(np.asarray(v).ravel()[0]):.4g}"
-            for k, v in sorted(old.items())
+            f"{k}={float(v):.4g}" for k, v in sorted(old.items())
         )
         raise errors.UserError(
             f"step {at}: {in_row} steps in a row were not finite ({values}); "
@@ -176,83 +175,119 @@ class _Guard:
         )
 
 
-def _train(experiment, workdir, saved, state) -> states.TrainState:
-  """Runs the steps from state.step to num_steps."""
-  config = experiment.config
+@dataclasses.dataclass
+class _Watch:
+  """All that reports on a run: metrics, progress, profile, the guard."""
+
+  writer: writers.MetricWriter
+  report: Any
+  profile: Any
+  progress: hooks.Progress
+  guard: _Guard
+  log: options.Log
+
+  def __call__(self, step: int, total: int, metrics: dict[str, Any]) -> None:
+    """Takes a finished step's metrics, read only where they are shown."""
+    self.progress.update(step, loss=metrics["loss"])
+    self.report(step)
+    self.profile(step)
+    if step % self.log.every_steps == 0 or step == total:
+      self.writer.write_scalars(
+          step, {k: float(v) for k, v in metrics.items()}
+      )
+
+
+def _watch(experiment, workdir, state, stack) -> _Watch:
+  """Opens the writers and hooks of a run; the stack closes them."""
+  config, first = experiment.config, int(state.step)
   training: options.Training = experiment.section("training")
   log: options.Log = experiment.section("log")
-  saving: options.Checkpoint = experiment.section("checkpoint")
-  first, total = int(state.step), training.num_steps
-  runner = _runner(experiment)
-  axis = parallel.AXIS if training.parallel == "pmap" else None
-  step_fn = runner.compile(
-      steps.make_step(
-          experiment.method, experiment.optimizers(),
-          experiment.step_options(axis),
-      )
+  writer = writers.create_writer(
+      workdir, jax.process_index() == 0, resume_step=first
   )
-  primary = jax.process_index() == 0
-  writer = writers.create_writer(workdir, primary, resume_step=first)
+  stack.callback(writer.close)
   if first == 0:
     writer.write_hparams(configs.flatten(configs.to_json(config)))
     hooks.log_parameter_overview(
         state.players[experiment.method.sampled].params
     )
-  report = hooks.report_progress(total, writer, every_secs=60.0)
-  profile = (
-      hooks.profile(workdir, first_profile=first + 10) if log.profile
-      else lambda step: None
+  progress = hooks.Progress(
+      training.num_steps, first, every_secs=log.progress_secs
   )
-  progress = hooks.Progress(total, first, every_secs=log.progress_secs)
+  stack.callback(progress.close)
   progress.note(
       f"training {config.method.name} on {config.data.name}: steps {first} to "
-      f"{total}, batch {training.batch_size}, {jax.device_count()} "
-      f"{jax.devices()[0].platform} device(s); compiling"
+      f"{training.num_steps}, batch {training.batch_size}, "
+      f"{jax.device_count()} {jax.devices()[0].platform} device(s); compiling"
   )
-  batches = pipeline.Batches(
-      experiment.source("train"), config.seed, training.batch_size,
-      flip=config.data.flip, process_index=jax.process_index(),
-      process_count=jax.process_count(),
+  return _Watch(
+      writer,
+      hooks.report_progress(training.num_steps, writer, every_secs=60.0),
+      hooks.profile(workdir, first_profile=first + 10) if log.profile
+      else lambda step: None,
+      progress,
+      _Guard(training.max_skipped_in_row),
+      log,
   )
-  guard = _Guard(training.max_skipped_in_row)
-  state = runner.replicate(state)
-  meta = {"config": configs.to_json(config), "version": __version__}
 
-  def save(step):
-    with report.timed("checkpoint"):
-      saved.save(step, runner.fetch(state), meta)
+
+def _batches(experiment, first: int, total: int):
+  """Host batches of steps first .. total - 1, made ahead in a thread."""
+  config = experiment.config
+  return contextlib.closing(pipeline.prefetch(
+      pipeline.Batches(
+          experiment.source("train"), config.seed, config.training.batch_size,
+          flip=config.data.flip, process_index=jax.process_index(),
+          process_count=jax.process_count(),
+      ),
+      first,
+      total,
+  ))
+
+
+def _train(experiment, workdir, saved, state) -> states.TrainState:
+  """Runs the steps from state.step to num_steps."""
+  method = experiment.method
+  training: options.Training = experiment.section("training")
+  first, total = int(state.step), training.num_steps
+  runner = _runner(experiment)
+  axis = parallel.AXIS if training.parallel == "pmap" else None
+  step_fn = runner.compile(
+      steps.make_step(
+          method, experiment.optimizers(), experiment.step_options(axis)
+      )
+  )
+  meta = {
+      "config": configs.to_json(experiment.config), "version": __version__
+  }
 
   with contextlib.ExitStack() as stack:
-    stack.callback(writer.close)
-    stack.callback(progress.close)
-    stream = stack.enter_context(
-        contextlib.closing(pipeline.prefetch(batches, first, total))
-    )
+    watch = _watch(experiment, workdir, state, stack)
+    state = runner.replicate(state)
+
+    def save(step):
+      with watch.report.timed("checkpoint"):
+        saved.save(step, runner.fetch(state), meta)
+
     began = time.monotonic()
+    stream = stack.enter_context(_batches(experiment, first, total))
     for step, batch in enumerate(stream, first + 1):
       batch = runner.batch(_network_inputs(experiment, batch))
       with jax.profiler.StepTraceAnnotation("train", step_num=step):
         state, metrics = step_fn(
-            state, batch, experiment.method.curriculum(step - 1),
-            experiment.method.phase(step - 1),
+            state, batch, method.curriculum(step - 1), method.phase(step - 1)
         )
+      metrics = runner.fetch(metrics)
       try:
-        guard.check(step, metrics, wait=step == total)
+        watch.guard.check(step, metrics, wait=step == total)
       except errors.UserError:
         save(step)
         raise
-      metrics = runner.fetch(metrics)
-      progress.update(step, loss=metrics["loss"])
-      report(step)
-      profile(step)
-      if step % log.every_steps == 0 or step == total:
-        writer.write_scalars(step, {k: float(v) for k, v in metrics.items()})
-      if step % saving.every_steps == 0 or step == total:
+      watch(step, total, metrics)
+      if step % experiment.config.checkpoint.every_steps == 0 or step == total:
         save(step)
-    progress.note(
-        f"trained {total - first} steps in "
-        f"{hooks.format_secs(time.monotonic() - began)}"
-    )
+    seconds = hooks.format_secs(time.monotonic() - began)
+    watch.progress.note(f"trained {total - first} steps in {seconds}")
   return runner.fetch(state)
 
 

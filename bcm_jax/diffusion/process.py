@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def expand(t: jax.Array, ndim: int) -> jax.Array:
-  """Appends axes to t [B] until it broadcasts against an ndim-array [B, ...]."""
+  """Appends axes to t [B], to broadcast against an ndim-array [B, ...]."""
   return t.reshape(t.shape + (1,) * (ndim - t.ndim))
 
 

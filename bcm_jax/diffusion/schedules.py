@@ -115,7 +115,7 @@ def grid_tables(
 
 
 def sample_index(cdf: jax.Array, uniform: jax.Array) -> jax.Array:
-  """Inverts a cumulative table [L] at uniforms in [0, 1): int32 like uniform."""
+  """Inverts a cumulative table [L] at uniforms in [0, 1); int32."""
   index = jnp.searchsorted(cdf, uniform, side="right")
   return jnp.minimum(index, cdf.shape[0] - 1).astype(jnp.int32)
 

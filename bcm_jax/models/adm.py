@@ -220,68 +220,81 @@ class ADM(nn.Module):
       )(labels)
     return emb
 
+  def _res(self, h, emb, dropout_keys, features, size, name, resample=None):
+    return ResBlock(
+        features, self._rate(size), resample, self.use_scale_shift_norm,
+        self.num_groups, self.dtype, name=name,
+    )(h, emb, dropout_keys)
+
+  def _attend(self, h, name):
+    heads = self.num_heads
+    if self.num_head_channels is not None:
+      heads = h.shape[-1] // self.num_head_channels
+    return layers.AttentionBlock(
+        heads, self.num_groups, self.qkv_norm, self.dtype, name=name
+    )(h)
+
   def _torso(self, h, emb, dropout_keys):
     """Encoder, middle and decoder: [B,H,W,C] -> [B,H,W,model_channels]."""
+    skips = self._encoder(h, emb, dropout_keys)
+    h = skips[-1]
     size = h.shape[1]
+    for part in ("0", "1", "2"):
+      name = f"middle_block_{part}"
+      if part == "1":
+        h = self._attend(h, name)
+      else:
+        h = self._res(h, emb, dropout_keys, h.shape[-1], size, name)
+    return self._decoder(h, skips, emb, dropout_keys)
 
-    def res(h, features, name, resample=None, rate=0.0):
-      return ResBlock(
-          features, rate, resample, self.use_scale_shift_norm,
-          self.num_groups, self.dtype, name=name,
-      )(h, emb, dropout_keys)
-
-    def attend(h, name):
-      heads = self.num_heads
-      if self.num_head_channels is not None:
-        heads = h.shape[-1] // self.num_head_channels
-      return layers.AttentionBlock(
-          heads, self.num_groups, self.qkv_norm, self.dtype, name=name
-      )(h)
-
+  def _encoder(self, h, emb, dropout_keys):
+    """Outputs of all input blocks, first to last."""
+    size = h.shape[1]
     h = layers.conv(
         h, self.model_channels * self.channel_mult[0], 3,
         name="input_blocks_0_0", dtype=self.dtype,
     )
     skips = [h]
-    last = len(self.channel_mult) - 1
     for level, mult in enumerate(self.channel_mult):
-      rate = self._rate(size)
       for _ in range(self.num_res_blocks):
         name = f"input_blocks_{len(skips)}"
-        h = res(h, self.model_channels * mult, f"{name}_0", rate=rate)
+        h = self._res(
+            h, emb, dropout_keys, self.model_channels * mult, size,
+            f"{name}_0",
+        )
         if size in self.attention_resolutions:
-          h = attend(h, f"{name}_1")
+          h = self._attend(h, f"{name}_1")
         skips.append(h)
-      if level != last:
-        name = f"input_blocks_{len(skips)}_0"
-        if self.resblock_updown:
-          h = res(h, h.shape[-1], name, "down", rate)
-        else:
-          h = Downsample(self.dtype, name=name)(h)
-        skips.append(h)
-        size //= 2
+      if level == len(self.channel_mult) - 1:
+        break
+      name = f"input_blocks_{len(skips)}_0"
+      if self.resblock_updown:
+        h = self._res(h, emb, dropout_keys, h.shape[-1], size, name, "down")
+      else:
+        h = Downsample(self.dtype, name=name)(h)
+      skips.append(h)
+      size //= 2
+    return skips
 
-    rate = self._rate(size)
-    h = res(h, h.shape[-1], "middle_block_0", rate=rate)
-    h = attend(h, "middle_block_1")
-    h = res(h, h.shape[-1], "middle_block_2", rate=rate)
-
-    index = 0
+  def _decoder(self, h, skips, emb, dropout_keys):
+    """Consumes the encoder's outputs last to first."""
+    size, skips, index = h.shape[1], list(skips), 0
     for level, mult in reversed(list(enumerate(self.channel_mult))):
-      rate = self._rate(size)
       for block in range(self.num_res_blocks + 1):
-        name = f"output_blocks_{index}"
+        name, part = f"output_blocks_{index}", 1
         h = jnp.concatenate([h, skips.pop()], axis=-1)
-        h = res(h, self.model_channels * mult, f"{name}_0", rate=rate)
-        part = 1
+        h = self._res(
+            h, emb, dropout_keys, self.model_channels * mult, size,
+            f"{name}_0",
+        )
         if size in self.attention_resolutions:
-          h = attend(h, f"{name}_1")
-          part = 2
+          h, part = self._attend(h, f"{name}_1"), 2
         if level and block == self.num_res_blocks:
+          name = f"{name}_{part}"
           if self.resblock_updown:
-            h = res(h, h.shape[-1], f"{name}_{part}", "up", rate)
+            h = self._res(h, emb, dropout_keys, h.shape[-1], size, name, "up")
           else:
-            h = Upsample(self.dtype, name=f"{name}_{part}")(h)
+            h = Upsample(self.dtype, name=name)(h)
           size *= 2
         index += 1
     return h

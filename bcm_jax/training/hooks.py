@@ -81,6 +81,19 @@ def log_parameter_overview(params: Any, msg: str | None = None) -> None:
     overview.log_parameter_overview(params, include_stats=False, msg=msg)
 
 
+def parameter_table(params: Any) -> str:
+  """Table of names, shapes, dtypes and sizes; arrays or their shapes."""
+  overview = writers.import_clu("parameter_overview")
+  if overview is not None:
+    return overview.get_parameter_overview(params, include_stats=False)
+  rows = [
+      f"{jax.tree_util.keystr(path)}  {leaf.shape}  {leaf.dtype}"
+      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  ]
+  total = sum(leaf.size for leaf in jax.tree.leaves(params))
+  return "\n".join([*rows, f"Total: {total:,}"])
+
+
 class ReportProgress:
   """clu.periodic_actions.ReportProgress for machines without TensorFlow."""
 

@@ -1,0 +1,249 @@
+"""Mode inspect: what a config means, and what a checkpoint holds."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from bcm_jax import config as configs
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import generate
+from bcm_jax.methods import base
+from bcm_jax.training import checkpoint
+from bcm_jax.training import hooks
+from bcm_jax.training import rng
+
+_DRAWS = 20_000
+_ROWS = 12
+
+
+def report(
+    config: ml_collections.ConfigDict,
+    workdir: str | None,
+    compare: str | None,
+) -> str:
+  """Describes a config and, where workdir holds a run, its checkpoint.
+
+  Args:
+    config: resolved config.
+    workdir: directory of a run, or None.
+    compare: 'DIR', 'DIR@STEP' or '@STEP': a checkpoint to compare the newest
+      one of workdir with.
+  """
+  experiment = experiments.build(config)
+  sections = [
+      ("config", _config(experiment)),
+      ("players and phases", _players(experiment)),
+      ("schedule", _schedule(experiment)),
+      ("times at the last N", _times(experiment)),
+      ("weighting at the last N", _weighting(experiment)),
+      ("plans", _plans(experiment)),
+      ("parameters", _parameters(experiment)),
+  ]
+  if workdir is not None and os.path.isdir(generate.checkpoint_dir(workdir)):
+    sections.append((f"run {workdir}", _run(workdir)))
+  if compare is not None:
+    if workdir is None:
+      raise errors.UserError(
+          f"--compare={compare} needs --workdir, the run to compare with"
+      )
+    sections.append((f"compared with {compare}", _compare(workdir, compare)))
+  return "\n\n".join(f"== {title}\n{text}" for title, text in sections)
+
+
+def _config(experiment) -> str:
+  flat = configs.flatten(configs.to_json(experiment.config))
+  width = max(map(len, flat))
+  lines = [f"digest {configs.digest(experiment.config)}"]
+  return "\n".join(lines + [f"{k:<{width}}  {v}" for k, v in flat.items()])
+
+
+def _players(experiment) -> str:
+  method: base.Method = experiment.method
+  lines = []
+  for name, player in method.players.items():
+    start = experiment.config.training.init_from
+    start = f"starts from {start}" if start else "starts fresh"
+    lines.append(f"player {name}: {type(player.network).__name__}, {start}")
+  for phase in method.phases():
+    lines.append(f"phase: updates {', '.join(phase)}")
+  averages = [f"ema_{r:g}" for r in experiment.config.training.ema_rates]
+  lines.append(f"averages: {', '.join([*averages, *method.averages])}")
+  return "\n".join(lines)
+
+
+def _changes(values: list[Any]) -> list[int]:
+  """Indices at which a list changes, thinned to a few rows."""
+  at = [i for i, v in enumerate(values) if i == 0 or v != values[i - 1]]
+  if len(at) > _ROWS:
+    at = [at[round(i)] for i in np.linspace(0, len(at) - 1, _ROWS)]
+  return at
+
+
+def _schedule(experiment) -> str:
+  method, steps = experiment.method, experiment.config.training.num_steps
+  rate = experiment.section("optimizer").rate()
+  stride = max(1, steps // 100_000)
+  at = list(range(0, steps, stride))
+  if method.bins == "continuous":
+    values = [float(method.curriculum(s)["gap_ratio"]) for s in
+              range(0, steps, max(1, steps // 1000))]
+    at = list(range(0, steps, max(1, steps // 1000)))
+    name = "gap ratio"
+  else:
+    values, name = [method.num_scales(s) for s in at], "N"
+  lines = [f"{'from step':>10}  {name:>10}  learning rate there"]
+  for i in _changes(values):
+    lines.append(f"{at[i]:>10}  {values[i]:>10.6g}  {float(rate(at[i])):.3g}")
+  lines.append(f"{steps - 1:>10}  {'(last)':>10}  {float(rate(steps - 1)):.3g}")
+  return "\n".join(lines)
+
+
+def _draw(experiment) -> tuple[Any, np.ndarray | None]:
+  """Times of many examples at the last step's curriculum."""
+  method = experiment.method
+  curriculum = method.curriculum(experiment.config.training.num_steps - 1)
+  index = jnp.arange(_DRAWS)
+  context = base.Context(
+      images=None, labels=None,
+      keys=lambda stream: rng.example_keys(0, stream, 0, index),
+      curriculum=curriculum, players={}, averages={},
+  )
+  times = method.sample_times(context)
+  ends = None
+  if hasattr(method, "sample_end"):
+    ends = np.asarray(method.sample_end(context, times.index))
+  return times, ends
+
+
+def _bars(values: np.ndarray, edges: np.ndarray) -> list[str]:
+  counts = np.histogram(values, edges)[0] / len(values)
+  lines = []
+  for low, high, share in zip(edges, edges[1:], counts, strict=False):
+    bar = "#" * round(200 * share)
+    lines.append(f"  {low:>9.4g} .. {high:<9.4g} {share:>6.1%} {bar}")
+  return lines
+
+
+def _times(experiment) -> str:
+  times, ends = _draw(experiment)
+  method = experiment.method
+  t = np.asarray(times.t)
+  edges = np.geomspace(
+      min(method.sigma_min, t.min()), max(method.sigma_max, t.max()) * 1.0001,
+      _ROWS + 1,
+  )
+  lines = [f"start level t ({_DRAWS} draws)", *_bars(t, edges)]
+  if ends is not None:
+    lines += ["end level u", *_bars(ends, edges)]
+    lines.append(f"  above t in {np.mean(ends > t):.1%} of the draws")
+  return "\n".join(lines)
+
+
+def _weighting(experiment) -> str:
+  times, ends = _draw(experiment)
+  method = experiment.method
+  t, r = np.asarray(times.t), np.asarray(times.r)
+  weight = np.asarray(method.weight(times.t, times.r))
+  lines = [f"{method.weighting}, {method.metric}",
+           f"{'quantile':>8} {'t':>10} {'t - r':>10} {'weight':>10}"]
+  order = np.argsort(t)
+  for q in (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99):
+    i = order[int(q * (len(t) - 1))]
+    lines.append(f"{q:>8} {t[i]:>10.4g} {t[i] - r[i]:>10.4g} "
+                 f"{weight[i]:>10.4g}")
+  if ends is not None:
+    soft = np.asarray(method.weight(times.t, jnp.asarray(ends)))
+    lines.append(
+        f"soft trajectory term: median weight {np.median(soft):.4g}, "
+        f"consistency term: {np.median(weight):.4g}"
+    )
+  return "\n".join(lines)
+
+
+def _plans(experiment) -> str:
+  parts = [str(experiments.sampling_plan(experiment))]
+  if experiment.method.two_time:
+    parts.append(str(experiments.inversion_plan(experiment)))
+  return "\n".join(parts)
+
+
+def _parameters(experiment) -> str:
+  images, labels = experiments.example_batch(experiment)
+  parts = []
+  for name, player in experiment.method.players.items():
+    shapes = jax.eval_shape(
+        lambda key, player=player: player.init(key, images, labels),
+        jax.random.key(0),
+    )
+    parts.append(f"{name}\n{hooks.parameter_table(shapes)}")
+  return "\n".join(parts)
+
+
+def _run(workdir: str) -> str:
+  saved = checkpoint.Checkpoints(generate.checkpoint_dir(workdir))
+  step, state, meta = saved.read_raw()
+  lines = [
+      f"checkpoints at steps {', '.join(map(str, saved.all_steps()))}",
+      f"newest good one: step {step}, written by bcm_jax "
+      f"{meta.get('version')}",
+      f"skipped steps: {int(state['skipped'])}",
+  ]
+  for name, player in state["players"].items():
+    lines.append(f"player {name}: {int(player['updates'])} updates, "
+                 f"norm of parameters {_norm(player['params']):.6g}")
+  for name, average in state["averages"].items():
+    lines.append(f"average {name}: norm {_norm(average):.6g}")
+  return "\n".join(lines)
+
+
+def _norm(tree: Any) -> float:
+  leaves = jax.tree.leaves(tree)
+  return float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64))
+                           for x in leaves)))
+
+
+def _read(place: str, workdir: str) -> tuple[str, Any, dict[str, Any]]:
+  folder, _, step = place.partition("@")
+  if step and not step.isdigit():
+    raise errors.UserError(
+        f"--compare={place}: the step after @ must be a number"
+    )
+  folder = folder or workdir
+  saved = checkpoint.Checkpoints(generate.checkpoint_dir(folder))
+  found, state, meta = saved.read_raw(int(step) if step else None)
+  return f"{folder}@{found}", state, meta
+
+
+def _compare(workdir: str, compare: str) -> str:
+  """Configs' and parameters' difference of two checkpoints."""
+  (a_name, a, a_meta), (b_name, b, b_meta) = (
+      _read(place, workdir) for place in (workdir, compare)
+  )
+  lines = [f"a = {a_name}, b = {b_name}"]
+  flat = [configs.flatten(m.get("config", {})) for m in (a_meta, b_meta)]
+  for key in sorted(flat[0].keys() | flat[1].keys()):
+    if flat[0].get(key) != flat[1].get(key):
+      lines.append(f"config {key}: {flat[0].get(key)!r} against "
+                   f"{flat[1].get(key)!r}")
+  trees = [configs.flatten({n: p["params"] for n, p in s["players"].items()})
+           for s in (a, b)]
+  same, rows = 0, []
+  for key in sorted(trees[0].keys() | trees[1].keys()):
+    x, y = (tree.get(key) for tree in trees)
+    if x is None or y is None or x.shape != y.shape:
+      shapes = [None if v is None else v.shape for v in (x, y)]
+      rows.append((np.inf, f"{key}: {shapes[0]} against {shapes[1]}"))
+    elif np.array_equal(x, y):
+      same += 1
+    else:
+      relative = _norm(x - y) / max(_norm(x), 1e-30)
+      rows.append((relative, f"{key}: |a - b| / |a| = {relative:.3g}"))
+  lines.append(f"{same} tensors equal, {len(rows)} differ"
+               + (", largest difference first:" if rows else ""))
+  rows.sort(key=lambda row: -row[0])
+  return "\n".join(lines + [f"  {text}" for _, text in rows[:40]])
