@@ -10,7 +10,6 @@ import ast
 from collections.abc import Mapping, Sequence
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -20,6 +19,7 @@ from typing import Any
 
 import ml_collections
 
+from bcm_jax import config_files
 from bcm_jax import errors
 from bcm_jax import files
 from bcm_jax import options
@@ -65,46 +65,6 @@ _SPANS = (("method", "curriculum_steps"), ("optimizer", "schedule_steps"))
 # What may differ between a run and the config that resumes it.
 _FREE_SECTIONS = ("checkpoint", "log", "sample", "invert", "edit", "eval")
 _FREE_KEYS = ("training.max_skipped_in_row",)
-
-
-# Files ---------------------------------------------------------------------
-
-
-def shipped_configs() -> list[pathlib.Path]:
-  """The config files that come with the package, installed or checked out."""
-  here = pathlib.Path(__file__).resolve().parent
-  for folder in (here / "configs", here.parent / "configs"):
-    found = sorted(p for p in folder.glob("*.py") if p.name[0] != "_")
-    if found:
-      return found
-  return []
-
-
-def find_file(path: str) -> pathlib.Path:
-  """A config file: as given, or else the shipped one of that name."""
-  given = pathlib.Path(path)
-  if given.is_file():
-    return given
-  shipped = {p.name: p for p in shipped_configs()}
-  if given.name in shipped and given.parent.name in ("", "configs"):
-    return shipped[given.name]
-  folder = next(iter(shipped.values())).parent if shipped else "(none)"
-  raise errors.UserError(
-      f"no config file {path!r}{errors.nearest(given.name, shipped)} "
-      f"(shipped in {folder}: {', '.join(shipped)})"
-  )
-
-
-def read_file(path: str) -> ml_collections.ConfigDict:
-  """Runs get_config() of a file; 'file.py:arg' passes arg to it."""
-  name, _, arg = path.partition(":")
-  file = find_file(name)
-  spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, "get_config"):
-    raise errors.UserError(f"{file} has no get_config()")
-  return module.get_config(arg) if arg else module.get_config()
 
 
 # Resolving -----------------------------------------------------------------
@@ -189,7 +149,7 @@ def _keys(cls: type) -> dict[str, tuple[Any, Any]]:
   for field in dataclasses.fields(cls):
     settable = field.default is not dataclasses.MISSING
     plain = not callable(field.default) and field.name not in ("parent", "name")
-    if field.name == "name" and hints["name"] is str:
+    if cls in SECTIONS.values() and field.name == "name":
       plain = True
     if settable and plain and field.init:
       keys[field.name] = (hints[field.name], field.default)
@@ -385,3 +345,31 @@ def split_overrides(
     else:
       overrides[name.removeprefix("config.")] = value
   return file, overrides, rest
+
+
+def load(
+    file: str | None,
+    overrides: Mapping[str, str],
+    workdir: str | None,
+    of_run_too: bool,
+) -> ml_collections.ConfigDict:
+  """The config that a command line asks for: of a file, or of the run.
+
+  Args:
+    file: config file, or None.
+    overrides: 'section.key' -> text.
+    workdir: directory of a run, or None.
+    of_run_too: without a file, take the config of the run in workdir.
+  """
+  if file is not None:
+    return resolve(config_files.read_file(file), overrides)
+  run = None
+  if workdir is not None and of_run_too:
+    run = of_run(workdir, overrides)
+  if run is None:
+    names = ", ".join(p.name for p in config_files.shipped_configs())
+    raise errors.UserError(
+        f"--config is missing, and --workdir={workdir} holds no run to take "
+        f"it from; pass --config=configs/NAME, shipped are {names}"
+    )
+  return run

@@ -5,6 +5,7 @@ but train, --config may be left out where the work directory holds a run.
 Exit status: 0 done, 65 bad input (one line says what).
 """
 
+import os
 import sys
 
 from absl import app
@@ -26,21 +27,6 @@ flags.DEFINE_string(
 )
 
 
-def _load(file, overrides, mode: str, workdir: str | None):
-  if file is not None:
-    return configs.resolve(configs.read_file(file), overrides)
-  run = None
-  if workdir is not None and mode != "train":
-    run = configs.of_run(workdir, overrides)
-  if run is None:
-    names = ", ".join(p.name for p in configs.shipped_configs())
-    raise errors.UserError(
-        f"--config is missing, and --workdir={workdir} holds no run to take "
-        f"it from; pass --config=configs/NAME, shipped are {names}"
-    )
-  return run
-
-
 def run(file, overrides) -> None:
   """Dispatches to a command."""
   mode, workdir = _MODE.value, _WORKDIR.value
@@ -48,7 +34,7 @@ def run(file, overrides) -> None:
     raise errors.unknown_name("--mode", mode, _MODES)
   if workdir is None and mode != "inspect":
     raise errors.UserError(f"--workdir is missing; mode {mode} needs one")
-  config = _load(file, overrides, mode, workdir)
+  config = configs.load(file, overrides, workdir, mode != "train")
   # Imported late: a wrong flag should not wait for TensorFlow.
   from bcm_jax import evaluate
   from bcm_jax import experiment
@@ -72,6 +58,18 @@ def run(file, overrides) -> None:
       print(f"written: {folder}")
 
 
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.Error as e:
+    raise errors.UserError(f"{e}; --help lists the flags") from e
+  if len(rest) > 1:
+    raise errors.UserError(
+        f"unexpected argument {rest[1]!r}; flags start with --"
+    )
+  return rest
+
+
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
   argv = sys.argv if argv is None else argv
@@ -79,18 +77,16 @@ def main(argv: list[str] | None = None) -> None:
   try:
     file, overrides, rest = configs.split_overrides(argv[1:])
 
-    def start(unused):
-      if len(unused) > 1:
-        raise errors.UserError(
-            f"unexpected argument {unused[1]!r}; flags start with --"
-        )
-      run(file, overrides)
-
-    app.run(start, argv=[argv[0], *rest])
+    app.run(
+        lambda _: run(file, overrides), [argv[0], *rest], flags_parser=_parse
+    )
   except errors.UserError as e:
     print(f"error: {e}", file=sys.stderr)
     sys.exit(errors.EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":
+  # TensorFlow's start-up chatter is no news to anybody.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   main()

@@ -30,7 +30,7 @@ FLOORS = (
     },
     {"experiment"},  # A config as objects, for the commands.
     {"config"},
-    {"options"},  # Sections of a config that belong to no room.
+    {"options", "config_files"},  # What only a config is made of.
     {"training"},
     {"methods", "sampling"},
     {"interop", "metrics"},

@@ -61,6 +61,8 @@ def _prepared_builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
   if builder.data_path.exists():
     return builder
   try:
+    # No bars for what takes a second.
+    tfds.disable_progress_bar()
     builder.download_and_prepare(file_format=_FILE_FORMAT)
   except OSError:
     # TFDS writes to a folder of its own and renames it when complete, which

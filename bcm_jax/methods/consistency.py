@@ -10,7 +10,7 @@ dropout mask.
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -79,11 +79,11 @@ class ConsistencyTraining(base.OnePlayer):
   sigma_min: float = 0.002
   sigma_max: float = 80.0
   rho: float = 7.0
-  bins: str = "lognormal"
+  bins: Literal["lognormal", "uniform", "continuous"] = "lognormal"
   p_mean: float = -1.1
   p_std: float = 2.0
   include_T: bool = True  # noqa: N815 (the literature's T)
-  scales: str = "doubling"
+  scales: Literal["doubling", "sqrt", "linear", "fixed"] = "doubling"
   s0: int = 10
   s1: int = 1280
   curriculum_steps: int = 400_000
@@ -91,10 +91,12 @@ class ConsistencyTraining(base.OnePlayer):
   ect_stage_steps: int = 25_000
   ect_k: float = 8.0
   ect_b: float = 1.0
-  metric: str = "pseudo_huber"
+  metric: Literal["pseudo_huber", "l2", "l1"] = "pseudo_huber"
   huber_c: float | None = None
   huber_normalise: bool = True
-  weighting: str = "inverse_gap"
+  weighting: Literal[
+      "inverse_gap", "uniform", "karras", "snr+1", "edm"
+  ] = "inverse_gap"
   target_mu0: float = 0.0
 
   @property

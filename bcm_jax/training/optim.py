@@ -1,6 +1,7 @@
 """Optimisers and learning-rate schedules, all from optax."""
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 import optax
@@ -24,9 +25,9 @@ class Optimizer:
     grad_clip: bound of the gradient's global norm; None does not clip.
   """
 
-  name: str = "radam"
+  name: Literal["radam", "adam", "adamw"] = "radam"
   learning_rate: float = 1e-4
-  schedule: str = "constant"
+  schedule: Literal["constant", "cosine", "linear", "rsqrt"] = "constant"
   warmup_steps: int = 0
   schedule_steps: int = 400_000
   final_fraction: float = 0.0
