@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax.models import adm
@@ -29,7 +30,8 @@ class Golden:
 
   def tolerance(self, name: str) -> float:
     """The largest |ours - out64| of an output computed in float32."""
-    return self.meta["f32_vs_f64"][name]["suggested_abs"]
+    entry = self.meta["f32_vs_f64"][name]
+    return entry["suggested_rel_to_scale"] * entry["scale"]
 
 
 @functools.cache
@@ -101,19 +103,55 @@ def network(golden: Golden, **changes) -> adm.ADM:
 
 
 @functools.cache
-def compiled(net: adm.ADM):
-  """A network's `apply`, compiled once for all tests of a run."""
-  return jax.jit(net.apply)
+def raw_network(name: str, dtype: str, plain: bool = False):
+  """A file's network with its weights, compiled once for all tests of a run.
+
+  Args:
+    name: the file.
+    dtype: 'float32' or 'float64', of weights and inputs.
+    plain: attention without QKV normalisation.
+
+  Returns:
+    F(x, c_noise, c_noise_end, labels) for the file's own batch size; works
+    inside jax.disable_jit() too.
+  """
+  golden = load(name)
+  net = network(golden, qkv_norm=not plain)
+  with jax.enable_x64(dtype == "float64"):
+    weights = jax.tree.map(lambda v: jnp.asarray(v, dtype), params(golden))
+    batch = golden["in/x"].shape[0]
+    level = jnp.ones(batch, dtype)
+    inputs = (
+        jnp.asarray(golden.image("in/x"), dtype),
+        level,
+        level if net.two_time else None,
+        None if net.num_classes is None else jnp.zeros(batch, jnp.int32),
+    )
+    apply = jax.jit(net.apply).lower({"params": weights}, *inputs).compile()
+
+  def call(x, c_noise, c_noise_end, labels):
+    with jax.enable_x64(dtype == "float64"), jax.disable_jit(False):
+      args = [jnp.asarray(v, dtype) for v in (x, c_noise)]
+      args.append(
+          jnp.asarray(c_noise_end, dtype) if net.two_time else None
+      )
+      args.append(
+          None if net.num_classes is None else jnp.asarray(labels, jnp.int32)
+      )
+      return apply({"params": weights}, *args)
+
+  return call
 
 
 def close(actual, golden: Golden, name: str, rel: float | None = None) -> None:
-  """Asserts that NHWC `actual` is the output `name` of a file.
+  """Asserts that `actual` is the output `name` of a file; images are NHWC.
 
   Args:
     rel: largest error in units of the output's largest absolute value; None
       is the file's own tolerance for float32.
   """
-  expected = golden.image(f"out64/{name}")
+  key = f"out64/{name}"
+  expected = golden.image(key) if golden[key].ndim == 4 else golden[key]
   scale = np.abs(expected).max()
   limit = golden.tolerance(name) if rel is None else rel * scale
   np.testing.assert_allclose(actual, expected, rtol=0, atol=limit)

@@ -1,0 +1,236 @@
+"""From strings to objects: keys, names, types, resuming, files."""
+
+import json
+
+import pytest
+
+from bcm_jax import config as configs
+from bcm_jax import config_files
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax.sampling import plan as plans
+
+SHIPPED = config_files.shipped_configs()
+
+
+def digits(**overrides: str):
+  raw = config_files.read_file("configs/digits.py")
+  return configs.resolve(
+      raw, {k.replace("__", "."): v for k, v in overrides.items()}
+  )
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_shipped_configs_resolve_and_build(path):
+  config = configs.resolve(config_files.read_file(str(path)))
+  experiment = experiments.build(config)
+  assert experiment.method.sigma_min == config.method.sigma_min
+  assert experiment.method.network.model_channels == (
+      config.model.model_channels
+  )
+
+
+def test_resolved_config_survives_json():
+  config = digits()
+  again = configs.resolve(json.loads(json.dumps(configs.to_json(config))))
+  assert again.to_dict() == config.to_dict()
+  assert configs.digest(again) == configs.digest(config)
+
+
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("optimizer.learning_rate", "3e-4", 3e-4),
+        ("optimizer.learning_rate", "1", 1.0),
+        ("optimizer.grad_clip", "None", None),
+        ("optimizer.grad_clip", "2", 2.0),
+        ("model.channel_mult", "1,2,2", (1, 2, 2)),
+        ("model.channel_mult", "(1, 2)", (1, 2)),
+        ("model.attention_resolutions", "4", (4,)),
+        ("model.attention_resolutions", "()", ()),
+        ("model.qkv_norm", "false", False),
+        ("training.num_steps", "12", 12),
+        ("eval.samplers", "onestep,zigzag", ("onestep", "zigzag")),
+        ("sample.times", "2.5", (2.5,)),
+        ("seed", "7", 7),
+    ],
+)
+def test_overrides_take_the_type_of_their_key(key, text, value):
+  config = digits(**{key: text})
+  section, _, name = key.rpartition(".")
+  found = config[section][name] if section else config[name]
+  assert found == value
+  assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "key, text, said",
+    [
+        ("method.sigma_dta", "1", "did you mean 'method.sigma_data'"),
+        ("methd.s0", "1", "did you mean 'method'"),
+        ("method.name", "bmc", "did you mean 'bcm'"),
+        ("model.name", "admm", "did you mean 'adm'"),
+        ("data.name", "digit", "did you mean 'digits'"),
+        ("method.metric", "l3", "did you mean 'l2'"),
+        ("method.preconditioning", "bc", "did you mean 'bcm'"),
+        ("optimizer.name", "radm", "did you mean 'radam'"),
+        ("training.num_steps", "1.5", "must be int"),
+        ("training.num_steps", "many", "must be int"),
+        ("model.qkv_norm", "1", "must be bool"),
+        ("optimizer.learning_rate", "fast", "must be float"),
+        ("model.channel_mult", "1,x", "must be tuple"),
+        ("training.num_steps", "0", "at least 1"),
+        ("training.ema_rates", "1.5", "rates lie in"),
+        ("model.channel_mult", "1,1,1,1,1", "at most 4 levels"),
+        ("model.out_channels", "3", "set model.out_channels=1"),
+        ("model.num_classes", "5", "set model.num_classes=10"),
+        ("model.num_groups", "7", "does not divide"),
+        ("model.two_time", "False", "set model.two_time=True"),
+        ("method.bins", "continuous", "no grid"),
+        ("method.sigma_min", "90", "sigma_min < sigma_max"),
+        ("method.s0", "1000", "s0 <= s1"),
+        ("seed.x", "1", "has no keys"),
+        ("a.b.c", "1", "config.section.key"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_do(key, text, said):
+  with pytest.raises(errors.UserError) as caught:
+    experiments.build(digits(**{key: text}))
+  assert said in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+def test_spans_follow_num_steps_unless_set():
+  config = digits(training__num_steps="123")
+  raw = config_files.read_file("configs/digits.py")
+  if "curriculum_steps" not in raw.method:
+    assert config.method.curriculum_steps == 123
+  assert digits(method__curriculum_steps="77").method.curriculum_steps == 77
+
+
+def test_resume_allows_free_keys_and_more_steps():
+  run = digits(training__num_steps="100")
+  configs.check_resume(run, digits(
+      training__num_steps="100", log__every_steps="7", sample__seed="3",
+      checkpoint__keep="9", eval__k="5",
+  ))
+  configs.check_resume(run, digits(
+      training__num_steps="150", method__curriculum_steps="100",
+      optimizer__schedule_steps="100",
+  ))
+
+
+@pytest.mark.parametrize(
+    "key, text, named",
+    [
+        ("training.num_steps", "150", "method.curriculum_steps"),
+        ("training.num_steps", "50", "training.num_steps"),
+        ("seed", "1", "seed"),
+        ("training.batch_size", "32", "training.batch_size"),
+        ("method.s1", "320", "method.s1"),
+        ("model.dropout", "0.1", "model.dropout"),
+        ("optimizer.learning_rate", "0.5", "optimizer.learning_rate"),
+    ],
+)
+def test_resume_refuses_another_run(key, text, named):
+  run = digits(training__num_steps="100")
+  asked = {"training.num_steps": "100", key: text}
+  with pytest.raises(errors.UserError, match=named) as caught:
+    configs.check_resume(run, digits(**asked))
+  assert "--workdir" in str(caught.value)
+
+
+def test_refused_stretch_says_how_to_keep_the_curriculum():
+  run = digits(training__num_steps="100")
+  with pytest.raises(errors.UserError) as caught:
+    configs.check_resume(run, digits(training__num_steps="150"))
+  assert "--config.method.curriculum_steps=100" in str(caught.value)
+
+
+def test_files_are_found_from_any_directory(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert config_files.find_file("configs/digits.py").is_file()
+  assert config_files.find_file("digits.py").is_file()
+  with pytest.raises(errors.UserError, match="did you mean 'digits.py'"):
+    config_files.find_file("configs/digit.py")
+  own = tmp_path / "own.py"
+  own.write_text("def get_config(arg='a'):\n  return {'seed': arg}\n")
+  assert config_files.read_file("own.py:b") == {"seed": "b"}
+  own.write_text("x = 1\n")
+  with pytest.raises(errors.UserError, match="no get_config"):
+    config_files.read_file("own.py")
+
+
+def test_damaged_config_of_a_run(tmp_path):
+  assert configs.of_run(str(tmp_path)) is None
+  (tmp_path / "config.json").write_text('{"seed": ')
+  with pytest.raises(errors.UserError, match="damaged"):
+    configs.of_run(str(tmp_path))
+
+
+def test_split_overrides():
+  file, overrides, rest = configs.split_overrides(
+      ["--config=a.py", "--config.x.y=1", "--mode=eval", "--config.z", "2"]
+  )
+  assert (file, overrides, rest) == (
+      "a.py", {"x.y": "1", "z": "2"}, ["--mode=eval"]
+  )
+  with pytest.raises(errors.UserError, match="needs a value"):
+    configs.split_overrides(["--config.z"])
+
+
+def plan_of(**overrides: str) -> plans.Plan:
+  return experiments.sampling_plan(experiments.build(digits(**overrides)))
+
+
+def test_plans_of_a_config():
+  assert plan_of(sample__sampler="onestep").nfe == 1
+  two = plan_of(sample__sampler="ancestral", sample__times="2")
+  assert [s.u for s in two.steps] == [2.0, 0.002]
+  default = plan_of(
+      sample__sampler="ancestral", sample__nfe="3", sample__times="()"
+  )
+  assert default.nfe == 3
+  zigzag = plan_of(
+      sample__sampler="zigzag", sample__zigzag_noise="0.1,0.2",
+      sample__zigzag_level="1,0.8", sample__nfe="5",
+  )
+  assert zigzag.nfe == 5
+  both = plan_of(
+      sample__sampler="mixture", sample__times="3",
+      sample__zigzag_noise="0.12", sample__zigzag_level="0.4",
+  )
+  assert both.nfe == 4
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        ({"sample.sampler": "ancestral", "sample.nfe": "4",
+          "sample.times": "2"}, "needs 3 intermediate times"),
+        ({"sample.sampler": "onestep", "sample.nfe": "2"}, "makes 1"),
+        ({"sample.sampler": "zigzag", "sample.zigzag_noise": "1,2",
+          "sample.zigzag_level": "3"}, "as many of each"),
+        ({"sample.sampler": "zigzag", "sample.zigzag_noise": "2",
+          "sample.zigzag_level": "1"}, "not a higher level"),
+        ({"sample.sampler": "ancestral", "sample.times": "1,3"},
+         "not strictly decreasing"),
+        ({"sample.sampler": "ancestral", "sample.times": "100"},
+         "outside the trained"),
+        ({"sample.sampler": "ancestal"}, "did you mean 'ancestral'"),
+    ],
+)
+def test_bad_plans(overrides, said):
+  with pytest.raises(errors.UserError, match=said):
+    plan_of(**overrides)
+
+
+def test_one_time_network_refuses_other_end_levels():
+  overrides = {
+      "method.name": "ict", "model.two_time": "False",
+      "sample.sampler": "ancestral", "sample.times": "2",
+  }
+  with pytest.raises(errors.UserError, match="cm_multistep"):
+    plan_of(**overrides)
+  overrides["sample.sampler"] = "cm_multistep"
+  assert plan_of(**overrides).nfe == 2
