@@ -18,7 +18,6 @@ from bcm_jax.methods import consistency
 from tests import golden
 from tests import toys
 
-
 # These networks run once or twice: compiling them well would take longer.
 FAST = {"xla_backend_optimization_level": 0}
 
