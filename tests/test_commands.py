@@ -177,7 +177,8 @@ def test_inspect_mode(run, capsys):
   text = capsys.readouterr().out
   for part in ("== config", "== players and phases", "== schedule",
                "== times at the last N", "== weighting", "== parameters",
-               "player student: 8 updates", "tensors equal", "time_embed_align"):
+               "player student: 8 updates", "tensors equal",
+               "time_embed_align"):
     assert part in text
 
 
