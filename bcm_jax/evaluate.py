@@ -15,6 +15,7 @@ from bcm_jax import experiment as experiments
 from bcm_jax import files
 from bcm_jax import generate
 from bcm_jax import options
+from bcm_jax import plots
 from bcm_jax.data import source as sources
 from bcm_jax.metrics import judge
 from bcm_jax.metrics import neighbours
@@ -224,6 +225,7 @@ def finish(
       folders.append(generate.invert(experiment, workdir, runner, nfe))
     folders.append(generate.interpolate(experiment, workdir, runner))
   print("pictures: " + ", ".join(f"{f}/grid.png" for f in folders))
+  print(f"all at a glance: {plots.overview(experiment, workdir)}")
   return result
 
 

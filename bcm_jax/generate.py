@@ -192,7 +192,7 @@ def generate(
   return sources.to_uint8(runner(plan, np.asarray(noise), labels, keys))
 
 
-def _scale(experiment) -> int:
+def scale(experiment) -> int:
   """Enlargement that makes small images visible."""
   return max(1, 32 // experiment.image_shape[0])
 
@@ -225,7 +225,7 @@ def sample(
   image_grid.save_png(
       os.path.join(folder, "grid.png"),
       image_grid.image_grid(
-          images[: 10 * columns], columns, scale=_scale(experiment)
+          images[: 10 * columns], columns, scale=scale(experiment)
       ),
   )
   return folder
@@ -286,19 +286,19 @@ def invert(
   shown = slice(0, 16)
   rows = [
       ("original", batch["image"][shown]),
-      ("latent", _visible(latents[shown], experiment.method.sigma_max)),
+      ("latent", visible(latents[shown], experiment.method.sigma_max)),
       ("reconstruction", images[shown]),
   ]
   image_grid.save_png(
       os.path.join(folder, "grid.png"),
-      image_grid.captioned_rows(rows, scale=_scale(experiment)),
+      image_grid.captioned_rows(rows, scale=scale(experiment)),
   )
   print(f"reconstruction MSE on the [0, 1] scale: {mse.mean():.5f} "
         f"({len(images)} images)")
   return folder
 
 
-def _visible(latents: np.ndarray, sigma_max: float) -> np.ndarray:
+def visible(latents: np.ndarray, sigma_max: float) -> np.ndarray:
   """Latents as pictures: three standard deviations fill the range."""
   return sources.to_uint8(latents / (3 * sigma_max))
 
@@ -353,7 +353,7 @@ def interpolate(
       os.path.join(folder, "grid.png"),
       image_grid.image_grid(
           images.reshape(-1, *images.shape[2:]), images.shape[1],
-          scale=_scale(experiment),
+          scale=scale(experiment),
       ),
   )
   return folder

@@ -111,7 +111,7 @@ def _start(
         )
     }
   try:
-    return jax.jit(lambda: _create(experiment, start_from))()
+    return jax.jit(lambda start: _create(experiment, start))(start_from)
   except ValueError as e:
     if start_from is None:
       raise

@@ -337,7 +337,7 @@ def test_no_stage_of_the_curriculum_recompiles():
     return method.loss(params, toys.context(IMAGES, curriculum))[0]
 
   seen = []
-  for step in range(0, 36):
+  for step in range(36):
     curriculum = method.curriculum(step)
     assert np.isfinite(loss(curriculum)).all()
     seen.append(int(curriculum["num_scales"]))

@@ -186,7 +186,7 @@ def test_no_stage_of_a_curriculum_recompiles(name):
     ))[0]
 
   seen = set()
-  for step in range(0, 36):
+  for step in range(36):
     curriculum = method.curriculum(step)
     assert np.isfinite(loss(curriculum)).all()
     seen.add(float(curriculum.get("num_scales", curriculum.get("gap_ratio"))))
