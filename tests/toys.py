@@ -16,6 +16,11 @@ from bcm_jax.training import rng
 
 SIGMA_DATA = 0.5
 
+# For what runs once or twice: compiling it well would take longer.
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
 
 class MLP(nn.Module):
   """A network with ADM's signature for images of few pixels.
@@ -99,15 +104,21 @@ def context(
   )
 
 
+def _asarray(x):
+  """Float64 where x64 is on, else float32."""
+  return jnp.asarray(x, jnp.result_type(float))
+
+
 def at_times(cls, t, r, u=None):
   """A subclass of a method whose draws of times are these [B] arrays."""
 
   class Fixed(cls):
     def sample_times(self, ctx):
-      return consistency.Times(t, r, jnp.zeros_like(t, jnp.int32))
+      index = jnp.zeros(t.shape, jnp.int32)
+      return consistency.Times(_asarray(t), _asarray(r), index)
 
     def sample_end(self, ctx, index):
-      return u
+      return _asarray(u)
 
   return Fixed
 
@@ -129,6 +140,11 @@ def consistency_toy(network=None, **options):
       s0=10, s1=40, curriculum_steps=30,
   )
   return consistency.ConsistencyTraining(**(settings | options))
+
+
+def parameters(method, images, labels=None):
+  """Fresh parameters of a method's only player."""
+  return jit(method.init)(jax.random.key(1), images, labels)
 
 
 @functools.cache

@@ -10,9 +10,9 @@ Distance = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def _flat(a: jax.Array, b: jax.Array) -> jax.Array:
-  d = a - b
-  d = d.reshape(d.shape[0], -1)
-  return d.astype(jnp.promote_types(jnp.float32, d.dtype))
+  wide = jnp.promote_types(jnp.float32, jnp.promote_types(a.dtype, b.dtype))
+  d = a.astype(wide) - b.astype(wide)
+  return d.reshape(d.shape[0], -1)
 
 
 def l2(a: jax.Array, b: jax.Array) -> jax.Array:

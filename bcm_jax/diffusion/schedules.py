@@ -116,6 +116,8 @@ def grid_tables(
 
 def sample_index(cdf: jax.Array, uniform: jax.Array) -> jax.Array:
   """Inverts a cumulative table [L] at uniforms in [0, 1); int32."""
+  # A uniform shifted past a hole may round to 1, which no entry exceeds.
+  uniform = jnp.minimum(uniform, 1 - jnp.finfo(uniform.dtype).epsneg)
   index = jnp.searchsorted(cdf, uniform, side="right")
   return jnp.minimum(index, cdf.shape[0] - 1).astype(jnp.int32)
 

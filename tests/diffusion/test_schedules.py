@@ -137,6 +137,15 @@ def test_end_index_follows_its_law_without_the_start(excluded, include_T):  # no
 
 
 @pytest.mark.parametrize("n", [11, 321])
+def test_draws_on_the_edges_of_the_table(n):
+  cdf = tables(n).cdf
+  # cdf[k] = P(index <= k): a draw of cdf[k] itself belongs to k + 1.
+  index = sample_index(cdf, jnp.asarray(cdf[: n - 1]))
+  np.testing.assert_array_equal(index, np.arange(1, n))
+  assert sample_index(cdf, jnp.float32(0)) == 1
+
+
+@pytest.mark.parametrize("n", [11, 321])
 def test_end_index_is_never_the_start_at_any_edge_of_the_table(n):
   t = tables(n)
   cdf = t.end_cdf[:n]
@@ -214,3 +223,16 @@ def test_ect_times_are_the_reference_ones(config, stage):
     r = schedules.ect_earlier_time(t, gap, k=k)
     assert ((r >= 0) & (r < t)).all()
   golden.close(r, g, f"r_cfg{config}_stage{stage}", rel=1e-12)
+
+
+@pytest.mark.parametrize("include_T", [True, False])
+@pytest.mark.parametrize("n", [3, 5, 9, 11, 321])
+def test_largest_uniforms_stay_in_the_grid(n, include_T):  # noqa: N803
+  tables = schedules.grid_tables(n, 330, include_T=include_T)
+  cdf = jnp.asarray(tables.end_cdf)
+  for uniform in (1 - 2.0**-23, 1 - 2.0**-24):
+    for excluded in range(1, n - (not include_T)):
+      index = schedules.sample_other_index(
+          cdf, jnp.int32(excluded), jnp.float32(uniform)
+      )
+      assert int(index) < n - (not include_T)

@@ -20,9 +20,9 @@ BCM = bidirectional.BidirectionalTraining
 IMAGES = toys.images()
 B = len(IMAGES)
 # Jumps up and down, from and to the ends, and one to r itself.
-T = jnp.array([80.0, 2.0, 0.5, 0.07, 10.0, 1.0, 0.02, 30.0])
-R = jnp.array([60.0, 1.5, 0.4, 0.05, 8.0, 0.5, 0.002, 20.0])
-U = jnp.array([0.002, 80.0, 2.0, 15.0, 0.3, 0.5, 0.05, 0.07])
+T = np.float32([80.0, 2.0, 0.5, 0.07, 10.0, 1.0, 0.02, 30.0])
+R = np.float32([60.0, 1.5, 0.4, 0.05, 8.0, 0.5, 0.002, 20.0])
+U = np.float32([0.002, 80.0, 2.0, 15.0, 0.3, 0.5, 0.05, 0.07])
 
 
 def fixed(network, t=T, r=R, u=U, **options):
@@ -36,11 +36,12 @@ def fixed(network, t=T, r=R, u=U, **options):
 def trained():
   """A method of random parameters, dropout on, and those parameters."""
   method = fixed(toys.MLP(dropout=0.5))
-  return method, method.init(jax.random.key(1), IMAGES, None)
+  return method, toys.parameters(method, IMAGES)
 
 
 def terms(method, params, ctx):
-  loss, metrics = method.loss(params, ctx)
+  """L_CT and L_ST, [B] each."""
+  loss, metrics = toys.jit(lambda params: method.loss(params, ctx))(params)
   np.testing.assert_allclose(
       loss, metrics["loss_ct"] + metrics["loss_soft"], rtol=1e-6
   )
@@ -62,14 +63,13 @@ def test_the_stub_network_is_the_exact_flow():
 def test_for_an_exact_map_both_terms_are_one_distance():
   # f(f(x_t, t, u), u, eps) = f(x_t, t, eps): only the weights differ.
   with jax.enable_x64(True):
-    options = dict(t=jnp.float64(T), r=jnp.float64(R), u=jnp.float64(U))
-    method = fixed(toys.GaussianFlow(), weighting="uniform", **options)
-    weighted = fixed(toys.GaussianFlow(), **options)
+    method = fixed(toys.GaussianFlow(), weighting="uniform")
+    weighted = fixed(toys.GaussianFlow())
     ctx = toys.context(np.float64(IMAGES))
     params = {"scale": jnp.float64(1)}
     ct, soft = terms(method, params, ctx)
     # Not through zero: x_r is on the line from x_0, not on the flow's path.
-    assert np.all(ct > 1e-3)
+    assert np.all(ct > 1e-5)
     np.testing.assert_allclose(soft, ct, rtol=1e-9)
     by_gap = terms(weighted, params, ctx)
     np.testing.assert_allclose(by_gap[0], ct / (T - R), rtol=1e-6)
@@ -115,7 +115,7 @@ def line_terms():
         for k, c in zip(TERMS, coefficients, strict=True)
     )
 
-  return jax.jit(total), jax.jit(jax.grad(total, argnums=(0, 1)))
+  return toys.jit(total), toys.jit(jax.grad(total, argnums=(0, 1)))
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -239,7 +239,7 @@ def test_equal_levels_cost_nothing_under_a_shared_mask():
 def test_two_jumps_are_two_calls(num_classes):
   method = fixed(toys.MLP(dropout=0.5, num_classes=num_classes))
   labels = None if num_classes is None else np.arange(B) % 3
-  params = method.init(jax.random.key(1), IMAGES, labels)
+  params = toys.parameters(method, IMAGES, labels)
   keys = toys.context(IMAGES).keys("dropout")
   ends = jnp.full(B, 0.002), U
   both = method.two_jumps(params, IMAGES, T, ends, labels, keys)
@@ -331,7 +331,7 @@ def test_no_stage_of_the_curriculum_recompiles():
   params = trained()[1]
   traces = []
 
-  @jax.jit
+  @toys.jit
   def loss(curriculum):
     traces.append(1)
     return method.loss(params, toys.context(IMAGES, curriculum))[0]
@@ -348,9 +348,9 @@ def test_no_stage_of_the_curriculum_recompiles():
 def test_the_loss_follows_a_permutation_of_the_batch():
   method = toys.bidirectional_toy(toys.MLP(dropout=0.5, num_classes=3))
   labels = np.arange(B) % 3
-  params = method.init(jax.random.key(1), IMAGES, labels)
+  params = toys.parameters(method, IMAGES, labels)
 
-  @jax.jit
+  @toys.jit
   def loss(images, labels, index):
     ctx = toys.context(images, method.curriculum(0), labels, index=index)
     return method.loss(params, ctx)[1]
@@ -385,58 +385,62 @@ def test_weight_nought_is_plain_consistency_training():
 
 @functools.cache
 def finetuning():
-  """Methods CM and BCM on a small ADM, with parameters of every leaf."""
-  options = dict(
-      model_channels=8, out_channels=1, channel_mult=(1,), num_res_blocks=1,
-      attention_resolutions=(), num_head_channels=None, num_heads=1,
-      num_groups=2,
-  )
-  cm = toys.consistency_toy(adm.ADM(**options))
-  bcm = toys.bidirectional_toy(adm.ADM(two_time=True, **options))
-  key = jax.random.key(0)
+  """The network by two_time, a CM's parameters, and a BCM's fresh ones."""
+
+  def network(two_time):
+    return adm.ADM(
+        model_channels=8, out_channels=1, channel_mult=(1,), num_res_blocks=1,
+        attention_resolutions=(), num_head_channels=None, num_heads=1,
+        num_groups=2, two_time=two_time,
+    )
+
+  cm = toys.consistency_toy(network(False))
+  bcm = toys.bidirectional_toy(network(True))
   source, fresh = (
-      jax.jit(lambda key, m=m: m.init(key, IMAGES, None))(key)
+      jax.eval_shape(m.init, jax.random.key(0), IMAGES, None)
       for m in (cm, bcm)
   )
-  # A fresh head is 0, and would hide everything.
   noise = np.random.default_rng(0)
-  source = jax.tree.map(
-      lambda p: p + np.float32(0.2 * noise.standard_normal(p.shape)), source
+  source, fresh = jax.tree.map(
+      lambda p: np.float32(0.2 * noise.standard_normal(p.shape)),
+      (source, fresh),
   )
-  return cm, bcm, source, fresh
+  return network, source, fresh
 
 
 def test_fine_tuning_starts_with_the_output_unchanged():
-  cm, bcm, source, fresh = finetuning()
-  player = bcm.players["student"]
-  params = player.adapt(source, fresh)
+  network, source, fresh = finetuning()
+  bcm = toys.bidirectional_toy(network(True))
+  params = bcm.players["student"].adapt(source, fresh)
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
-  apply = jax.jit(bcm.network.apply)
-  c, c_end = bcm.noise(T), bcm.noise(U)
-  before = jax.jit(cm.network.apply)({"params": source}, IMAGES, c)
-  after = apply({"params": params}, IMAGES, c, c_end)
-  assert np.max(np.abs(before)) > 0.1
-  np.testing.assert_allclose(after, before, rtol=0, atol=1e-6)
-  np.testing.assert_array_equal(
-      after, apply({"params": params}, IMAGES, c, c_end[::-1])
-  )
-  # f differs by the other c_skip, at most sigma_min of the data's scale.
-  x = IMAGES + np.float32(T)[:, None, None, None] * toys.images(seed=1) * 2
-  end = jnp.full(B, 0.002)
-  f = [
-      m.flow_map(p)(x, T, end) for m, p in ((cm, source), (bcm, params))
-  ]
-  difference = np.sqrt(np.mean(np.square(f[0] - f[1])))
+  x = IMAGES + T[:, None, None, None] * toys.images(seed=1) * 2
+  end = np.full(B, 0.002, np.float32)
+  jump = toys.jit(lambda p, u: bcm.f(p, x, T, u, None))
+
+  def consistency_model(scalings, u):
+    cm = toys.consistency_toy(network(False), scalings=scalings)
+    return toys.jit(lambda p: cm.f(p, x, T, u, None))(source)
+
+  # Of the same scalings, f is the same at every end: F is the old one.
+  for u in (end, U):
+    before = consistency_model(preconditioning.Bidirectional(), u)
+    np.testing.assert_allclose(jump(params, u), before, rtol=1e-5, atol=1e-5)
+  # F is not 0, which would hide everything.
+  skip = preconditioning.Bidirectional()(T, U).c_skip
+  assert np.abs(before - skip[:, None, None, None] * x).max() > 0.1
+  # f differs from the CM's own by its c_skip, sigma_min of the data's scale.
+  own = consistency_model(preconditioning.ConsistencyBoundary(), end)
+  difference = np.sqrt(np.mean(np.square(jump(params, end) - own)))
   assert 0 < difference < 3e-3
 
 
 def test_a_bidirectional_source_is_taken_as_it_is():
-  _, bcm, _, fresh = finetuning()
-  assert bcm.adapt(fresh, fresh) is fresh
+  _, _, fresh = finetuning()
+  assert toys.bidirectional_toy().adapt(fresh, fresh) is fresh
 
 
 def test_a_source_that_does_not_fit_is_refused():
-  _, bcm, source, fresh = finetuning()
+  _, source, fresh = finetuning()
   wrong = source | {"out_2": {"kernel": jnp.ones(3), "bias": jnp.ones(1)}}
   with pytest.raises(ValueError, match="out_2"):
-    bcm.adapt(wrong, fresh)
+    toys.bidirectional_toy().adapt(wrong, fresh)

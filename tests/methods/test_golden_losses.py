@@ -18,10 +18,6 @@ from bcm_jax.methods import consistency
 from tests import golden
 from tests import toys
 
-# These networks run once or twice: compiling them well would take longer.
-FAST = {"xla_backend_optimization_level": 0}
-
-
 def weights(case: golden.Golden):
   """Online and target parameters of a case, float64."""
   online = golden.load(case.meta["state_dict_from"].removesuffix(".npz"))
@@ -102,7 +98,7 @@ def bcm_losses(gradients):
     grad, values = jax.grad(terms, has_aux=True)(params)
     return values, grad
 
-  return jax.jit(run, compiler_options=FAST)
+  return toys.jit(run)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -177,7 +173,7 @@ def test_consistency_losses_are_the_official_ones():
         (case.image("in/x_start"), case.image("in/noise"),
          (grid[i], grid[i - 1])), np.float64,
     )
-    grad, losses = jax.jit(cm_losses, compiler_options=FAST)(
+    grad, losses = toys.jit(cm_losses)(
         params, target, images, jnp.asarray(case["in/y"]), z, times
     )
   for name, loss in losses.items():

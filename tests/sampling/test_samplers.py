@@ -201,7 +201,9 @@ def test_runs_are_the_reference_ones(name, x64, monkeypatch):
   y = jnp.asarray(g["in/y"])
   out = samplers.run(plan, flow_map, jnp.asarray(x), y, keys(2))
   final = jnp.clip(out, -1, 1) if name.startswith("ks_") else out
-  golden.close(final, g, name, rel=1e-10)
+  # The reference adds noise once more, whose scale is zero but for rounding.
+  rel = 1e-9 if "multistep" in name else 1e-10
+  golden.close(final, g, name, rel=rel)
   if name.startswith("inv"):
     recon = samplers.run(plans.ancestral((), LEVELS), flow_map, out, y)
     golden.close(recon, g, name.replace("latent", "recon"), rel=1e-10)

@@ -1,0 +1,435 @@
+"""The step: gradients, guard, averages, metrics, phases."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bcm_jax.methods import base
+from bcm_jax.training import ema
+from bcm_jax.training import parallel
+from bcm_jax.training import state as states
+from bcm_jax.training import step as steps
+from tests import toys
+
+B = 8
+ROUND = ("student",)
+
+
+class Scale(nn.Module):
+  """w x of one parameter."""
+
+  start: float = 1.0
+
+  @nn.compact
+  def __call__(self, x):
+    return self.param("w", nn.initializers.constant(self.start), ()) * x
+
+
+def player(start=1.0):
+  network = Scale(start)
+  return base.Player(
+      network, lambda key, x, y: network.init(key, x)["params"]
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression(base.OnePlayer):
+  """Fits w x to labels, with noise on w that depends on the keys."""
+
+  averages = {}
+  spoil: bool = False
+
+  @property
+  def players(self):
+    return {"student": player()}
+
+  def curriculum(self, step):
+    return {"rate": jnp.float32(1 - 0.5 ** (step + 1))}
+
+  def loss(self, params, ctx):
+    noise = jax.vmap(jax.random.normal)(ctx.keys("noise"))
+    error = params["w"] * ctx.images[:, 0, 0, 0] - ctx.labels + noise
+    loss = error**2
+    if self.spoil:  # An infinite loss of finite gradient.
+      worst = jnp.max(ctx.images)
+      loss = loss + jnp.where(worst > 50, jnp.inf, 0)
+    return loss, {"error": error}
+
+
+class Averaged(Regression):
+  """The same, and a moving average of its own."""
+
+  averages = {"target": base.Average("student", "rate")}
+
+
+def batch(seed=0, size=B):
+  rng = np.random.default_rng(seed)
+  return {
+      "image": np.float32(rng.standard_normal((size, 1, 1, 1))),
+      "label": np.arange(size, dtype=np.int32) % 3,
+      "index": np.arange(size, dtype=np.int32),
+  }
+
+
+def poisoned(value=np.nan):
+  one = batch()
+  one["image"][3] = value
+  return one
+
+
+def begin(method, optimizers=None, rates=(0.9,), **options):
+  """(state, jitted step) of a method; SGD unless told."""
+  optimizers = optimizers or {
+      name: optax.sgd(0.1) for name in method.players
+  }
+  data = batch()
+  state = states.create(
+      method, optimizers, rates, 0, data["image"], data["label"]
+  )
+  options = steps.StepOptions(ema_rates=rates, **options)
+  step = steps.make_step(method, optimizers, options)
+  return state, toys.jit(step, static_argnames="phase")
+
+
+def run(method, step, state, data, phase=ROUND):
+  curriculum = method.curriculum(int(state.step))
+  return step(state, data, curriculum, phase)
+
+
+def test_an_update_is_the_optimisers_of_the_mean_gradient():
+  method = Regression()
+  state, step = begin(method)
+  data = batch()
+  new, metrics = run(method, step, state, data)
+  ctx = toys.context(data["image"], labels=data["label"])
+  loss, values = method.loss({"w": 1.0}, ctx)
+  x = data["image"][:, 0, 0, 0]
+  gradient = np.mean(2 * np.asarray(values["error"]) * x)
+  np.testing.assert_allclose(
+      new.players["student"].params["w"], 1 - 0.1 * gradient, rtol=1e-5
+  )
+  np.testing.assert_allclose(metrics["loss"], np.mean(loss), rtol=1e-5)
+  np.testing.assert_allclose(
+      metrics["error"], np.mean(values["error"]), rtol=1e-4
+  )
+  np.testing.assert_allclose(metrics["grad_norm"], abs(gradient), rtol=1e-5)
+  assert new.step == new.players["student"].updates == 1
+  assert set(metrics) == {
+      "loss", "error", "grad_norm", "skipped", "skipped_in_row"
+  }
+
+
+def test_every_step_draws_anew_and_the_seed_matters():
+  method = Regression()
+  state, step = begin(method, {"student": optax.sgd(0.0)})
+  state, first = run(method, step, state, batch())
+  state, second = run(method, step, state, batch())
+  assert state.players["student"].params["w"] == 1
+  assert first["loss"] != second["loss"]
+  state, step = begin(method, {"student": optax.sgd(0.0)}, seed=1)
+  assert run(method, step, state, batch())[1]["loss"] != first["loss"]
+
+
+# Gradient accumulation.
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_change_nothing(microbatches):
+  whole, cut = (
+      accumulated(m) for m in (1, microbatches)
+  )
+  toys.assert_close(cut[0].players, whole[0].players, rtol=1e-5)
+  toys.assert_close(cut[0].averages, whole[0].averages, rtol=1e-5)
+  for name in ("loss", "error", "grad_norm"):
+    np.testing.assert_allclose(cut[1][name], whole[1][name], rtol=1e-4)
+
+
+@functools.cache
+def accumulated(microbatches):
+  method = Regression()
+  state, step = begin(
+      method, {"student": optax.adam(0.1)}, microbatches=microbatches
+  )
+  for i in range(3):
+    state, metrics = run(method, step, state, batch(i))
+  return state, metrics
+
+
+# The guard.
+
+
+@pytest.mark.parametrize(
+    "value,spoil", [(np.nan, False), (np.inf, False), (100.0, True)],
+    ids=["nan-image", "inf-image", "inf-loss"],
+)
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_bad_step_changes_nothing_but_the_counts(
+    value, spoil, microbatches
+):
+  method = Averaged(spoil)
+  state, step = begin(
+      method, {"student": optax.adam(0.1)}, microbatches=microbatches
+  )
+  good, _ = run(method, step, state, batch())
+  before = (good.players, good.averages)
+
+  bad, metrics = run(method, step, good, poisoned(value))
+  toys.assert_equal((bad.players, bad.averages), before)
+  assert (bad.step, bad.skipped, bad.skipped_in_row) == (2, 1, 1)
+  assert metrics["skipped"] == metrics["skipped_in_row"] == 1
+  assert not np.isfinite(metrics["loss"])
+
+  bad, _ = run(method, step, bad, poisoned(value))
+  toys.assert_equal((bad.players, bad.averages), before)
+  assert (bad.step, bad.skipped, bad.skipped_in_row) == (3, 2, 2)
+
+  after, metrics = run(method, step, bad, batch())
+  assert (after.step, after.skipped, after.skipped_in_row) == (4, 2, 0)
+  assert after.players["student"].updates == 2
+  assert np.isfinite(metrics["loss"])
+  w = after.players["student"].params["w"]
+  assert np.isfinite(w) and w != before[0]["student"].params["w"]
+
+
+# Averages.
+
+
+def test_averages_take_the_updated_parameters_at_their_own_rates():
+  method = Averaged()
+  state, step = begin(method, rates=(0.9, 0.99))
+  expected = dict.fromkeys(("ema_0.9", "ema_0.99", "target"), 1.0)
+  assert set(state.averages) == set(expected)
+  for k in range(4):
+    state, _ = run(method, step, state, batch(k))
+    w = float(state.players["student"].params["w"])
+    for name, rate in (
+        ("ema_0.9", 0.9), ("ema_0.99", 0.99), ("target", 1 - 0.5 ** (k + 1))
+    ):
+      expected[name] = rate * expected[name] + (1 - rate) * w
+  assert abs(w - 1) > 0.01
+  for name, value in expected.items():
+    np.testing.assert_allclose(state.averages[name]["w"], value, rtol=1e-5)
+
+
+def test_warm_up_of_averages_counts_updates():
+  method = Regression()
+  state, step = begin(method, rates=(0.9,), ema_warmup=True)
+  state, _ = run(method, step, state, poisoned())  # Counts for nothing.
+  expected = 1.0
+  for n in (1, 2):
+    state, _ = run(method, step, state, batch())
+    w = float(state.players["student"].params["w"])
+    rate = float(ema.warmed_rate(0.9, jnp.int32(n)))
+    expected = rate * expected + (1 - rate) * w
+  np.testing.assert_allclose(
+      state.averages["ema_0.9"]["w"], expected, rtol=1e-5
+  )
+
+
+def test_the_target_network_of_ct_lags_by_mu_of_k():
+  method = toys.consistency_toy(
+      toys.MLP(width=4, two_time=False), scales="sqrt", s0=2, s1=20,
+      curriculum_steps=4, target_mu0=0.9,
+  )
+  optimizers = {"student": optax.sgd(0.1)}
+  images = toys.images()
+  create = functools.partial(states.create, method, optimizers, (0.9,), 0)
+  state = toys.jit(create)(images, None)
+  step = toys.jit(
+      steps.make_step(method, optimizers, steps.StepOptions(ema_rates=(0.9,))),
+      static_argnames="phase",
+  )
+  expected = state.players["student"].params
+  data = {"image": images, "index": np.arange(len(images))}
+  for k in range(4):
+    n = int(np.ceil(np.sqrt(k / 4 * (21**2 - 4) + 4) - 1)) + 1
+    mu = np.exp(2 * np.log(0.9) / (n - 1))
+    state, _ = run(method, step, state, data)
+    expected = jax.tree.map(
+        lambda e, p, mu=mu: mu * e + (1 - mu) * p, expected,
+        state.players["student"].params,
+    )
+  toys.assert_close(state.averages["target"], expected)
+  assert step._cache_size() == 1
+
+
+def test_the_curriculum_does_not_recompile_the_step():
+  method = toys.bidirectional_toy(toys.MLP(width=4))
+  optimizers = {"student": optax.adam(1e-3)}
+  images = toys.images()
+  create = functools.partial(states.create, method, optimizers, (0.9,), 0)
+  state = toys.jit(create)(images, None)
+  step = toys.jit(
+      steps.make_step(method, optimizers, steps.StepOptions(ema_rates=(0.9,))),
+      static_argnames="phase",
+  )
+  data = {"image": images, "index": np.arange(len(images))}
+  scales = set()
+  for _ in range(34):
+    scales.add(method.num_scales(int(state.step)))
+    state, metrics = run(method, step, state, data)
+    assert np.isfinite(metrics["loss"])
+  assert scales == {11, 21, 41} and step._cache_size() == 1
+
+
+# Players and phases.
+
+
+@dataclasses.dataclass(frozen=True)
+class Duel:
+  """Two players whose losses read each other; they take turns."""
+
+  sampled = "generator"
+  averages = {"old": base.Average("critic", "rate")}
+
+  @property
+  def players(self):
+    return {"generator": player(2.0), "critic": player(3.0)}
+
+  @property
+  def losses(self):
+    return {"generator": self.generate, "critic": self.judge}
+
+  def generate(self, params, ctx):
+    # Its own copy among the players is stopped as well.
+    product = params["w"] * ctx.players["critic"]["w"]
+    own = ctx.players["generator"]["w"] + ctx.averages["old"]["w"]
+    return product * jnp.ones(len(ctx.images)) + own, {}
+
+  def judge(self, params, ctx):
+    other = ctx.players["generator"]["w"]
+    loss = jnp.square(params["w"]) * other * jnp.ones(len(ctx.images))
+    return loss, {"other": jnp.full(len(ctx.images), other)}
+
+  def phase(self, step):
+    return ("generator", "critic") if step % 3 == 0 else ("critic",)
+
+  def phases(self):
+    return (("generator", "critic"), ("critic",))
+
+  def curriculum(self, step):
+    return {"rate": jnp.float32(0.5)}
+
+
+def test_players_learn_from_their_own_losses_in_their_own_turns():
+  method = Duel()
+  state, step = begin(method)
+  g, c, old = 2.0, 3.0, 3.0
+  for k in range(7):
+    phase = method.phase(k)
+    state, metrics = run(method, step, state, batch(), phase)
+    before_g, before_c = g, c
+    if "generator" in phase:  # Both gradients are at the old parameters.
+      g = before_g - 0.1 * before_c
+    c = before_c - 0.1 * 2 * before_c * before_g
+    old = 0.5 * old + 0.5 * c
+    np.testing.assert_allclose(
+        state.players["generator"].params["w"], g, rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        state.players["critic"].params["w"], c, rtol=1e-4
+    )
+    np.testing.assert_allclose(state.averages["old"]["w"], old, rtol=1e-4)
+    assert metrics["critic/other"] == pytest.approx(before_g, rel=1e-5)
+    assert ("generator/loss" in metrics) == ("generator" in phase)
+  assert state.players["generator"].updates == 3
+  assert state.players["critic"].updates == 7
+  assert step._cache_size() == len(method.phases()) == 2
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        ("generator", {"generator": 3.0, "critic": 0.0}),
+        ("critic", {"generator": 0.0, "critic": 12.0}),
+    ],
+)
+def test_a_loss_reaches_its_own_player_alone(name, expected):
+  method = Duel()
+  state, _ = begin(method)
+
+  def mean(params):
+    players = {
+        n: dataclasses.replace(p, params={"w": params[n]})
+        for n, p in state.players.items()
+    }
+    changed = dataclasses.replace(state, players=players)
+    value, _ = steps._loss(
+        {"w": params[name]}, name, method, steps.StepOptions(), changed,
+        batch(), {},
+    )
+    return value
+
+  table = jax.grad(mean)({"generator": 2.0, "critic": 3.0})
+  assert table == pytest.approx(expected)
+
+
+def test_one_bad_player_stops_both():
+  class Bad(Duel):
+    def judge(self, params, ctx):
+      loss, metrics = super().judge(params, ctx)
+      return loss + ctx.images[:, 0, 0, 0], metrics
+
+  method = Bad()
+  state, step = begin(method)
+  new, _ = run(method, step, state, poisoned(), ("generator", "critic"))
+  toys.assert_equal(new.players, state.players)
+  assert new.skipped == 1
+
+
+# The state.
+
+
+def test_a_state_is_a_function_of_the_seed():
+  method = toys.bidirectional_toy(toys.MLP(width=4))
+  optimizers = {"student": optax.adam(1e-3)}
+
+  @functools.partial(toys.jit, static_argnums=0)
+  def create(seed):
+    return states.create(
+        method, optimizers, (0.9, 0.9999), seed, toys.images(), None
+    )
+
+  one, two = create(0), create(1)
+  toys.assert_equal(one, create(0))
+  kernels = [s.players["student"].params["out"]["kernel"] for s in (one, two)]
+  assert np.any(kernels[0] != kernels[1])
+  assert set(one.averages) == {"ema_0.9", "ema_0.9999"}
+  for average in one.averages.values():
+    toys.assert_equal(average, one.players["student"].params)
+  assert one.step == one.skipped == one.skipped_in_row == 0
+
+
+@pytest.mark.parametrize("adapt", [None, lambda s, f: {"w": s["w"] + f["w"]}])
+def test_starting_from_another_run(adapt):
+  class From(Regression):
+    @property
+    def players(self):
+      return {"student": dataclasses.replace(player(), adapt=adapt)}
+
+  data = batch()
+  state = states.create(
+      From(), {"student": optax.adam(0.1)}, (0.9,), 0, data["image"], None,
+      {"student": {"w": jnp.float32(5)}},
+  )
+  expected = 6 if adapt else 5
+  assert state.players["student"].params["w"] == expected
+  assert state.averages["ema_0.9"]["w"] == expected
+
+
+def test_no_buffer_of_the_state_appears_twice():
+  # The engine donates the state; a shared buffer could not be donated.
+  method = Averaged()
+  optimizers = {"student": optax.sgd(0.1)}
+  state, _ = begin(method)
+  step = parallel.Jit(parallel.make_mesh(jax.devices()[:1])).compile(
+      steps.make_step(method, optimizers, steps.StepOptions(ema_rates=(0.9,)))
+  )
+  new, _ = run(method, step, state, batch())
+  assert state.step.is_deleted() and new.step == 1
