@@ -14,3 +14,9 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
 # folder goes when the interpreter does, and this name with it.
 _tfds_dir = tempfile.TemporaryDirectory(prefix="bcm_jax_tfds_")
 os.environ["TFDS_DATA_DIR"] = _tfds_dir.name
+
+# Tests compile the same tiny programs again and again, in this process and in
+# those they start; each is compiled once a session.
+_compiled = tempfile.TemporaryDirectory(prefix="bcm_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"

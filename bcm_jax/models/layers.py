@@ -79,19 +79,40 @@ def linear(
   )(x)
 
 
-def group_norm(x: jax.Array, num_groups: int, *, name: str) -> jax.Array:
+class GroupNorm(nn.Module):
   """Group normalisation, eps 1e-5 (PyTorch's), statistics in float32 or wider.
 
+  Sums run over positions first and over a group's channels after: the long
+  sums then stay vectorised over channels, which on CPUs halves their time.
   The variance is the two-pass form: E[x^2] - E[x]^2 loses digits where a
   channel's mean is large against its spread.
+
+  Attributes:
+    num_groups: must divide the channels of x [B, H, W, C].
   """
-  return nn.GroupNorm(
-      num_groups=num_groups,
-      epsilon=1e-5,
-      dtype=at_least_float32(x.dtype),
-      use_fast_variance=False,
-      name=name,
-  )(x).astype(x.dtype)
+
+  num_groups: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones_init(), (channels,))
+    bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
+    wide = x.astype(at_least_float32(x.dtype))
+
+    def group_mean(v):
+      v = v.mean(axis=(1, 2)).reshape(len(v), self.num_groups, -1)
+      v = jnp.broadcast_to(v.mean(axis=-1, keepdims=True), v.shape)
+      return v.reshape(-1, 1, 1, channels)
+
+    centred = wide - group_mean(wide)
+    gain = scale * jax.lax.rsqrt(group_mean(centred**2) + 1e-5)
+    return (centred * gain + bias).astype(x.dtype)
+
+
+def group_norm(x: jax.Array, num_groups: int, *, name: str) -> jax.Array:
+  """Applies `GroupNorm` to x [B, H, W, C]."""
+  return GroupNorm(num_groups, name=name)(x)
 
 
 class Dropout(nn.Module):

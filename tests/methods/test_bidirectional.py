@@ -25,6 +25,12 @@ R = np.float32([60.0, 1.5, 0.4, 0.05, 8.0, 0.5, 0.002, 20.0])
 U = np.float32([0.002, 80.0, 2.0, 15.0, 0.3, 0.5, 0.05, 0.07])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+  with toys.quick_compilation():
+    yield
+
+
 def fixed(network, t=T, r=R, u=U, **options):
   """BCM with these draws of times."""
   return toys.at_times(BCM, t, r, u)(
@@ -41,7 +47,7 @@ def trained():
 
 def terms(method, params, ctx):
   """L_CT and L_ST, [B] each."""
-  loss, metrics = toys.jit(lambda params: method.loss(params, ctx))(params)
+  loss, metrics = jax.jit(lambda params: method.loss(params, ctx))(params)
   np.testing.assert_allclose(
       loss, metrics["loss_ct"] + metrics["loss_soft"], rtol=1e-6
   )
@@ -115,7 +121,7 @@ def line_terms():
         for k, c in zip(TERMS, coefficients, strict=True)
     )
 
-  return toys.jit(total), toys.jit(jax.grad(total, argnums=(0, 1)))
+  return jax.jit(total), jax.jit(jax.grad(total, argnums=(0, 1)))
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -331,7 +337,7 @@ def test_no_stage_of_the_curriculum_recompiles():
   params = trained()[1]
   traces = []
 
-  @toys.jit
+  @jax.jit
   def loss(curriculum):
     traces.append(1)
     return method.loss(params, toys.context(IMAGES, curriculum))[0]
@@ -350,7 +356,7 @@ def test_the_loss_follows_a_permutation_of_the_batch():
   labels = np.arange(B) % 3
   params = toys.parameters(method, IMAGES, labels)
 
-  @toys.jit
+  @jax.jit
   def loss(images, labels, index):
     ctx = toys.context(images, method.curriculum(0), labels, index=index)
     return method.loss(params, ctx)[1]
@@ -415,11 +421,11 @@ def test_fine_tuning_starts_with_the_output_unchanged():
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
   x = IMAGES + T[:, None, None, None] * toys.images(seed=1) * 2
   end = np.full(B, 0.002, np.float32)
-  jump = toys.jit(lambda p, u: bcm.f(p, x, T, u, None))
+  jump = jax.jit(lambda p, u: bcm.f(p, x, T, u, None))
 
   def consistency_model(scalings, u):
     cm = toys.consistency_toy(network(False), scalings=scalings)
-    return toys.jit(lambda p: cm.f(p, x, T, u, None))(source)
+    return jax.jit(lambda p: cm.f(p, x, T, u, None))(source)
 
   # Of the same scalings, f is the same at every end: F is the old one.
   for u in (end, U):

@@ -20,6 +20,12 @@ B = len(IMAGES)
 END = 0.002
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+  with toys.quick_compilation():
+    yield
+
+
 def preset(name, network=None, **options):
   return toys.consistency_toy(
       network, **(consistency.PRESETS[name] | options)
@@ -68,7 +74,7 @@ def test_presets_are_the_published_formulas(name):
   target = other(params) if name == "ct" else params
   averages = {"target": target} if name == "ct" else {}
   ctx = toys.context(IMAGES, method.curriculum(0), averages=averages)
-  loss, metrics = toys.jit(lambda p: method.loss(p, ctx))(params)
+  loss, metrics = jax.jit(lambda p: method.loss(p, ctx))(params)
   times = method.sample_times(ctx)
   _, _, distance, weight = by_hand(method, params, target, ctx, times)
   assert loss.shape == (B,)
@@ -178,7 +184,7 @@ def test_no_stage_of_a_curriculum_recompiles(name):
   params = parameters(method)
   traces = []
 
-  @toys.jit
+  @jax.jit
   def loss(curriculum):
     traces.append(1)
     return method.loss(params, toys.context(
@@ -261,7 +267,7 @@ def test_no_gradient_reaches_the_target():
     )
     return method.loss(params, ctx)[0].sum()
 
-  online, target = toys.jit(jax.grad(total, argnums=(0, 1)))(
+  online, target = jax.jit(jax.grad(total, argnums=(0, 1)))(
       params, other(params)
   )
   assert all(np.any(g != 0) for g in jax.tree.leaves(online))
@@ -276,7 +282,7 @@ def test_without_a_lagging_target_its_gradient_is_stopped_too():
     ctx = toys.context(IMAGES, method.curriculum(0), averages=averages)
     return method.loss(params, ctx)[0].sum()
 
-  grad = toys.jit(jax.grad(total))
+  grad = jax.jit(jax.grad(total))
   # The target as separate, constant numbers: the same gradient.
   toys.assert_close(grad(params, {}), grad(params, {"target": params}))
 
@@ -286,7 +292,7 @@ def test_the_loss_follows_a_permutation_of_the_batch(name):
   method = preset(name, toys.MLP(two_time=False, dropout=0.3))
   params = parameters(method)
 
-  @toys.jit
+  @jax.jit
   def loss(images, index):
     ctx = toys.context(images, method.curriculum(0), index=index)
     return method.loss(params, ctx)[0]

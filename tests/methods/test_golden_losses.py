@@ -18,6 +18,13 @@ from bcm_jax.methods import consistency
 from tests import golden
 from tests import toys
 
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+  with toys.quick_compilation():
+    yield
+
+
 def weights(case: golden.Golden):
   """Online and target parameters of a case, float64."""
   online = golden.load(case.meta["state_dict_from"].removesuffix(".npz"))
@@ -98,7 +105,7 @@ def bcm_losses(gradients):
     grad, values = jax.grad(terms, has_aux=True)(params)
     return values, grad
 
-  return toys.jit(run)
+  return jax.jit(run)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -173,7 +180,7 @@ def test_consistency_losses_are_the_official_ones():
         (case.image("in/x_start"), case.image("in/noise"),
          (grid[i], grid[i - 1])), np.float64,
     )
-    grad, losses = toys.jit(cm_losses)(
+    grad, losses = jax.jit(cm_losses)(
         params, target, images, jnp.asarray(case["in/y"]), z, times
     )
   for name, loss in losses.items():

@@ -46,7 +46,7 @@ def train(data, num_steps, **options):
   optimizers = {"student": optax.adam(1e-3)}
   images = jnp.zeros((BATCH, 1, 1, 1))
   create = functools.partial(states.create, method, optimizers, (RATE,), 0)
-  state = toys.jit(create)(images, None)
+  state = jax.jit(create)(images, None)
   step = steps.make_step(
       method, optimizers, steps.StepOptions(ema_rates=(RATE,))
   )

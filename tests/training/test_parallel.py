@@ -21,6 +21,12 @@ STEPS = 3
 TOPOLOGIES = ("jit-1", "jit-2", "jit-4", "pmap-4")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+  with toys.quick_compilation():
+    yield
+
+
 def method():
   return toys.bidirectional_toy(
       toys.MLP(width=8, dropout=0.3, num_classes=3)
@@ -63,7 +69,7 @@ def optimizers():
 def first_state():
   """The state before the first step, on the host."""
   one = batch()
-  state = toys.jit(
+  state = jax.jit(
       lambda: states.create(
           method(), optimizers(), (0.9,), 0, one["image"], one["label"]
       )
@@ -128,7 +134,7 @@ def test_training_is_the_same(topology):
   toys.assert_close(metrics, expected_metrics, rtol=1e-4)
   moved = expected.players["student"].params["out"]["kernel"]
   start = first_state().players["student"].params["out"]["kernel"]
-  assert np.abs(moved - start).max() > 1e-2
+  assert np.abs(moved - start).max() > 1e-3
 
 
 @pytest.mark.parametrize("topology", ["jit-2", "pmap-4"])

@@ -21,6 +21,12 @@ B = 8
 ROUND = ("student",)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+  with toys.quick_compilation():
+    yield
+
+
 class Scale(nn.Module):
   """w x of one parameter."""
 
@@ -94,7 +100,7 @@ def begin(method, optimizers=None, rates=(0.9,), **options):
   )
   options = steps.StepOptions(ema_rates=rates, **options)
   step = steps.make_step(method, optimizers, options)
-  return state, toys.jit(step, static_argnames="phase")
+  return state, jax.jit(step, static_argnames="phase")
 
 
 def run(method, step, state, data, phase=ROUND):
@@ -240,8 +246,8 @@ def test_the_target_network_of_ct_lags_by_mu_of_k():
   optimizers = {"student": optax.sgd(0.1)}
   images = toys.images()
   create = functools.partial(states.create, method, optimizers, (0.9,), 0)
-  state = toys.jit(create)(images, None)
-  step = toys.jit(
+  state = jax.jit(create)(images, None)
+  step = jax.jit(
       steps.make_step(method, optimizers, steps.StepOptions(ema_rates=(0.9,))),
       static_argnames="phase",
   )
@@ -264,8 +270,8 @@ def test_the_curriculum_does_not_recompile_the_step():
   optimizers = {"student": optax.adam(1e-3)}
   images = toys.images()
   create = functools.partial(states.create, method, optimizers, (0.9,), 0)
-  state = toys.jit(create)(images, None)
-  step = toys.jit(
+  state = jax.jit(create)(images, None)
+  step = jax.jit(
       steps.make_step(method, optimizers, steps.StepOptions(ema_rates=(0.9,))),
       static_argnames="phase",
   )
@@ -390,7 +396,7 @@ def test_a_state_is_a_function_of_the_seed():
   method = toys.bidirectional_toy(toys.MLP(width=4))
   optimizers = {"student": optax.adam(1e-3)}
 
-  @functools.partial(toys.jit, static_argnums=0)
+  @functools.partial(jax.jit, static_argnums=0)
   def create(seed):
     return states.create(
         method, optimizers, (0.9, 0.9999), seed, toys.images(), None
