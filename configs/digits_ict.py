@@ -20,5 +20,6 @@ def get_config() -> ml_collections.ConfigDict:
   config = config_files.read_file(str(digits))
   config.model.two_time = False
   config.method.name = "ict"
+  del config.method["bidirectional_weight"]
   config.eval = dict(samplers=("onestep", "cm_multistep"))
   return config

@@ -231,10 +231,11 @@ def test_fine_tuning_starts_from_a_consistency_model(tmp_path, capsys):
   capsys.readouterr()
   main("--mode=inspect", f"--workdir={target}", f"--compare={source}")
   text = capsys.readouterr().out
-  # The source's average, not its parameters, is what the run starts from.
-  assert "time_embed_align.kernel: (32, 64) ... against None" in text or (
-      "time_embed_align.kernel: (64, 32) against None" in text
-  )
+  # All of the source is there, under the learning rate 0 unchanged but for
+  # the average that the run starts from; the second time branch is new.
+  assert "time_embed_align.kernel: (64, 32) against None" in text
+  assert "time_embed_end_0.kernel: (8, 32) against None" in text
+  assert "input_blocks_0_0.kernel: (" not in text
 
 
 def test_bad_starts_for_fine_tuning(run, tmp_path, capsys):
@@ -321,3 +322,27 @@ def test_module_is_a_command_with_help():
   )
   assert "--workdir" in done.stdout
   assert "--mode" in done.stdout
+
+
+WITHOUT_TENSORFLOW = """
+import sys
+class Blocker:
+  def find_spec(self, name, path=None, target=None):
+    if name.split(".")[0] in ("tensorflow", "tensorboard"):
+      raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+from bcm_jax import main
+main.main(["bcm_jax", *sys.argv[1:]])
+"""
+
+
+def test_training_works_without_tensorflow(run, tmp_path):
+  done = subprocess.run(
+      [sys.executable, "-c", WITHOUT_TENSORFLOW, "--config=configs/digits.py",
+       f"--workdir={tmp_path}", *flags()],
+      check=False, capture_output=True, text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert not (tmp_path / "tensorboard").exists()
+  # The same examples under the same indices: the same run, bit for bit.
+  assert state_digests(tmp_path) == state_digests(run)
