@@ -59,7 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
       final_fraction=0.05,
   )
   config.training = dict(
-      num_steps=2200, batch_size=64, ema_rates=(0.999,), ema_warmup=True
+      num_steps=1900, batch_size=64, ema_rates=(0.999,), ema_warmup=True
   )
   config.checkpoint = dict(every_steps=500, keep=2)
   config.log = dict(every_steps=50, progress_secs=15.0)
