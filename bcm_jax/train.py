@@ -215,9 +215,12 @@ def _watch(experiment, workdir, state, stack) -> _Watch:
       training.num_steps, first, every_secs=log.progress_secs
   )
   stack.callback(progress.close)
+  sizes = [x.size for p in state.players.values()
+           for x in jax.tree.leaves(p.params)]
   progress.note(
       f"training {config.method.name} on {config.data.name}: steps {first} to "
       f"{training.num_steps}, batch {training.batch_size}, "
+      f"{sum(sizes):,} parameters, "
       f"{jax.device_count()} {jax.devices()[0].platform} device(s); compiling"
   )
   return _Watch(

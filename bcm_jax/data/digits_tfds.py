@@ -7,6 +7,8 @@ as array_record, so that examples can be read by index.
 
 import os
 
+from absl import logging
+
 # TFDS imports the other two only when first used; asking for them here turns
 # their absence into an ImportError at a place where it can be caught.
 import array_record  # noqa: F401
@@ -107,7 +109,13 @@ def load_digits_tfds(split: str, data_dir: str | None = None) -> ArraySource:
         " again"
     ) from error
   _check_random_access(builder)
-  examples = _read(builder, split)
+  # Decoding 8x8 images without OpenCV is no news to anybody.
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    examples = _read(builder, split)
+  finally:
+    logging.set_verbosity(verbosity)
   images = np.stack([example["image"] for example in examples])
   labels = np.array([example["label"] for example in examples], np.int32)
   return ArraySource(
