@@ -59,6 +59,9 @@ def run(file, overrides) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+  # A second call, as from a notebook, starts from the defaults again.
+  for flag in (_WORKDIR, _MODE, _COMPARE):
+    flags.FLAGS[flag.name].unparse()
   try:
     rest = flags.FLAGS(argv)
   except flags.Error as e:

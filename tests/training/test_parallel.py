@@ -29,7 +29,7 @@ def quickly():
 
 def method():
   return toys.bidirectional_toy(
-      toys.MLP(width=8, dropout=0.3, num_classes=3)
+      toys.MLP(width=8, depth=1, dropout=0.3, num_classes=3)
   )
 
 
@@ -137,9 +137,8 @@ def test_training_is_the_same(topology):
   assert np.abs(moved - start).max() > 1e-3
 
 
-@pytest.mark.parametrize("topology", ["jit-2", "pmap-4"])
-def test_microbatches_on_several_devices_are_the_same(topology):
-  state, _ = train(topology, microbatches=4)
+def test_microbatches_on_several_devices_are_the_same():
+  state, _ = train("jit-2", microbatches=4)
   toys.assert_close(state, reference()[0], rtol=1e-5)
 
 

@@ -1,9 +1,8 @@
-"""The step: gradients, guard, averages, metrics, phases."""
+"""The step: gradients, guard, averages, metrics, the state."""
 
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,30 +17,12 @@ from bcm_jax.training import step as steps
 from tests import toys
 
 B = 8
-ROUND = ("student",)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quickly():
   with toys.quick_compilation():
     yield
-
-
-class Scale(nn.Module):
-  """w x of one parameter."""
-
-  start: float = 1.0
-
-  @nn.compact
-  def __call__(self, x):
-    return self.param("w", nn.initializers.constant(self.start), ()) * x
-
-
-def player(start=1.0):
-  network = Scale(start)
-  return base.Player(
-      network, lambda key, x, y: network.init(key, x)["params"]
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +34,7 @@ class Regression(base.OnePlayer):
 
   @property
   def players(self):
-    return {"student": player()}
+    return {"student": toys.scale_player()}
 
   def curriculum(self, step):
     return {"rate": jnp.float32(1 - 0.5 ** (step + 1))}
@@ -103,9 +84,8 @@ def begin(method, optimizers=None, rates=(0.9,), **options):
   return state, jax.jit(step, static_argnames="phase")
 
 
-def run(method, step, state, data, phase=ROUND):
-  curriculum = method.curriculum(int(state.step))
-  return step(state, data, curriculum, phase)
+def run(method, step, state, data):
+  return step(state, data, method.curriculum(int(state.step)), ("student",))
 
 
 def test_an_update_is_the_optimisers_of_the_mean_gradient():
@@ -284,111 +264,6 @@ def test_the_curriculum_does_not_recompile_the_step():
   assert scales == {11, 21, 41} and step._cache_size() == 1
 
 
-# Players and phases.
-
-
-@dataclasses.dataclass(frozen=True)
-class Duel:
-  """Two players whose losses read each other; they take turns."""
-
-  sampled = "generator"
-  averages = {"old": base.Average("critic", "rate")}
-
-  @property
-  def players(self):
-    return {"generator": player(2.0), "critic": player(3.0)}
-
-  @property
-  def losses(self):
-    return {"generator": self.generate, "critic": self.judge}
-
-  def generate(self, params, ctx):
-    # Its own copy among the players is stopped as well.
-    product = params["w"] * ctx.players["critic"]["w"]
-    own = ctx.players["generator"]["w"] + ctx.averages["old"]["w"]
-    return product * jnp.ones(len(ctx.images)) + own, {}
-
-  def judge(self, params, ctx):
-    other = ctx.players["generator"]["w"]
-    loss = jnp.square(params["w"]) * other * jnp.ones(len(ctx.images))
-    return loss, {"other": jnp.full(len(ctx.images), other)}
-
-  def phase(self, step):
-    return ("generator", "critic") if step % 3 == 0 else ("critic",)
-
-  def phases(self):
-    return (("generator", "critic"), ("critic",))
-
-  def curriculum(self, step):
-    return {"rate": jnp.float32(0.5)}
-
-
-def test_players_learn_from_their_own_losses_in_their_own_turns():
-  method = Duel()
-  state, step = begin(method)
-  g, c, old = 2.0, 3.0, 3.0
-  for k in range(7):
-    phase = method.phase(k)
-    state, metrics = run(method, step, state, batch(), phase)
-    before_g, before_c = g, c
-    if "generator" in phase:  # Both gradients are at the old parameters.
-      g = before_g - 0.1 * before_c
-    c = before_c - 0.1 * 2 * before_c * before_g
-    old = 0.5 * old + 0.5 * c
-    np.testing.assert_allclose(
-        state.players["generator"].params["w"], g, rtol=1e-5
-    )
-    np.testing.assert_allclose(
-        state.players["critic"].params["w"], c, rtol=1e-4
-    )
-    np.testing.assert_allclose(state.averages["old"]["w"], old, rtol=1e-4)
-    assert metrics["critic/other"] == pytest.approx(before_g, rel=1e-5)
-    assert ("generator/loss" in metrics) == ("generator" in phase)
-  assert state.players["generator"].updates == 3
-  assert state.players["critic"].updates == 7
-  assert step._cache_size() == len(method.phases()) == 2
-
-
-@pytest.mark.parametrize(
-    "name,expected",
-    [
-        ("generator", {"generator": 3.0, "critic": 0.0}),
-        ("critic", {"generator": 0.0, "critic": 12.0}),
-    ],
-)
-def test_a_loss_reaches_its_own_player_alone(name, expected):
-  method = Duel()
-  state, _ = begin(method)
-
-  def mean(params):
-    players = {
-        n: dataclasses.replace(p, params={"w": params[n]})
-        for n, p in state.players.items()
-    }
-    changed = dataclasses.replace(state, players=players)
-    value, _ = steps._loss(
-        {"w": params[name]}, name, method, steps.StepOptions(), changed,
-        batch(), {},
-    )
-    return value
-
-  table = jax.grad(mean)({"generator": 2.0, "critic": 3.0})
-  assert table == pytest.approx(expected)
-
-
-def test_one_bad_player_stops_both():
-  class Bad(Duel):
-    def judge(self, params, ctx):
-      loss, metrics = super().judge(params, ctx)
-      return loss + ctx.images[:, 0, 0, 0], metrics
-
-  method = Bad()
-  state, step = begin(method)
-  new, _ = run(method, step, state, poisoned(), ("generator", "critic"))
-  toys.assert_equal(new.players, state.players)
-  assert new.skipped == 1
-
-
 # The state.
 
 
@@ -417,7 +292,7 @@ def test_starting_from_another_run(adapt):
   class From(Regression):
     @property
     def players(self):
-      return {"student": dataclasses.replace(player(), adapt=adapt)}
+      return {"student": dataclasses.replace(toys.scale_player(), adapt=adapt)}
 
   data = batch()
   state = states.create(
