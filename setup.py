@@ -17,7 +17,7 @@ TENSORFLOW = [
 ]
 
 # setuptools and wheel let the tests build a wheel without the network.
-TEST = ["pytest>=8.0", "setuptools>=64", "wheel"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "setuptools>=64", "wheel"]
 
 
 def read_version() -> str:

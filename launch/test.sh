@@ -12,4 +12,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install_into_venv test
 
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-exec "$VENV_PYTHON" -m pytest "$@"
+# One process a core; the tests of a file stay together and share its fixtures.
+exec "$VENV_PYTHON" -m pytest -n auto --dist loadfile "$@"

@@ -17,6 +17,7 @@ os.environ["TFDS_DATA_DIR"] = _tfds_dir.name
 
 # Tests compile the same tiny programs again and again, in this process and in
 # those they start; each is compiled once a session.
-_compiled = tempfile.TemporaryDirectory(prefix="bcm_jax_compiled_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _compiled = tempfile.TemporaryDirectory(prefix="bcm_jax_compiled_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"

@@ -222,11 +222,11 @@ def test_killed_run_resumes_bit_for_bit(run, tmp_path, at):
 
 def test_fine_tuning_starts_from_a_consistency_model(tmp_path, capsys):
   source, target = tmp_path / "ict", tmp_path / "bcm"
-  train(source, method__name="ict", model__two_time="False",
-        training__num_steps="2")
+  train(source, config="configs/digits_ict.py", training__num_steps="2")
   out = capsys.readouterr().out
   assert "inversion" not in out
-  train(target, training__init_from=str(source), training__num_steps="1",
+  train(target, config="configs/digits_bcm_finetune.py",
+        training__init_from=str(source), training__num_steps="1",
         optimizer__learning_rate="0.0")
   capsys.readouterr()
   main("--mode=inspect", f"--workdir={target}", f"--compare={source}")

@@ -226,11 +226,18 @@ def test_bad_plans(overrides, said):
 
 
 def test_one_time_network_refuses_other_end_levels():
-  overrides = {
-      "method.name": "ict", "model.two_time": "False",
-      "sample.sampler": "ancestral", "sample.times": "2",
-  }
+  def plan(sampler):
+    config = configs.resolve(
+        config_files.read_file("configs/digits_ict.py"),
+        {"sample.sampler": sampler, "sample.times": "2"},
+    )
+    return experiments.sampling_plan(experiments.build(config))
+
   with pytest.raises(errors.UserError, match="cm_multistep"):
-    plan_of(**overrides)
-  overrides["sample.sampler"] = "cm_multistep"
-  assert plan_of(**overrides).nfe == 2
+    plan("ancestral")
+  assert plan("cm_multistep").nfe == 2
+
+
+def test_another_method_refuses_what_it_does_not_use():
+  with pytest.raises(errors.UserError, match="bidirectional_weight"):
+    digits(method__name="ict")

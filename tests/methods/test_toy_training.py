@@ -37,7 +37,7 @@ def gaussian(key):
   return (toys.SIGMA_DATA * jax.random.normal(key)).reshape(1, 1, 1)
 
 
-def train(data, num_steps, width=96, **options):
+def train(data, num_steps, width=128, **options):
   """flow(x, t, u) of the averaged parameters after training."""
   method = bidirectional.BidirectionalTraining(
       toys.MLP(width=width, depth=3), preconditioning.Bidirectional(),
