@@ -8,6 +8,8 @@ import subprocess
 
 import pytest
 
+PYTEST = "<-m><pytest><-n><auto><--dist><loadfile>"
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPTS = ("launch/test.sh", "launch/quickstart.sh", ".ci/run")
 TOOLS = ("bash", "dirname", "cksum", "cat", "find", "sort", "mkdir", "cp")
@@ -83,14 +85,14 @@ def test_first_run_makes_venv_installs_and_tests(checkout):
   assert result.log == [
       "<JAX_PLATFORMS=><-m><venv><--clear><.venv>",
       "<JAX_PLATFORMS=><-m><pip><install><--quiet><-e><.[test]>",
-      "<JAX_PLATFORMS=cpu><-m><pytest><-k><a or b>",
+      f"<JAX_PLATFORMS=cpu>{PYTEST}<-k><a or b>",
   ]
 
 
 def test_second_run_only_tests_until_setup_changes(checkout):
   launch(checkout, "launch/test.sh")
   again = launch(checkout, "launch/test.sh", JAX_PLATFORMS="tpu")
-  assert again.log == ["<JAX_PLATFORMS=tpu><-m><pytest>"]
+  assert again.log == [f"<JAX_PLATFORMS=tpu>{PYTEST}"]
   with open(checkout / "requirements.txt", "a") as f:
     f.write("another\n")
   changed = launch(checkout, "launch/test.sh")
@@ -119,7 +121,7 @@ def test_failing_tests_fail_the_script(checkout):
 def test_ci_says_nothing_after_pytest(checkout):
   launch(checkout, ".ci/run")
   again = launch(checkout, ".ci/run")
-  assert again.log == ["<JAX_PLATFORMS=cpu><-m><pytest><-q>"]
+  assert again.log == [f"<JAX_PLATFORMS=cpu>{PYTEST}<-q>"]
   assert again.stdout + again.stderr == ""
 
 
