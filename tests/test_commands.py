@@ -324,13 +324,18 @@ def test_module_is_a_command_with_help():
   assert "--mode" in done.stdout
 
 
+# Hides TensorFlow as if it were not installed: no spec, for whoever looks.
 WITHOUT_TENSORFLOW = """
-import sys
-class Blocker:
-  def find_spec(self, name, path=None, target=None):
+import importlib.machinery, sys
+class Hidden(importlib.machinery.PathFinder):
+  @classmethod
+  def find_spec(cls, name, path=None, target=None):
     if name.split(".")[0] in ("tensorflow", "tensorboard"):
-      raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Blocker())
+      return None
+    return super().find_spec(name, path, target)
+sys.meta_path = [
+    Hidden if f is importlib.machinery.PathFinder else f for f in sys.meta_path
+]
 from bcm_jax import main
 main.main(["bcm_jax", *sys.argv[1:]])
 """

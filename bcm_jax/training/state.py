@@ -71,14 +71,18 @@ def create(
     images: [b, H, W, C] of any b, for shapes.
     labels: [b] or None.
     start_from: player -> parameters of another run to start from.
+
+  Raises:
+    ValueError: parameters to start from do not fit the network.
   """
   players = {}
   for name, player in method.players.items():
     key = rng.stream_key(seed, f"init/{name}")
     params = player.init(key, images, labels)
     if start_from and name in start_from:
-      source = start_from[name]
-      params = player.adapt(source, params) if player.adapt else source
+      source, fresh = start_from[name], params
+      params = player.adapt(source, fresh) if player.adapt else source
+      _check_fits(params, fresh)
     players[name] = PlayerState(
         params, optimizers[name].init(params), jnp.int32(0)
     )
@@ -91,3 +95,23 @@ def create(
   # Distinct arrays: a donated buffer must not appear twice.
   zero = [jnp.zeros((), jnp.int32) for _ in range(3)]
   return TrainState(zero[0], players, averages, zero[1], zero[2])
+
+
+def _check_fits(params: Any, fresh: Any) -> None:
+  """Raises ValueError unless two trees have the same names and shapes."""
+  here, there = (
+      {
+          jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+      }
+      for tree in (params, fresh)
+  )
+  differing = sorted(
+      k for k in here.keys() | there.keys() if here.get(k) != there.get(k)
+  )
+  if differing:
+    k = differing[0]
+    raise ValueError(
+        f"{len(differing)} tensors do not fit, the first {k}: "
+        f"{here.get(k)} there, {there.get(k)} here"
+    )
