@@ -6,7 +6,7 @@ Two CPU cores, about 8 minutes. The numbers to expect, and how far they are
 from those aimed at: docs/results.md (measured).
 
 The network is the ADM U-Net of the ImageNet-64 config, only small: two levels,
-eight channels a group instead of 32 groups (one channel a group would wipe out
+8 groups a norm instead of 32 (one channel a group would wipe out
 the embeddings). What differs from the published hyperparameters, and why:
 
 * sigma_data 0.75: the standard deviation of these images in [-1, 1].

@@ -82,8 +82,8 @@ def linear(
 class GroupNorm(nn.Module):
   """Group normalisation, eps 1e-5 (PyTorch's), statistics in float32 or wider.
 
-  Sums run over positions first and over a group's channels after: the long
-  sums then stay vectorised over channels, which on CPUs halves their time.
+  Sums run over positions first and over a group's channels after, so that the
+  long sums stay vectorised over channels.
   The variance is the two-pass form: E[x^2] - E[x]^2 loses digits where a
   channel's mean is large against its spread.
 

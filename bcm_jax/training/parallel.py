@@ -25,8 +25,8 @@ AXIS = "data"
 def use_cores(count: int, batch_size: int) -> None:
   """Makes JAX split the host into devices, where it runs on a CPU.
 
-  Two devices of one core each train twice as fast as one device of two: XLA
-  hardly splits small convolutions over threads. Must come before the first
+  XLA hardly splits small convolutions over threads, so devices of one core
+  each keep more cores busy than one device of all. Must come before the first
   use of JAX; XLA_FLAGS that set a number of devices win.
 
   Args:
