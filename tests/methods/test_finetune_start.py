@@ -5,10 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.models import adm
+from bcm_jax.training import state
 from tests import toys
 
 B = 8
@@ -79,8 +81,16 @@ def test_a_bidirectional_source_is_taken_as_it_is():
   assert toys.bidirectional_toy().adapt(fresh, fresh) is fresh
 
 
-def test_a_source_that_does_not_fit_is_refused():
-  _, source, fresh = finetuning()
-  wrong = source | {"out_2": {"kernel": jnp.ones(3), "bias": jnp.ones(1)}}
-  with pytest.raises(ValueError, match="out_2"):
-    toys.bidirectional_toy().adapt(wrong, fresh)
+@pytest.mark.parametrize("change, named", [
+    ({"out_2": {"kernel": np.ones(3), "bias": np.ones(1)}}, r"out_2.*\(3,\)"),
+    ({"out_9": {"bias": np.ones(1)}}, "out_9/bias: .* None here"),
+])
+def test_a_source_that_does_not_fit_is_refused(change, named):
+  network, source, _ = finetuning()
+  with pytest.raises(ValueError, match=named):
+    jax.eval_shape(
+        lambda: state.create(
+            toys.bidirectional_toy(network(True)), {"student": optax.sgd(1)},
+            (), 0, jnp.asarray(IMAGES), None, {"student": source | change},
+        )
+    )

@@ -88,8 +88,11 @@ def test_group_norm_by_its_definition():
   np.testing.assert_allclose(out, expected.reshape(x.shape), rtol=1e-3,
                              atol=1e-4)
   bf16 = jnp.asarray(x, jnp.bfloat16)
-  out = Norm().apply(Norm().init(jax.random.key(0), bf16), bf16)
+  params = Norm().init(jax.random.key(0), bf16)
+  out = Norm().apply(params, bf16)
   assert out.dtype == jnp.bfloat16
+  wide = Norm().apply(params, bf16.astype(jnp.float32))
+  np.testing.assert_array_equal(out, wide.astype(jnp.bfloat16))
 
 
 def test_unit_rms():
