@@ -7,7 +7,7 @@ comes out is complete, and is written to the run's config.json.
 """
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -15,8 +15,9 @@ import os
 import pathlib
 import types
 import typing
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 
 from bcm_jax import config_files
@@ -27,10 +28,30 @@ from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import bidirectional
 from bcm_jax.methods import consistency
 from bcm_jax.models import adm
+from bcm_jax.models import song
 from bcm_jax.training import optim
 
-# Model name -> (module, conditioning value of a noise level that it expects).
-MODELS = {"adm": (adm.ADM, preconditioning.adm_noise)}
+
+class Model(NamedTuple):
+  """A network by name.
+
+  Attributes:
+    cls: Linen module.
+    noise: conditioning value of a noise level that it expects.
+    preset: its options that differ from the class's defaults.
+  """
+
+  cls: type
+  noise: Callable[[jax.Array], jax.Array]
+  preset: Mapping[str, Any] = types.MappingProxyType({})
+
+
+MODELS = {
+    "adm": Model(adm.ADM, preconditioning.adm_noise),
+    "dhariwal": Model(adm.ADM, preconditioning.edm_noise, adm.DHARIWAL),
+    "ddpmpp": Model(song.SongUNet, preconditioning.edm_noise),
+    "ncsnpp": Model(song.SongUNet, preconditioning.edm_noise, song.NCSNPP),
+}
 
 # Method name -> (class, its options that differ from the class's defaults).
 METHODS = {
@@ -101,7 +122,9 @@ def resolve(
     spans.setdefault(key, full["training"]["num_steps"])
   for section, cls in SECTIONS.items():
     full[section] = _fill(section, given, cls)
-  full["model"] = _named("model", given, {k: v[0] for k, v in MODELS.items()})
+  name, model = _look_up("model", given, MODELS)
+  given["model"] = {**model.preset, **given["model"]}
+  full["model"] = {"name": name} | _fill("model", given, model.cls)
   name, (cls, preset) = _look_up("method", given, METHODS)
   given["method"] = {**preset, **given["method"]}
   extra = {"preconditioning": (str, "bcm" if name == "bcm" else "cm")}
@@ -135,11 +158,6 @@ def _look_up(section, given, table) -> tuple[str, Any]:
   if name not in table:
     raise errors.unknown_name(f"{section}.name", str(name), table)
   return name, table[name]
-
-
-def _named(section, given, table) -> dict[str, Any]:
-  name, cls = _look_up(section, given, table)
-  return {"name": name} | _fill(section, given, cls)
 
 
 def _keys(cls: type) -> dict[str, tuple[Any, Any]]:

@@ -42,4 +42,9 @@ def read_file(path: str) -> ml_collections.ConfigDict:
   spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
     raise errors.UserError(f"{file} has no get_config()")
-  return module.get_config(arg) if arg else module.get_config()
+  try:
+    return module.get_config(arg) if arg else module.get_config()
+  except (TypeError, ValueError) as e:
+    if not arg:
+      raise
+    raise errors.UserError(f"--config={path}: {e}") from e

@@ -11,16 +11,13 @@ import optax
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import options
-from bcm_jax.data import digits
+from bcm_jax.data import registry
 from bcm_jax.data import source as sources
 from bcm_jax.diffusion import schedules
 from bcm_jax.methods import base
 from bcm_jax.sampling import plan as plans
 from bcm_jax.training import optim
 from bcm_jax.training import step as steps
-
-# Data set name -> (split, data_dir) -> source.
-DATA = {"digits": digits.digits}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +47,7 @@ class Experiment:
 
   def source(self, split: str) -> sources.Source:
     """The images of a split, 'train' or 'test'."""
-    data = self.section("data")
-    return DATA[data.name](split, data.data_dir)
+    return _data_set(self.config).open(split, self.config.data.data_dir)
 
   def optimizers(self) -> dict[str, optax.GradientTransformation]:
     """An optimiser for every player."""
@@ -76,20 +72,23 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   Raises:
     UserError: for a config whose parts contradict one another.
   """
-  if config.data.name not in DATA:
-    raise errors.unknown_name("data.name", config.data.name, DATA)
   method = _method(config)
-  source = DATA[config.data.name]("test", config.data.data_dir)
-  _check_model(config, source)
+  data = _data_set(config)
+  _check_model(config, data)
   _check_method(config)
   return Experiment(
-      config, method, tuple(source.image_shape), config.model.num_classes
+      config, method, data.image_shape, config.model.num_classes
   )
+
+
+def _data_set(config: ml_collections.ConfigDict) -> registry.DataSet:
+  data = config.data
+  return registry.find(data.name, tuple(data.image_shape), data.num_classes)
 
 
 def _method(config: ml_collections.ConfigDict) -> base.Method:
   model = config.model.to_dict()
-  module, noise = configs.MODELS[model.pop("name")]
+  module, noise, _ = configs.MODELS[model.pop("name")]
   numbers = config.method.to_dict()
   cls, _ = configs.METHODS[numbers.pop("name")]
   scalings = configs.PRECONDITIONINGS[numbers.pop("preconditioning")](numbers)
@@ -98,9 +97,9 @@ def _method(config: ml_collections.ConfigDict) -> base.Method:
   )
 
 
-def _check_model(config, source: sources.Source) -> None:
+def _check_model(config, data: registry.DataSet) -> None:
   model, name = config.model, config.data.name
-  height, width, channels = source.image_shape
+  height, width, channels = data.image_shape
   halvings = 2 ** (len(model.channel_mult) - 1)
   if height % halvings or width % halvings:
     raise errors.UserError(
@@ -115,19 +114,34 @@ def _check_model(config, source: sources.Source) -> None:
         f"{channels}; set model.out_channels={channels}"
     )
   if model.num_classes is not None and (
-      source.num_classes is None or source.num_classes > model.num_classes
+      data.num_classes is None or data.num_classes > model.num_classes
   ):
     raise errors.UserError(
         f"model.num_classes={model.num_classes}, but labels of {name} go up "
-        f"to {source.num_classes}; set model.num_classes={source.num_classes}"
+        f"to {data.num_classes}; set model.num_classes={data.num_classes}"
     )
+  _check_widths(model)
+
+
+def _check_widths(model) -> None:
+  """Raises UserError for widths that norms or heads cannot divide."""
   for mult in model.channel_mult:
-    if model.model_channels * mult % model.num_groups:
+    width = model.model_channels * mult
+    groups = model.get("num_groups")
+    if groups:
+      groups = min(groups, width // model.min_group_channels)
+    if groups and width % groups:
       raise errors.UserError(
-          f"model.num_groups={model.num_groups} does not divide "
-          f"{model.model_channels * mult} channels; change model_channels, "
-          "channel_mult or num_groups"
+          f"model.num_groups={model.num_groups} does not divide {width} "
+          "channels; change model_channels, channel_mult or num_groups"
       )
+  heads = model.get("num_head_channels")
+  if heads and width % heads:
+    raise errors.UserError(
+        f"model.num_head_channels={heads} does not divide the {width} channels "
+        "of the lowest level, which attends; choose a divisor, or None and "
+        "model.num_heads"
+    )
 
 
 def _max_levels(height: int, width: int) -> int:

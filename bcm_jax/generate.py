@@ -70,14 +70,20 @@ def load_params(workdir: str, average: str | None) -> Params:
 
 
 def load_run(
-    experiment: experiments.Experiment, workdir: str
+    experiment: experiments.Experiment,
+    workdir: str,
+    average: str | None = None,
 ) -> tuple[int, Params]:
-  """(step, parameters) of the newest good checkpoint of a run."""
+  """(step, parameters) of the newest good checkpoint of a run.
+
+  Args:
+    average: which of its averages; None is what section sample says.
+  """
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   step, state, _ = saved.read_raw()
   params = choose(
-      experiment.method.sampled, state, experiment.config.sample.average,
-      "sample.average",
+      experiment.method.sampled, state,
+      average or experiment.config.sample.average, "sample.average",
   )
   return step, params
 

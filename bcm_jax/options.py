@@ -14,14 +14,18 @@ class Data:
   """Where images come from.
 
   Attributes:
-    name: data set.
+    name: data set; 'none' has no images, for sampling from converted weights.
     data_dir: where TFDS keeps its copy; None is TFDS's own default.
     flip: random horizontal flips.
+    image_shape, num_classes: of 'none': (height, width, channels), and its
+      classes if it has any.
   """
 
   name: str = "digits"
   data_dir: str | None = None
   flip: bool = False
+  image_shape: tuple[int, ...] = ()
+  num_classes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,6 +131,7 @@ def _create(experiment, start_from) -> states.TrainState:
       images,
       labels,
       start_from,
+      loss_scaling=experiment.config.model.dtype == "float16",
   )
 
 

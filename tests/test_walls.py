@@ -73,9 +73,13 @@ def module_name(path: pathlib.Path) -> str:
   return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
+# A command that lives beside what it commands.
+COMMANDS = {"bcm_jax.interop.convert": "convert"}
+
+
 def room_of(module: str) -> str:
   """Returns 'training' for 'bcm_jax.training.step'."""
-  return (module.split(".") + [FACADE])[1]
+  return COMMANDS.get(module) or (module.split(".") + [FACADE])[1]
 
 
 def resolve(node: ast.ImportFrom, module: str) -> str:

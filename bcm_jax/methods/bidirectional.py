@@ -19,7 +19,7 @@ from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.methods import base
 from bcm_jax.methods import consistency
-from bcm_jax.models import adm
+from bcm_jax.models import second_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,9 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
 
     Parameters that have the second time branch already are taken as they are.
     """
-    if "time_embed_align" in source:
+    if self.network.ALIGN in source:
       return source
-    return adm.add_second_time(source, fresh)
+    return second_time.add_second_time(self.network, source, fresh)
 
   def sample_end(self, ctx: base.Context, index: jax.Array) -> jax.Array:
     """End levels u != t, [B], given t's index in the grid."""

@@ -1,13 +1,18 @@
-"""The ADM U-Net in the forms that iCT and BCM train on ImageNet-64.
+"""The ADM U-Net in the forms that consistency methods train on ImageNet-64.
 
 Dhariwal & Nichol (2021), with the changes of Li & He (BCM, 2024): additive or
 scale-shift conditioning, normalised QKV, dropout at low resolutions only and a
-second time branch for the end level u. Sub-modules carry the names of the
-published state dicts (`input_blocks.4.0.in_layers.2` is
-`input_blocks_4_0/in_layers_2` here), so that weights convert by renaming.
+second time branch for the end level u; and CTM's end level in every block
+(Kim et al., 2024). Sub-modules carry the names of the published state dicts
+(`input_blocks.4.0.in_layers.2` is `input_blocks_4_0/in_layers_2` here), so that
+weights convert by renaming.
+
+EDM's DhariwalUNet (Karras et al., 2022) is the same function under other
+names, `DHARIWAL` its settings: 250 ln t becomes ln(t) / 4, groups have at least
+four channels, and labels of the augmentation come in beside the noise level.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -15,21 +20,15 @@ import jax.numpy as jnp
 
 from bcm_jax.models import embeddings
 from bcm_jax.models import layers
+from bcm_jax.models import resampling
 
 Dtype = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def _downsample(x: jax.Array) -> jax.Array:
-  b, h, w, c = x.shape
-  return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
-
-
-def _upsample(x: jax.Array) -> jax.Array:
-  return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-
-
-_RESAMPLE = {None: lambda x: x, "down": _downsample, "up": _upsample}
+_RESAMPLE = {
+    None: lambda x: x, "down": resampling.halve, "up": resampling.double
+}
 
 
 class ResBlock(nn.Module):
@@ -39,31 +38,34 @@ class ResBlock(nn.Module):
     features: output channels.
     resample: None, 'down' (2x2 mean) or 'up' (nearest x2) of both paths.
     scale_shift: condition by GN(h) * (1 + scale) + shift instead of by adding.
+    groups: most groups of a norm, fewest channels of a group.
   """
 
   features: int
   dropout: float = 0.0
   resample: str | None = None
   scale_shift: bool = False
-  num_groups: int = 32
+  groups: tuple[int, int] = (32, 1)
   dtype: Dtype | None = None
 
   @nn.compact
-  def __call__(self, x, emb, dropout_keys=None):
+  def __call__(self, x, emb, emb_end=None, dropout_keys=None):
     resample = _RESAMPLE[self.resample]
-    h = nn.silu(layers.group_norm(x, self.num_groups, name="in_layers_0"))
+    h = nn.silu(layers.group_norm(x, *self.groups, name="in_layers_0"))
     h, x = resample(h), resample(x)
     h = layers.conv(h, self.features, 3, name="in_layers_2", dtype=self.dtype)
 
     width = self.features * (2 if self.scale_shift else 1)
     emb = layers.linear(nn.silu(emb), width, name="emb_layers_1")
+    if emb_end is not None:
+      emb += layers.linear(nn.silu(emb_end), width, name="emb_layers_s_1")
     emb = emb.astype(h.dtype)[:, None, None, :]
     if self.scale_shift:
       scale, shift = jnp.split(emb, 2, axis=-1)
-      h = layers.group_norm(h, self.num_groups, name="out_layers_0")
+      h = layers.group_norm(h, *self.groups, name="out_layers_0")
       h = h * (1 + scale) + shift
     else:
-      h = layers.group_norm(h + emb, self.num_groups, name="out_layers_0")
+      h = layers.group_norm(h + emb, *self.groups, name="out_layers_0")
     h = layers.Dropout(self.dropout)(nn.silu(h), dropout_keys)
     h = layers.conv(
         h, self.features, 3, name="out_layers_3", zero=True, dtype=self.dtype
@@ -95,7 +97,7 @@ class Upsample(nn.Module):
   @nn.compact
   def __call__(self, x):
     return layers.conv(
-        _upsample(x), x.shape[-1], 3, name="conv", dtype=self.dtype
+        resampling.double(x), x.shape[-1], 3, name="conv", dtype=self.dtype
     )
 
 
@@ -110,8 +112,11 @@ class ADM(nn.Module):
     attention_resolutions: resolutions (pixels a side) that get attention.
     num_head_channels: channels a head; None takes num_heads heads instead.
     num_classes: classes of the label embedding; None is unconditional.
-    two_time: second time branch for the end level, mixed in by a bias-free
-      align layer (BCM). False is the plain consistency model.
+    two_time: second time branch for the end level. False is the plain
+      consistency model or denoiser.
+    end_branch: where that branch goes: 'align' mixes it with the first by a
+      bias-free layer (BCM), 'blocks' adds it in every residual block (CTM).
+    augment_dim: width of EDM's augmentation labels; 0 for none.
     resblock_updown: resample inside residual blocks, not by convolutions.
     use_scale_shift_norm: scale-shift conditioning (OpenAI's CM) instead of
       additive (iCT and BCM).
@@ -122,9 +127,12 @@ class ADM(nn.Module):
     num_groups: groups of every GroupNorm; 32 in the published networks.
       A width of num_groups leaves one channel a group, whose norm wipes out
       an additive embedding: small networks need fewer groups.
+    min_group_channels: fewest channels of a group, at the cost of groups.
     dtype: dtype of the convolutions in the torso (bfloat16 on accelerators);
       None follows input and parameters. Embeddings, norms' statistics,
       softmax and the head stay in float32 or wider.
+    attention: implementation of attention in half precision.
+    remat: recompute residual blocks in the backward pass, to save memory.
   """
 
   model_channels: int = 192
@@ -136,6 +144,8 @@ class ADM(nn.Module):
   num_heads: int = 4
   num_classes: int | None = None
   two_time: bool = False
+  end_branch: Literal["align", "blocks"] = "align"
+  augment_dim: int = 0
   resblock_updown: bool = True
   use_scale_shift_norm: bool = False
   qkv_norm: bool = True
@@ -143,7 +153,14 @@ class ADM(nn.Module):
   low_res_dropout: float | None = None
   dropout_resolution: int = 16
   num_groups: int = 32
-  dtype: Dtype | None = None
+  min_group_channels: int = 1
+  dtype: layers.Precision | None = None
+  attention: layers.Attention = "xla"
+  remat: bool = False
+
+  # The second branch's layers by those of the first, and the align layer.
+  SECOND_TIME = {f"time_embed_end_{k}": f"time_embed_{k}" for k in "02"}
+  ALIGN = "time_embed_align"
 
   @nn.compact
   def __call__(
@@ -153,6 +170,7 @@ class ADM(nn.Module):
       c_noise_end: jax.Array | None = None,
       labels: jax.Array | None = None,
       dropout_keys: jax.Array | None = None,
+      augment_labels: jax.Array | None = None,
   ) -> jax.Array:
     """Evaluates the raw network.
 
@@ -160,8 +178,9 @@ class ADM(nn.Module):
       x: [B, H, W, C] scaled image c_in(t) x_t.
       c_noise: [B] conditioning value of the start level t.
       c_noise_end: [B] that of the end level u; needed iff two_time.
-      labels: [B] int classes; needed iff num_classes.
+      labels: [B] int classes, -1 for none; needed iff num_classes.
       dropout_keys: [B] keys, one an example; None switches dropout off.
+      augment_labels: [B, augment_dim]; None is all zero, no augmentation.
 
     Returns:
       [B, H, W, out_channels], float32 or wider.
@@ -169,44 +188,41 @@ class ADM(nn.Module):
     Raises:
       ValueError: for an input that does not fit the attributes.
     """
-    self._check(x, c_noise_end, labels)
-    emb = self._embedding(c_noise, c_noise_end, labels)
+    layers.check_inputs(self, x, c_noise_end, labels, augment_labels)
+    emb = self._embedding(c_noise, c_noise_end, labels, augment_labels)
     wide = layers.at_least_float32(x.dtype)
     h = x if self.dtype is None else x.astype(self.dtype)
     h = self._torso(h, emb, dropout_keys)
-    h = nn.silu(
-        layers.group_norm(h.astype(wide), self.num_groups, name="out_0")
-    )
+    h = nn.silu(layers.group_norm(h.astype(wide), *self._groups, name="out_0"))
     return layers.conv(h, self.out_channels, 3, name="out_2", zero=True)
 
-  def _check(self, x, c_noise_end, labels):
-    halvings = 2 ** (len(self.channel_mult) - 1)
-    if x.shape[1] % halvings or x.shape[2] % halvings:
-      raise ValueError(
-          f"image of {x.shape[1]}x{x.shape[2]} cannot be halved "
-          f"{len(self.channel_mult) - 1} times; its sides must be multiples "
-          f"of {halvings}, or channel_mult shorter"
-      )
-    if self.two_time != (c_noise_end is not None):
-      raise ValueError(f"two_time={self.two_time} contradicts c_noise_end")
-    if (self.num_classes is None) != (labels is None):
-      raise ValueError(
-          f"num_classes={self.num_classes} contradicts labels={labels}"
-      )
+  @property
+  def _groups(self):
+    return self.num_groups, self.min_group_channels
 
-  def _embedding(self, c_noise, c_noise_end, labels):
-    """Embedding [B, 4 model_channels] of times and class, float32 or wider."""
+  def _embedding(self, c_noise, c_noise_end, labels, augment_labels):
+    """(emb, emb_end) [B, 4 model_channels], float32 or wider.
+
+    emb_end is None unless the end level goes into the blocks on its own.
+    """
     width = 4 * self.model_channels
 
     def branch(value, name):
       e = embeddings.sinusoidal_embedding(value, self.model_channels)
+      if self.augment_dim and name == "time_embed":
+        e += layers.augment_embedding(
+            augment_labels, self.augment_dim, self.model_channels,
+            name="map_augment", kernel_init=nn.initializers.zeros_init(),
+        )
       e = layers.linear(e, width, name=f"{name}_0", precision=_HIGHEST)
       return layers.linear(
           nn.silu(e), width, name=f"{name}_2", precision=_HIGHEST
       )
 
-    emb = branch(c_noise, "time_embed")
-    if self.two_time:
+    emb, emb_end = branch(c_noise, "time_embed"), None
+    if self.two_time and self.end_branch == "blocks":
+      emb_end = branch(c_noise_end, "time_embed_s")
+    elif self.two_time:
       both = jnp.concatenate([emb, branch(c_noise_end, "time_embed_end")], -1)
       # In full precision, so that the start [I | 0] of fine-tuning is exact.
       emb = layers.linear(
@@ -214,24 +230,27 @@ class ADM(nn.Module):
           precision=_HIGHEST,
       )
     if self.num_classes is not None:
-      emb = emb + nn.Embed(
-          self.num_classes, width, name="label_emb",
-          embedding_init=nn.initializers.normal(1.0),
-      )(labels)
-    return emb
+      emb += layers.label_embedding(
+          labels, self.num_classes, width, name="label_emb"
+      )
+    return emb, emb_end
 
   def _res(self, h, emb, dropout_keys, features, size, name, resample=None):
-    return ResBlock(
+    block = nn.remat(ResBlock) if self.remat else ResBlock
+    return block(
         features, self._rate(size), resample, self.use_scale_shift_norm,
-        self.num_groups, self.dtype, name=name,
-    )(h, emb, dropout_keys)
+        self._groups, self.dtype, name=name,
+    )(h, *emb, dropout_keys)
 
   def _attend(self, h, name):
     heads = self.num_heads
     if self.num_head_channels is not None:
       heads = h.shape[-1] // self.num_head_channels
+    if not heads:  # Narrower than a head: no attention, as in EDM.
+      return h
     return layers.AttentionBlock(
-        heads, self.num_groups, self.qkv_norm, self.dtype, name=name
+        heads, self._groups, self.qkv_norm, self.dtype, self.attention,
+        name=name,
     )(h)
 
   def _torso(self, h, emb, dropout_keys):
@@ -304,24 +323,8 @@ class ADM(nn.Module):
     return self.low_res_dropout if low else self.dropout
 
 
-def add_second_time(one_time: dict, fresh: dict) -> dict:
-  """Parameters of a two-time network that start as a one-time network.
-
-  The second branch starts as a copy of the first and the align layer as
-  [I | 0], so that the network output does not change and does not depend on
-  the end level (Li & He, cm_train.py).
-
-  Args:
-    one_time: parameters of an `ADM` with two_time=False.
-    fresh: parameters of the same `ADM` with two_time=True; gives the
-      align layer's size and dtype.
-  """
-  params = dict(one_time)
-  for part in ("0", "2"):
-    params[f"time_embed_end_{part}"] = one_time[f"time_embed_{part}"]
-  align = fresh["time_embed_align"]["kernel"]
-  half = align.shape[1]
-  params["time_embed_align"] = {
-      "kernel": jnp.eye(2 * half, half, dtype=align.dtype)
-  }
-  return params
+# EDM's DhariwalUNet on ImageNet-64; its conditioning value is ln(t) / 4.
+DHARIWAL = dict(
+    attention_resolutions=(32, 16, 8), use_scale_shift_norm=True,
+    qkv_norm=False, min_group_channels=4, dropout=0.1,
+)

@@ -1,7 +1,7 @@
 """Layers shared by the U-Nets: PyTorch's initialisation, norms, attention."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 import zlib
 
 import flax.linen as nn
@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 Dtype = Any
+Precision = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["xla", "cudnn"]
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of torch.nn.Conv2d and Linear.
 _torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -80,7 +82,7 @@ def linear(
 
 
 class GroupNorm(nn.Module):
-  """Group normalisation, eps 1e-5 (PyTorch's), statistics in float32 or wider.
+  """Group normalisation, statistics in float32 or wider.
 
   Sums run over positions first and over a group's channels after, so that the
   long sums stay vectorised over channels.
@@ -89,9 +91,11 @@ class GroupNorm(nn.Module):
 
   Attributes:
     num_groups: must divide the channels of x [B, H, W, C].
+    epsilon: added to the variance.
   """
 
   num_groups: int
+  epsilon: float = 1e-5
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -106,13 +110,68 @@ class GroupNorm(nn.Module):
       return v.reshape(-1, 1, 1, channels)
 
     centred = wide - group_mean(wide)
-    gain = scale * jax.lax.rsqrt(group_mean(centred**2) + 1e-5)
+    gain = scale * jax.lax.rsqrt(group_mean(centred**2) + self.epsilon)
     return (centred * gain + bias).astype(x.dtype)
 
 
-def group_norm(x: jax.Array, num_groups: int, *, name: str) -> jax.Array:
-  """Applies `GroupNorm` to x [B, H, W, C]."""
-  return GroupNorm(num_groups, name=name)(x)
+def group_norm(
+    x: jax.Array,
+    num_groups: int,
+    min_channels: int = 1,
+    *,
+    name: str,
+    epsilon: float = 1e-5,
+) -> jax.Array:
+  """Applies `GroupNorm` to x [B, H, W, C].
+
+  Args:
+    num_groups: number of groups, fewer where a group would get less than
+      min_channels channels.
+    epsilon: PyTorch's by default.
+  """
+  groups = min(num_groups, x.shape[-1] // min_channels)
+  return GroupNorm(groups, epsilon, name=name)(x)
+
+
+def label_embedding(
+    labels: jax.Array, num_classes: int, width: int, *, name: str
+) -> jax.Array:
+  """Rows [B, width] of a table; a label below 0 is no class and gives 0."""
+  table = nn.Embed(
+      num_classes, width, name=name,
+      embedding_init=nn.initializers.normal(1.0),
+  )
+  rows = table(jnp.maximum(labels, 0))
+  return jnp.where((labels >= 0)[:, None], rows, 0)
+
+
+def augment_embedding(
+    labels: jax.Array | None, dim: int, width: int, *, name: str, kernel_init
+) -> jax.Array:
+  """Projects augmentation labels [B, dim] without a bias; None is all zero."""
+  if labels is None:
+    labels = jnp.zeros((1, dim))
+  return nn.Dense(
+      width, use_bias=False, kernel_init=kernel_init, name=name
+  )(labels)
+
+
+def check_inputs(network, x, c_noise_end, labels, augment_labels) -> None:
+  """Raises ValueError for inputs that contradict a U-Net's attributes."""
+  count = len(network.channel_mult) - 1
+  if x.shape[1] % 2**count or x.shape[2] % 2**count:
+    raise ValueError(
+        f"image of {x.shape[1]}x{x.shape[2]} cannot be halved {count} times; "
+        f"its sides must be multiples of {2**count}, or channel_mult shorter"
+    )
+  if network.two_time != (c_noise_end is not None):
+    raise ValueError(f"two_time={network.two_time} contradicts c_noise_end")
+  if (network.num_classes is None) != (labels is None):
+    raise ValueError(
+        f"num_classes={network.num_classes} contradicts labels={labels}"
+    )
+  if augment_labels is not None and not network.augment_dim:
+    raise ValueError("augment_labels given, but augment_dim=0")
 
 
 class Dropout(nn.Module):
@@ -149,21 +208,29 @@ def unit_rms(x: jax.Array) -> jax.Array:
   return (wide / (1e-4 + norm / math.sqrt(x.shape[-1]))).astype(x.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, implementation: Attention = "xla"
+) -> jax.Array:
   """Softmax attention over positions; logits and softmax in float32 or wider.
+
+  Half precision goes through jax.nn.dot_product_attention, which has fused
+  kernels; it would cut float64 to float32 and takes logits of float32 alone.
 
   Args:
     q, k, v: [B, N, heads, head_dim].
+    implementation: of half precision; 'cudnn' wants a recent NVIDIA GPU.
 
   Returns:
     [B, N, heads, head_dim].
   """
-  scale = q.shape[-1] ** -0.25
   wide = at_least_float32(q.dtype)
-  logits = jnp.einsum(
-      "bqhd,bkhd->bhqk", q * scale, k * scale, preferred_element_type=wide
-  )
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  if q.dtype != wide:
+    return jax.nn.dot_product_attention(
+        q, k, v, implementation=implementation
+    )
+  scale = q.shape[-1] ** -0.25
+  logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k * scale)
+  weights = jax.nn.softmax(logits, axis=-1)
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
@@ -174,25 +241,27 @@ class AttentionBlock(nn.Module):
 
   Attributes:
     num_heads: number of heads; must divide the channels.
-    num_groups: groups of the norm.
+    groups: most groups of the norm, fewest channels of a group.
     qkv_norm: normalise q, k and v to unit RMS a head and position.
     dtype: dtype of the two projections; None follows the input.
+    implementation: of attention in half precision.
   """
 
   num_heads: int
-  num_groups: int = 32
+  groups: tuple[int, int] = (32, 1)
   qkv_norm: bool = True
   dtype: Dtype | None = None
+  implementation: Attention = "xla"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     b, h, w, c = x.shape
-    hidden = group_norm(x, self.num_groups, name="norm").reshape(b, h * w, c)
+    hidden = group_norm(x, *self.groups, name="norm").reshape(b, h * w, c)
     qkv = linear(hidden, 3 * c, name="qkv", dtype=self.dtype)
     qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     if self.qkv_norm:
       q, k, v = unit_rms(q), unit_rms(k), unit_rms(v)
-    hidden = attention(q, k, v).reshape(b, h * w, c)
+    hidden = attention(q, k, v, self.implementation).reshape(b, h * w, c)
     out = linear(hidden, c, name="proj_out", zero=True, dtype=self.dtype)
     return x + out.reshape(b, h, w, c)

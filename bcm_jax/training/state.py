@@ -38,6 +38,8 @@ class TrainState:
     averages: moving averages of parameters by name.
     skipped: steps whose update was skipped as non-finite; int32 scalar.
     skipped_in_row: such steps since the last good one; int32 scalar.
+    log2_loss_scale: losses are multiplied by 2 to this before they are
+      differentiated; float32 scalar, None where float16 plays no part.
   """
 
   step: jax.Array
@@ -45,6 +47,11 @@ class TrainState:
   averages: dict[str, Any]
   skipped: jax.Array
   skipped_in_row: jax.Array
+  log2_loss_scale: jax.Array | None = None
+
+
+# First scale; it falls by half at every overflow and grows slowly.
+_LOG2_LOSS_SCALE = 16.0
 
 
 def average_name(rate: float) -> str:
@@ -60,6 +67,7 @@ def create(
     images: jax.Array,
     labels: jax.Array | None,
     start_from: Mapping[str, Any] | None = None,
+    loss_scaling: bool = False,
 ) -> TrainState:
   """Makes the state before the first step; pure, so it can be jitted.
 
@@ -71,6 +79,7 @@ def create(
     images: [b, H, W, C] of any b, for shapes.
     labels: [b] or None.
     start_from: player -> parameters of another run to start from.
+    loss_scaling: scale losses, so that gradients survive float16.
 
   Raises:
     ValueError: parameters to start from do not fit the network.
@@ -94,7 +103,8 @@ def create(
     averages[name] = ema.start(players[average.player].params)
   # Distinct arrays: a donated buffer must not appear twice.
   zero = [jnp.zeros((), jnp.int32) for _ in range(3)]
-  return TrainState(zero[0], players, averages, zero[1], zero[2])
+  scale = jnp.float32(_LOG2_LOSS_SCALE) if loss_scaling else None
+  return TrainState(zero[0], players, averages, zero[1], zero[2], scale)
 
 
 def _check_fits(params: Any, fresh: Any) -> None:

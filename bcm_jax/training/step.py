@@ -85,6 +85,7 @@ def make_step(
         averages=averages,
         skipped=state.skipped + bad,
         skipped_in_row=(state.skipped_in_row + 1) * bad,
+        log2_loss_scale=_next_loss_scale(state.log2_loss_scale, finite),
     )
     flat = {
         (k if len(method.players) == 1 else f"{name}/{k}"): v
@@ -93,6 +94,8 @@ def make_step(
     }
     flat["skipped"] = new.skipped
     flat["skipped_in_row"] = new.skipped_in_row
+    if new.log2_loss_scale is not None:
+      flat["log2_loss_scale"] = new.log2_loss_scale
     return new, flat
 
   return step
@@ -116,7 +119,25 @@ def _loss(params, player, method, options, state, batch, curriculum):
   loss, metrics = method.losses[player](params, context)
   means = {k: jnp.mean(v) for k, v in metrics.items()}
   mean = jnp.mean(loss)
-  return mean, {"loss": mean} | means
+  return mean * _loss_scale(state), {"loss": mean} | means
+
+
+def _loss_scale(state) -> jax.Array | float:
+  """What losses are multiplied by, and gradients divided by again."""
+  if state.log2_loss_scale is None:
+    return 1.0
+  return 2.0**state.log2_loss_scale
+
+
+# An overflow halves the scale; it takes 1,000 good steps to double it again
+# (OpenAI's consistency_models, fp16_util.py).
+_LOSS_SCALE_GROWTH = 1e-3
+
+
+def _next_loss_scale(log2_scale, finite):
+  if log2_scale is None:
+    return None
+  return log2_scale + jnp.where(finite, _LOSS_SCALE_GROWTH, -1.0)
 
 
 def _gradients(method, options, state, batch, curriculum, player):
@@ -124,8 +145,12 @@ def _gradients(method, options, state, batch, curriculum, player):
   params = state.players[player].params
 
   def one(batch):
-    grad = jax.grad(_loss, has_aux=True)
-    return grad(params, player, method, options, state, batch, curriculum)
+    grad, metrics = jax.grad(_loss, has_aux=True)(
+        params, player, method, options, state, batch, curriculum
+    )
+    if state.log2_loss_scale is not None:
+      grad = jax.tree.map(lambda g: g / _loss_scale(state), grad)
+    return grad, metrics
 
   m = options.microbatches
   if m == 1:

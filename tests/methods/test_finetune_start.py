@@ -77,8 +77,9 @@ def test_fine_tuning_starts_with_the_output_unchanged():
 
 
 def test_a_bidirectional_source_is_taken_as_it_is():
-  _, _, fresh = finetuning()
-  assert toys.bidirectional_toy().adapt(fresh, fresh) is fresh
+  network, _, fresh = finetuning()
+  bcm = toys.bidirectional_toy(network(True))
+  assert bcm.adapt(fresh, fresh) is fresh
 
 
 @pytest.mark.parametrize("change, named", [

@@ -7,6 +7,7 @@ import pytest
 
 from bcm_jax.diffusion import preconditioning as pre
 from bcm_jax.models import adm
+from bcm_jax.models import second_time
 from tests import golden
 
 BCM = ["bcm_unet", "bcm_unet_ssn", "bcm_unet_depth"]
@@ -100,7 +101,7 @@ def test_parameters_are_the_published_ones_renamed(name):
 
 
 @pytest.fixture(scope="module")
-def second_time():
+def extended():
   """(one-time network, its weights, two-time network, its weights), f64."""
   g = golden.load("bcm_finetune_init")
   one = golden.network(g)
@@ -113,12 +114,12 @@ def second_time():
             jnp.ones(1), jnp.zeros(1, jnp.int32),
         )
     )["params"]
-    return one, weights, two, adm.add_second_time(weights, fresh)
+    return one, weights, two, second_time.add_second_time(two, weights, fresh)
 
 
-def test_second_time_branch_is_the_published_one(second_time):
+def test_second_time_branch_is_the_published_one(extended):
   g = golden.load("bcm_finetune_init")
-  _, old, _, new = second_time
+  _, old, _, new = extended
   added = golden.params(g, "bcm_added/")
   assert set(new) - set(old) == set(added)
   for part, expected in added.items():
@@ -130,9 +131,9 @@ def test_second_time_branch_is_the_published_one(second_time):
     assert new[part] is old[part]
 
 
-def test_second_time_branch_leaves_the_network_as_it_was(second_time):
+def test_second_time_branch_leaves_the_network_as_it_was(extended):
   g = golden.load("bcm_finetune_init")
-  one, old, two, new = second_time
+  one, old, two, new = extended
   apply = jax.jit(two.apply)
   with jax.enable_x64(True):
     y = jnp.asarray(g["in/y"])

@@ -1,0 +1,1 @@
+"""Foreign weight files in and out, as plain NumPy arrays."""

@@ -1,0 +1,148 @@
+"""OpenAI's CIFAR-10 consistency models (jcm): NCSN++ in Flax, our SongUNet.
+
+Flax numbered the modules of each class in the order in which they were called.
+"""
+
+import functools
+
+import numpy as np
+
+from bcm_jax.interop import layouts
+from bcm_jax.models import song
+
+Tensors = dict[str, np.ndarray]
+
+NAME = "jcm"
+NETWORK = song.SongUNet
+PREFIXES = ("",)
+IMAGE_SIZE = 32
+
+_RES = "ResnetBlockBigGANpp"
+_PARTS = {
+    "norm0": "GroupNorm_0", "conv0": "Conv_0", "affine": "Dense_0",
+    "norm1": "GroupNorm_1", "conv1": "Conv_1", "skip": "Conv_2",
+}
+
+
+@functools.cache
+def _modules(levels, num_res_blocks, attention, size) -> dict[str, str]:
+  """jcm's module by ours; a block's attention is under 'block/attention'."""
+  top = f"{size}x{size}"
+  names = {
+      "map_noise": "GaussianFourierProjection_0", "map_layer0": "Dense_0",
+      "map_layer1": "Dense_1", f"enc_{top}_conv": "Conv_0",
+      f"dec_{top}_aux_norm": "GroupNorm_0", f"dec_{top}_aux_conv": "Conv_1",
+  }
+  blocks = attends = 0
+
+  def block(name, attend=False):
+    nonlocal blocks, attends
+    names[name] = f"{_RES}_{blocks}"
+    blocks += 1
+    if attend:
+      names[f"{name}/attention"] = f"AttnBlockpp_{attends}"
+      attends += 1
+
+  sizes = [size >> level for level in range(levels)]
+  for level, s in enumerate(sizes):
+    if level:
+      block(f"enc_{s}x{s}_down")
+      names[f"enc_{s}x{s}_aux_residual"] = f"Downsample_{level - 1}/Conv2d_0"
+    for i in range(num_res_blocks):
+      block(f"enc_{s}x{s}_block{i}", s in attention)
+  low = sizes[-1]
+  block(f"dec_{low}x{low}_in0", True)
+  block(f"dec_{low}x{low}_in1")
+  for s in reversed(sizes):
+    if s != low:
+      block(f"dec_{s}x{s}_up")
+    for i in range(num_res_blocks + 1):
+      block(f"dec_{s}x{s}_block{i}", i == num_res_blocks and s in attention)
+  return names
+
+
+def entry(network, path, shape, image_size=IMAGE_SIZE) -> layouts.Entry:
+  """`enc_32x32_block0/conv0/kernel`: ResnetBlockBigGANpp_0/Conv_0/kernel."""
+  del shape
+  *modules, leaf = path
+  names = _modules(
+      len(network.channel_mult), network.num_res_blocks,
+      tuple(network.attention_resolutions), image_size,
+  )
+  if modules[0] == "map_noise":
+    leaf = "W"
+  elif modules[0].endswith("_aux_residual"):
+    leaf = {"kernel": "weight"}.get(leaf, leaf)
+  there = [names.get(modules[0], modules[0])]
+  if len(modules) > 1 and modules[1] in _PARTS:
+    there.append(_PARTS[modules[1]])
+  elif len(modules) > 1:
+    there = [names[f"{modules[0]}/attention"]]
+    if modules[1] == "norm2":
+      there.append("GroupNorm_0")
+    else:
+      leaf = {"kernel": "W", "bias": "b"}[leaf]
+      there.append("NIN_3" if modules[1] == "proj" else "NIN_012")
+  return layouts.Entry(path, "/".join([*there, leaf]), layouts.SAME)
+
+
+def constants(network, names) -> Tensors:
+  """Tensors that follow from the network's attributes alone: none."""
+  del network, names
+  return {}
+
+
+def join(tensors: Tensors) -> Tensors:
+  """Query, key and value of attention (NIN_0, 1, 2) as one tensor, NIN_012."""
+  joined = {}
+  for name, value in tensors.items():
+    if "/NIN_0/" in name:
+      parts = [tensors[name.replace("NIN_0", f"NIN_{i}")] for i in range(3)]
+      value = np.concatenate(parts, axis=-1)
+    elif "/NIN_1/" in name or "/NIN_2/" in name:
+      continue
+    joined[name.replace("/NIN_0/", "/NIN_012/")] = value
+  return joined
+
+
+def split(tensors: Tensors) -> Tensors:
+  """Undoes `join`."""
+  parts = {}
+  for name, value in tensors.items():
+    if "/NIN_012/" not in name:
+      parts[name] = value
+      continue
+    for i, third in enumerate(np.split(value, 3, axis=-1)):
+      parts[name.replace("NIN_012", f"NIN_{i}")] = third
+  return parts
+
+
+def recognise(tensors: Tensors, metadata: dict) -> dict | None:
+  """Attributes of the `SongUNet` that a parameter tree belongs to, or None.
+
+  A tree tells neither the image size nor at which resolutions attention is:
+  32 pixels and the published 16 are assumed unless metadata holds others.
+  """
+  if f"{_RES}_0/Conv_0/kernel" not in tensors:
+    return None
+  size = metadata.get("image_size", IMAGE_SIZE)
+  width = tensors["Conv_0/kernel"].shape[-1]
+  levels = 1 + sum(n.endswith("/Conv2d_0/weight") for n in tensors)
+  blocks = sum(
+      n.startswith(_RES) and n.endswith("/Conv_0/kernel") for n in tensors
+  )
+  # n and n + 1 a level, one down and one up between levels, two in the middle.
+  per_level = (blocks - 2 - 2 * (levels - 1) - levels) // (2 * levels)
+  rows = [
+      tensors[f"{_RES}_{level * (per_level + 1)}/Conv_0/kernel"].shape[-1]
+      for level in range(levels)
+  ]
+  return song.NCSNPP | dict(
+      image_size=size,
+      model_channels=width,
+      out_channels=tensors["Conv_1/kernel"].shape[-1],
+      channel_mult=tuple(r // width for r in rows),
+      num_res_blocks=per_level,
+      attention_resolutions=metadata.get("attention_resolutions", (size // 2,)),
+      embedding_mult=tensors["Dense_0/kernel"].shape[0] // width,
+  )

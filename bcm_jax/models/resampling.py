@@ -1,0 +1,56 @@
+"""Halving and doubling of images, by a separable filter or without one."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _separable(x, taps, stride, dilation, padding):
+  """Correlates x [B, H, W, C] with taps along H and W, zeros outside."""
+  kernel = jnp.asarray(np.outer(taps, taps), x.dtype)[:, :, None, None]
+  return jax.lax.conv_general_dilated(
+      x,
+      jnp.tile(kernel, (1, 1, 1, x.shape[-1])),
+      window_strides=(stride, stride),
+      padding=[padding] * 2,
+      lhs_dilation=(dilation, dilation),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=x.shape[-1],
+  )
+
+
+def _unit(taps: Sequence[float]) -> np.ndarray:
+  taps = np.asarray(taps, np.float64)
+  return taps / taps.sum()
+
+
+def halve(
+    x: jax.Array, taps: Sequence[float] = (1, 1), padding: int | None = None
+) -> jax.Array:
+  """Filters x [B, H, W, C] with unit gain and keeps every second pixel.
+
+  Args:
+    taps: an even number of filter taps; (1, 1) is the mean of 2x2 pixels.
+    padding: zeros around the image; None makes the result H/2 x W/2.
+  """
+  if len(taps) == 2 and taps[0] == taps[1] and not padding:
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+  pad = (len(taps) - 1) // 2 if padding is None else padding
+  # A correlation, as the reference computes it; the published taps are
+  # symmetric.
+  return _separable(x, _unit(taps), 2, 1, (pad, pad))
+
+
+def double(x: jax.Array, taps: Sequence[float] = (1, 1)) -> jax.Array:
+  """Doubles x [B, H, W, C]: zeros between pixels, then the filter, gain 4.
+
+  (1, 1) repeats every pixel.
+  """
+  if len(taps) == 2 and taps[0] == taps[1]:
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+  pad = len(taps) - 1 - (len(taps) - 1) // 2
+  flipped = _unit(taps)[::-1] * 2
+  return _separable(x, flipped, 1, 2, (pad, pad))

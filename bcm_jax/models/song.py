@@ -1,0 +1,346 @@
+"""SongUNet: DDPM++, NCSN++ and what lies between, at 32x32.
+
+Song et al. (2021) in the form of EDM (Karras et al., 2022, networks.py). With
+`NCSNPP` it is also the network of OpenAI's CIFAR-10 consistency models (jcm):
+the two differ in names and in the order of a Fourier feature, not in what they
+compute. Sub-modules carry EDM's names (`enc.16x16_block0.conv0` is
+`enc_16x16_block0/conv0` here), so that weights convert by renaming.
+
+The end level u comes in two ways. 'blocks' is CTM's (Kim et al., 2024): an
+`affine_s` in every block. 'align' is how BCM mixes it in on ImageNet-64; BCM's
+authors released no CIFAR-10 code, so that its use here is our own design.
+"""
+
+from collections.abc import Sequence
+import math
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bcm_jax.models import embeddings
+from bcm_jax.models import layers
+from bcm_jax.models import resampling
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+_ROOT_HALF = math.sqrt(0.5)
+_EPSILON = 1e-6
+_GROUPS = (32, 4)
+# 'Zero' layers start at 1e-5 of the usual weights.
+_NEARLY_ZERO = 1e-10
+
+
+def _xavier(variance: float = 1.0):
+  return nn.initializers.variance_scaling(variance, "fan_avg", "uniform")
+
+
+def _dense(x, features, *, name, variance=1.0, use_bias=True, dtype=None):
+  return nn.Dense(
+      features, use_bias=use_bias, kernel_init=_xavier(variance), dtype=dtype,
+      precision=_HIGHEST if dtype is None else None, name=name,
+  )(x)
+
+
+class Conv(nn.Module):
+  """k x k convolution that may halve or double its input by a filter.
+
+  The filter comes before the convolution; `fused` halving takes it after, on
+  a convolution with wider padding, which is the same but at the edges.
+  """
+
+  features: int
+  kernel_size: int = 3
+  resample: str | None = None
+  taps: Sequence[float] = (1, 1)
+  fused: bool = False
+  variance: float = 1.0
+  dtype: layers.Dtype | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    pad = self.kernel_size // 2
+    if self.resample == "up":
+      x = resampling.double(x, self.taps)
+    elif self.resample == "down" and not self.fused:
+      x = resampling.halve(x, self.taps)
+    elif self.resample == "down":
+      pad += (len(self.taps) - 1) // 2
+    kernel = self.param(
+        "kernel", _xavier(self.variance),
+        (self.kernel_size, self.kernel_size, x.shape[-1], self.features),
+    )
+    bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+    x, kernel, bias = nn.dtypes.promote_dtype(
+        x, kernel, bias, dtype=self.dtype
+    )
+    x = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), [(pad, pad)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    if self.resample == "down" and self.fused:
+      x = resampling.halve(x, self.taps, padding=0)
+    return x + bias
+
+
+class Block(nn.Module):
+  """Residual block with attention at its end (EDM's UNetBlock).
+
+  Attributes:
+    features: output channels.
+    resample: None, 'down' or 'up', of both paths.
+    attend: single-head attention after the residual sum.
+  """
+
+  features: int
+  dropout: float = 0.0
+  resample: str | None = None
+  attend: bool = False
+  taps: Sequence[float] = (1, 1)
+  dtype: layers.Dtype | None = None
+  attention: layers.Attention = "xla"
+
+  @nn.compact
+  def __call__(self, x, emb, emb_end=None, dropout_keys=None):
+    def norm(h, name):
+      return layers.group_norm(h, *_GROUPS, name=name, epsilon=_EPSILON)
+
+    h = nn.silu(norm(x, "norm0"))
+    h = Conv(
+        self.features, 3, self.resample, self.taps, dtype=self.dtype,
+        name="conv0",
+    )(h)
+    shift = _dense(emb, self.features, name="affine")
+    if emb_end is not None:
+      shift += _dense(emb_end, self.features, name="affine_s")
+    h = nn.silu(norm(h + shift.astype(h.dtype)[:, None, None, :], "norm1"))
+    h = layers.Dropout(self.dropout)(h, dropout_keys)
+    h = Conv(
+        self.features, variance=_NEARLY_ZERO, dtype=self.dtype, name="conv1"
+    )(h)
+    if self.resample or x.shape[-1] != self.features:
+      x = Conv(
+          self.features, 1, self.resample, self.taps, dtype=self.dtype,
+          name="skip",
+      )(x)
+    h = (h + x) * _ROOT_HALF
+    if self.attend:
+      h = (h + self._attend(norm(h, "norm2"))) * _ROOT_HALF
+    return h
+
+  def _attend(self, h):
+    b, height, width, c = h.shape
+    h = h.reshape(b, height * width, 1, c)
+    # Thirds of 3 c channels; 0.2 of the joint fan is 0.1 of each one's.
+    qkv = _dense(h, 3 * c, name="qkv", variance=0.2, dtype=self.dtype)
+    h = layers.attention(*jnp.split(qkv, 3, axis=-1), self.attention)
+    h = _dense(h, c, name="proj", variance=_NEARLY_ZERO, dtype=self.dtype)
+    return h.reshape(b, height, width, c)
+
+
+class SongUNet(nn.Module):
+  """The U-Net F(x, c_noise, c_noise_end, labels); c_noise is ln(t) / 4.
+
+  Attributes:
+    model_channels: channels of the first convolution; 128 on CIFAR-10.
+    out_channels: channels of the output, those of the image.
+    channel_mult: width of each level, in model_channels.
+    num_res_blocks: residual blocks a level (the decoder has one more).
+    attention_resolutions: resolutions (pixels a side) that get attention.
+    num_classes: classes of the label embedding; None is unconditional.
+    two_time: second time branch for the end level.
+    end_branch: where it goes: 'align' (BCM) or 'blocks' (CTM).
+    augment_dim: width of EDM's augmentation labels; 0 for none.
+    dropout: dropout of every block.
+    embedding: of noise levels, 'positional' (DDPM++) or 'fourier' (NCSN++).
+    embedding_mult: width of that embedding, in model_channels.
+    fourier_scale: standard deviation of the Fourier frequencies.
+    encoder: 'standard', or an image pyramid beside it: 'skip' or 'residual'.
+    decoder: 'standard', or 'skip': the output is a sum over levels.
+    resample_filter: taps of halving and doubling.
+    dtype: dtype of the convolutions between the first and the last one; None
+      follows input and parameters.
+    attention: implementation of attention in half precision.
+    remat: recompute blocks in the backward pass, to save memory.
+  """
+
+  model_channels: int = 128
+  out_channels: int = 3
+  channel_mult: tuple[int, ...] = (2, 2, 2)
+  num_res_blocks: int = 4
+  attention_resolutions: tuple[int, ...] = (16,)
+  num_classes: int | None = None
+  two_time: bool = False
+  end_branch: Literal["align", "blocks"] = "align"
+  augment_dim: int = 0
+  dropout: float = 0.0
+  embedding: Literal["positional", "fourier"] = "positional"
+  embedding_mult: int = 1
+  fourier_scale: float = 16.0
+  encoder: Literal["standard", "skip", "residual"] = "standard"
+  decoder: Literal["standard", "skip"] = "standard"
+  resample_filter: tuple[int, ...] = (1, 1)
+  dtype: layers.Precision | None = None
+  attention: layers.Attention = "xla"
+  remat: bool = False
+
+  # The second branch's layers by those of the first, and the align layer.
+  SECOND_TIME = {f"map_layer{k}_end": f"map_layer{k}" for k in "01"}
+  ALIGN = "map_align"
+
+  @nn.compact
+  def __call__(
+      self,
+      x: jax.Array,
+      c_noise: jax.Array,
+      c_noise_end: jax.Array | None = None,
+      labels: jax.Array | None = None,
+      dropout_keys: jax.Array | None = None,
+      augment_labels: jax.Array | None = None,
+  ) -> jax.Array:
+    """Evaluates the raw network.
+
+    Args:
+      x: [B, H, W, C] scaled image c_in(t) x_t.
+      c_noise: [B] conditioning value of the start level t.
+      c_noise_end: [B] that of the end level u; needed iff two_time.
+      labels: [B] int classes, -1 for none; needed iff num_classes.
+      dropout_keys: [B] keys, one an example; None switches dropout off.
+      augment_labels: [B, augment_dim]; None is all zero, no augmentation.
+
+    Returns:
+      [B, H, W, out_channels], float32 or wider.
+
+    Raises:
+      ValueError: for an input that does not fit the attributes.
+    """
+    layers.check_inputs(self, x, c_noise_end, labels, augment_labels)
+    emb = self._embedding(c_noise, c_noise_end, labels, augment_labels)
+    wide = layers.at_least_float32(x.dtype)
+    h = x if self.dtype is None else x.astype(self.dtype)
+    skips = self._encode(h, emb, dropout_keys)
+    return self._decode(skips, emb, dropout_keys, wide)
+
+  def _embedding(self, c_noise, c_noise_end, labels, augment_labels):
+    """(emb, emb_end) after the last SiLU, float32 or wider."""
+    noise = self.model_channels * self.embedding_mult
+    width = 4 * self.model_channels
+
+    features = (
+        embeddings.Fourier(noise, self.fourier_scale, name="map_noise")
+        if self.embedding == "fourier"
+        else lambda v: embeddings.sinusoidal_embedding(v, noise, endpoint=True)
+    )
+    beside = jnp.zeros(())
+    if self.num_classes is not None:
+      table = nn.Dense(noise, kernel_init=_xavier(), name="map_label")
+      one_hot = jax.nn.one_hot(labels, self.num_classes, dtype=c_noise.dtype)
+      beside = table(one_hot * math.sqrt(self.num_classes))
+    augment = jnp.zeros(())
+    if self.augment_dim:
+      augment = layers.augment_embedding(
+          augment_labels, self.augment_dim, noise, name="map_augment",
+          kernel_init=_xavier(),
+      )
+
+    def branch(value, beside, suffix=""):
+      # Sines first, cosines after.
+      e = jnp.roll(features(value), noise // 2, axis=-1) + beside
+      e = nn.silu(_dense(e, width, name=f"map_layer0{suffix}"))
+      return _dense(e, width, name=f"map_layer1{suffix}")
+
+    emb = branch(c_noise, beside + augment)
+    if self.two_time and self.end_branch == "blocks":
+      return nn.silu(emb), nn.silu(branch(c_noise_end, beside, "_s"))
+    if self.two_time:
+      both = jnp.concatenate([emb, branch(c_noise_end, 0, "_end")], axis=-1)
+      emb = _dense(both, width, name=self.ALIGN, use_bias=False)
+    return nn.silu(emb), None
+
+  def _block(self, h, emb, dropout_keys, features, name, *, resample=None,
+             attend=False):
+    block = nn.remat(Block) if self.remat else Block
+    return block(
+        features, self.dropout, resample, attend, self.resample_filter,
+        self.dtype, self.attention, name=name,
+    )(h, *emb, dropout_keys)
+
+  def _pyramid(self, name, features, h, aux):
+    """Adds the pyramid of halved inputs at a level: (h, pyramid)."""
+    down = dict(resample="down", taps=self.resample_filter, dtype=self.dtype)
+    if self.encoder == "skip":
+      aux = resampling.halve(aux, self.resample_filter)
+      h += Conv(features, 1, dtype=self.dtype, name=f"{name}_aux_skip")(aux)
+    elif self.encoder == "residual":
+      aux = Conv(features, fused=True, name=f"{name}_aux_residual", **down)(aux)
+      h = aux = (h + aux) * _ROOT_HALF
+    return h, aux
+
+  def _encode(self, x, emb, dropout_keys):
+    """Outputs that the decoder takes, first to last."""
+    size, skips, aux = x.shape[1], [], x
+    for level, mult in enumerate(self.channel_mult):
+      name = f"enc_{size}x{size}"
+      if level == 0:
+        h = Conv(self.model_channels, dtype=self.dtype, name=f"{name}_conv")(x)
+      else:
+        width = h.shape[-1]
+        h = self._block(
+            h, emb, dropout_keys, width, f"{name}_down", resample="down"
+        )
+        h, aux = self._pyramid(name, width, h, aux)
+      skips.append(h)
+      for index in range(self.num_res_blocks):
+        h = self._block(
+            h, emb, dropout_keys, self.model_channels * mult,
+            f"{name}_block{index}",
+            attend=size in self.attention_resolutions,
+        )
+        skips.append(h)
+      size //= 2
+    return skips
+
+  def _decode(self, skips, emb, dropout_keys, wide):
+    """Consumes the encoder's outputs last to first."""
+    h, skips, out = skips[-1], list(skips), None
+    for level, mult in reversed(list(enumerate(self.channel_mult))):
+      lowest = level == len(self.channel_mult) - 1
+      size = h.shape[1] if lowest else h.shape[1] * 2
+      name, width = f"dec_{size}x{size}", h.shape[-1]
+      if lowest:
+        h = self._block(
+            h, emb, dropout_keys, width, f"{name}_in0", attend=True
+        )
+        h = self._block(h, emb, dropout_keys, width, f"{name}_in1")
+      else:
+        h = self._block(
+            h, emb, dropout_keys, width, f"{name}_up", resample="up"
+        )
+      for index in range(self.num_res_blocks + 1):
+        last = index == self.num_res_blocks
+        h = self._block(
+            jnp.concatenate([h, skips.pop()], axis=-1), emb, dropout_keys,
+            self.model_channels * mult, f"{name}_block{index}",
+            attend=last and size in self.attention_resolutions,
+        )
+      if self.decoder == "skip" or level == 0:
+        head = self._head(h, name, wide)
+        if out is not None:
+          head += resampling.double(out, self.resample_filter)
+        out = head
+    return out
+
+  def _head(self, h, name, wide):
+    h = layers.group_norm(
+        h.astype(wide), *_GROUPS, name=f"{name}_aux_norm", epsilon=_EPSILON
+    )
+    return Conv(
+        self.out_channels, variance=_NEARLY_ZERO, name=f"{name}_aux_conv"
+    )(nn.silu(h))
+
+
+# EDM's and jcm's NCSN++ on CIFAR-10; the defaults above are DDPM++.
+NCSNPP = dict(
+    embedding="fourier", embedding_mult=2, encoder="residual",
+    resample_filter=(1, 3, 3, 1),
+)
