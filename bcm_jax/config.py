@@ -28,6 +28,7 @@ from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import bidirectional
 from bcm_jax.methods import consistency
 from bcm_jax.models import adm
+from bcm_jax.models import edm2
 from bcm_jax.models import song
 from bcm_jax.training import optim
 
@@ -51,6 +52,7 @@ MODELS = {
     "dhariwal": Model(adm.ADM, preconditioning.edm_noise, adm.DHARIWAL),
     "ddpmpp": Model(song.SongUNet, preconditioning.edm_noise),
     "ncsnpp": Model(song.SongUNet, preconditioning.edm_noise, song.NCSNPP),
+    "edm2": Model(edm2.EDM2, preconditioning.edm_noise),
 }
 
 # Method name -> (class, its options that differ from the class's defaults).

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import types
 
 import ml_collections
 
@@ -33,18 +34,32 @@ def find_file(path: str) -> pathlib.Path:
   )
 
 
-def read_file(path: str) -> ml_collections.ConfigDict:
-  """Runs get_config() of a file; 'file.py:arg' passes arg to it."""
-  name, _, arg = path.partition(":")
-  file = find_file(name)
+def _run(file: pathlib.Path) -> types.ModuleType:
   spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
     raise errors.UserError(f"{file} has no get_config()")
-  try:
-    return module.get_config(arg) if arg else module.get_config()
-  except (TypeError, ValueError) as e:
-    if not arg:
-      raise
-    raise errors.UserError(f"--config={path}: {e}") from e
+  return module
+
+
+def read_file(path: str) -> ml_collections.ConfigDict:
+  """Runs get_config() of a file; 'file.py:arg' passes arg to it."""
+  name, _, arg = path.partition(":")
+  file = find_file(name)
+  module = _run(file)
+  if not arg:
+    return module.get_config()
+  known = getattr(module, "VARIANTS", None)
+  if known is not None and arg not in known:
+    raise errors.unknown_name(f"variant of {file.name}", arg, known)
+  return module.get_config(arg)
+
+
+def all_variants() -> list[str]:
+  """Everything shipped that --config takes: 'digits.py', 'cifar10.py:ict'."""
+  names = []
+  for file in shipped_configs():
+    variants = getattr(_run(file), "VARIANTS", None)
+    names += [f"{file.name}:{v}" for v in variants] if variants else [file.name]
+  return names

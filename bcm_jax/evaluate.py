@@ -16,6 +16,7 @@ from bcm_jax import files
 from bcm_jax import generate
 from bcm_jax import options
 from bcm_jax import plots
+from bcm_jax import runs
 from bcm_jax.data import source as sources
 from bcm_jax.metrics import judge
 from bcm_jax.metrics import neighbours
@@ -195,7 +196,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def run(experiment: experiments.Experiment, workdir: str) -> dict[str, Any]:
   """Mode eval: writes workdir/eval/<step>.json and prints the numbers."""
-  step, params = generate.load_run(experiment, workdir)
+  step, params = runs.load_run(experiment, workdir)
   sample: options.Sample = experiment.section("sample")
   runner = generate.Runner(experiment, params, sample.batch_size)
   return _evaluate_and_write(experiment, workdir, runner, step)

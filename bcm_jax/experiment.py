@@ -61,6 +61,7 @@ class Experiment:
         seed=self.config.seed,
         ema_rates=training.ema_rates,
         ema_warmup=training.ema_warmup,
+        ema_stds=training.ema_stds,
         microbatches=training.microbatches,
         axis_name=axis_name,
     )
@@ -153,7 +154,7 @@ def _max_levels(height: int, width: int) -> int:
 
 def _check_method(config: ml_collections.ConfigDict) -> None:
   method = config.method
-  if method.name == "bcm" and not config.model.two_time:
+  if method.name == "bcm" and not config.model.get("two_time"):
     raise errors.UserError(
         "method.name='bcm' needs a network with an end level; set "
         "model.two_time=True"

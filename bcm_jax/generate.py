@@ -13,82 +13,17 @@ from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax import files
 from bcm_jax import options
+from bcm_jax import runs
 from bcm_jax.data import source as sources
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
 from bcm_jax.sampling import editing
 from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
-from bcm_jax.training import checkpoint
 from bcm_jax.training import parallel
 from bcm_jax.training import rng
 
 Params = Any
-
-
-# Loading -------------------------------------------------------------------
-
-
-def checkpoint_dir(workdir: str) -> str:
-  """Where a run keeps its checkpoints."""
-  return os.path.join(workdir, "checkpoints")
-
-
-def choose(
-    player: str, state: Any, average: str | None, what: str
-) -> Params:
-  """Parameters of a player or one of its averages, out of a state's dict.
-
-  Args:
-    player: name of the sampled player.
-    state: nested dict as a checkpoint holds it.
-    average: name of an average, 'params' for the parameters themselves, None
-      for the first average (the parameters where there is none).
-    what: the config key, for the error.
-  """
-  averages = dict(state["averages"])
-  if average is None:
-    names = [n for n in averages if n.startswith("ema_")]
-    average = names[0] if names else "params"
-  if average == "params":
-    return state["players"][player]["params"]
-  if average not in averages:
-    raise errors.unknown_name(what, average, [*averages, "params"])
-  return averages[average]
-
-
-def load_params(workdir: str, average: str | None) -> Params:
-  """Parameters of the newest good checkpoint of another run, on the host.
-
-  Raises:
-    UserError: no run there, or no good checkpoint.
-  """
-  saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
-  _, state, _ = saved.read_raw()
-  (player,) = state["players"]
-  return choose(player, state, average, "training.init_average")
-
-
-def load_run(
-    experiment: experiments.Experiment,
-    workdir: str,
-    average: str | None = None,
-) -> tuple[int, Params]:
-  """(step, parameters) of the newest good checkpoint of a run.
-
-  Args:
-    average: which of its averages; None is what section sample says.
-  """
-  saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
-  step, state, _ = saved.read_raw()
-  params = choose(
-      experiment.method.sampled, state,
-      average or experiment.config.sample.average, "sample.average",
-  )
-  return step, params
-
-
-# Running plans -------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,7 +311,7 @@ def run(
     asked_labels(experiment, section)
   else:
     experiments.inversion_plan(experiment)
-  _, params = load_run(experiment, workdir)
+  _, params = runs.load_run(experiment, workdir)
   runner = Runner(experiment, params, section.batch_size)
   if mode == "sample":
     return [sample(experiment, workdir, runner)]

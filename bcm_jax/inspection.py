@@ -11,7 +11,7 @@ import numpy as np
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import generate
+from bcm_jax import runs
 from bcm_jax.methods import base
 from bcm_jax.training import checkpoint
 from bcm_jax.training import hooks
@@ -44,7 +44,7 @@ def report(
       ("plans", _plans(experiment)),
       ("parameters", _parameters(experiment)),
   ]
-  if workdir is not None and os.path.isdir(generate.checkpoint_dir(workdir)):
+  if workdir is not None and os.path.isdir(runs.checkpoint_dir(workdir)):
     sections.append((f"run {workdir}", _run(workdir)))
   if compare is not None:
     if workdir is None:
@@ -185,7 +185,7 @@ def _parameters(experiment) -> str:
 
 
 def _run(workdir: str) -> str:
-  saved = checkpoint.Checkpoints(generate.checkpoint_dir(workdir))
+  saved = checkpoint.Checkpoints(runs.checkpoint_dir(workdir))
   step, state, meta = saved.read_raw()
   lines = [
       f"checkpoints at steps {', '.join(map(str, saved.all_steps()))}",
@@ -214,7 +214,7 @@ def _read(place: str, workdir: str) -> tuple[str, Any, dict[str, Any]]:
         f"--compare={place}: the step after @ must be a number"
     )
   folder = folder or workdir
-  saved = checkpoint.Checkpoints(generate.checkpoint_dir(folder))
+  saved = checkpoint.Checkpoints(runs.checkpoint_dir(folder))
   found, state, meta = saved.read_raw(int(step) if step else None)
   return f"{folder}@{found}", state, meta
 

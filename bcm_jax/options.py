@@ -38,6 +38,8 @@ class Training:
     microbatches: gradient accumulation, the batch is cut into this many.
     ema_rates: rates of the moving averages, kept beside the parameters.
     ema_warmup: min(rate, (1 + n) / (10 + n)) instead of the rate.
+    ema_stds: lengths sigma_rel of power-function averages (EDM2: 0.05, 0.1);
+      from two of them sample.average='posthoc_0.15' makes any other length.
     max_skipped_in_row: non-finite steps in a row that stop the run.
     init_from: work directory of a run whose average the player starts from;
       None starts fresh.
@@ -52,6 +54,7 @@ class Training:
   microbatches: int = 1
   ema_rates: tuple[float, ...] = (0.9999,)
   ema_warmup: bool = False
+  ema_stds: tuple[float, ...] = ()
   max_skipped_in_row: int = 20
   init_from: str | None = None
   init_average: str | None = None

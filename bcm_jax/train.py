@@ -22,8 +22,8 @@ from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import evaluate
 from bcm_jax import experiment as experiments
-from bcm_jax import generate
 from bcm_jax import options
+from bcm_jax import runs
 from bcm_jax.data import pipeline
 from bcm_jax.training import checkpoint
 from bcm_jax.training import hooks
@@ -59,13 +59,13 @@ def train_and_evaluate(
   training: options.Training = experiment.section("training")
   saving: options.Checkpoint = experiment.section("checkpoint")
   with checkpoint.Checkpoints(
-      generate.checkpoint_dir(workdir), saving.keep, saving.keep_every
+      runs.checkpoint_dir(workdir), saving.keep, saving.keep_every
   ) as saved:
     state = _start(experiment, saved)
     first = int(state.step)
     if first < training.num_steps:
       state = _train(experiment, workdir, saved, state)
-  params = generate.choose(
+  params = runs.choose(
       experiment.method.sampled,
       serialization.to_state_dict(state),
       config.sample.average,
@@ -106,7 +106,7 @@ def _start(
   start_from = None
   if training.init_from is not None:
     start_from = {
-        experiment.method.sampled: generate.load_params(
+        experiment.method.sampled: runs.load_params(
             training.init_from, training.init_average
         )
     }
@@ -132,6 +132,7 @@ def _create(experiment, start_from) -> states.TrainState:
       labels,
       start_from,
       loss_scaling=experiment.config.model.dtype == "float16",
+      ema_stds=experiment.section("training").ema_stds,
   )
 
 

@@ -32,7 +32,7 @@ _START = "runs/start"
 
 # Variant -> (model, method, training, times of samplers).
 _DEEP = dict(num_res_blocks=8)
-_VARIANTS = {
+VARIANTS = {
     "bcm": (_NCSNPP | dict(two_time=True), dict(name="bcm") | _CURRICULUM, {},
             _TIMES),
     "ict": (_NCSNPP, dict(name="ict") | _CURRICULUM, {}, dict(times=(0.821,))),
@@ -49,15 +49,13 @@ _VARIANTS = {
                  dict(init_from=_START), _TIMES),
 }
 for _name in ("bcm", "ict"):
-  _model, *_rest = _VARIANTS[_name]
-  _VARIANTS[f"{_name}_deep"] = (_model | _DEEP, *_rest)
+  _model, *_rest = VARIANTS[_name]
+  VARIANTS[f"{_name}_deep"] = (_model | _DEEP, *_rest)
 
 
 def get_config(variant: str = "bcm") -> ml_collections.ConfigDict:
   """The config of a variant: --config=configs/cifar10.py:VARIANT."""
-  if variant not in _VARIANTS:
-    raise ValueError(f"variant {variant!r}; known: {', '.join(_VARIANTS)}")
-  model, method, training, times = _VARIANTS[variant]
+  model, method, training, times = VARIANTS[variant]
   rate = 4e-4 if variant == "ct" else 1e-4
   config = ml_collections.ConfigDict()
   config.data = dict(name="cifar10", flip=True)

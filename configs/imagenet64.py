@@ -35,7 +35,7 @@ _TIMES = dict(times=(2.4,), zigzag_noise=(0.1,), zigzag_level=(1.2,))
 
 # Variant -> (model, method, training, times of samplers).
 _DEEP = dict(num_res_blocks=6)
-_VARIANTS = {
+VARIANTS = {
     "finetune": (dict(two_time=True), _FIXED, dict(init_from="runs/ict"),
                  _TIMES),
     "bcm": (dict(two_time=True), dict(name="bcm") | _CURRICULUM, {}, _TIMES),
@@ -47,15 +47,13 @@ _VARIANTS = {
                  dict(init_from="runs/edm"), _TIMES),
 }
 for _name in ("finetune", "bcm", "ict"):
-  _model, *_rest = _VARIANTS[_name]
-  _VARIANTS[f"{_name}_deep"] = (_model | _DEEP, *_rest)
+  _model, *_rest = VARIANTS[_name]
+  VARIANTS[f"{_name}_deep"] = (_model | _DEEP, *_rest)
 
 
 def get_config(variant: str = "finetune") -> ml_collections.ConfigDict:
   """The config of a variant: --config=configs/imagenet64.py:VARIANT."""
-  if variant not in _VARIANTS:
-    raise ValueError(f"variant {variant!r}; known: {', '.join(_VARIANTS)}")
-  model, method, training, times = _VARIANTS[variant]
+  model, method, training, times = VARIANTS[variant]
   config = ml_collections.ConfigDict()
   config.data = dict(name="imagenet64", flip=True)
   config.model = _ADM | model

@@ -22,6 +22,7 @@ FLOORS = (
         "main",
         "train",
         "generate",
+        "runs",
         "evaluate",
         "inspection",
         "compile",

@@ -19,13 +19,14 @@ import tempfile
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from bcm_jax import __version__
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import generate
+from bcm_jax import runs
 from bcm_jax.interop import transfer
 from bcm_jax.interop import weight_files
 from bcm_jax.training import checkpoint
@@ -33,7 +34,7 @@ from bcm_jax.training import checkpoint
 # Name in the config of a family's network.
 _MODELS = {
     "openai": "adm", "edm-adm": "dhariwal", "edm-song": "ddpmpp",
-    "jcm": "ncsnpp",
+    "edm2": "edm2", "jcm": "ncsnpp",
 }
 _FAMILIES = {model: family for family, model in _MODELS.items()} | {
     "ncsnpp": "edm-song"
@@ -49,7 +50,7 @@ def method_of(kind: str, model: dict[str, Any]) -> dict[str, Any]:
   jump is then one Euler step, which samples badly in few steps but is the
   start for fine-tuning.
   """
-  if model["two_time"]:
+  if model.get("two_time"):
     scalings = "ctm" if model["end_branch"] == "blocks" else "bcm"
     return {"name": "bcm", "preconditioning": scalings}
   return {
@@ -132,16 +133,7 @@ def to_workdir(
       file.groups[group], kind, metadata
   )
   size = found.pop("image_size")
-  model, rest = _split_model(overrides or {}, found, family.NAME)
-  config = configs.resolve(
-      {
-          "model": model,
-          "method": method_of(family.NAME, model),
-          "data": data_of(model, size),
-          "training": {"ema_rates": ()},
-      },
-      rest,
-  )
+  config = _config(found, family.NAME, size, overrides or {})
   network = experiments.build(config).method.network
   params = transfer.read_params(family, network, size, tensors)
   params = jax.tree.map(lambda v: np.asarray(v, np.float32), params)
@@ -160,6 +152,20 @@ def to_workdir(
   )
 
 
+def _config(found, kind, image_size, overrides) -> ml_collections.ConfigDict:
+  """The config of a converted network, with what the user sets."""
+  model, rest = _split_model(overrides, found, kind)
+  return configs.resolve(
+      {
+          "model": model,
+          "method": method_of(kind, model),
+          "data": data_of(model, image_size),
+          "training": {"ema_rates": ()},
+      },
+      rest,
+  )
+
+
 def _check_free(out: str) -> None:
   path = pathlib.Path(out)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -174,7 +180,7 @@ def _write(config, params, step, out, source, kind) -> None:
   try:
     configs.write(config, made)
     player = {"params": params}
-    with checkpoint.Checkpoints(generate.checkpoint_dir(made)) as saved:
+    with checkpoint.Checkpoints(runs.checkpoint_dir(made)) as saved:
       saved.save(
           step,
           {"players": {"student": player}, "averages": {}},
@@ -210,7 +216,7 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
         "directory with --reverse"
     )
   experiment = experiments.build(config)
-  step, params = generate.load_run(experiment, workdir, average)
+  step, params = runs.load_run(experiment, workdir, average)
   family = transfer.FAMILIES[_FAMILIES[config.model.name]]
   tensors = transfer.write_tensors(
       family, experiment.method.network, experiment.image_shape[0], params

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
+from bcm_jax.interop import edm2_names
 from bcm_jax.interop import edm_adm_names
 from bcm_jax.interop import edm_names
 from bcm_jax.interop import jcm_names
@@ -27,7 +28,7 @@ Tensors = dict[str, np.ndarray]
 
 FAMILIES = {
     f.NAME: f
-    for f in (openai_names, edm_names, edm_adm_names, jcm_names)
+    for f in (openai_names, edm_names, edm_adm_names, edm2_names, jcm_names)
 }
 
 # Part of a tensor's name -> what in the config decides that it exists.

@@ -49,11 +49,14 @@ class Player:
     adapt: (parameters of another run's network, fresh parameters) ->
       parameters to start from; raises ValueError where they do not fit. None
       takes them unchanged.
+    project: parameters after an update -> parameters, such as forced weight
+      normalisation; None leaves them.
   """
 
   network: nn.Module
   init: Callable[[jax.Array, jax.Array, jax.Array | None], Params]
   adapt: Callable[[Params, Params], Params] | None = None
+  project: Callable[[Params], Params] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +113,11 @@ class OnePlayer:
 
   @property
   def players(self) -> Mapping[str, Player]:
-    return {
-        "student": Player(self.network, self.init, getattr(self, "adapt", None))
-    }
+    player = Player(
+        self.network, self.init, getattr(self, "adapt", None),
+        getattr(self.network, "project", None),
+    )
+    return {"student": player}
 
   @property
   def losses(self) -> Mapping[str, Loss]:

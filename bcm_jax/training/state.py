@@ -59,6 +59,11 @@ def average_name(rate: float) -> str:
   return f"ema_{rate:g}"
 
 
+def power_name(std: float) -> str:
+  """Name of the power-function average of a length, such as 'power_0.05'."""
+  return f"power_{std:g}"
+
+
 def create(
     method: base.Method,
     optimizers: Mapping[str, optax.GradientTransformation],
@@ -68,6 +73,7 @@ def create(
     labels: jax.Array | None,
     start_from: Mapping[str, Any] | None = None,
     loss_scaling: bool = False,
+    ema_stds: tuple[float, ...] = (),
 ) -> TrainState:
   """Makes the state before the first step; pure, so it can be jitted.
 
@@ -80,6 +86,7 @@ def create(
     labels: [b] or None.
     start_from: player -> parameters of another run to start from.
     loss_scaling: scale losses, so that gradients survive float16.
+    ema_stds: lengths of its power-function averages.
 
   Raises:
     ValueError: parameters to start from do not fit the network.
@@ -95,9 +102,9 @@ def create(
     players[name] = PlayerState(
         params, optimizers[name].init(params), jnp.int32(0)
     )
+  names = [*map(average_name, ema_rates), *map(power_name, ema_stds)]
   averages = {
-      average_name(r): ema.start(players[method.sampled].params)
-      for r in ema_rates
+      name: ema.start(players[method.sampled].params) for name in names
   }
   for name, average in method.averages.items():
     averages[name] = ema.start(players[average.player].params)

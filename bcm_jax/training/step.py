@@ -18,6 +18,7 @@ import optax
 
 from bcm_jax.methods import base
 from bcm_jax.training import ema
+from bcm_jax.training import power_ema
 from bcm_jax.training import rng
 from bcm_jax.training import state as states
 
@@ -33,6 +34,7 @@ class StepOptions:
     seed: of all randomness of the step.
     ema_rates: rates of the sampled player's averages.
     ema_warmup: let the averages forget the start early, see ema.warmed_rate.
+    ema_stds: lengths of its power-function averages, see power_ema.
     microbatches: gradient accumulation; the batch is cut into this many.
     axis_name: mapped axis to average over under pmap; None under jit, where
       the global batch is one array.
@@ -41,6 +43,7 @@ class StepOptions:
   seed: int = 0
   ema_rates: tuple[float, ...] = (0.9999,)
   ema_warmup: bool = False
+  ema_stds: tuple[float, ...] = ()
   microbatches: int = 1
   axis_name: str | None = None
 
@@ -71,7 +74,8 @@ def make_step(
     players = dict(state.players)
     for name in phase:
       players[name] = _update(
-          state.players[name], grads[name], optimizers[name]
+          state.players[name], grads[name], optimizers[name],
+          method.players[name].project,
       )
     averages = _averages(method, options, state, players, curriculum)
     keep = functools.partial(jnp.where, finite)
@@ -174,15 +178,14 @@ def _gradients(method, options, state, batch, curriculum, player):
   return result
 
 
-def _update(player, grads, optimizer):
+def _update(player, grads, optimizer, project):
   updates, opt_state = optimizer.update(
       grads, player.opt_state, player.params
   )
-  return states.PlayerState(
-      optax.apply_updates(player.params, updates),
-      opt_state,
-      player.updates + 1,
-  )
+  params = optax.apply_updates(player.params, updates)
+  if project is not None:
+    params = project(params)
+  return states.PlayerState(params, opt_state, player.updates + 1)
 
 
 def _averages(
@@ -196,6 +199,11 @@ def _averages(
     if options.ema_warmup:
       rate = ema.warmed_rate(rate, sampled.updates)
     averages[name] = ema.update(averages[name], sampled.params, rate)
+  for std in options.ema_stds:
+    name = states.power_name(std)
+    averages[name] = power_ema.update(
+        averages[name], sampled.params, std, sampled.updates, 1
+    )
   for name, average in method.averages.items():
     averages[name] = ema.update(
         averages[name],

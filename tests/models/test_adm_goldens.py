@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from bcm_jax.diffusion import preconditioning as pre
-from bcm_jax.models import adm
 from bcm_jax.models import second_time
 from tests import golden
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bcm_jax.diffusion import preconditioning as pre
 from bcm_jax.models import edm2
 from tests import golden
 from tests import quick
@@ -77,49 +76,58 @@ def logvar(w, c_noise):
   return network().apply({"params": w}, c_noise, method="logvar")
 
 
-def denoise(f, w, x, sigma, y):
-  return pre.precondition(
-      lambda x, c, _: f(w, x, c, y), pre.EDM(), x, sigma, 0 * sigma,
-      pre.edm_noise,
-  )
+def denoise(f, w, x, sigma, labels, xp=np):
+  """EDM's D, written out for sigma_data = 0.5; xp is np or, traced, jnp."""
+  c_noise, sigma = xp.log(sigma) / 4, sigma[:, None, None, None]
+  total = sigma**2 + 0.25
+  out = f(w, x / xp.sqrt(total), c_noise, labels)
+  return x * 0.25 / total + out * sigma / 2 / xp.sqrt(total)
 
 
-def loss_map(f, w, dtype):
+def loss_map(f, logvar, w, dtype, xp=np):
   """Karras et al. (2024), eq. 21, a pixel at a time."""
   g = golden.load(FILE)
-  clean, noise = (g.image(f"in/{k}") for k in ("x_start", "noise"))
-  level = np.exp(g["in/rnd_normal"].astype(np.float64)[:, 0, 0, 0] - 0.4)
-  noisy = jnp.asarray(clean + noise * level[:, None, None, None], dtype)
-  sigma = jnp.asarray(level, dtype)
-  d = denoise(f, w, noisy, sigma, jnp.asarray(g["in/labels"], dtype))
-  weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
-  u = logvar(w, pre.edm_noise(sigma))
-  expand = (slice(None), None, None, None)
-  clean = jnp.asarray(clean, dtype)
-  return (weight / jnp.exp(u))[expand] * (d - clean) ** 2 + u[expand]
+  clean, noise = (
+      g.image(f"in/{k}").astype(dtype) for k in ("x_start", "noise")
+  )
+  sigma = np.exp(g["in/rnd_normal"][:, 0, 0, 0].astype(dtype) - 0.4)
+  level = sigma[:, None, None, None]
+  labels = g["in/labels"].astype(dtype)
+  d = denoise(f, w, clean + noise * level, sigma, labels, xp)
+  weight = (level**2 + 0.25) / (level / 2) ** 2
+  u = logvar(w, np.log(sigma) / 4)[:, None, None, None]
+  return weight / xp.exp(u) * (d - clean) ** 2 + u
 
 
 @functools.cache
 def outputs(dtype: str) -> dict:
   """Everything of the file that needs no gradient."""
   g = golden.load(FILE)
+  quick_f, quick_u = quick.jit(forward), quick.jit(logvar)
+
+  def f(*args):
+    return np.asarray(quick_f(*args))
+
+  def u(*args):
+    return np.asarray(quick_u(*args))
+
   with jax.enable_x64(dtype == "float64"):
-    w, f = weights_in(dtype), quick.jit(forward)
+    w = weights_in(dtype)
     x, xs = (g.image(f"in/{k}").astype(dtype) for k in ("x", "xs"))
     c_noise, sigma, labels = (
-        jnp.asarray(g[f"in/{k}"], dtype) for k in ("c_noise", "sigma", "labels")
+        g[f"in/{k}"].astype(dtype) for k in ("c_noise", "sigma", "labels")
     )
     projected = quick.jit(edm2.normalize_weights)(w)
     out = {
         "F": f(w, x, c_noise, labels),
         "D": denoise(f, w, xs, sigma, labels),
         "D_nolabel": denoise(f, w, xs, sigma, 0 * labels),
-        "logvar": logvar(w, pre.edm_noise(sigma))[:, None, None, None],
-        "loss_map": loss_map(f, w, dtype),
-        "loss_map_trainmode": loss_map(f, projected, dtype),
+        "logvar": u(w, np.log(sigma) / 4)[:, None, None, None],
+        "loss_map": loss_map(f, u, w, dtype),
+        "loss_map_trainmode": loss_map(f, u, projected, dtype),
     }
   assert {v.dtype for v in out.values()} == {np.dtype(dtype)}
-  return jax.tree.map(np.asarray, out | {"weights": projected})
+  return out | {"weights": jax.tree.map(np.asarray, projected)}
 
 
 @pytest.mark.parametrize("name", sorted(OUTPUTS))
@@ -134,13 +142,12 @@ def test_network_in_float32(name):
 
 @functools.cache
 def gradient() -> dict:
-  """d(sum of the loss map / batch) in float64."""
+  """d(sum of the loss map / batch), in float32 as in the file."""
 
   def loss(w):
-    return loss_map(forward, w, "float64").sum() / 3
+    return loss_map(forward, logvar, w, "float32", jnp).sum() / 3
 
-  with jax.enable_x64(True):
-    found = quick.jit(jax.grad(loss))(weights_in("float64"))
+  found = quick.jit(jax.grad(loss))(weights_in("float32"))
   return jax.tree.map(np.asarray, found)
 
 
@@ -170,7 +177,7 @@ def test_renormalised_weights():
 
 
 def test_gradients_are_orthogonal_to_kernels_and_none_reaches_constants():
-  weights, kernels = weights_in("float64"), 0
+  weights, kernels = weights_in("float32"), 0
   for path, g in jax.tree_util.tree_leaves_with_path(gradient()):
     path = [part.key for part in path]
     if path[-1] == "kernel":

@@ -1,0 +1,68 @@
+"""NVIDIA's EDM2: state dicts of its preconditioned U-Net, our EDM2 here."""
+
+import re
+
+import numpy as np
+
+from bcm_jax.interop import layouts
+from bcm_jax.models import edm2
+
+Tensors = dict[str, np.ndarray]
+
+NAME = "edm2"
+NETWORK = edm2.EDM2
+PREFIXES = ("",)
+IMAGE_SIZE = 64
+
+
+def entry(network, path, shape) -> layouts.Entry:
+  """`enc_8x8_block0/conv_res0/kernel`: unet.enc.8x8_block0.conv_res0.weight."""
+  *modules, leaf = path
+  name, layout = layouts.torch_leaf(leaf, len(shape))
+  if modules and modules[-1] == "attn_qkv":
+    channels = shape[-1] // 3
+    heads = channels // network.num_head_channels
+    layout = layouts.chain(layout, layouts.interleaved_qkv(channels, heads))
+  parts = [re.sub(r"^(enc|dec)_", r"\1.", m) for m in modules]
+  head = [] if parts and parts[0].startswith("logvar_") else ["unet"]
+  return layouts.Entry(path, ".".join([*head, *parts, name]), layout)
+
+
+def constants(network, names) -> Tensors:
+  """Tensors that follow from the network's attributes alone: none."""
+  del network, names
+  return {}
+
+
+def recognise(tensors: Tensors, metadata: dict) -> dict | None:
+  """Attributes of the `EDM2` that a state dict belongs to, or None.
+
+  What tensors do not tell (channels a head, balances) is as published.
+  """
+  del metadata
+  if "unet.out_gain" not in tensors:
+    return None
+  found = (re.match(r"unet\.enc\.(\d+)x\d+_block(\d+)\.conv_res0\.", n)
+           for n in tensors)
+  blocks = {(int(m[1]), int(m[2])) for m in found if m}
+  sizes = sorted({size for size, _ in blocks}, reverse=True)
+  width = tensors[f"unet.enc.{sizes[0]}x{sizes[0]}_conv.weight"].shape[0]
+  label = tensors.get("unet.emb_label.weight")
+  return dict(
+      image_size=sizes[0],
+      model_channels=width,
+      out_channels=tensors["unet.out_conv.weight"].shape[0],
+      channel_mult=tuple(
+          _block(tensors, s, "conv_res0").shape[0] // width for s in sizes
+      ),
+      num_res_blocks=1 + max(index for _, index in blocks),
+      attention_resolutions=tuple(
+          s for s in sizes if _block(tensors, s, "attn_qkv") is not None
+      ),
+      num_classes=None if label is None else label.shape[1],
+      logvar_channels=tensors["logvar_fourier.freqs"].shape[0],
+  )
+
+
+def _block(tensors: Tensors, size: int, part: str) -> np.ndarray | None:
+  return tensors.get(f"unet.enc.{size}x{size}_block0.{part}.weight")

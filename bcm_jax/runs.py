@@ -1,0 +1,102 @@
+"""What a work directory holds: checkpoints, and parameters out of them."""
+
+import os
+from typing import Any
+
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax.training import checkpoint
+from bcm_jax.training import power_ema
+from bcm_jax.training import state as states
+
+Params = Any
+_POSTHOC = "posthoc_"
+
+
+def checkpoint_dir(workdir: str) -> str:
+  """Where a run keeps its checkpoints."""
+  return os.path.join(workdir, "checkpoints")
+
+
+def choose(
+    player: str, state: Any, average: str | None, what: str
+) -> Params:
+  """Parameters of a player or one of its averages, out of a state's dict.
+
+  Args:
+    player: name of the sampled player.
+    state: nested dict as a checkpoint holds it.
+    average: name of an average, 'params' for the parameters themselves, None
+      for the first average (the parameters where there is none).
+    what: the config key, for the error.
+  """
+  averages = dict(state["averages"])
+  if average is None:
+    names = [n for n in averages if n.startswith(("ema_", "power_"))]
+    average = names[0] if names else "params"
+  if average == "params":
+    return state["players"][player]["params"]
+  if average not in averages:
+    raise errors.unknown_name(what, average, [*averages, "params"])
+  return averages[average]
+
+
+def load_params(workdir: str, average: str | None) -> Params:
+  """Parameters of the newest good checkpoint of another run, on the host.
+
+  Raises:
+    UserError: no run there, or no good checkpoint.
+  """
+  saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
+  _, state, _ = saved.read_raw()
+  (player,) = state["players"]
+  return choose(player, state, average, "training.init_average")
+
+
+def load_run(
+    experiment: experiments.Experiment,
+    workdir: str,
+    average: str | None = None,
+) -> tuple[int, Params]:
+  """(step, parameters) of the newest good checkpoint of a run.
+
+  Args:
+    average: which of its averages, 'posthoc_0.15' for one of that sigma_rel
+      made of all checkpoints; None is what section sample says.
+  """
+  saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
+  average = average or experiment.config.sample.average
+  step, state, _ = saved.read_raw()
+  if average is not None and average.startswith(_POSTHOC):
+    return step, _posthoc(
+        saved, step, average, experiment.config.training.ema_stds
+    )
+  return step, choose(
+      experiment.method.sampled, state, average, "sample.average"
+  )
+
+
+def _posthoc(saved, step: int, average: str, stds) -> Params:
+  """An average of any length, of the power-function averages on disk."""
+  try:
+    std = float(average.removeprefix(_POSTHOC))
+  except ValueError as e:
+    raise errors.UserError(
+        f"sample.average={average!r} must end in a sigma_rel: posthoc_0.15"
+    ) from e
+  if not stds:
+    raise errors.UserError(
+        f"sample.average={average!r} needs power-function averages; train "
+        "with training.ema_stds=0.05,0.1 and checkpoint.keep=none"
+    )
+  stored = [(at, s) for at in saved.all_steps() if 0 < at <= step for s in stds]
+  weights = power_ema.coefficients(
+      [at for at, _ in stored], [s for _, s in stored], step, std
+  )
+
+  def trees():
+    for at in sorted({at for at, _ in stored}):
+      _, state, _ = saved.read_raw(at)
+      yield from (state["averages"][states.power_name(s)] for s in stds)
+
+  return power_ema.reconstruct(trees(), weights)

@@ -1,0 +1,77 @@
+"""Parameters out of a run's checkpoints: averages of any length."""
+
+import types
+
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from bcm_jax import errors
+from bcm_jax import runs
+from bcm_jax.training import checkpoint
+from bcm_jax.training import power_ema
+from bcm_jax.training import state as states
+
+STDS = (0.05, 0.1)
+
+
+def experiment(stds=STDS, average=None):
+  config = ml_collections.ConfigDict(
+      {"training": {"ema_stds": stds}, "sample": {"average": average}}
+  )
+  method = types.SimpleNamespace(sampled="student")
+  return types.SimpleNamespace(config=config, method=method)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """(work directory of a run whose parameter is sqrt(k) at step k, averages).
+  """
+  folder = tmp_path_factory.mktemp("run")
+  tracked = {std: jnp.zeros(()) for std in (*STDS, 0.15)}
+  with checkpoint.Checkpoints(runs.checkpoint_dir(str(folder)), None) as saved:
+    for step in range(1, 81):
+      value = jnp.sqrt(jnp.float32(step))
+      for std in tracked:
+        tracked[std] = power_ema.update(tracked[std], value, std, step, 1)
+      if step % 10 == 0:
+        saved.save(step, {
+            "players": {"student": {"params": {"w": value}}},
+            "averages": {
+                states.power_name(s): {"w": tracked[s]} for s in STDS
+            },
+        }, {})
+  return str(folder), tracked
+
+
+def test_first_average_or_the_one_asked_for(run):
+  folder, tracked = run
+  step, params = runs.load_run(experiment(), folder)
+  assert step == 80 and params["w"] == tracked[0.05]
+  _, params = runs.load_run(experiment(), folder, "power_0.1")
+  assert params["w"] == tracked[0.1]
+  _, params = runs.load_run(experiment(average="params"), folder)
+  assert params["w"] == jnp.sqrt(80.0)
+
+
+def test_posthoc_average_is_the_one_that_was_not_tracked(run):
+  folder, tracked = run
+  _, params = runs.load_run(experiment(), folder, "posthoc_0.15")
+  wanted = float(tracked[0.15])
+  assert float(params["w"]) == pytest.approx(wanted, rel=2e-3)
+  # The nearest tracked one is much farther away.
+  assert abs(float(tracked[0.1]) - wanted) > 0.02 * wanted
+  # A length that was tracked comes out as it was.
+  _, params = runs.load_run(experiment(), folder, "posthoc_0.1")
+  assert float(params["w"]) == pytest.approx(float(tracked[0.1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("stds, average, match", [
+    ((), "posthoc_0.15", "training.ema_stds"),
+    (STDS, "posthoc_x", "posthoc_0.15"),
+    (STDS, "posthoc_0.4", "sigma_rel = 0.4"),
+    (STDS, "power_0.2", "power_0.2.*power_0.05"),
+])
+def test_averages_that_are_not_there(run, stds, average, match):
+  with pytest.raises(errors.UserError, match=match):
+    runs.load_run(experiment(stds), run[0], average)
