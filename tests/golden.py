@@ -12,6 +12,8 @@ import numpy as np
 from bcm_jax.models import adm
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
+# All reference files, where they lie beside the checkout; GOLDENS has a part.
+MORE = pathlib.Path(__file__).parents[2] / "shared" / "goldens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +36,21 @@ class Golden:
     return entry["suggested_rel_to_scale"] * entry["scale"]
 
 
+def path(name: str) -> pathlib.Path:
+  """Where a file is."""
+  here = GOLDENS / f"{name}.npz"
+  return here if here.exists() else MORE / here.name
+
+
+def with_more(names: list[str], *more: str) -> list[str]:
+  """Names, and those of further files that are there."""
+  return names + [m for m in more if path(m).exists()]
+
+
 @functools.cache
 def load(name: str) -> Golden:
-  """Reads tests/goldens/<name>.npz."""
-  with np.load(GOLDENS / f"{name}.npz", allow_pickle=False) as file:
+  """Reads a file, from tests/goldens if it is there."""
+  with np.load(path(name), allow_pickle=False) as file:
     arrays = {k: file[k] for k in file.files}
   return Golden(arrays, json.loads(str(arrays.pop("meta"))))
 

@@ -63,8 +63,22 @@ def dpm2_step(denoiser: Denoiser, x, s, s_next):
   return x + (s_next - s) * d_mid
 
 
+def ancestral_levels(
+    s: np.ndarray | float, s_next: np.ndarray | float
+) -> tuple[np.ndarray, np.ndarray]:
+  """(down, up) with down^2 + up^2 = s_next^2, for a step from s to s_next.
+
+  The step goes down to `down` and adds noise of deviation `up` (DDPM's
+  posterior variance; Song et al., 2021, as in k-diffusion).
+  """
+  dtype = np.result_type(np.asarray(s), np.float32)
+  s, s_next = np.asarray(s, dtype), np.asarray(s_next, dtype)
+  up = np.minimum(s_next, np.sqrt(s_next**2 * (s**2 - s_next**2) / s**2))
+  return np.sqrt(s_next**2 - up**2), up
+
+
 _STEPS = {"euler": (euler_step, 1), "heun": (heun_step, 2),
-          "dpm2": (dpm2_step, 2)}
+          "dpm2": (dpm2_step, 2), "ancestral": (euler_step, 1)}
 SOLVERS = tuple(_STEPS)
 
 
@@ -90,18 +104,22 @@ def solve(
     x: [B, ...] at level sigmas[0].
     sigmas: [n + 1] levels on the host, monotone; a decreasing grid may end in
       0, where Heun's step falls back to Euler's (its D at 0 does not exist).
-    solver: 'euler', 'heun' or 'dpm2'.
-    churn: stochasticity.
-    noise: step index -> standard normal like x; needed with churn.
+    solver: 'euler', 'heun', 'dpm2', or 'ancestral': stochastic, Euler's steps
+      that fall short of their level, and noise.
+    churn: stochasticity of the others.
+    noise: step index -> standard normal like x; needed with churn and by
+      'ancestral'.
 
   Returns:
     [B, ...] at level sigmas[-1].
 
   Raises:
-    ValueError: for churn without noise.
+    ValueError: for churn or 'ancestral' without noise.
   """
   sigmas = np.asarray(sigmas, np.float64)
   n = len(sigmas) - 1
+  if solver == "ancestral":
+    return _ancestral(denoiser, x, sigmas, noise)
   gammas = np.array([churn.gamma(s, n) for s in sigmas[:-1]])
   if gammas.any() and noise is None:
     raise ValueError("churn needs a noise function")
@@ -123,3 +141,16 @@ def solve(
     last = jax.tree.map(lambda a: a[-1], inputs)
     return body(x, last, step=euler_step)[0]
   return jax.lax.scan(body, x, inputs)[0]
+
+
+def _ancestral(denoiser, x, sigmas, noise):
+  if noise is None:
+    raise ValueError("solver 'ancestral' needs a noise function")
+  down, up = ancestral_levels(sigmas[:-1], sigmas[1:])
+
+  def body(x, inputs):
+    i, s, s_down, s_up = inputs
+    return euler_step(denoiser, x, s, s_down) + s_up * noise(i), None
+
+  levels = [jnp.asarray(a, x.dtype) for a in (sigmas[:-1], down, up)]
+  return jax.lax.scan(body, x, (jnp.arange(len(sigmas) - 1), *levels))[0]

@@ -53,6 +53,7 @@ _EXPLAINED = (
 )
 
 
+@functools.cache
 def shapes(network, image_size: int) -> dict[tuple[str, ...], tuple[int, ...]]:
   """Path -> shape of every parameter; nothing is allocated."""
   channels = network.out_channels
@@ -131,7 +132,7 @@ def read_params(
           f"tensor {entry.name!r} has shape {value.shape}, but the network "
           f"wants {expected} ({_explain(entry.name)})"
       )
-    flat[entry.path] = np.ascontiguousarray(ours)
+    flat[entry.path] = np.array(ours, order="C")
   return traverse_util.unflatten_dict(flat)
 
 
@@ -150,7 +151,7 @@ def write_tensors(
                                              for p, v in flat.items()}
   )
   tensors = {
-      e.name: np.ascontiguousarray(e.layout.theirs(np.asarray(flat[e.path])))
+      e.name: np.array(e.layout.theirs(np.asarray(flat[e.path])), order="C")
       for e, _ in table
   }
   tensors |= family.constants(network, list(tensors))
@@ -209,7 +210,8 @@ def recognise(
           f"the file looks like kind {family.NAME!r}, but lacks {e}"
       ) from e
     if found is not None:
-      found.setdefault("image_size", family.IMAGE_SIZE)
+      asked = (metadata or {}).get("image_size", family.IMAGE_SIZE)
+      found.setdefault("image_size", asked)
       _levels_to_pixels(found)
       return family, stripped, found
   shown = ", ".join(sorted(tensors)[:4])

@@ -66,8 +66,9 @@ class ConsistencyTraining(base.OnePlayer):
     metric: 'pseudo_huber', 'l2' or 'l1'.
     huber_c: width of the pseudo-Huber; None is iCT's 0.00054 sqrt(D).
     huber_normalise: divide it by sqrt(D), as BCM's and iCT's code does.
-    weighting: 'inverse_gap' 1/(t - r), 'uniform' 1, 'karras' 1/t^2 + 1/sd^2,
-      'snr+1' 1/t^2 + 1, or 'edm' (t^2 + sd^2) / (t sd)^2.
+    weighting: 'inverse_gap' 1/(t - r), 'uniform' 1, 'snr' 1/t^2, 'snr+1'
+      1/t^2 + 1, 'truncated-snr' max(1/t^2, 1), 'karras' 1/t^2 + 1/sd^2, or
+      'edm' (t^2 + sd^2) / (t sd)^2.
     target_mu0: start rate of the target network's average (CT); 0 takes the
       online network, stop-gradiented.
   """
@@ -95,7 +96,7 @@ class ConsistencyTraining(base.OnePlayer):
   huber_c: float | None = None
   huber_normalise: bool = True
   weighting: Literal[
-      "inverse_gap", "uniform", "karras", "snr+1", "edm"
+      "inverse_gap", "uniform", "snr", "snr+1", "truncated-snr", "karras", "edm"
   ] = "inverse_gap"
   target_mu0: float = 0.0
 
@@ -189,7 +190,9 @@ class ConsistencyTraining(base.OnePlayer):
         "inverse_gap": lambda: 1 / (jnp.abs(t - r) + 1e-20),
         "uniform": lambda: jnp.ones_like(t),
         "karras": lambda: 1 / t**2 + 1 / sd**2,
+        "snr": lambda: 1 / t**2,
         "snr+1": lambda: 1 / t**2 + 1,
+        "truncated-snr": lambda: jnp.maximum(1 / t**2, 1),
         "edm": lambda: (t**2 + sd**2) / (t * sd) ** 2,
     }[self.weighting]()
 

@@ -171,3 +171,27 @@ def test_solvers_on_a_network_are_the_reference_ones(name, solver, steps, x64):
         solver, churn, lambda i: noise[int(i)],
     )
   golden.close(jnp.clip(out, -1, 1), g, name, rel=1e-10)
+
+
+def test_ancestral_steps_keep_the_law_of_every_level():
+  down, up = solvers.ancestral_levels([5.0, 2.0, 1.0], [2.0, 1.0, 0.0])
+  np.testing.assert_allclose(down**2 + up**2, [4.0, 1.0, 0.0])
+  assert (up > 0).tolist() == [True, True, False]
+  with pytest.raises(ValueError, match="noise"):
+    solvers.solve(denoise, jnp.ones((1, 3)), [2.0, 1.0], "ancestral")
+  rng = np.random.default_rng(2)
+  sigmas = schedules.karras_sigmas(300, 0.3, 20.0)[::-1]
+  x = exact(20 * rng.standard_normal((4000, 3)) @ BASIS.T, 20.0, 20.0)
+  noise = jnp.asarray(rng.standard_normal((299, 4000, 3)), jnp.float32)
+  out = solvers.solve(
+      denoise, jnp.asarray(x, jnp.float32), sigmas, "ancestral",
+      noise=lambda i: noise[i],
+  )
+  variances = np.var((out - MEAN) @ BASIS, axis=0)
+  np.testing.assert_allclose(variances, VARIANCES + 0.3**2, rtol=0.12)
+  # Half of what a step adds comes from noise, not from the start.
+  other = solvers.solve(
+      denoise, jnp.asarray(x, jnp.float32), sigmas, "ancestral",
+      noise=lambda i: -noise[i],
+  )
+  assert np.abs(out - other).std() > 0.1

@@ -109,7 +109,9 @@ def bcm_losses(gradients):
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@pytest.mark.parametrize("name", ["bcm_loss", "bcm_loss_n321"])
+@pytest.mark.parametrize(
+    "name", golden.with_more(["bcm_loss"], "bcm_loss_n321")
+)
 def test_bidirectional_loss_is_the_official_one(name, dtype):
   case = golden.load(name)
   grid = schedules.karras_sigmas(case.meta["num_scales"])

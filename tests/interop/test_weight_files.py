@@ -1,0 +1,282 @@
+"""Files of real torch, safetensors and Flax give the recipe's numbers."""
+
+import pathlib
+import shutil
+import struct
+from typing import Any
+
+import flax
+from flax import serialization
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from bcm_jax.errors import UserError
+from bcm_jax.interop import weight_files
+from tests.interop import craft
+from tests.interop import recipe
+
+FILES = pathlib.Path(__file__).parent / "files"
+KINDS = {"zip": "torch_zip", "legacy": "torch_legacy"}
+
+
+def same_bits(found: dict, expected: dict) -> None:
+  """Asserts equal names, dtypes, shapes and bits."""
+  assert sorted(found) == sorted(expected)
+  for name, value in expected.items():
+    value = np.asarray(value)
+    assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
+    assert found[name].tobytes() == value.tobytes(), name
+
+
+def read(name: str) -> weight_files.WeightFile:
+  return weight_files.read(str(FILES / name))
+
+
+@pytest.mark.parametrize("container", KINDS)
+def test_state_dict_of_every_dtype_and_view(container):
+  weights = read(f"state_{container}.pt")
+  assert weights.kind == KINDS[container]
+  assert list(weights.groups) == [""] and weights.metadata == {}
+  same_bits(weights.groups[""], recipe.state_dict())
+
+
+@pytest.mark.parametrize("container", KINDS)
+def test_dtypes_in_untyped_storages(container):
+  expected = {name: recipe.of_dtype(name) for name in recipe.LATER_DTYPES}
+  same_bits(read(f"later_{container}.pt").groups[""], expected)
+
+
+@pytest.mark.parametrize("container", KINDS)
+def test_tensors_are_read_only_and_share_their_storage(container):
+  tensors = read(f"state_{container}.pt").groups[""]
+  for name in ("shared", "transposed", "sliced", "last"):
+    assert np.shares_memory(tensors[name], tensors["base"])
+  for name, array in tensors.items():
+    if array.size:
+      with pytest.raises(ValueError, match="read-only"):
+        array[...] = 0
+    assert array.flags.aligned, name
+
+
+@pytest.mark.parametrize("container", KINDS)
+def test_checkpoint_gives_groups_and_plain_values(container):
+  weights = read(f"checkpoint_{container}.pt")
+  model = recipe.numbers(300, 2, 2).astype(np.float32)
+  ema = recipe.numbers(301, 2, 2).astype(np.float16)
+  expected = {
+      "": {
+          "counter": np.int64(7),
+          "array": np.arange(6, dtype=np.int32).reshape(2, 3).T,
+      },
+      "model": {"a.weight": model},
+      "ema": {"a.weight": ema},
+      "optimizer": {"state.0.step": np.float32(2), "state.0.exp_avg": model},
+      "averages": {"0": np.ones(2, "f4"), "1": np.zeros(1, "f4")},
+  }
+  assert weights.groups.keys() == expected.keys()
+  for group, tensors in expected.items():
+    same_bits(weights.groups[group], tensors)
+  assert weights.metadata == dict(
+      step=3,
+      config=dict(width=128, rate=1e-3, name="unet", size=[2, 3]),
+      optimizer=dict(param_groups=[dict(lr=0.25, betas=[0.9, 0.999])]),
+      dtype="torch.float32",
+      device="cpu",
+      names=["a", "b"],
+  )
+
+
+@pytest.mark.parametrize("container", KINDS)
+def test_whole_modules_become_trees(container):
+  weights = read(f"module_{container}.pt")
+  same_bits(weights.groups[""], {"inner.weight": np.arange(3, dtype="f4")})
+  assert weights.metadata == {"": {"class_name": "Tiny"}}
+
+
+@pytest.mark.parametrize(
+    "name, group, dtype",
+    [
+        ("edm_2.pkl", "ema", np.float32),
+        ("edm_4.pkl", "ema", np.float32),
+        ("edm_5.pkl", "ema", np.float32),
+        ("edm2.pkl", "ema", np.float16),
+        ("net.pkl", "net", np.float32),
+    ],
+)
+def test_edm_pickles_are_read_and_their_source_is_not_run(
+    name, group, dtype, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  path = FILES / name
+  assert recipe.TRACE.encode() in path.read_bytes()
+  weights = weight_files.read(str(path))
+  assert weights.kind == "edm_pickle" and list(weights.groups) == [group]
+  same_bits(weights.groups[group], recipe.network(dtype))
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_embedded_source_would_leave_a_trace(tmp_path, monkeypatch):
+  # The control of the test above.
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(RuntimeError, match="embedded source"):
+    exec(recipe.MODULE_SOURCE, {})
+  assert (tmp_path / recipe.TRACE).exists()
+
+
+@pytest.mark.parametrize("name", ["edm_2.pkl", "edm_4.pkl", "edm2.pkl"])
+def test_edm_metadata_has_what_builds_the_network(name):
+  metadata = read(name).metadata
+  assert metadata["class_name"] == "EDMPrecond"
+  assert metadata["init_kwargs"] == dict(
+      img_resolution=8, img_channels=3, label_dim=0, model_type="SongUNet"
+  )
+  assert metadata["attributes"] == dict(
+      training=False, sigma_data=0.5, sigma_max=float("inf")
+  )
+  assert metadata["modules"]["model"] == dict(
+      class_name="SongUNet",
+      init_args=[],
+      init_kwargs=dict(channel_mult=[1, 2], embedding_type="positional"),
+  )
+  assert metadata["modules"]["model.conv"]["init_args"] == [3, 4]
+  assert metadata["modules"]["model.norm"] == dict(class_name="GroupNorm")
+  assert metadata["dataset_kwargs"]["path"] == "a.zip"
+  assert metadata["loss_fn"]["class_name"] == "EDMLoss"
+
+
+def test_pickle_without_a_network_lists_its_keys(tmp_path):
+  path = tmp_path / "other.pkl"
+  path.write_bytes(craft.pickled(craft.dict_of(G=b"N", D=b"N")))
+  with pytest.raises(UserError, match="holds 'G', 'D', expected .*'ema'"):
+    weight_files.read(str(path))
+
+
+def test_views_of_the_oldest_format(tmp_path):
+  # torch 0.3: a storage may be elements 2..5 of another one.
+  root = np.arange(8, dtype=np.float32)
+  view = craft.tuple_of(craft.text("9"), craft.number(2), craft.number(4))
+  body = craft.dict_of(
+      part=craft.tensor(
+          craft.storage("7", 8, view=view), 1, size=(3,), stride=(1,)
+      ),
+      whole=craft.tensor(craft.storage("7", 8, view=b"N"), 0, (8,), (1,)),
+  )
+  storages = struct.pack("<q", 8) + root.tobytes()
+  path = tmp_path / "old.pth"
+  path.write_bytes(craft.legacy(body, ["7"], storages))
+  tensors = weight_files.read(str(path)).groups[""]
+  same_bits(tensors, dict(part=root[3:6], whole=root))
+
+
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("FloatStorage", ">f4"),
+        ("ShortStorage", ">i2"),
+        ("ComplexFloatStorage", ">c8"),
+        ("BoolStorage", "?"),
+    ],
+)
+def test_big_endian_archives(tmp_path, kind, dtype):
+  values = recipe.numbers(5, 2, 3).astype(dtype)
+  records = {"data/0": values.tobytes(), "byteorder": b"big"}
+  body = craft.dict_of(w=craft.tensor(craft.storage(kind=kind)))
+  path = craft.write_zip(tmp_path / "a.pt", body, records)
+  found = weight_files.read(path).groups[""]["w"]
+  assert found.dtype.isnative
+  np.testing.assert_array_equal(found, values)
+
+
+def test_content_and_not_the_suffix_tells_the_kind(tmp_path):
+  for name in ("state_zip.pt", "state_legacy.pt", "edm_4.pkl"):
+    copy = tmp_path / (name + ".safetensors")
+    shutil.copy(FILES / name, copy)
+    assert weight_files.read(str(copy)).kind == read(name).kind
+
+
+def test_safetensors_with_bfloat16_and_metadata(tmp_path):
+  tensors = {
+      name: recipe.of_dtype(name)
+      for name in recipe.DTYPES | recipe.LATER_DTYPES
+  }
+  tensors["scalar"] = np.full((), 3, "f4")
+  path = tmp_path / "anything.bin"
+  path.write_bytes(safetensors.numpy.save(tensors, metadata={"width": "64"}))
+  weights = weight_files.read(str(path))
+  assert weights.kind == "safetensors" and weights.metadata == {"width": "64"}
+  same_bits(weights.groups[""], tensors)
+
+
+@flax.struct.dataclass
+class State:
+  """The fields of the training state of the JAX consistency models."""
+
+  step: int
+  lr: float
+  ema_rate: float
+  params: Any
+  target_params: Any
+  params_ema: Any
+  model_state: Any
+  opt_state: Any
+  rng_state: Any
+
+
+def test_flax_training_state(tmp_path):
+  kernel = recipe.numbers(1, 2, 3).astype(np.float32)
+  half = recipe.numbers(2, 3).astype(ml_dtypes.bfloat16)
+  gain = np.full((), 2, "f4")
+  state = State(
+      step=7,
+      lr=np.float32(0.5),
+      ema_rate=np.asarray(0.75),
+      params={"Conv_0": {"kernel": kernel, "gain": gain}},
+      target_params={"Conv_0": {"kernel": kernel + 1}},
+      params_ema={"Conv_0": {"kernel": kernel + 2}, "Dense": {"bias": half}},
+      model_state={},
+      opt_state=[{"mu": {"Conv_0": {"kernel": kernel + 3}}}, {}],
+      rng_state=np.array([1, 2], np.uint32),
+  )
+  path = tmp_path / "checkpoint_7"
+  path.write_bytes(serialization.to_bytes(state))
+  weights = weight_files.read(str(path))
+  assert weights.kind == "flax_msgpack"
+  expected = {
+      "": {"rng_state": state.rng_state},
+      "params": {"Conv_0/kernel": kernel, "Conv_0/gain": gain},
+      "target_params": {"Conv_0/kernel": kernel + 1},
+      "params_ema": {"Conv_0/kernel": kernel + 2, "Dense/bias": half},
+      "opt_state": {"0/mu/Conv_0/kernel": kernel + 3},
+  }
+  assert weights.groups.keys() == expected.keys()
+  for group, tensors in expected.items():
+    same_bits(weights.groups[group], tensors)
+  for key, value in dict(step=7, lr=0.5, ema_rate=0.75).items():
+    assert weights.metadata[key] == value
+
+
+def test_flax_parameters_alone_are_one_group(tmp_path):
+  params = {"Conv_0": {"kernel": np.ones((2, 2), "f4")}, "g": np.ones(3, "f4")}
+  path = tmp_path / "params.msgpack"
+  path.write_bytes(serialization.to_bytes(params))
+  groups = weight_files.read(str(path)).groups
+  assert groups.keys() == {""}
+  assert groups[""].keys() == {"Conv_0/kernel", "g"}
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world", b"\x80", b"cos\n"])
+def test_other_files_are_of_no_known_kind(tmp_path, content):
+  path = tmp_path / "x.pt"
+  path.write_bytes(content)
+  with pytest.raises(UserError, match="x.pt: is of no known kind") as error:
+    weight_files.read(str(path))
+  assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_opened(tmp_path):
+  with pytest.raises(UserError, match="none.pt: cannot be read .*No such"):
+    weight_files.read(str(tmp_path / "none.pt"))
+  with pytest.raises(UserError, match="cannot be read"):
+    weight_files.read(str(tmp_path))
