@@ -12,6 +12,7 @@ import pytest
 from bcm_jax.methods import base
 from bcm_jax.training import ema
 from bcm_jax.training import parallel
+from bcm_jax.training import power_ema
 from bcm_jax.training import state as states
 from bcm_jax.training import step as steps
 from tests import toys
@@ -314,3 +315,51 @@ def test_no_buffer_of_the_state_appears_twice():
   )
   new, _ = run(method, step, state, batch())
   assert state.step.is_deleted() and new.step == 1
+
+
+def test_a_projection_follows_every_update():
+  class Projected(Regression):
+
+    @property
+    def players(self):
+      player = toys.scale_player()
+      return {"student": dataclasses.replace(
+          player, project=lambda p: {"w": jnp.round(p["w"])}
+      )}
+
+  method = Projected()
+  state, step = begin(method, {"student": optax.sgd(0.7)})
+  free, _ = begin(Regression(), {"student": optax.sgd(0.7)})
+  free, _ = run(Regression(), begin(
+      Regression(), {"student": optax.sgd(0.7)})[1], free, batch())
+  state, _ = run(method, step, state, batch())
+  plain = float(free.players["student"].params["w"])
+  assert plain != round(plain)
+  assert float(state.players["student"].params["w"]) == round(plain)
+  np.testing.assert_allclose(
+      state.averages["ema_0.9"]["w"], 0.9 + 0.1 * round(plain), rtol=1e-6
+  )
+
+
+def test_power_function_average_forgets_the_start():
+  method = Regression()
+  optimizers = {"student": optax.sgd(0.1)}
+  data = batch()
+  state = states.create(
+      method, optimizers, (), 0, data["image"], data["label"],
+      ema_stds=(0.1,),
+  )
+  step = jax.jit(
+      steps.make_step(method, optimizers, steps.StepOptions(
+          ema_rates=(), ema_stds=(0.1,))),
+      static_argnames="phase",
+  )
+  expected = None
+  for k in range(1, 6):
+    state, _ = run(method, step, state, data)
+    w = float(state.players["student"].params["w"])
+    keep = float(power_ema.beta(0.1, k, 1))
+    expected = w if k == 1 else keep * expected + (1 - keep) * w
+  np.testing.assert_allclose(
+      state.averages["power_0.1"]["w"], expected, rtol=1e-5
+  )
