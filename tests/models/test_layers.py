@@ -147,7 +147,7 @@ def test_normalised_logits_are_bounded():
 
 @pytest.mark.parametrize("qkv_norm", [True, False])
 def test_attention_block(qkv_norm):
-  block = layers.AttentionBlock(HEADS, 4, qkv_norm)
+  block = layers.AttentionBlock(HEADS, (4, 1), qkv_norm)
   x = normal(0, 2, 3, 4, 16)
   fresh = block.init(jax.random.key(0), x)
   np.testing.assert_array_equal(block.apply(fresh, x), x)
