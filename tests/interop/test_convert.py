@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 
 from flax import serialization
 from flax import traverse_util
@@ -19,6 +20,7 @@ from bcm_jax.interop import weight_files
 from bcm_jax.models import adm
 from bcm_jax.models import edm2
 from bcm_jax.models import song
+from bcm_jax.training import state as states
 from tests import golden
 
 # File -> what its tensors do not tell.
@@ -164,7 +166,7 @@ def damaged(change, folder):
 def test_tensors_that_do_not_fit(change, match, tmp_path, capsys):
   out = tmp_path / "run"
   error = fails(capsys, damaged(change, tmp_path), out)
-  import re
+
   assert re.search(match, error), error
   assert not out.exists()
   assert os.listdir(tmp_path) == ["damaged.safetensors"]
@@ -206,3 +208,30 @@ def test_what_is_assumed_can_be_set(tmp_path, capsys):
   )
   count = sum(math.prod(np.shape(v)) for v in jax.tree.leaves(params))
   assert f"{count:,} parameters" in said
+
+
+def test_a_bidirectional_model_starts_from_converted_weights(tmp_path):
+  """EDM's denoiser as the first time branch; F is what it was."""
+  out = tmp_path / "run"
+  run(source_file("edm_ncsnpp", tmp_path), out)
+  config = configs.of_run(str(out)).to_dict()
+  config["model"]["two_time"] = True
+  config["method"] = {"name": "bcm"}
+  config["training"]["init_from"] = str(out)
+  e = experiments.build(configs.resolve(config))
+  start = {"student": runs.load_params(str(out), None)}
+  images, labels = experiments.example_batch(e)
+  state = jax.jit(lambda: states.create(
+      e.method, e.optimizers(), (), 0, images, labels, start
+  ))()
+  new = state.players["student"].params
+  for key, old in start["student"].items():
+    jax.tree.map(np.testing.assert_array_equal, new[key], old)
+  align = np.asarray(new["map_align"]["kernel"])
+  top, bottom = np.split(align, 2)
+  np.testing.assert_array_equal(top, np.eye(len(top)))
+  assert not bottom.any()
+  jax.tree.map(
+      np.testing.assert_array_equal, new["map_layer0_end"],
+      start["student"]["map_layer0"],
+  )
