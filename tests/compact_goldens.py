@@ -4,7 +4,7 @@
 
 Keeps the files below, packs them with LZMA (NumPy reads them as they are),
 and leaves out float32 outputs that have a float64 twin (tolerances are
-relative to the twin) and losses of methods that the package does not have.
+relative to the twin) and what LEFT_OUT says.
 """
 
 import io
@@ -25,23 +25,29 @@ FILES = (
     "sched_scalings", "uint8_quantise",
 )
 
-# EDM's and CTM's losses.
-LEFT_OUT = re.compile(r"out(64)?/(self_learn|grad|loss_map)")
+# Losses of EDM, CTM and CD, and the largest of 26 gradients of BCM's.
+LEFT_OUT = re.compile(
+    r"(edm_|ctm).* out(64)?/(self_learn|grad|loss_map)"
+    r"|cm_loss out/grad_cd"
+    r"|bcm_loss out/grad_loss_ct/time_embed_align"
+)
 
 
 def compact(source: pathlib.Path, target: pathlib.Path) -> None:
   """Packs one file."""
   with np.load(source, allow_pickle=False) as file, zipfile.ZipFile(
-      target, "w", zipfile.ZIP_LZMA
+      target, "w"
   ) as archive:
     for key in file.files:
       if key.startswith("out/") and f"out64/{key[4:]}" in file.files:
         continue
-      if source.stem.startswith(("edm_", "ctm")) and LEFT_OUT.match(key):
+      if LEFT_OUT.match(f"{source.stem} {key}"):
         continue
       array = io.BytesIO()
       np.save(array, file[key])
-      archive.writestr(f"{key}.npy", array.getvalue())
+      # Without a date, so that the same content gives the same file.
+      entry = zipfile.ZipInfo(f"{key}.npy")
+      archive.writestr(entry, array.getvalue(), zipfile.ZIP_LZMA)
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ class ADM(nn.Module):
     dtype: dtype of the convolutions in the torso (bfloat16 on accelerators);
       None follows input and parameters. Embeddings, norms' statistics,
       softmax and the head stay in float32 or wider.
-    attention: implementation of attention in half precision.
+    attention: implementation of attention in bfloat16.
     remat: recompute residual blocks in the backward pass, to save memory.
   """
 

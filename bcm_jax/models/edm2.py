@@ -71,7 +71,7 @@ class Block(nn.Module):
     res_balance: share of the residual branch.
     attn_balance: share of attention.
     clip_act: bound of the output's absolute value; None does not clip.
-    attention: implementation of attention in half precision.
+    attention: implementation of attention in bfloat16.
   """
 
   features: int
@@ -145,7 +145,7 @@ class EDM2(nn.Module):
     dtype: dtype of the torso (bfloat16 on accelerators); None follows the
       input. Embeddings, the norms of kernels and pixels, softmax and the last
       convolution stay in float32 or wider.
-    attention: implementation of attention in half precision.
+    attention: implementation of attention in bfloat16.
     remat: recompute blocks in the backward pass, to save memory.
   """
 

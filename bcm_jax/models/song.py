@@ -160,7 +160,7 @@ class SongUNet(nn.Module):
     resample_filter: taps of halving and doubling.
     dtype: dtype of the convolutions between the first and the last one; None
       follows input and parameters.
-    attention: implementation of attention in half precision.
+    attention: implementation of attention in bfloat16.
     remat: recompute blocks in the backward pass, to save memory.
   """
 

@@ -197,14 +197,15 @@ def test_bfloat16_stays_inside_the_torso():
   }
 
 
-def test_bfloat16_is_near_float32(small):
+@pytest.mark.parametrize("dtype, limit", [("bfloat16", 0.1), ("float16", 0.01)])
+def test_half_precision_is_near_float32(small, dtype, limit):
   net, _, full = small
   args = inputs(net, 4)
   exact = net.apply({"params": full}, *args)
-  out = net.clone(dtype=jnp.bfloat16).apply({"params": full}, *args)
+  out = net.clone(dtype=dtype).apply({"params": full}, *args)
   assert out.dtype == jnp.float32
   error = np.abs(out - exact).max() / np.abs(exact).max()
-  assert 0 < error < 0.1
+  assert 0 < error < limit
 
 
 @pytest.mark.parametrize("size", [7, 10])

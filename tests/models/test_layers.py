@@ -126,12 +126,12 @@ def test_attention_is_softmax_attention():
   np.testing.assert_allclose(
       layers.attention(q, k, v), np.einsum("bhqk,bkhd->bqhd", w, v), atol=1e-5
   )
-  low = [jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)]
-  out = layers.attention(*low)
-  assert out.dtype == jnp.bfloat16
-  np.testing.assert_allclose(
-      out.astype(np.float32), layers.attention(q, k, v), atol=0.05
-  )
+  for dtype, atol in ((jnp.bfloat16, 0.05), (jnp.float16, 0.005)):
+    out = layers.attention(*(jnp.asarray(a, dtype) for a in (q, k, v)))
+    assert out.dtype == dtype
+    np.testing.assert_allclose(
+        out.astype(np.float32), layers.attention(q, k, v), atol=atol
+    )
 
 
 def test_normalised_logits_are_bounded():
