@@ -121,28 +121,42 @@ def recognise(tensors: Tensors, metadata: dict) -> dict | None:
   """Attributes of the `SongUNet` that a parameter tree belongs to, or None.
 
   A tree tells neither the image size nor at which resolutions attention is:
-  32 pixels and the published 16 are assumed unless metadata holds others.
+  32 pixels and the published 16 are assumed unless metadata holds others. Nor
+  does it tell the filter: NCSN++ has the published one, DDPM++ none.
   """
-  if f"{_RES}_0/Conv_0/kernel" not in tensors:
+  blocks = [
+      n.removesuffix("/Conv_0/kernel")
+      for n in tensors
+      if n.startswith(_RES) and n.endswith("/Conv_0/kernel")
+  ]
+  if not blocks:
     return None
   size = metadata.get("image_size", IMAGE_SIZE)
   width = tensors["Conv_0/kernel"].shape[-1]
-  levels = 1 + sum(n.endswith("/Conv2d_0/weight") for n in tensors)
-  blocks = sum(
-      n.startswith(_RES) and n.endswith("/Conv_0/kernel") for n in tensors
+  # Of blocks that keep their width only those that halve or double have a
+  # layer in the skip.
+  resampling = sum(
+      len(set(tensors[f"{b}/Conv_2/kernel"].shape[-2:])) == 1
+      for b in blocks if f"{b}/Conv_2/kernel" in tensors
   )
+  levels = 1 + resampling // 2
   # n and n + 1 a level, one down and one up between levels, two in the middle.
-  per_level = (blocks - 2 - 2 * (levels - 1) - levels) // (2 * levels)
+  per_level = (len(blocks) - 2 - 2 * (levels - 1) - levels) // (2 * levels)
   rows = [
       tensors[f"{_RES}_{level * (per_level + 1)}/Conv_0/kernel"].shape[-1]
       for level in range(levels)
   ]
-  return song.NCSNPP | dict(
+  fourier = "GaussianFourierProjection_0/W" in tensors
+  pyramid = "Downsample_0/Conv2d_0/weight" in tensors
+  return dict(
       image_size=size,
       model_channels=width,
       out_channels=tensors["Conv_1/kernel"].shape[-1],
       channel_mult=tuple(r // width for r in rows),
       num_res_blocks=per_level,
       attention_resolutions=metadata.get("attention_resolutions", (size // 2,)),
+      embedding="fourier" if fourier else "positional",
       embedding_mult=tensors["Dense_0/kernel"].shape[0] // width,
+      encoder="residual" if pyramid else "standard",
+      resample_filter=song.NCSNPP["resample_filter"] if pyramid else (1, 1),
   )

@@ -120,6 +120,9 @@ def test_jcm_checkpoint(tmp_path):
     ("edm-song", song.SongUNet(encoder="skip", decoder="skip"), 32),
     ("edm2", edm2.EDM2(num_classes=1000), 64),
     ("jcm", song.SongUNet(**song.NCSNPP), 32),
+    ("jcm", song.SongUNet(), 32),
+    ("jcm", song.SongUNet(channel_mult=(1, 2, 2), num_res_blocks=2,
+                          **song.NCSNPP), 32),
 ])
 def test_full_size_names_are_recognised(family, network, size):
   module = transfer.FAMILIES[family]

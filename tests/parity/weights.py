@@ -250,7 +250,8 @@ def model(file: files.Reference, recipe: str | None = None) -> Model:
   if family.NAME == "openai":
     found |= _openai(c, file.source)
   if family.NAME == "jcm":
-    found |= dict(resample_filter=tuple(c["fir_kernel"]))
+    taps = tuple(c["fir_kernel"]) if c.get("fir", True) else (1, 1)
+    found |= dict(resample_filter=taps)
   size = found.pop("image_size")
   batch = len(next(v for k, v in home.arrays.items() if k.startswith("in/x")))
   return Model(family, family.NETWORK(**found), size, batch, tensors)
