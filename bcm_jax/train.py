@@ -55,6 +55,7 @@ def train_and_evaluate(
   """
   experiment = experiments.build(config)
   evaluate.check_outputs(experiment)
+  experiment.source("train")  # Missing images stop it before it writes.
   prepare_workdir(config, workdir)
   training: options.Training = experiment.section("training")
   saving: options.Checkpoint = experiment.section("checkpoint")

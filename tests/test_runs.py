@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
+from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import runs
+from bcm_jax import train
 from bcm_jax.training import checkpoint
 from bcm_jax.training import power_ema
 from bcm_jax.training import state as states
@@ -75,3 +77,14 @@ def test_posthoc_average_is_the_one_that_was_not_tracked(run):
 def test_averages_that_are_not_there(run, stds, average, match):
   with pytest.raises(errors.UserError, match=match):
     runs.load_run(experiment(stds), run[0], average)
+
+
+def test_missing_images_stop_before_anything_is_written(tmp_path):
+  config = configs.resolve({
+      "data": {"name": "none", "image_shape": (8, 8, 3)},
+      "model": {"name": "ddpmpp"}, "method": {"name": "ict"},
+      "eval": {"samplers": ("onestep",)},
+  })
+  with pytest.raises(errors.UserError, match="data.name='none' has no images"):
+    train.train_and_evaluate(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
