@@ -55,7 +55,8 @@ def train_and_evaluate(
   """
   experiment = experiments.build(config)
   evaluate.check_outputs(experiment)
-  experiment.source("train")  # Missing images stop it before it writes.
+  # Opened first: missing images stop it before it writes.
+  source = experiment.source("train")
   prepare_workdir(config, workdir)
   training: options.Training = experiment.section("training")
   saving: options.Checkpoint = experiment.section("checkpoint")
@@ -65,7 +66,7 @@ def train_and_evaluate(
     state = _start(experiment, saved)
     first = int(state.step)
     if first < training.num_steps:
-      state = _train(experiment, workdir, saved, state)
+      state = _train(experiment, source, workdir, saved, state)
   params = runs.choose(
       experiment.method.sampled,
       serialization.to_state_dict(state),
@@ -237,12 +238,12 @@ def _watch(experiment, workdir, state, stack) -> _Watch:
   )
 
 
-def _batches(experiment, first: int, total: int):
+def _batches(experiment, source, first: int, total: int):
   """Host batches of steps first .. total - 1, made ahead in a thread."""
   config = experiment.config
   return contextlib.closing(pipeline.prefetch(
       pipeline.Batches(
-          experiment.source("train"), config.seed, config.training.batch_size,
+          source, config.seed, config.training.batch_size,
           flip=config.data.flip, process_index=jax.process_index(),
           process_count=jax.process_count(),
       ),
@@ -251,7 +252,7 @@ def _batches(experiment, first: int, total: int):
   ))
 
 
-def _train(experiment, workdir, saved, state) -> states.TrainState:
+def _train(experiment, source, workdir, saved, state) -> states.TrainState:
   """Runs the steps from state.step to num_steps."""
   method = experiment.method
   training: options.Training = experiment.section("training")
@@ -276,7 +277,7 @@ def _train(experiment, workdir, saved, state) -> states.TrainState:
         saved.save(step, runner.fetch(state), meta)
 
     began = time.monotonic()
-    stream = stack.enter_context(_batches(experiment, first, total))
+    stream = stack.enter_context(_batches(experiment, source, first, total))
     for step, batch in enumerate(stream, first + 1):
       batch = runner.batch(_network_inputs(experiment, batch))
       with jax.profiler.StepTraceAnnotation("train", step_num=step):

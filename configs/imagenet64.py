@@ -10,13 +10,14 @@ recalled); none has been run here.
   ict                  4.60 / 3.40                 (iCT's own paper 4.02 / 3.20)
   ict_deep             3.94 / 3.14                 (3.25 / 2.77)
   ct                   13.0 / 11.1                 OpenAI's CM trained alone
-  from_edm             no number: BCM from EDM's or ECT's ImageNet-64 weights
+  from_edm             no number: BCM from EDM's ImageNet-64 weights
 
 Start: finetune from a run of ict, from_edm from converted weights, both by
 --config.training.init_from=DIR. Deviations from the published runs:
 * End and start levels reach sigma_max (method.include_T=False is as published).
 * Compute in bfloat16 where they took float16 with a loss scale.
 * ct: l2 instead of LPIPS, whose VGG weights do not come with the package.
+* ECT's ImageNet-64 networks are EDM2's, which take no end level: no variant.
 * from_edm is our own design; the form f(x, t, u) allows it (docs/methods.md).
 """
 

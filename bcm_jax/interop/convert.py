@@ -112,8 +112,7 @@ def to_workdir(
     out: directory to make; must not hold anything yet.
     kind: family, or 'auto' to recognise it.
     group: which network of the file; None takes its moving average.
-    step: step of the checkpoint; None takes the number in the file's name, or
-      0.
+    step: step of the checkpoint; None takes what the file's name says.
     overrides: 'section.key' -> text, for what tensors do not tell.
     image_size: pixels a side, where names do not tell; None is the family's.
 
@@ -138,8 +137,7 @@ def to_workdir(
   params = transfer.read_params(family, network, size, tensors)
   params = jax.tree.map(lambda v: np.asarray(v, np.float32), params)
   if step is None:
-    numbers = re.findall(r"\d+", pathlib.Path(source).stem)
-    step = int(numbers[-1]) if numbers else 0
+    step = step_of(source)
   _write(config, params, step, out, source, family.NAME)
   count = sum(v.size for v in jax.tree.leaves(params))
   shown = ", ".join(f"{k}={v}" for k, v in sorted(found.items()))
@@ -164,6 +162,17 @@ def _config(found, kind, image_size, overrides) -> ml_collections.ConfigDict:
       },
       rest,
   )
+
+
+def step_of(source: str) -> int:
+  """The step in a file's name: 'ema_0.99997_234000.pt', 'model006000.pt'.
+
+  The last whole number that stands alone or after 'model'; EDM's are thousands
+  of images. 0 where there is none.
+  """
+  stem = re.sub(r"\.[a-zA-Z]\w*$", "", pathlib.Path(source).name)
+  numbers = re.findall(r"(?:^|[-_]|model)(\d+)(?=$|[-_])", stem)
+  return int(numbers[-1]) if numbers else 0
 
 
 def _check_free(out: str) -> None:

@@ -86,12 +86,6 @@ def entry(network, path, shape, image_size=IMAGE_SIZE) -> layouts.Entry:
   return layouts.Entry(path, "/".join([*there, leaf]), layouts.SAME)
 
 
-def constants(network, names) -> Tensors:
-  """Tensors that follow from the network's attributes alone: none."""
-  del network, names
-  return {}
-
-
 def join(tensors: Tensors) -> Tensors:
   """Query, key and value of attention (NIN_0, 1, 2) as one tensor, NIN_012."""
   joined = {}

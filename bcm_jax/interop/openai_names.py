@@ -27,12 +27,6 @@ def entry(network, path, shape) -> layouts.Entry:
   return layouts.Entry(path, ".".join([*parts, name]), layout)
 
 
-def constants(network, names) -> Tensors:
-  """Tensors that follow from the network's attributes alone: none."""
-  del network, names
-  return {}
-
-
 def recognise(tensors: Tensors, metadata: dict) -> dict | None:
   """Attributes of the `ADM` that a state dict belongs to, or None.
 

@@ -7,6 +7,7 @@ of protocols 2 to 5 itself: a name becomes a `Known` or an error, nothing is
 ever imported, and what is made is bounded by the length of the file.
 """
 
+import abc
 from collections.abc import Callable
 import dataclasses
 import operator
@@ -42,12 +43,12 @@ class Known:
   value: Any = None
 
 
-class Stub:
+class Stub(abc.ABC):
   """An object of ours that takes a pickled state."""
 
+  @abc.abstractmethod
   def build(self, state: Any) -> None:
     """Takes the state; raises UserError if it is not what is expected."""
-    raise NotImplementedError
 
 
 def shown(value: Any) -> str:

@@ -1,8 +1,10 @@
 """Weights of a published network into our parameter tree, and back.
 
-A family is a module with NAME, NETWORK, PREFIXES, IMAGE_SIZE, `entry`,
-`constants` and `recognise`. Names are made from our tree, so that both
-directions use one table, and no tensor can be forgotten on either side.
+A family is a module with NAME, NETWORK, PREFIXES, IMAGE_SIZE, `entry` and
+`recognise`; `constants` where buffers follow from the attributes; `join` and
+`split` where several of its tensors are one of ours. Names are made from our
+tree, so that both directions use one table, and no tensor can be forgotten on
+either side.
 """
 
 from collections.abc import Mapping
@@ -111,7 +113,7 @@ def read_params(
   if hasattr(family, "join"):
     tensors = family.join(tensors)
   table = entries(family, network, image_size)
-  constants = family.constants(network, [e.name for e, _ in table])
+  constants = _constants(family, network, [e.name for e, _ in table])
   _check_names({e.name for e, _ in table} | constants.keys(), tensors)
   for name, value in constants.items():
     if not np.allclose(tensors[name], value, atol=1e-6):
@@ -154,10 +156,17 @@ def write_tensors(
       e.name: np.array(e.layout.theirs(np.asarray(flat[e.path])), order="C")
       for e, _ in table
   }
-  tensors |= family.constants(network, list(tensors))
+  tensors |= _constants(family, network, list(tensors))
   if hasattr(family, "split"):
     tensors = family.split(tensors)
   return {family.PREFIXES[0] + n: v for n, v in tensors.items()}
+
+
+def _constants(family: ModuleType, network, names: list[str]) -> Tensors:
+  """Tensors that follow from the network's attributes alone."""
+  if not hasattr(family, "constants"):
+    return {}
+  return family.constants(network, names)
 
 
 def _explain(name: str) -> str:

@@ -26,11 +26,6 @@ Dtype = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-_RESAMPLE = {
-    None: lambda x: x, "down": resampling.halve, "up": resampling.double
-}
-
-
 class ResBlock(nn.Module):
   """GN-SiLU-conv, embedding, GN-SiLU-dropout-conv(0), plus the skip.
 
@@ -50,7 +45,7 @@ class ResBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, emb, emb_end=None, dropout_keys=None):
-    resample = _RESAMPLE[self.resample]
+    resample = resampling.BY_NAME[self.resample]
     h = nn.silu(layers.group_norm(x, *self.groups, name="in_layers_0"))
     h, x = resample(h), resample(x)
     h = layers.conv(h, self.features, 3, name="in_layers_2", dtype=self.dtype)

@@ -49,11 +49,6 @@ def normalize_weights(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(one, params)
 
 
-_RESAMPLE = {
-    None: lambda x: x, "down": resampling.halve, "up": resampling.double
-}
-
-
 class Block(nn.Module):
   """Encoder or decoder block: residual branch, then attention.
 
@@ -86,7 +81,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, emb, dropout_keys=None):
-    x = _RESAMPLE[self.resample](x)
+    x = resampling.BY_NAME[self.resample](x)
     if not self.decoder:
       x = layers.unit_rms(self._widen(x))
     y = mp.MPConv(self.features, 3, name="conv_res0")(mp.silu(x))
@@ -231,20 +226,9 @@ class EDM2(nn.Module):
     return mp.MPConv(self.out_channels, 3, name="out_conv")(h, gain)
 
   def _check(self, x, c_noise_end, labels):
-    halvings = len(self.channel_mult) - 1
-    if x.shape[1] % 2**halvings or x.shape[2] % 2**halvings:
-      raise ValueError(
-          f"image of {x.shape[1]}x{x.shape[2]} cannot be halved {halvings} "
-          f"times; its sides must be multiples of {2**halvings}, or "
-          "channel_mult shorter"
-      )
     if c_noise_end is not None:
       raise ValueError("EDM2 has one noise level; c_noise_end must be None")
-    if (self.num_classes is None) != (labels is None):
-      raise ValueError(
-          f"num_classes={self.num_classes} contradicts labels={labels}; "
-          "no class is -1 in a network with classes"
-      )
+    layers.check_inputs(self, x, c_noise_end, labels)
     if labels is not None and labels.shape[1:] not in (
         (), (self.num_classes,)
     ):

@@ -156,7 +156,9 @@ def augment_embedding(
   )(labels)
 
 
-def check_inputs(network, x, c_noise_end, labels, augment_labels) -> None:
+def check_inputs(
+    network, x, c_noise_end, labels, augment_labels=None
+) -> None:
   """Raises ValueError for inputs that contradict a U-Net's attributes."""
   count = len(network.channel_mult) - 1
   if x.shape[1] % 2**count or x.shape[2] % 2**count:
@@ -168,7 +170,8 @@ def check_inputs(network, x, c_noise_end, labels, augment_labels) -> None:
     raise ValueError(f"two_time={network.two_time} contradicts c_noise_end")
   if (network.num_classes is None) != (labels is None):
     raise ValueError(
-        f"num_classes={network.num_classes} contradicts labels={labels}"
+        f"num_classes={network.num_classes} contradicts labels={labels}; "
+        "no class is -1 in a network with classes"
     )
   if augment_labels is not None and not network.augment_dim:
     raise ValueError("augment_labels given, but augment_dim=0")

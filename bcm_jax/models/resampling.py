@@ -54,3 +54,7 @@ def double(x: jax.Array, taps: Sequence[float] = (1, 1)) -> jax.Array:
   pad = len(taps) - 1 - (len(taps) - 1) // 2
   flipped = _unit(taps)[::-1] * 2
   return _separable(x, flipped, 1, 2, (pad, pad))
+
+
+# What a block does with its input, by name.
+BY_NAME = {None: lambda x: x, "down": halve, "up": double}
