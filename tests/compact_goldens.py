@@ -20,16 +20,18 @@ GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FILES = (
     "bcm_finetune_init", "bcm_loss", "bcm_samplers", "bcm_unet", "cm_loss",
     "cm_unet", "ctm_songunet", "ect_loss", "edm2_phema", "edm2_precond",
-    "edm_adm", "edm_augment", "edm_ncsnpp", "jcm_ncsnpp", "precision_recall",
-    "sched_curriculum", "sched_ict_discretisation", "sched_karras",
-    "sched_scalings", "uint8_quantise",
+    "edm_adm", "edm_augment", "edm_ncsnpp", "fid_frechet", "jcm_ncsnpp",
+    "precision_recall", "sched_curriculum", "sched_ict_discretisation",
+    "sched_karras", "sched_scalings", "uint8_quantise",
 )
 
-# Losses of EDM, CTM and CD, and the largest of 26 gradients of BCM's.
+# Losses of EDM, CTM and CD, the largest of 26 gradients of BCM's and of the
+# covariances.
 LEFT_OUT = re.compile(
     r"(edm_|ctm).* out(64)?/(self_learn|grad|loss_map)"
     r"|cm_loss out/grad_cd"
     r"|bcm_loss out/grad_loss_ct/time_embed_align"
+    r"|fid_frechet (in|out)/d48_"
 )
 
 

@@ -98,9 +98,13 @@ def squared_distances(
     (squared distances >= 0, tolerance), float64 [n, m] each.
   """
   norms = np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1)[None, :]
-  squared = np.maximum(norms - 2.0 * (a @ b.T), 0.0)
-  eps = np.finfo(np.float64).eps
-  return squared, (10.0 * (a.shape[1] + 3) * eps) * norms
+  # In place: new n x m arrays would cost as much as the product.
+  squared = a @ b.T
+  squared *= -2.0
+  squared += norms
+  np.maximum(squared, 0.0, out=squared)
+  norms *= 10.0 * (a.shape[1] + 3) * np.finfo(np.float64).eps
+  return squared, norms
 
 
 def nearest_distance(

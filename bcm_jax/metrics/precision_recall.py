@@ -1,16 +1,42 @@
-"""Improved precision and recall.
+"""Precision, recall, density and coverage of generated samples.
 
 Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing
 Generative Models" (arXiv:1904.06991), equations 1-2, with the conventions of
 the ADM evaluator: a ball around each point out to its k-th nearest other point
 of its own set (k = 3); a point on the boundary is inside. The ADM evaluator
 rounds distances to half precision, here they are float64.
+
+Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative
+Models" (arXiv:2002.09797), equations 4-5: density and coverage of the same
+balls, of the real set alone, with k = 5. There a point on the boundary is
+outside, here it is inside for all four.
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from bcm_jax.errors import UserError
 from bcm_jax.metrics import neighbours
+
+
+class Prdc(NamedTuple):
+  """How two sets overlap.
+
+  Attributes:
+    precision: share of fake points inside at least one ball of the real set
+      (quality).
+    recall: share of real points inside at least one ball of the fake set.
+    density: real balls that a fake point is inside of, on average, over k;
+      about 1 for samples of one distribution, and not bounded by 1.
+    coverage: share of real points with a fake point inside their ball.
+  """
+
+  precision: float
+  recall: float
+  density: float
+  coverage: float
 
 
 def manifold_radii(
@@ -30,23 +56,8 @@ def manifold_radii(
     UserError: fewer than k + 1 points, k below 1, or values not finite.
   """
   points = neighbours.as_features("points", points)
-  if not 1 <= k < len(points):
-    raise UserError(
-      f"k is {k} for a set of {len(points)} points, expected "
-      f"1 <= k < {len(points)}: use more points or another k"
-    )
-  squared_radii = np.empty(len(points))
-  for rows, block in neighbours.blocks(points, block_size):
-    smallest = np.empty((len(block), 0))
-    for columns, other in neighbours.blocks(points, block_size):
-      squared, _ = neighbours.squared_distances(block, other)
-      if rows == columns:
-        np.fill_diagonal(squared, np.inf)
-      smallest = np.concatenate([smallest, squared], axis=1)
-      if smallest.shape[1] > k:
-        smallest = np.partition(smallest, k - 1, axis=1)[:, :k]
-    squared_radii[rows] = np.max(smallest, axis=1)
-  return np.sqrt(squared_radii)
+  _check_k(k, points)
+  return np.sqrt(_squared_to_nearest(points, k, block_size)[:, k - 1])
 
 
 def precision_recall(
@@ -55,38 +66,98 @@ def precision_recall(
   k: int = 3,
   block_size: int = neighbours.BLOCK_SIZE,
 ) -> tuple[float, float]:
-  """Share of each set that lies in the manifold of the other.
+  """The first two of `prdc`, with the same arguments."""
+  found = prdc(real, fake, k, k, block_size)
+  return found.precision, found.recall
 
-  Both depend on the sizes of the sets: compare only numbers that were taken
+
+def prdc(
+  real: np.ndarray,
+  fake: np.ndarray,
+  k: int = 3,
+  density_k: int = 5,
+  block_size: int = neighbours.BLOCK_SIZE,
+) -> Prdc:
+  """All four from one pass over the distances.
+
+  All depend on the sizes of the sets: compare only numbers that were taken
   with the same N, M and k. Equal distances count as equal: what rounding
   could have made of a tie counts as inside.
 
   Args:
     real: [N, ...] features or pixels, flattened to rows.
     fake: [M, ...], on the same scale.
-    k: the neighbour that sets the radius, 1 <= k < min(N, M).
+    k: the neighbour that sets the radius for precision and recall,
+      1 <= k < min(N, M).
+    density_k: the same for density and coverage.
     block_size: rows of each side held as float64 at a time.
-
-  Returns:
-    (precision, recall) in [0, 1]: the share of fake points inside at least
-    one ball of the real set (quality), and the share of real points inside at
-    least one ball of the fake set (coverage).
 
   Raises:
     UserError: shapes or scales that do not fit, too few points for k, or
       values not finite.
   """
   real, fake = neighbours.comparable("real", real, "fake", fake)
-  real_squared = manifold_radii(real, k, block_size) ** 2
-  fake_squared = manifold_radii(fake, k, block_size) ** 2
-  real_inside = np.zeros(len(real), bool)
-  fake_inside = np.zeros(len(fake), bool)
+  for neighbour in (k, density_k):
+    _check_k(neighbour, real)
+    _check_k(neighbour, fake)
+  nearest = _squared_to_nearest(real, max(k, density_k), block_size)
+  fake_radii = _squared_to_nearest(fake, k, block_size)[:, k - 1]
+  precise = np.zeros(len(fake), bool)
+  recalled, covered = np.zeros((2, len(real)), bool)
+  balls = 0
   for rows, real_block in neighbours.blocks(real, block_size):
+    radii, dense_radii = nearest[rows, k - 1], nearest[rows, density_k - 1]
     for columns, fake_block in neighbours.blocks(fake, block_size):
-      squared, tolerance = neighbours.squared_distances(real_block, fake_block)
-      lowest = squared - tolerance
-      in_real_ball = lowest <= real_squared[rows, None]
-      in_fake_ball = lowest <= fake_squared[None, columns]
-      fake_inside[columns] |= in_real_ball.any(axis=0)
-      real_inside[rows] |= in_fake_ball.any(axis=1)
-  return float(fake_inside.mean()), float(real_inside.mean())
+      lowest, tolerance = neighbours.squared_distances(real_block, fake_block)
+      lowest -= tolerance
+      precise[columns] |= (lowest <= radii[:, None]).any(axis=0)
+      recalled[rows] |= (lowest <= fake_radii[columns]).any(axis=1)
+      dense = lowest <= dense_radii[:, None]
+      covered[rows] |= dense.any(axis=1)
+      balls += np.count_nonzero(dense)
+  return Prdc(
+    precision=float(precise.mean()),
+    recall=float(recalled.mean()),
+    density=float(balls / (density_k * len(fake))),
+    coverage=float(covered.mean()),
+  )
+
+
+def _check_k(k: int, points: np.ndarray) -> None:
+  if not 1 <= k < len(points):
+    raise UserError(
+      f"k is {k} for a set of {len(points)} points, expected "
+      f"1 <= k < {len(points)}: use more points or another k"
+    )
+
+
+def _pairs(
+  points: np.ndarray, block_size: int
+) -> Iterator[tuple[slice, np.ndarray]]:
+  """Yields (rows, squared distances to others), each distance once.
+
+  A block that is not on the diagonal comes twice, the second time transposed.
+  """
+  for rows, block in neighbours.blocks(points, block_size):
+    for part, other in neighbours.blocks(points[rows.start :], block_size):
+      squared, _ = neighbours.squared_distances(block, other)
+      if part.start == 0:
+        np.fill_diagonal(squared, np.inf)
+        yield rows, squared
+      else:
+        columns = slice(rows.start + part.start, rows.start + part.stop)
+        yield rows, squared
+        yield columns, squared.T
+
+
+def _squared_to_nearest(
+  points: np.ndarray, k: int, block_size: int
+) -> np.ndarray:
+  """Squared distances to the k nearest others, float64 [N, k], ascending."""
+  nearest = np.full((len(points), k), np.inf)
+  for rows, squared in _pairs(points, block_size):
+    few = min(k, squared.shape[1])
+    candidates = np.partition(squared, few - 1, axis=1)[:, :few]
+    both = np.concatenate([nearest[rows], candidates], axis=1)
+    nearest[rows] = np.sort(both, axis=1)[:, :k]
+  return nearest

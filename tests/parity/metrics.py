@@ -1,12 +1,18 @@
 """Measures of image quality."""
 
+import re
+
 import numpy as np
 
+from bcm_jax.metrics import frechet
+from bcm_jax.metrics import moments
 from bcm_jax.metrics import precision_recall as pr
+from tests.parity import files
 from tests.parity import report
 
 # Radii are float32 there.
 _RADII = 2e-7
+_SINGULAR = 3e-8
 
 
 def precision_recall(file, precision):
@@ -30,15 +36,26 @@ def precision_recall(file, precision):
       yield report.Check(key, ours**2, expected, _RADII * expected + 1e-12)
 
 
-def later(file, precision):
-  """Frechet distances and the Inception network: still to come."""
+def frechet_distance(file, precision):
+  """Frechet distances, against four implementations."""
   del precision
   for name in file.outputs:
-    yield report.Pending(name, "FID is still to come")
+    case = re.sub("_(exact|edm|adm|pytorch_fid)$", "", name)
+    a, b = (
+        moments.Gaussian(file[f"in/{case}_mu{i}"], file[f"in/{case}_sigma{i}"])
+        for i in (1, 2)
+    )
+    ranks = [np.linalg.matrix_rank(g.covariance) for g in (a, b)]
+    # Theirs take roots of eigenvalues: 1e-8 each where they should be 0.
+    rel = files.EXACT if min(ranks) == len(a.mean) else _SINGULAR
+    expected = file[f"out/{name}"]
+    ours = np.float64(frechet.frechet_distance(a, b))
+    yield report.Check(name, ours, expected, rel * np.abs(expected) + 1e-12)
 
 
 RUNNERS = [
     (lambda f: any(o.endswith("_radii_real") for o in f.outputs),
      precision_recall),
-    (lambda f: f.source.endswith("pytorch-fid"), later),
+    (lambda f: f.has("full_exact", "singular_exact", "identical_exact"),
+     frechet_distance),
 ]
