@@ -1,19 +1,24 @@
-"""CIFAR-10 and ImageNet-64 through TFDS, read by index.
+"""CIFAR-10, ImageNet-64 and ImageNet through TFDS, read by index.
 
 Importing this module needs TensorFlow Datasets; opening a set needs its files
-prepared as array_record, which gives random access.
+prepared as array_record, which gives random access. Images are decoded here,
+by PIL and in threads, as those of every other source.
 """
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from bcm_jax import errors
+from bcm_jax.data import decoding
 
 # Our name -> (TFDS name, TFDS split of 'train' and 'test').
 NAMES = {
     "cifar10": ("cifar10", {"train": "train", "test": "test"}),
     "imagenet64": (
         "imagenet_resized/64x64", {"train": "train", "test": "validation"}
+    ),
+    "imagenet2012": (
+        "imagenet2012", {"train": "train", "test": "validation"}
     ),
 }
 
@@ -24,23 +29,36 @@ class TFDSSource:
   Args:
     name: key of NAMES.
     split: 'train' or 'test'.
-    image_shape: (H, W, C).
     num_classes: number of classes.
+    decoder: says the size and the channels.
     data_dir: TFDS folder; None means TFDS's default.
+    threads: that decode; None is one a core.
 
   Raises:
     UserError: unknown split, or no prepared copy with random access.
   """
 
-  def __init__(self, name, split, image_shape, num_classes, data_dir=None):
+  def __init__(
+      self,
+      name: str,
+      split: str,
+      num_classes: int,
+      decoder: decoding.Decoder,
+      data_dir: str | None = None,
+      threads: int | None = None,
+  ):
     there, splits = NAMES[name]
     if split not in splits:
       raise errors.unknown_name(f"split of {name}", split, splits)
     self.name = f"{name}/{split}"
-    self.image_shape, self.num_classes = image_shape, num_classes
+    self.image_shape = (decoder.size, decoder.size, decoder.channels)
+    self.num_classes = num_classes
+    self._decoder, self._threads = decoder, threads
     try:
       builder = tfds.builder(there, data_dir=data_dir)
-      self._data = builder.as_data_source(splits[split])
+      self._data = builder.as_data_source(
+          splits[split], decoders={"image": tfds.decode.SkipDecoding()}
+      )
     except Exception as e:  # Whatever TFDS raises for files that are not there.
       raise errors.UserError(
           f"{self.name} cannot be read ({type(e).__name__}: "
@@ -53,9 +71,26 @@ class TFDSSource:
     return len(self._data)
 
   def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns image uint8 [n, H, W, C] and label int32 [n]."""
-    examples = self._data.__getitems__([int(i) for i in indices])
+    """Returns image uint8 [n, H, W, C] and label int32 [n].
+
+    Args:
+      indices: integers [n] in [0, len(self)), repeats allowed.
+
+    Raises:
+      IndexError: an index outside of that range.
+      UserError: an image that cannot be decoded.
+    """
+    indices = [int(i) for i in indices]
+    if any(not 0 <= i < len(self) for i in indices):
+      raise IndexError(f"{self.name}: an index is not in 0 to {len(self) - 1}")
+    examples = self._data.__getitems__(indices) if indices else []
+    image = np.empty((len(indices), *self.image_shape), np.uint8)
+
+    def decode(k):
+      where = f"{self.name}: example {indices[k]}"
+      image[k] = self._decoder(examples[k]["image"], where)
+
+    decoding.for_each(decode, len(indices), self._threads)
     return dict(
-        image=np.stack([e["image"] for e in examples]),
-        label=np.array([e["label"] for e in examples], np.int32),
+        image=image, label=np.array([e["label"] for e in examples], np.int32)
     )

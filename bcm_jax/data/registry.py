@@ -1,29 +1,130 @@
 """Data sets by name: what their images are like, and how to open them."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import os
 
 from bcm_jax import errors
+from bcm_jax.data import array_file
+from bcm_jax.data import decoding
 from bcm_jax.data import digits
-from bcm_jax.data import source as sources
+from bcm_jax.data import folder
+from bcm_jax.data import zip_file
+from bcm_jax.data.data_set import DataSet
+
+# Found by data.path.
+FILES = ("folder", "npz", "zip", "prepared")
+# Found by TFDS: pixels a side, classes.
+PUBLISHED = {
+    "cifar10": (32, 10), "imagenet64": (64, 1000), "imagenet2012": (64, 1000),
+}
+NAMES = ("digits", *PUBLISHED, *FILES, "none")
 
 
-class DataSet(NamedTuple):
-  """A data set that need not be there to be described.
+def find(
+    name: str,
+    image_shape: tuple[int, ...] = (),
+    num_classes: int | None = None,
+    path: str | None = None,
+    size: int | None = None,
+    crop: str = "adm",
+    skip_corrupt: bool = False,
+    channels: int = 3,
+    threads: int | None = None,
+) -> DataSet:
+  """The data set of a name; no more is read than describes it.
 
-  Attributes:
-    image_shape: (H, W, C) of every image.
-    num_classes: labels lie in [0, num_classes); None if there are none.
-    open: (split, data_dir) -> source of that split.
+  Args:
+    name: one of NAMES.
+    image_shape, num_classes: of 'none', which knows neither.
+    path: of a name in FILES, which is described by what is there.
+    size: pixels a side that images are resized to; None keeps theirs (64 for
+      'imagenet2012', whose images differ in size).
+    crop: how, a key of `resizing.BY_NAME`.
+    skip_corrupt: of 'folder' and 'zip': leave out files that cannot be
+      decoded, after decoding every one once.
+    channels: 3 or 1, of images that are decoded (folder, zip, TFDS).
+    threads: that decode and resize; None is one a core.
+
+  Raises:
+    UserError: unknown name, a key that does not go with it, files that are not
+      as they should be, or 'none' without a shape.
   """
+  if name not in NAMES:
+    raise errors.unknown_name("data.name", name, NAMES)
+  _check_keys(name, path, skip_corrupt)
+  decoder = decoding.Decoder(channels, size, crop)
+  if name in PUBLISHED:
+    return _published(name, decoder, threads)
+  if name in FILES:
+    return _in_files(name, path, decoder, skip_corrupt, threads)
+  if name == "digits":
+    found = DataSet((8, 8, 1), digits.NUM_CLASSES, digits.digits)
+    return _of_size(found, name, size)
+  if len(image_shape) != 3:
+    raise errors.UserError(
+        f"data.image_shape={image_shape} must be (height, width, channels) "
+        "with data.name='none'"
+    )
+  return DataSet(tuple(image_shape), num_classes, _no_images)
 
-  image_shape: tuple[int, int, int]
-  num_classes: int | None
-  open: Callable[[str, str | None], sources.Source]
+
+def _check_keys(name: str, path: str | None, skip_corrupt: bool) -> None:
+  if name in FILES and not path:
+    raise errors.UserError(
+        f"data.path is missing; data.name={name!r} needs the path of the images"
+    )
+  if path and name not in FILES:
+    raise errors.UserError(
+        f"data.path={path!r} does not go with data.name={name!r}; leave it out,"
+        f" or set data.name to one of {', '.join(FILES)}"
+    )
+  if skip_corrupt and name not in ("folder", "zip"):
+    raise errors.UserError(
+        f"data.skip_corrupt=True does not go with data.name={name!r}; leave it"
+        " out, it is for 'folder' and 'zip'"
+    )
 
 
-def _published(name: str, size: int, num_classes: int) -> DataSet:
-  shape = (size, size, 3)
+def _in_files(
+    name: str,
+    path: str,
+    decoder: decoding.Decoder,
+    skip_corrupt: bool,
+    threads: int | None,
+) -> DataSet:
+  path = os.path.expanduser(path)
+  if not os.path.exists(path):
+    raise errors.UserError(f"data.path={path!r} is not there; correct the path")
+  if name == "folder":
+    return folder.data_set(path, decoder, skip_corrupt, threads)
+  if name == "zip":
+    return zip_file.data_set(path, decoder, skip_corrupt, threads)
+  if name == "npz":
+    return array_file.data_set(path, decoder.size, decoder.crop, threads)
+  from bcm_jax.data import prepared  # Only here is array_record needed.
+
+  return _of_size(prepared.data_set(path), name, decoder.size)
+
+
+def _of_size(found: DataSet, name: str, size: int | None) -> DataSet:
+  """Checks the size of images that are not resized."""
+  height, width, _ = found.image_shape
+  if size is not None and (height, width) != (size, size):
+    raise errors.UserError(
+        f"data.size={size} does not go with data.name={name!r}, whose images"
+        f" are {height}x{width}; leave it out, or prepare the images anew with"
+        f" --size={size}"
+    )
+  return found
+
+
+def _published(
+    name: str, decoder: decoding.Decoder, threads: int | None
+) -> DataSet:
+  size, num_classes = PUBLISHED[name]
+  decoder = decoding.Decoder(
+      decoder.channels, decoder.size or size, decoder.crop
+  )
+  shape = (decoder.size, decoder.size, decoder.channels)
 
   def open_split(split, data_dir):
     try:
@@ -34,7 +135,9 @@ def _published(name: str, size: int, num_classes: int) -> DataSet:
           f"not installed here ({e}); install tensorflow and "
           "tensorflow-datasets"
       ) from e
-    return published_tfds.TFDSSource(name, split, shape, num_classes, data_dir)
+    return published_tfds.TFDSSource(
+        name, split, num_classes, decoder, data_dir, threads
+    )
 
   return DataSet(shape, num_classes, open_split)
 
@@ -44,36 +147,3 @@ def _no_images(split, data_dir):
       f"data.name='none' has no images of split {split!r}; it serves to sample "
       "from converted weights. Set data.name to a data set"
   )
-
-
-NAMES = ("digits", "cifar10", "imagenet64", "none")
-
-
-def find(
-    name: str,
-    image_shape: tuple[int, ...] = (),
-    num_classes: int | None = None,
-) -> DataSet:
-  """The data set of a name; nothing is read.
-
-  Args:
-    name: one of NAMES.
-    image_shape, num_classes: of 'none', which knows neither.
-
-  Raises:
-    UserError: unknown name, or 'none' without a shape.
-  """
-  if name == "digits":
-    return DataSet((8, 8, 1), digits.NUM_CLASSES, digits.digits)
-  if name == "cifar10":
-    return _published(name, 32, 10)
-  if name == "imagenet64":
-    return _published(name, 64, 1000)
-  if name != "none":
-    raise errors.unknown_name("data.name", name, NAMES)
-  if len(image_shape) != 3:
-    raise errors.UserError(
-        f"data.image_shape={image_shape} must be (height, width, channels) "
-        "with data.name='none'"
-    )
-  return DataSet(tuple(image_shape), num_classes, _no_images)

@@ -1,0 +1,303 @@
+"""The command: python -m bcm_jax.data.prepare IN OUT --size=64.
+
+Writes images as raw pixels that are read by index (data.name='prepared'). IN
+is a folder of images, a .npz file, a zip file of EDM, a folder with train and
+test files of these kinds, or tfds:cifar10, tfds:imagenet_resized/64x64 or
+tfds:imagenet2012. The same input gives the same bytes, whatever the machine.
+Exit status: 0 done, 65 bad input (one line says what).
+"""
+
+import argparse
+from collections.abc import Iterator
+import os
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from bcm_jax import __version__
+from bcm_jax import errors
+from bcm_jax.data import data_set as data_sets
+from bcm_jax.data import encoded
+from bcm_jax.data import pipeline
+from bcm_jax.data import prepared
+from bcm_jax.data import registry
+from bcm_jax.data import resizing
+from bcm_jax.data import source as sources
+
+# Examples decoded at a time, at most; the next while these are written.
+_BLOCK = 512
+_BLOCK_BYTES = 64 * 2**20
+_TFDS = {
+    "tfds:cifar10": "cifar10",
+    "tfds:imagenet_resized/64x64": "imagenet64",
+    "tfds:imagenet2012": "imagenet2012",
+}
+
+
+def prepare(
+    source: str,
+    out: str,
+    size: int | None = None,
+    crop: str = "adm",
+    skip_corrupt: bool = False,
+    holdout: int = 0,
+    channels: int = 3,
+    shard_mb: int = 256,
+    workers: int | None = None,
+    overwrite: bool = False,
+    data_dir: str | None = None,
+) -> str:
+  """Writes a prepared data set, whole or not at all.
+
+  Args:
+    source: IN of the command.
+    out: folder to make.
+    size: pixels a side; None keeps the images' own, which must be the same.
+    crop: how images become that size, a key of `resizing.BY_NAME`.
+    skip_corrupt: leave out files that cannot be decoded.
+    holdout: examples of train that become the test split, where there is none:
+      the first of a permutation keyed by seed 0.
+    channels: 3 or 1.
+    shard_mb: MiB of pixels in a shard, at most.
+    workers: threads that decode; None is one a core. PIL works outside of the
+      GIL, so that they share memory at the speed of processes.
+    overwrite: replace a prepared data set.
+    data_dir: TFDS folder; None means TFDS's default.
+
+  Returns:
+    What was written, for a terminal.
+
+  Raises:
+    UserError: bad input, or an `out` that is there already.
+  """
+  name, path = kind_of(source)
+  _check_free(out, overwrite)
+  _check_positive(shard_mb=shard_mb, workers=workers)
+  found = registry.find(
+      name, path=path, size=size, crop=crop, skip_corrupt=skip_corrupt,
+      channels=channels, threads=workers,
+  )
+  parent = os.path.dirname(os.path.abspath(out))
+  os.makedirs(parent, exist_ok=True)
+  made = tempfile.mkdtemp(prefix=".preparing-", dir=parent)
+  try:
+    splits, skipped = _write_splits(found, data_dir, holdout, made, shard_mb)
+    prepared.write_manifest(
+        made,
+        image_shape=found.image_shape,
+        num_classes=found.num_classes,
+        class_names=found.class_names,
+        splits=splits,
+        made=dict(
+            source=os.path.basename(os.path.abspath(path)) if path else source,
+            size=size, crop=None if size is None else crop, holdout=holdout,
+            skipped=skipped, bcm_jax=__version__,
+        ),
+    )
+    os.chmod(made, 0o755)
+    _move(made, out)
+  except BaseException:
+    shutil.rmtree(made, ignore_errors=True)
+    raise
+  return _summary(found, splits, skipped, out)
+
+
+def kind_of(source: str) -> tuple[str, str | None]:
+  """Returns the name in the registry, and the path, of an input.
+
+  Raises:
+    UserError: nothing is there, or nothing that can be read.
+  """
+  if source.startswith("tfds:"):
+    if source not in _TFDS:
+      raise errors.unknown_name("input", source, _TFDS)
+    return _TFDS[source], None
+  path = os.path.expanduser(source)
+  if os.path.isdir(path):
+    there = os.listdir(path)
+    if prepared.is_prepared(path):
+      raise errors.UserError(
+          f"{source} is prepared already; give the images it was made from"
+      )
+    for kind in ("npz", "zip"):
+      if f"train.{kind}" in there:
+        return kind, path
+    return "folder", path
+  for kind in ("npz", "zip"):
+    if path.endswith(f".{kind}"):
+      return kind, path
+  raise errors.UserError(
+      f"{source} is no folder, .npz or .zip file; correct IN, or name one of"
+      f" {', '.join(_TFDS)}"
+  )
+
+
+def _check_free(out: str, overwrite: bool) -> None:
+  if not os.path.exists(out) or (os.path.isdir(out) and not os.listdir(out)):
+    return
+  if not prepared.is_prepared(out):
+    raise errors.UserError(
+        f"{out} is there already and is no prepared data set; choose another"
+        " OUT"
+    )
+  if not overwrite:
+    raise errors.UserError(
+        f"{out} is prepared already; choose another OUT, or replace it with"
+        " --overwrite"
+    )
+
+
+def _check_positive(**values: int | None) -> None:
+  for name, value in values.items():
+    if value is not None and value < 1:
+      raise errors.UserError(f"--{name}={value}: expected 1 or more")
+
+
+def _move(made: str, out: str) -> None:
+  """Puts the finished folder in its place; an older one leaves first."""
+  if os.path.isdir(out) and os.listdir(out):
+    old = tempfile.mkdtemp(prefix=".replaced-", dir=os.path.dirname(made))
+    os.replace(out, old)
+    os.replace(made, out)
+    shutil.rmtree(old)
+  else:
+    os.replace(made, out)
+
+
+def _write_splits(
+    found: data_sets.DataSet,
+    data_dir: str | None,
+    holdout: int,
+    folder: str,
+    shard_mb: int,
+) -> tuple[dict[str, Any], list[str]]:
+  """Writes the shards; returns their entries and the files left out."""
+  splits, skipped = {}, []
+  for split in found.splits:
+    source = found.open(split, data_dir)
+    if isinstance(source, encoded.EncodedSource):
+      skipped += [f"{split}/{file}" for file in source.skipped]
+    for name, ids in _parts(split, len(source), holdout, found.splits).items():
+      splits[name] = _write(source, ids, name, folder, shard_mb)
+  return splits, skipped
+
+
+def _parts(
+    split: str, n: int, holdout: int, splits: tuple[str, ...]
+) -> dict[str, np.ndarray]:
+  """Returns the examples of each split that one split of the input becomes."""
+  if not holdout:
+    return {split: np.arange(n)}
+  if "test" in splits:
+    raise errors.UserError(
+        f"--holdout={holdout}: the input has a test split; leave it out"
+    )
+  if not 0 < holdout < n:
+    raise errors.UserError(
+        f"--holdout={holdout}: expected 1 to {n - 1}, fewer than the {n}"
+        " examples of train"
+    )
+  order = pipeline.epoch_permutation(0, 0, n)
+  return {
+      "train": np.sort(order[holdout:]), "test": np.sort(order[:holdout])
+  }
+
+
+def _write(
+    source: sources.Source,
+    ids: np.ndarray,
+    split: str,
+    folder: str,
+    shard_mb: int,
+) -> dict[str, Any]:
+  """Writes examples `ids` as shards of a split; returns its entry."""
+  record = prepared.record_bytes(source.image_shape)
+  per_shard = max(1, shard_mb * 2**20 // record)
+  shards = np.split(ids, range(per_shard, len(ids), per_shard))
+  block = max(1, min(_BLOCK, _BLOCK_BYTES // record))
+  entries = []
+  with tqdm.tqdm(total=len(ids), unit=" images", desc=split) as bar:
+    for k, examples in enumerate(shards):
+      file = f"{split}-{k:05d}-of-{len(shards):05d}.array_record"
+      writer = prepared.ShardWriter(os.path.join(folder, file))
+      for batch in _batches(source, examples, block):
+        writer.write(batch["image"], batch["label"])
+        bar.update(len(batch["label"]))
+      entries.append(writer.close())
+  return {"count": len(ids), "shards": entries}
+
+
+def _batches(
+    source: sources.Source, ids: np.ndarray, block: int
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields the examples in order; a thread fetches ahead."""
+
+  def fetch(k):
+    examples = ids[k * block : (k + 1) * block]
+    batch = source.fetch(examples)
+    sources.check_labels(
+        batch["label"], examples, source.num_classes, source.name
+    )
+    return batch
+
+  return pipeline.prefetch(fetch, 0, -(-len(ids) // block))
+
+
+def _summary(found, splits, skipped, out) -> str:
+  counts = ", ".join(f"{name} {s['count']:,}" for name, s in splits.items())
+  height, width, channels = found.image_shape
+  classes = "no" if found.num_classes is None else f"{found.num_classes:,}"
+  return (
+      f"{counts} images of {height}x{width}x{channels}, {classes} classes,"
+      f" {len(skipped)} files skipped\nwritten: {out}; use it with"
+      f" --config.data.name=prepared --config.data.path={out}"
+  )
+
+
+class _Parser(argparse.ArgumentParser):
+  """Reports a wrong flag as any other bad input."""
+
+  def error(self, message):
+    raise errors.UserError(f"{message}; --help lists the flags")
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser(
+      prog="python -m bcm_jax.data.prepare", description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("source", metavar="IN", help="images, or tfds:NAME")
+  add("out", metavar="OUT", help="folder to make")
+  add("--size", type=int, help="pixels a side; images keep theirs without it")
+  add("--crop", default="adm", help=" or ".join(resizing.BY_NAME))
+  add("--skip_corrupt", action="store_true",
+      help="leave out files that cannot be decoded; checks every one first")
+  add("--holdout", type=int, default=0, metavar="N",
+      help="N examples of train become the test split, where there is none")
+  add("--channels", type=int, default=3, help="3 (RGB) or 1 (grey)")
+  add("--shard_mb", type=int, default=256, help="MiB in a file, at most")
+  add("--workers", type=int, help="threads that decode; one a core without it")
+  add("--overwrite", action="store_true", help="replace a prepared OUT")
+  add("--data_dir", help="folder of TFDS")
+  return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Entry point; exits with 65 and one line on bad input."""
+  try:
+    print(prepare(**vars(_parser().parse_args(argv))))
+  except errors.UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(errors.EXIT_BAD_INPUT)
+
+
+if __name__ == "__main__":
+  # TensorFlow's start-up chatter is no news to anybody.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  main()

@@ -1,0 +1,116 @@
+"""Data sets by name, and keys that do not go with a name."""
+
+import numpy as np
+import pytest
+
+from bcm_jax.data import decoding
+from bcm_jax.data import prepare
+from bcm_jax.data import registry
+from bcm_jax.errors import UserError
+from tests.data import pictures
+
+
+@pytest.fixture
+def paths(tmp_path):
+  """The same four images in three classes, as every kind of file."""
+  pixels, labels = pictures.write_classes(
+      tmp_path / "in", {"a": 2, "b": 1, "c": 1}, height=20, width=24
+  )
+  np.savez(tmp_path / "x.npz", pixels, np.array(labels))
+  prepare.prepare(str(tmp_path / "in"), str(tmp_path / "prepared"), 16)
+  return {
+      "folder": str(tmp_path / "in"),
+      "npz": str(tmp_path / "x.npz"),
+      "prepared": str(tmp_path / "prepared"),
+  }
+
+
+@pytest.mark.parametrize("name", ["folder", "npz", "prepared"])
+def test_every_kind_gives_the_same_images(paths, name):
+  found = registry.find(name, path=paths[name], size=16)
+  assert found.image_shape == (16, 16, 3) and found.num_classes == 3
+  source = found.open("train", None)
+  assert source.image_shape == found.image_shape
+  assert source.num_classes == found.num_classes
+  expected = registry.find("folder", path=paths["folder"], size=16)
+  for key, value in expected.open("train", None).fetch(np.arange(4)).items():
+    np.testing.assert_array_equal(source.fetch(np.arange(4))[key], value)
+
+
+@pytest.mark.parametrize("name, shape", [
+    ("folder", (20, 24, 3)), ("npz", (20, 24, 3)), ("prepared", (16, 16, 3)),
+])
+def test_files_are_described_without_decoding_one(
+    paths, name, shape, monkeypatch
+):
+  def never(*_):
+    raise AssertionError("decoded")
+
+  monkeypatch.setattr(decoding.Decoder, "__call__", never)
+  found = registry.find(name, path=paths[name])
+  assert found.image_shape == shape and found.num_classes == 3
+
+
+def test_channels(paths):
+  found = registry.find("folder", path=paths["folder"], channels=1)
+  assert found.image_shape == (20, 24, 1)
+  assert found.open("train", None).fetch(np.arange(1))["image"].shape[-1] == 1
+
+
+def test_sets_that_need_no_files():
+  found = registry.find("digits")
+  assert found.image_shape == (8, 8, 1) and found.num_classes == 10
+  assert registry.find("digits", size=8).image_shape == (8, 8, 1)
+  found = registry.find("none", (4, 4, 3), 7)
+  assert found.image_shape == (4, 4, 3) and found.num_classes == 7
+  with pytest.raises(UserError, match="'none' has no images of split 'train'"):
+    found.open("train", None)
+
+
+@pytest.mark.parametrize(
+    "name, shape, num_classes",
+    [
+        ("cifar10", (32, 32, 3), 10),
+        ("imagenet64", (64, 64, 3), 1000),
+        ("imagenet2012", (64, 64, 3), 1000),
+    ],
+)
+def test_published_sets_need_not_be_there(name, shape, num_classes):
+  found = registry.find(name)
+  assert found.image_shape == shape and found.num_classes == num_classes
+  assert registry.find(name, size=128).image_shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize("name", registry.FILES)
+def test_a_path_that_is_missing(name, tmp_path):
+  with pytest.raises(UserError, match=f"data.path is missing; .*{name}"):
+    registry.find(name)
+  path = str(tmp_path / "gone")
+  with pytest.raises(UserError, match="data.path='.*gone' is not there"):
+    registry.find(name, path=path)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(name="folders"), "unknown data.name .*did you mean 'folder'"),
+        (dict(name="digits", path="x"), "data.path='x' does not go with"),
+        (dict(name="cifar10", skip_corrupt=True), "skip_corrupt=True does not"),
+        (dict(name="digits", size=16), "size=16 does not go with .*are 8x8"),
+        (dict(name="cifar10", crop="amd"), "unknown crop 'amd'.*'adm'"),
+        (dict(name="none"), r"data.image_shape=\(\) must be"),
+    ],
+)
+def test_keys_that_do_not_go_with_a_name(settings, words):
+  with pytest.raises(UserError, match=words):
+    registry.find(**settings)
+
+
+def test_prepared_images_keep_their_size(paths):
+  with pytest.raises(UserError, match="are 16x16; .*anew with --size=32"):
+    registry.find("prepared", path=paths["prepared"], size=32)
+
+
+def test_a_home_folder_is_found(paths, monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert registry.find("folder", path="~/in").num_classes == 3
