@@ -82,12 +82,15 @@ SECTIONS = {
     "invert": options.Invert,
     "edit": options.Edit,
     "eval": options.Eval,
+    "search": options.Search,
 }
 # Keys that span the run unless a config says otherwise.
 _SPANS = (("method", "curriculum_steps"), ("optimizer", "schedule_steps"))
 # What may differ between a run and the config that resumes it.
-_FREE_SECTIONS = ("checkpoint", "log", "sample", "invert", "edit", "eval")
-_FREE_KEYS = ("training.max_skipped_in_row",)
+_FREE_SECTIONS = ("checkpoint", "log", "sample", "invert", "edit", "eval",
+                  "search")
+_FREE_KEYS = ("training.max_skipped_in_row", "data.path", "data.data_dir",
+              "data.threads")
 
 
 # Resolving -----------------------------------------------------------------
@@ -225,8 +228,10 @@ def _cast(value: Any, hint: Any) -> Any:
     return value
   if origin is tuple:
     if isinstance(value, str):
-      value = ast.literal_eval(value) if value[:1].isdigit() or value[
-          :1] in "([-." else tuple(v.strip() for v in value.split(","))
+      literal = value[:1] in ("(", "[") or args[0] is not str
+      value = ast.literal_eval(value) if literal else tuple(
+          v.strip() for v in value.split(",") if v.strip()
+      )
     if not isinstance(value, (list, tuple)):
       value = (value,)
     return tuple(_cast(v, args[0]) for v in value)

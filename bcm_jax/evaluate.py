@@ -1,228 +1,301 @@
-"""A checkpoint in, numbers out: mode eval, and the end of training."""
+"""A checkpoint in, numbers out: mode eval, and the end of training.
 
-import importlib.metadata
+The protocol is that of the papers: 50,000 samples, all classes in equal
+shares, as 8-bit images, against statistics of the training set; several seeds
+are told one by one, with mean and spread, never a minimum alone.
+"""
+
+from collections.abc import Iterator
 import os
-import platform
-import subprocess
+import time
 from typing import Any
 
+from absl import logging
 import jax
 import numpy as np
 
-from bcm_jax import __version__
-from bcm_jax import config as configs
+from bcm_jax import errors
+from bcm_jax import evaluate_inversion
 from bcm_jax import experiment as experiments
 from bcm_jax import files
 from bcm_jax import generate
 from bcm_jax import options
+from bcm_jax import planning
 from bcm_jax import plots
+from bcm_jax import provenance
+from bcm_jax import references
+from bcm_jax import runner as runners
 from bcm_jax import runs
 from bcm_jax.data import source as sources
+from bcm_jax.metrics import frechet
 from bcm_jax.metrics import judge
+from bcm_jax.metrics import moments
 from bcm_jax.metrics import neighbours
-from bcm_jax.metrics import precision_recall
-from bcm_jax.metrics import reconstruction
+from bcm_jax.metrics import quality
+from bcm_jax.training import checkpoint
 
+# Samples that published numbers are taken of.
+PROTOCOL_SAMPLES = 50_000
 # Data set -> classifier that says which class an image shows.
 JUDGES = {"digits": judge.DigitJudge}
+# Memorisation looks up every image in pixels; larger sets than this wait.
+_MEMORISATION_IMAGES = 5000
+# Seconds between two looks for a new checkpoint.
+_POLL_SECS = 30.0
 
 
-def _arrays(source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
-  batch = source.fetch(np.arange(len(source)))
-  return batch["image"], batch["label"]
+class Evaluation:
+  """What all checkpoints and averages of a run are measured with.
 
-
-def evaluate(
-    experiment: experiments.Experiment, runner: generate.Runner, step: int
-) -> dict[str, Any]:
-  """All numbers of section eval for one set of parameters.
-
-  Precision and recall are on raw pixels; see metrics.precision_recall.
+  Raises:
+    UserError: on making it, for fewer samples than the protocol's without
+      eval.allow_few, features or references that cannot be used, and bad
+      samplers or times.
   """
-  section: options.Eval = experiment.section("eval")
-  train = _arrays(experiment.source("train"))
-  test = _arrays(experiment.source("test"))
-  result: dict[str, Any] = {"step": step}
-  referee = None
-  if experiment.config.data.name in JUDGES:
-    referee = JUDGES[experiment.config.data.name]().fit(*train)
-    result["judge_test_accuracy"] = float(
-        np.mean(referee.predict(test[0]) == test[1])
+
+  def __init__(self, experiment: experiments.Experiment, workdir: str):
+    check_outputs(experiment)
+    self.experiment, self.workdir = experiment, workdir
+    self.section: options.Eval = experiment.section("eval")
+    self.features = references.open_features(self.section)
+    self.target = references.open_target(
+        experiment, self.features, os.path.join(workdir, "eval")
     )
-  result["samplers"] = {}
-  for sampler in section.samplers:
-    plan = experiments.sampling_plan(experiment, sampler)
-    result["samplers"][f"{plan.name}_nfe{plan.nfe}"] = {
-        "plan": str(plan).splitlines(),
-        **_sample_quality(experiment, runner, plan, referee, train, test),
+    self.judge, self.judge_accuracy = None, None
+    self.neighbours: tuple[np.ndarray, np.ndarray] | None = None
+    train = experiment.source("train")
+    if len(train) <= _MEMORISATION_IMAGES:
+      self._open_small(train)
+    self.facts = provenance.facts(experiment) | self._protocol(train)
+
+  def _open_small(self, train: sources.Source) -> None:
+    """What only sets of few small images are asked."""
+    train, test = (
+        s.fetch(np.arange(len(s)))
+        for s in (train, self.experiment.source("test"))
+    )
+    self.neighbours = train["image"], test["image"]
+    name = self.experiment.config.data.name
+    if name in JUDGES:
+      self.judge = JUDGES[name]().fit(train["image"], train["label"])
+      right = self.judge.predict(test["image"]) == test["label"]
+      self.judge_accuracy = float(np.mean(right))
+
+  def __call__(
+      self, step: int, average: str, params: Any
+  ) -> dict[str, Any]:
+    """All numbers of section eval for one set of parameters."""
+    experiment, section = self.experiment, self.section
+    sample: options.Sample = experiment.section("sample")
+    runner = runners.Runner(experiment, params, sample.batch_size)
+    result: dict[str, Any] = {"step": step, "average": average}
+    if self.judge is not None:
+      result["judge_test_accuracy"] = self.judge_accuracy
+    result["samplers"] = {}
+    for sampler in section.samplers:
+      plan = planning.sampling_plan(experiment, sampler)
+      key = f"{plan.name}_nfe{plan.nfe}"
+      if "@" in sampler:
+        key += "@" + sampler.partition("@")[2]
+      result["samplers"][key] = self._sampler(runner, plan)
+    result["inversion"] = evaluate_inversion.curve(experiment, runner)
+    return result | {"protocol": self.facts}
+
+  def _sampler(self, runner, plan) -> dict[str, Any]:
+    """Numbers of one sampler: of every seed, mean and spread."""
+    began = time.monotonic()
+    seeds = {s: self._numbers(runner, plan, s) for s in self.section.seeds}
+    names = next(iter(seeds.values()))
+    spread = {
+        n: quality.spread([numbers[n] for numbers in seeds.values()])
+        for n in names
     }
-  result["inversion"] = {}
-  for nfe in section.inversion_nfe if experiment.method.two_time else ():
-    result["inversion"][f"nfe{nfe}"] = _inversion(experiment, runner, nfe)
-  return result | {"protocol": _protocol(experiment, train, test)}
+    return {
+        "plan": str(plan).splitlines(),
+        "nfe": plan.nfe,
+        **{n: s["mean"] for n, s in spread.items()},
+        "std": {n: s["std"] for n, s in spread.items()},
+        "seeds": {str(s): numbers for s, numbers in seeds.items()},
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
+  def _draw(self, runner, plan, count: int, seed: int):
+    """(images, activations, labels) of samples, all classes equally."""
+    labels = None
+    if self.experiment.num_classes is not None:
+      labels = np.arange(count) % self.experiment.num_classes
+      labels = labels.astype(np.int32)
 
-def _sample_quality(experiment, runner, plan, referee, train, test):
-  """Recognition, precision, recall and memorisation of one sampler."""
-  section: options.Eval = experiment.section("eval")
-  labels = None
-  if experiment.num_classes is not None:
-    labels = np.arange(section.num_samples) % experiment.num_classes
-    labels = labels.astype(np.int32)
-  seed = experiment.config.sample.seed
-  images = generate.generate(
-      experiment, runner, plan, labels, section.num_samples, seed
-  )
-  numbers: dict[str, Any] = {}
-  if referee is not None and labels is not None:
-    numbers["recognised"] = _plain(
-        judge.recognition(referee, images, labels)
+    def rows(index):
+      images = runners.generate(
+          self.experiment, runner, plan, labels, index, seed
+      )
+      return images, self.features(images)
+
+    return *runners.on_all_hosts(count, rows), labels
+
+  def distance(self, runner, plan, count: int, seed: int) -> float:
+    """The Frechet distance alone of samples by a plan."""
+    _, activations, _ = self._draw(runner, plan, count, seed)
+    return frechet.frechet_distance(
+        moments.from_features(activations.pooled).gaussian(),
+        self.target.reference.pooled,
     )
-  chosen = np.random.default_rng(0).permutation(len(train[0]))
-  real = train[0][chosen[: section.num_reference]]
-  precision, recall = precision_recall.precision_recall(
-      real, images, section.k
-  )
-  numbers |= {"precision": precision, "recall": recall}
-  numbers["memorisation"] = _plain(
-      neighbours.memorisation(images, train[0], test[0])
-  )
-  return numbers
 
-
-def _inversion(experiment, runner, nfe: int) -> dict[str, Any]:
-  """Reconstruction error of the test split, inverted in nfe steps."""
-  section: options.Invert = experiment.section("invert")
-  plan = experiments.inversion_plan(experiment, nfe)
-  batch = generate.test_images(experiment, section.num_images)
-  latents, images = generate.invert_and_reconstruct(
-      experiment, runner, plan, batch, section.seed
-  )
-  mse = reconstruction.per_pixel_mse(batch["image"], images)
-  return {
-      "plan": str(plan).splitlines(),
-      "images": len(mse),
-      "mse": float(np.mean(mse)),
-      "mse_worst_image": float(np.max(mse)),
-      "latent_std": float(np.std(latents)),
-  }
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-  """Numbers as JSON knows them; NaN becomes null."""
-  def one(v):
-    if isinstance(v, dict):
-      return {str(k): one(x) for k, x in v.items()}
-    v = v.item() if hasattr(v, "item") else v
-    return None if isinstance(v, float) and not np.isfinite(v) else v
-
-  return one(values)
-
-
-def _protocol(experiment, train, test) -> dict[str, Any]:
-  """Everything that one must know to compare the numbers."""
-  section: options.Eval = experiment.section("eval")
-  config = experiment.config
-  return {
-      "data": config.data.name,
-      "train_images": len(train[0]),
-      "test_images": len(test[0]),
-      "samples": section.num_samples,
-      "reference_images": min(section.num_reference, len(train[0])),
-      "reference_seed": 0,
-      "features": "raw pixels",
-      "neighbours_k": section.k,
-      "seed": config.sample.seed,
-      "average": config.sample.average or _first_average(config),
-      "method": config.method.name,
-      "config_digest": configs.digest(config),
-      "bcm_jax": __version__,
-      "commit": _commit(),
-      "jax": jax.__version__,
-      "flax": importlib.metadata.version("flax"),
-      "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
-                  f"{os.cpu_count()} cores, {platform.machine()}",
-  }
-
-
-def _first_average(config) -> str:
-  rates = config.training.ema_rates
-  return f"ema_{rates[0]:g}" if rates else "params"
-
-
-def _commit() -> str | None:
-  """Commit of the checkout that runs, or None for an installed package."""
-  here = os.path.dirname(os.path.abspath(__file__))
-  try:
-    done = subprocess.run(
-        ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True, text=True, timeout=10, check=True,
+  def _numbers(self, runner, plan, seed: int) -> dict[str, Any]:
+    section = self.section
+    images, activations, labels = self._draw(
+        runner, plan, section.num_samples, seed
     )
-  except (OSError, subprocess.SubprocessError):
-    return None
-  return done.stdout.strip()
+    numbers = quality.sample_quality(
+        activations, self.features.distance, self.target, section.k
+    )
+    if labels is not None:
+      numbers |= self._recognition(images, activations, labels)
+    if self.neighbours is not None:
+      train, test = self.neighbours
+      numbers |= neighbours.memorisation(images, train, test)
+    return {k: _plain(v) for k, v in numbers.items()}
+
+  def _recognition(self, images, activations, labels) -> dict[str, float]:
+    """How often the class is seen that was asked for."""
+    if self.judge is not None:
+      seen = self.judge.predict(images)
+    elif self.section.features == "classifier":
+      seen = np.argmax(activations.probabilities, axis=1)
+    else:
+      return {}
+    r = judge.recognition(seen, labels)
+    return {
+        "recognised": r["accuracy"],
+        "recognised_worst_class": r["worst_class_accuracy"],
+    }
+
+  def _protocol(self, train: sources.Source) -> dict[str, Any]:
+    """Everything that one must know to compare the numbers."""
+    section, reference = self.section, self.target.reference
+    facts = {
+        "samples": section.num_samples,
+        "seeds": list(section.seeds),
+        "features": self.features.name,
+        "features_digest": self.features.digest,
+        "reference": reference.data,
+        "reference_digest": reference.digest(),
+        "reference_images": reference.count,
+        "compared_one_by_one": len(self.target.real),
+        "neighbours_k": section.k,
+        "train_images": len(train),
+    }
+    if section.num_samples < PROTOCOL_SAMPLES:
+      facts["few_samples"] = (
+          f"{section.num_samples} of the protocol's {PROTOCOL_SAMPLES}"
+      )
+    return facts
+
+
+def _plain(v: Any) -> float | None:
+  """A number as JSON knows it; NaN and infinity become null."""
+  v = v.item() if hasattr(v, "item") else v
+  return None if isinstance(v, float) and not np.isfinite(v) else v
 
 
 def summary(result: dict[str, Any]) -> str:
   """The numbers as lines for a terminal."""
-  lines = [f"step {result['step']}"]
+  lines = [f"step {result['step']}, {result['average']}"]
   if "judge_test_accuracy" in result:
     lines.append(
         f"judge: {result['judge_test_accuracy']:.2%} right on real test images"
     )
   for name, r in result["samplers"].items():
-    parts = []
-    if "recognised" in r:
-      parts.append(
-          f"recognised {r['recognised']['accuracy']:.1%} (worst class "
-          f"{r['recognised']['worst_class']}: "
-          f"{r['recognised']['worst_class_accuracy']:.0%})"
-      )
-    parts.append(f"precision {r['precision']:.3f}  recall {r['recall']:.3f}")
-    lines.append(f"{name}: " + "  ".join(parts))
-    m = r["memorisation"]
-    lines.append(
-        f"  median distance to the nearest training image: samples "
-        f"{m['median_sample_to_train']:.1f}, real test images "
-        f"{m['median_test_to_train']:.1f}"
-    )
-  for name, r in result["inversion"].items():
-    lines.append(
-        f"inversion {name}, reconstruction in 1: MSE {r['mse']:.5f} "
-        f"on the [0, 1] scale ({r['images']} test images)"
-    )
+    lines.append(f"{name}: " + "  ".join(_written(r)))
+  lines += evaluate_inversion.summary(result["inversion"])
+  few = result["protocol"].get("few_samples")
+  if few:
+    lines.append(f"few samples: {few}; no number to compare with papers")
   return "\n".join(lines)
 
 
-def run(experiment: experiments.Experiment, workdir: str) -> dict[str, Any]:
-  """Mode eval: writes workdir/eval/<step>.json and prints the numbers."""
-  step, params = runs.load_run(experiment, workdir)
-  sample: options.Sample = experiment.section("sample")
-  runner = generate.Runner(experiment, params, sample.batch_size)
-  return _evaluate_and_write(experiment, workdir, runner, step)
+_FORMATS = {
+    "recognised": "{:.1%}", "recognised_worst_class": "{:.0%}",
+    "KID": "{:.2e}", "IS": "{:.2f}",
+}
+_TOLD_ELSEWHERE = ("plan", "nfe", "std", "seeds", "seconds")
 
 
-def _evaluate_and_write(experiment, workdir, runner, step) -> dict[str, Any]:
-  result = evaluate(experiment, runner, step)
-  path = os.path.join(workdir, "eval", f"{step}.json")
-  files.write_json(path, result)
+def _written(numbers: dict[str, Any]) -> Iterator[str]:
+  for name, value in numbers.items():
+    if name in _TOLD_ELSEWHERE or value is None:
+      continue
+    decimals = _FORMATS.get(name, "{:.3f}")
+    std = numbers["std"][name]
+    plus_minus = "" if std is None else f" +- {decimals.format(std)}"
+    yield f"{name} {decimals.format(value)}{plus_minus}"
+
+
+def run(
+    experiment: experiments.Experiment, workdir: str
+) -> list[dict[str, Any]]:
+  """Mode eval: writes workdir/eval/STEP[_AVERAGE].json, prints the numbers."""
+  evaluation = Evaluation(experiment, workdir)
+  section = evaluation.section
+  results = []
+  for step in _steps(experiment, workdir, section.steps):
+    for average in section.averages or (None,):
+      at, name, params = runs.load_run(experiment, workdir, average, step)
+      results.append(_evaluate_and_write(evaluation, at, name, params))
+  return results
+
+
+def _steps(experiment, workdir: str, which: str) -> Iterator[int | None]:
+  """Steps of the checkpoints to evaluate, waiting for them to be written."""
+  if which == "last":
+    yield None
+    return
+  saved = checkpoint.Checkpoints(runs.checkpoint_dir(workdir))
+  last, done = experiment.config.training.num_steps, set()
+  while True:
+    for step in saved.all_steps():
+      if step not in done:
+        done.add(step)
+        yield step
+    if which == "all" and done or last in done:
+      return
+    if which == "all":
+      raise errors.UserError(
+          f"{workdir} holds no checkpoint; train it first, or use "
+          "eval.steps=follow to wait for one"
+      )
+    logging.info("waiting for a checkpoint after step %s", max(done, default=0))
+    time.sleep(_POLL_SECS)
+
+
+def _evaluate_and_write(evaluation, step, average, params) -> dict[str, Any]:
+  result = evaluation(step, average, params)
+  name = f"{step}.json"
+  if len(evaluation.section.averages) > 1:
+    name = f"{step}_{average}.json"
+  path = os.path.join(evaluation.workdir, "eval", name)
+  if jax.process_index() == 0:
+    files.write_json(path, result)
   print(summary(result))
   print(f"numbers: {path}")
   return result
 
 
 def finish(
-    experiment: experiments.Experiment, workdir: str, step: int, params: Any
+    experiment: experiments.Experiment, workdir: str, step: int,
+    average: str, params: Any,
 ) -> dict[str, Any]:
   """The end of training: numbers, samples and pictures."""
   sample: options.Sample = experiment.section("sample")
-  runner = generate.Runner(experiment, params, sample.batch_size)
-  result = _evaluate_and_write(experiment, workdir, runner, step)
+  evaluation = Evaluation(experiment, workdir)
+  result = _evaluate_and_write(evaluation, step, average, params)
+  runner = runners.Runner(experiment, params, sample.batch_size)
   folders = []
-  for sampler in experiment.section("eval").samplers:
+  for sampler in evaluation.section.samplers:
     folders.append(generate.sample(experiment, workdir, runner, sampler))
   if experiment.method.two_time:
-    for nfe in experiment.section("eval").inversion_nfe:
+    for nfe in evaluation.section.inversion_nfe:
       folders.append(generate.invert(experiment, workdir, runner, nfe))
     folders.append(generate.interpolate(experiment, workdir, runner))
   print("pictures: " + ", ".join(f"{f}/grid.png" for f in folders))
@@ -231,10 +304,17 @@ def finish(
 
 
 def check_outputs(experiment: experiments.Experiment) -> None:
-  """Finds bad times or labels before training, not after it."""
-  for sampler in experiment.section("eval").samplers:
-    experiments.sampling_plan(experiment, sampler)
+  """Finds bad times, labels or settings before training, not after it."""
+  section: options.Eval = experiment.section("eval")
+  for sampler in section.samplers:
+    planning.sampling_plan(experiment, sampler)
   generate.asked_labels(experiment, experiment.section("sample"))
-  if experiment.method.two_time:
-    for nfe in experiment.section("eval").inversion_nfe:
-      experiments.inversion_plan(experiment, nfe)
+  evaluate_inversion.check(experiment)
+  if not section.seeds:
+    raise errors.UserError("eval.seeds is empty; give at least one seed")
+  if section.num_samples < PROTOCOL_SAMPLES and not section.allow_few:
+    raise errors.UserError(
+        f"eval.num_samples={section.num_samples}, but the protocol of "
+        f"published numbers takes {PROTOCOL_SAMPLES}, and fewer give other "
+        "(larger) distances; set eval.allow_few=true if that is meant"
+    )

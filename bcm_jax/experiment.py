@@ -1,6 +1,5 @@
-"""A resolved config as objects: method, sources, optimisers, plans."""
+"""A resolved config as objects: method, sources, optimisers."""
 
-from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -11,9 +10,9 @@ import optax
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import options
+from bcm_jax.data import augmentation
 from bcm_jax.data import registry
 from bcm_jax.data import source as sources
-from bcm_jax.diffusion import schedules
 from bcm_jax.methods import base
 from bcm_jax.sampling import plan as plans
 from bcm_jax.training import optim
@@ -57,6 +56,7 @@ class Experiment:
   def step_options(self, axis_name: str | None = None) -> steps.StepOptions:
     """Options of the training step."""
     training: options.Training = self.section("training")
+    p = self.config.data.augment
     return steps.StepOptions(
         seed=self.config.seed,
         ema_rates=training.ema_rates,
@@ -64,6 +64,7 @@ class Experiment:
         ema_stds=training.ema_stds,
         microbatches=training.microbatches,
         axis_name=axis_name,
+        augment=augmentation.training_pipe(p) if p else None,
     )
 
 
@@ -84,7 +85,11 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
 
 def _data_set(config: ml_collections.ConfigDict) -> registry.DataSet:
   data = config.data
-  return registry.find(data.name, tuple(data.image_shape), data.num_classes)
+  return registry.find(
+      data.name, tuple(data.image_shape), data.num_classes, path=data.path,
+      size=data.size, crop=data.crop, skip_corrupt=data.skip_corrupt,
+      channels=data.channels, threads=data.threads or None,
+  )
 
 
 def _method(config: ml_collections.ConfigDict) -> base.Method:
@@ -114,12 +119,23 @@ def _check_model(config, data: registry.DataSet) -> None:
         f"model.out_channels={model.out_channels}, but images of {name} have "
         f"{channels}; set model.out_channels={channels}"
     )
-  if model.num_classes is not None and (
-      data.num_classes is None or data.num_classes > model.num_classes
-  ):
+  if model.num_classes is not None and data.num_classes is None:
+    raise errors.UserError(
+        f"model.num_classes={model.num_classes}, but images of {name} have no "
+        "labels; set model.num_classes=none, or sort the images into one "
+        "folder a class"
+    )
+  if model.num_classes is not None and data.num_classes > model.num_classes:
     raise errors.UserError(
         f"model.num_classes={model.num_classes}, but labels of {name} go up "
         f"to {data.num_classes}; set model.num_classes={data.num_classes}"
+    )
+  labels = augmentation.LABEL_DIM
+  if config.data.augment and model.get("augment_dim") != labels:
+    raise errors.UserError(
+        f"data.augment={config.data.augment} changes images, and the network "
+        "must be told how, or it will generate such images; set "
+        f"model.augment_dim={labels}, or data.augment=0"
     )
   _check_widths(model)
 
@@ -189,121 +205,6 @@ def _check_method(config: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
           f"training.ema_rates holds {rate}; rates lie in [0, 1)"
       )
-
-
-# Plans ---------------------------------------------------------------------
-
-
-def _mid_times(
-    start: float, end: float, count: int, rho: float
-) -> tuple[float, ...]:
-  """Interior points of a Karras grid from start to end, either direction."""
-  low, high = min(start, end), max(start, end)
-  inner = schedules.karras_sigmas(count + 2, low, high, rho)[1:-1]
-  return tuple(float(t) for t in (inner if start < end else inner[::-1]))
-
-
-def _times(
-    given: Sequence[float], nfe: int | None, start, end, rho, section: str
-) -> tuple[float, ...]:
-  """Intermediate times: those given, or default ones for an NFE."""
-  if given:
-    if nfe is not None and nfe != len(given) + 1:
-      raise errors.UserError(
-          f"{section}.nfe={nfe} needs {nfe - 1} intermediate times, but "
-          f"{section}.times has {len(given)}; leave one of the two out"
-      )
-    return tuple(given)
-  if nfe is not None and nfe < 1:
-    raise errors.UserError(f"{section}.nfe={nfe} must be at least 1")
-  return _mid_times(start, end, (nfe or 1) - 1, rho)
-
-
-# Published zigzag of the three-step sampler on ImageNet-64 (Li & He, 2024).
-_ZIGZAG = ((0.1, 1.2),)
-
-
-def _pairs(sample: options.Sample) -> tuple[tuple[float, float], ...]:
-  noise, level = sample.zigzag_noise, sample.zigzag_level
-  if len(noise) != len(level):
-    raise errors.UserError(
-        f"sample.zigzag_noise has {len(noise)} values and zigzag_level "
-        f"{len(level)}; give as many of each"
-    )
-  return tuple(zip(noise, level, strict=True)) or _ZIGZAG
-
-
-def sampling_plan(
-    experiment: Experiment, sampler: str | None = None
-) -> plans.Plan:
-  """The plan of section sample, or of another sampler with its times.
-
-  Raises:
-    UserError: unknown sampler, times that do not fit, or a sampler that
-      needs end levels which the network does not take.
-  """
-  sample: options.Sample = experiment.section("sample")
-  levels, rho = experiment.levels, experiment.method.rho
-  name = sampler or sample.sampler
-  known = ("onestep", "ancestral", "zigzag", "mixture", "cm_multistep")
-  if name not in known:
-    raise errors.unknown_name("sampler", name, known)
-  nfe = sample.nfe if name == sample.sampler else None
-  pairs = _pairs(sample) if name in ("zigzag", "mixture") else ()
-  mid: tuple[float, ...] = ()
-  if name in ("ancestral", "mixture", "cm_multistep"):
-    inner = None if nfe is None else nfe - 2 * len(pairs)
-    if inner is None and not sample.times:
-      inner = 2
-    mid = _times(
-        sample.times, inner, levels.sigma_max, levels.sigma_min, rho, "sample"
-    )
-  plan = {
-      "onestep": lambda: plans.ancestral((), levels),
-      "ancestral": lambda: plans.ancestral(mid, levels),
-      "zigzag": lambda: plans.zigzag(pairs, levels),
-      "mixture": lambda: plans.mixture(mid, pairs, levels),
-      "cm_multistep": lambda: plans.cm_multistep(mid, levels),
-  }[name]()
-  if nfe is not None and plan.nfe != nfe:
-    raise errors.UserError(
-        f"sample.nfe={nfe}, but {name} with these times makes {plan.nfe} "
-        "evaluations; leave sample.nfe out or change the times"
-    )
-  _check_end_levels(experiment, plan)
-  return plan
-
-
-def inversion_plan(
-    experiment: Experiment, nfe: int | None = None
-) -> plans.Plan:
-  """The plan of section invert, or one of another NFE with default times."""
-  section: options.Invert = experiment.section("invert")
-  given = section.times
-  if nfe is None:
-    nfe = section.nfe
-  elif nfe != len(given) + 1:
-    given = ()
-  levels = experiment.levels
-  mid = _times(
-      given, nfe, section.noise, levels.sigma_max, experiment.method.rho,
-      "invert",
-  )
-  plan = plans.inversion(section.noise, mid, levels)
-  _check_end_levels(experiment, plan)
-  return plan
-
-
-def _check_end_levels(experiment: Experiment, plan: plans.Plan) -> None:
-  low = experiment.levels.sigma_min
-  if experiment.method.two_time:
-    return
-  if any(isinstance(s, plans.Jump) and s.u != low for s in plan.steps):
-    raise errors.UserError(
-        f"{plan.name} jumps to other levels than sigma_min, which this "
-        "network cannot (model.two_time=False); use sampler 'onestep' or "
-        "'cm_multistep', or fine-tune it with method.name='bcm'"
-    )
 
 
 def example_batch(experiment: Experiment) -> tuple[Any, Any]:

@@ -1,11 +1,9 @@
 """A checkpoint in, images out: modes sample, invert and edit."""
 
 from collections.abc import Sequence
-import dataclasses
 import os
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,86 +11,17 @@ from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax import files
 from bcm_jax import options
+from bcm_jax import planning
+from bcm_jax import runner as runners
 from bcm_jax import runs
 from bcm_jax.data import source as sources
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
 from bcm_jax.sampling import editing
 from bcm_jax.sampling import plan as plans
-from bcm_jax.sampling import samplers
-from bcm_jax.training import parallel
 from bcm_jax.training import rng
 
 Params = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Runner:
-  """Runs plans over many images, some at a time, on all devices.
-
-  One executable serves every plan: levels are arguments of the flow map.
-  """
-
-  experiment: experiments.Experiment
-  params: Params
-  batch_size: int
-
-  def __post_init__(self):
-    mesh = parallel.make_mesh(jax.local_devices())
-    devices = parallel.Jit(mesh)
-    method = self.experiment.method
-    function = jax.jit(
-        lambda p, x, t, u, labels: method.flow_map(p)(x, t, u, labels)
-    )
-    params = devices.replicate(self.params)
-    object.__setattr__(self, "_devices", devices)
-    object.__setattr__(
-        self, "_flow_map", lambda *args: function(params, *args)
-    )
-    per = mesh.devices.size
-    object.__setattr__(self, "_batch", -(-self.batch_size // per) * per)
-
-  def __call__(
-      self,
-      plan: plans.Plan,
-      images: np.ndarray,
-      labels: np.ndarray | None,
-      keys: np.ndarray,
-  ) -> np.ndarray:
-    """Runs a plan on images [n, H, W, C] at its start level.
-
-    Args:
-      plan: what to do.
-      images: float32.
-      labels: [n] int32; ignored by an unconditional network.
-      keys: [n] keys of the noise that the plan adds.
-
-    Returns:
-      [n, H, W, C] float32.
-    """
-    if self.experiment.num_classes is None:
-      labels = None
-    results = []
-    for first in range(0, len(images), self._batch):
-      part = {"x": images[first : first + self._batch]}
-      count = len(part["x"])
-      part["keys"] = jax.random.key_data(keys[first : first + count])
-      if labels is not None:
-        part["labels"] = labels[first : first + count]
-      # The last batch is filled up, so that nothing compiles twice.
-      part = {k: _fill(np.asarray(v), self._batch) for k, v in part.items()}
-      part = self._devices.batch(part)
-      x = samplers.run(
-          plan, self._flow_map, part["x"], part.get("labels"),
-          jax.random.wrap_key_data(part["keys"]),
-      )
-      results.append(np.asarray(x)[:count])
-    return np.concatenate(results)
-
-
-def _fill(array: np.ndarray, size: int) -> np.ndarray:
-  missing = size - len(array)
-  return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
 
 
 def asked_labels(experiment, sample: options.Sample) -> np.ndarray | None:
@@ -115,24 +44,6 @@ def asked_labels(experiment, sample: options.Sample) -> np.ndarray | None:
   return np.full(sample.num_samples, sample.label, np.int32)
 
 
-def generate(
-    experiment: experiments.Experiment,
-    runner: Runner,
-    plan: plans.Plan,
-    labels: np.ndarray | None,
-    num_samples: int,
-    seed: int,
-) -> np.ndarray:
-  """Generates images: uint8 [n, H, W, C]. Image i depends on (seed, i)."""
-  index = jnp.arange(num_samples)
-  noise = samplers.start_noise(
-      rng.example_keys(seed, "sample/start", 0, index),
-      experiment.image_shape, experiment.method.sigma_max,
-  )
-  keys = rng.example_keys(seed, "sample/added", 0, index)
-  return sources.to_uint8(runner(plan, np.asarray(noise), labels, keys))
-
-
 def scale(experiment) -> int:
   """Enlargement that makes small images visible."""
   return max(1, 32 // experiment.image_shape[0])
@@ -144,16 +55,17 @@ def scale(experiment) -> int:
 def sample(
     experiment: experiments.Experiment,
     workdir: str,
-    runner: Runner,
+    runner: runners.Runner,
     sampler: str | None = None,
 ) -> str:
   """Mode sample: writes samples.npz and grid.png; returns their folder."""
   section: options.Sample = experiment.section("sample")
-  plan = experiments.sampling_plan(experiment, sampler)
+  plan = planning.sampling_plan(experiment, sampler)
   labels = asked_labels(experiment, section)
   print(plan)
-  images = generate(
-      experiment, runner, plan, labels, section.num_samples, section.seed
+  images = runners.generate(
+      experiment, runner, plan, labels, np.arange(section.num_samples),
+      section.seed,
   )
   folder = os.path.join(workdir, "samples", f"{plan.name}_nfe{plan.nfe}")
   arrays = {"arr_0": images}
@@ -172,45 +84,18 @@ def sample(
   return folder
 
 
-def test_images(
-    experiment: experiments.Experiment, count: int | None
-) -> dict[str, np.ndarray]:
-  """The first `count` images of the test split, all for None."""
-  source = experiment.source("test")
-  count = len(source) if count is None else min(count, len(source))
-  return source.fetch(np.arange(count))
-
-
-def invert_and_reconstruct(
-    experiment: experiments.Experiment,
-    runner: Runner,
-    plan: plans.Plan,
-    batch: dict[str, np.ndarray],
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Inverts by a plan, generates in one step: (latents, uint8 images)."""
-  index = jnp.arange(len(batch["image"]))
-  keys = rng.example_keys(seed, "invert/added", 0, index)
-  latents = runner(
-      plan, sources.to_float(batch["image"]), batch["label"], keys
-  )
-  back = plans.ancestral((), experiment.levels)
-  images = runner(back, latents, batch["label"], keys)
-  return latents, sources.to_uint8(images)
-
-
 def invert(
     experiment: experiments.Experiment,
     workdir: str,
-    runner: Runner,
+    runner: runners.Runner,
     nfe: int | None = None,
 ) -> str:
   """Mode invert: originals, latents, reconstructions and their error."""
   section: options.Invert = experiment.section("invert")
-  plan = experiments.inversion_plan(experiment, nfe)
+  plan = planning.inversion_plan(experiment, nfe)
   print(plan)
-  batch = test_images(experiment, section.num_images)
-  latents, images = invert_and_reconstruct(
+  batch = runners.test_images(experiment, section.num_images)
+  latents, images = runners.invert_and_reconstruct(
       experiment, runner, plan, batch, section.seed
   )
   mse = reconstruction.per_pixel_mse(batch["image"], images)
@@ -245,7 +130,7 @@ def visible(latents: np.ndarray, sigma_max: float) -> np.ndarray:
 
 
 def interpolate(
-    experiment: experiments.Experiment, workdir: str, runner: Runner
+    experiment: experiments.Experiment, workdir: str, runner: runners.Runner
 ) -> str:
   """Mode edit, task interpolate: rows between pairs of real images.
 
@@ -267,7 +152,7 @@ def interpolate(
   keys = rng.example_keys(
       section.seed, "edit/added", 0, jnp.arange(section.pairs)
   )
-  plan = experiments.inversion_plan(experiment)
+  plan = planning.inversion_plan(experiment)
   print(plan)
   latents = [
       runner(plan, sources.to_float(e["image"]), e["label"], keys)
@@ -307,12 +192,12 @@ def run(
   section: options.Sample = experiment.section("sample")
   if mode == "sample":
     # Bad times and labels are found before the checkpoint is read.
-    experiments.sampling_plan(experiment)
+    planning.sampling_plan(experiment)
     asked_labels(experiment, section)
   else:
-    experiments.inversion_plan(experiment)
-  _, params = runs.load_run(experiment, workdir)
-  runner = Runner(experiment, params, section.batch_size)
+    planning.inversion_plan(experiment)
+  _, _, params = runs.load_run(experiment, workdir)
+  runner = runners.Runner(experiment, params, section.batch_size)
   if mode == "sample":
     return [sample(experiment, workdir, runner)]
   if mode == "invert":

@@ -11,6 +11,7 @@ import numpy as np
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
+from bcm_jax import planning
 from bcm_jax import runs
 from bcm_jax.methods import base
 from bcm_jax.training import checkpoint
@@ -166,9 +167,9 @@ def _weighting(experiment) -> str:
 
 
 def _plans(experiment) -> str:
-  parts = [str(experiments.sampling_plan(experiment))]
+  parts = [str(planning.sampling_plan(experiment))]
   if experiment.method.two_time:
-    parts.append(str(experiments.inversion_plan(experiment)))
+    parts.append(str(planning.inversion_plan(experiment)))
   return "\n".join(parts)
 
 

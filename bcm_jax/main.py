@@ -14,13 +14,13 @@ from absl import logging
 
 from bcm_jax import config as configs
 from bcm_jax import errors
+from bcm_jax import tables
 
-_MODES = ("train", "sample", "invert", "edit", "eval", "inspect")
+_MODES = ("train", "sample", "invert", "edit", "eval", "search", "reference",
+          "table", "inspect")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(_MODES)}.")
-_COMPARE = flags.DEFINE_string(
-    "compare", None, "Mode inspect: work directory of a second run."
-)
+_COMPARE = flags.DEFINE_string("compare", None, "Mode inspect: a second run.")
 # Read before absl parses; declared so that --help shows it.
 flags.DEFINE_string(
     "config", None, "Config file; --config.section.key=value sets a value."
@@ -34,25 +34,29 @@ def run(file, overrides) -> None:
     raise errors.unknown_name("--mode", mode, _MODES)
   if workdir is None and mode != "inspect":
     raise errors.UserError(f"--workdir is missing; mode {mode} needs one")
+  if mode == "table":
+    tables.run(workdir)
+    return
   config = configs.load(file, overrides, workdir, mode != "train")
   # Imported late: a wrong flag should not wait for TensorFlow.
   from bcm_jax import evaluate
   from bcm_jax import experiment
   from bcm_jax import generate
   from bcm_jax import inspection
+  from bcm_jax import references
+  from bcm_jax import search
   from bcm_jax import train
   from bcm_jax.training import parallel
 
-  training = config.training
-  parallel.use_cores(
-      training.cpu_devices, training.batch_size // training.microbatches
-  )
+  t = config.training
+  parallel.use_cores(t.cpu_devices, t.batch_size // t.microbatches)
   if mode == "train":
     train.train_and_evaluate(config, workdir)
   elif mode == "inspect":
     print(inspection.report(config, workdir, _COMPARE.value))
-  elif mode == "eval":
-    evaluate.run(experiment.build(config), workdir)
+  elif mode in ("eval", "search", "reference"):
+    room = dict(eval=evaluate, search=search, reference=references)[mode]
+    room.run(experiment.build(config), workdir)
   else:
     for folder in generate.run(experiment.build(config), workdir, mode):
       print(f"written: {folder}")

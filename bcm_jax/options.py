@@ -14,16 +14,33 @@ class Data:
   """Where images come from.
 
   Attributes:
-    name: data set; 'none' has no images, for sampling from converted weights.
+    name: data set (docs/datasets.md); 'none' has no images, for sampling from
+      converted weights.
+    path: of 'folder', 'npz', 'zip' and 'prepared'.
     data_dir: where TFDS keeps its copy; None is TFDS's own default.
+    size: pixels a side that images are brought to by `crop`; None takes them
+      as they are.
+    crop: 'adm', 'edm' or 'none', see data.resizing.
+    channels: of a folder's images, 3 or 1.
+    skip_corrupt: leave out images that cannot be read, instead of stopping.
     flip: random horizontal flips.
+    augment: p of EDM's augmentation pipe, done on the devices and told the
+      network by labels (model.augment_dim=9); 0 does nothing.
+    threads: that decode images; 0 is one a usable core.
     image_shape, num_classes: of 'none': (height, width, channels), and its
       classes if it has any.
   """
 
   name: str = "digits"
+  path: str | None = None
   data_dir: str | None = None
+  size: int | None = None
+  crop: Literal["adm", "edm", "none"] = "adm"
+  channels: int = 3
+  skip_corrupt: bool = False
   flip: bool = False
+  augment: float = 0.0
+  threads: int = 0
   image_shape: tuple[int, ...] = ()
   num_classes: int | None = None
 
@@ -165,19 +182,78 @@ class Edit:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  """Numbers at the end of a run and in mode eval.
+  """Numbers at the end of a run and in mode eval; docs/evaluation.md.
 
   Attributes:
-    samplers: samplers to evaluate, with the times of section sample.
+    samplers: samplers to evaluate: 'ancestral' with the times of section
+      sample, 'ancestral:4' with four evaluations at default times, or
+      'mixture@3/0.12>0.4' with these times.
+    averages: moving averages to evaluate; empty is sample.average alone.
+    steps: the 'last' checkpoint, 'all' that are kept, or 'follow' the run.
+    seeds: of the noise; results tell every seed, mean and spread.
+    num_samples: generated images, equal shares a class.
+    allow_few: fewer samples than the protocol's 50,000 are no error, and the
+      result says so.
+    features: 'pixels', 'inception', 'classifier', or 'module:function' of
+      uint8 images [n, H, W, C] -> [n, D].
+    features_path: weights of 'inception', folder of a 'classifier'.
+    resize: Inception's, 'tf1' as EDM and ADM do, 'torch' as pytorch-fid.
+    reference: .npz of statistics (ours, ADM's, EDM's); None takes them of the
+      training split, once a run.
+    num_reference: training images that precision, recall, density and
+      coverage compare with; None takes those of the reference file, or all.
+    k: neighbours of precision and recall.
+    lpips_path: weights of LPIPS, of reconstructions; None leaves it out.
     inversion_nfe: evaluations of each inversion whose error is measured; the
       times of section invert serve where their number fits, else defaults.
-    num_samples: generated images, equal shares a class.
-    num_reference: training images that precision and recall compare with.
-    k: neighbours of precision and recall.
+    inversion_noise: initial noises of the curve; empty is invert.noise alone.
+    baseline: work directory of a denoiser whose DDIM and Heun inversions are
+      measured beside.
+    baseline_nfe: evaluations of each of these.
   """
 
   samplers: tuple[str, ...] = ("onestep", "ancestral")
-  inversion_nfe: tuple[int, ...] = (1, 2)
-  num_samples: int = 1000
-  num_reference: int = 1000
+  averages: tuple[str, ...] = ()
+  steps: Literal["last", "all", "follow"] = "last"
+  seeds: tuple[int, ...] = (0,)
+  num_samples: int = 50_000
+  allow_few: bool = False
+  features: str = "pixels"
+  features_path: str | None = None
+  resize: Literal["tf1", "torch"] = "tf1"
+  reference: str | None = None
+  num_reference: int | None = 10_000
   k: int = 3
+  lpips_path: tuple[str, ...] = ()
+  inversion_nfe: tuple[int, ...] = (1, 2)
+  inversion_noise: tuple[float, ...] = ()
+  baseline: str | None = None
+  baseline_nfe: tuple[int, ...] = (1, 2, 4, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """Search for a sampler's times by the Frechet distance: mode search.
+
+  Attributes:
+    sampler: 'cm_multistep', by ternary search over the grid, one time after
+      another; 'ancestral', 'zigzag' or 'mixture', by a greedy grid.
+    nfe: evaluations of the sampler.
+    steps: points of the Karras grid that ternary search walks on.
+    mid_times: candidates for ancestral's times.
+    noises, levels: candidates for zigzag's e and t.
+    num_samples: of each evaluation; the best is evaluated again as mode eval
+      does.
+    seed: of the noise, the same for all candidates.
+  """
+
+  sampler: Literal[
+      "cm_multistep", "ancestral", "zigzag", "mixture"
+  ] = "ancestral"
+  nfe: int = 2
+  steps: int = 40
+  mid_times: tuple[float, ...] = (0.8, 1.2, 1.6, 2.0, 2.4, 3.0, 4.0)
+  noises: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.3)
+  levels: tuple[float, ...] = (0.2, 0.4, 0.8, 1.2, 1.6, 2.0)
+  num_samples: int = 10_000
+  seed: int = 0

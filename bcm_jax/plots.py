@@ -1,6 +1,8 @@
-"""One picture that shows what a run can do."""
+"""Pictures of what a run can do, and of what was measured."""
 
+import collections
 import os
+from typing import Any
 
 import numpy as np
 
@@ -41,3 +43,36 @@ def overview(experiment: experiments.Experiment, workdir: str) -> str:
       path, image_grid.captioned_rows(rows, scale=generate.scale(experiment))
   )
   return path
+
+
+def search(record: dict[str, Any], path: str) -> None:
+  """Plots what a search measured: the distance of every candidate.
+
+  Candidates that differ from the best one in their last time alone are drawn
+  as a curve over that time, one panel a time.
+  """
+  # Slow to import, and used here alone.
+  from matplotlib import figure
+
+  stages = collections.defaultdict(list)
+  for sampler, cost in record["costs"].items():
+    stem, _, last = sampler.replace("@", "/").rpartition("/")
+    e, _, t = last.rpartition(">")
+    stages[stem].append((float(e) if e else None, float(t), cost))
+  picture = figure.Figure(
+      figsize=(4 * len(stages), 3), layout="constrained"
+  )
+  axes = picture.subplots(1, len(stages), squeeze=False)[0]
+  for axis, (stem, points) in zip(axes, stages.items(), strict=True):
+    for e in sorted({p[0] for p in points}, key=lambda e: e or 0):
+      curve = sorted(p[1:] for p in points if p[0] == e)
+      axis.plot(*zip(*curve, strict=True), "o-",
+                label=None if e is None else f"e = {e:g}")
+    if points[0][0] is not None:
+      axis.legend(fontsize="small")
+    axis.set(xscale="log", xlabel="time (sigma)", title=f"{stem}/...")
+  axes[0].set_ylabel(record["distance"])
+  picture.suptitle(f"best: {record['best']}")
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  picture.savefig(path + ".tmp", dpi=120, format="png")
+  os.replace(path + ".tmp", path)

@@ -3,6 +3,9 @@
 import os
 from typing import Any
 
+import ml_collections
+
+from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax.training import checkpoint
@@ -18,9 +21,24 @@ def checkpoint_dir(workdir: str) -> str:
   return os.path.join(workdir, "checkpoints")
 
 
+def config_of(workdir: str) -> ml_collections.ConfigDict:
+  """The config of the run in a work directory.
+
+  Raises:
+    UserError: no run there.
+  """
+  config = configs.of_run(workdir)
+  if config is None:
+    raise errors.UserError(
+        f"{workdir} holds no run (no config.json); give the work directory of "
+        "one, trained or converted"
+    )
+  return config
+
+
 def choose(
     player: str, state: Any, average: str | None, what: str
-) -> Params:
+) -> tuple[str, Params]:
   """Parameters of a player or one of its averages, out of a state's dict.
 
   Args:
@@ -29,16 +47,19 @@ def choose(
     average: name of an average, 'params' for the parameters themselves, None
       for the first average (the parameters where there is none).
     what: the config key, for the error.
+
+  Returns:
+    (name of the average, or 'params'; parameters).
   """
   averages = dict(state["averages"])
   if average is None:
     names = [n for n in averages if n.startswith(("ema_", "power_"))]
     average = names[0] if names else "params"
   if average == "params":
-    return state["players"][player]["params"]
+    return average, state["players"][player]["params"]
   if average not in averages:
     raise errors.unknown_name(what, average, [*averages, "params"])
-  return averages[average]
+  return average, averages[average]
 
 
 def load_params(workdir: str, average: str | None) -> Params:
@@ -50,28 +71,32 @@ def load_params(workdir: str, average: str | None) -> Params:
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   _, state, _ = saved.read_raw()
   (player,) = state["players"]
-  return choose(player, state, average, "training.init_average")
+  return choose(player, state, average, "training.init_average")[1]
 
 
 def load_run(
     experiment: experiments.Experiment,
     workdir: str,
     average: str | None = None,
-) -> tuple[int, Params]:
-  """(step, parameters) of the newest good checkpoint of a run.
+    step: int | None = None,
+) -> tuple[int, str, Params]:
+  """(step, name of the average, parameters) of a good checkpoint of a run.
 
   Args:
+    experiment: of the run.
+    workdir: where it is.
     average: which of its averages, 'posthoc_0.15' for one of that sigma_rel
       made of all checkpoints; None is what section sample says.
+    step: of the checkpoint; None is the newest.
   """
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   average = average or experiment.config.sample.average
-  step, state, _ = saved.read_raw()
+  step, state, _ = saved.read_raw(step)
   if average is not None and average.startswith(_POSTHOC):
-    return step, _posthoc(
+    return step, average, _posthoc(
         saved, step, average, experiment.config.training.ema_stds
     )
-  return step, choose(
+  return step, *choose(
       experiment.method.sampled, state, average, "sample.average"
   )
 

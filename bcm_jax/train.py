@@ -54,8 +54,8 @@ def train_and_evaluate(
       for a run of non-finite steps.
   """
   experiment = experiments.build(config)
+  # First of all: what is missing stops it before it writes.
   evaluate.check_outputs(experiment)
-  # Opened first: missing images stop it before it writes.
   source = experiment.source("train")
   prepare_workdir(config, workdir)
   training: options.Training = experiment.section("training")
@@ -67,13 +67,13 @@ def train_and_evaluate(
     first = int(state.step)
     if first < training.num_steps:
       state = _train(experiment, source, workdir, saved, state)
-  params = runs.choose(
+  average, params = runs.choose(
       experiment.method.sampled,
       serialization.to_state_dict(state),
       config.sample.average,
       "sample.average",
   )
-  evaluate.finish(experiment, workdir, training.num_steps, params)
+  evaluate.finish(experiment, workdir, training.num_steps, average, params)
   return state
 
 
@@ -238,17 +238,17 @@ def _watch(experiment, workdir, state, stack) -> _Watch:
   )
 
 
-def _batches(experiment, source, first: int, total: int):
-  """Host batches of steps first .. total - 1, made ahead in a thread."""
+def _batches(experiment, source, runner, first: int, total: int):
+  """Batches of steps first .. total - 1, made and put on devices ahead."""
   config = experiment.config
+  batches = pipeline.Batches(
+      source, config.seed, config.training.batch_size,
+      flip=config.data.flip, process_index=jax.process_index(),
+      process_count=jax.process_count(),
+  )
   return contextlib.closing(pipeline.prefetch(
-      pipeline.Batches(
-          source, config.seed, config.training.batch_size,
-          flip=config.data.flip, process_index=jax.process_index(),
-          process_count=jax.process_count(),
-      ),
-      first,
-      total,
+      lambda step: runner.batch(_network_inputs(experiment, batches(step))),
+      first, total,
   ))
 
 
@@ -277,9 +277,10 @@ def _train(experiment, source, workdir, saved, state) -> states.TrainState:
         saved.save(step, runner.fetch(state), meta)
 
     began = time.monotonic()
-    stream = stack.enter_context(_batches(experiment, source, first, total))
+    stream = stack.enter_context(
+        _batches(experiment, source, runner, first, total)
+    )
     for step, batch in enumerate(stream, first + 1):
-      batch = runner.batch(_network_inputs(experiment, batch))
       with jax.profiler.StepTraceAnnotation("train", step_num=step):
         state, metrics = step_fn(
             state, batch, method.curriculum(step - 1), method.phase(step - 1)

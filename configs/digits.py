@@ -64,4 +64,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint = dict(every_steps=500, keep=2)
   config.log = dict(every_steps=50, progress_secs=15.0)
   config.sample = dict(times=(0.7,))  # The middle time of two steps.
+  # 1,437 training images: 50,000 samples of them would say no more.
+  config.eval = dict(num_samples=1000, allow_few=True, num_reference=1000)
   return config

@@ -21,5 +21,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.two_time = False
   config.method.name = "ict"
   del config.method["bidirectional_weight"]
-  config.eval = dict(samplers=("onestep", "cm_multistep"))
+  config.eval.samplers = ("onestep", "cm_multistep")
   return config

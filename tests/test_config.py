@@ -8,6 +8,7 @@ from bcm_jax import config as configs
 from bcm_jax import config_files
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
+from bcm_jax import planning
 from bcm_jax.sampling import plan as plans
 
 SHIPPED = config_files.shipped_configs()
@@ -180,7 +181,7 @@ def test_split_overrides():
 
 
 def plan_of(**overrides: str) -> plans.Plan:
-  return experiments.sampling_plan(experiments.build(digits(**overrides)))
+  return planning.sampling_plan(experiments.build(digits(**overrides)))
 
 
 def test_plans_of_a_config():
@@ -231,7 +232,7 @@ def test_one_time_network_refuses_other_end_levels():
         config_files.read_file("configs/digits_ict.py"),
         {"sample.sampler": sampler, "sample.times": "2"},
     )
-    return experiments.sampling_plan(experiments.build(config))
+    return planning.sampling_plan(experiments.build(config))
 
   with pytest.raises(errors.UserError, match="cm_multistep"):
     plan("ancestral")

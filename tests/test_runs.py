@@ -48,23 +48,23 @@ def run(tmp_path_factory):
 
 def test_first_average_or_the_one_asked_for(run):
   folder, tracked = run
-  step, params = runs.load_run(experiment(), folder)
+  step, _, params = runs.load_run(experiment(), folder)
   assert step == 80 and params["w"] == tracked[0.05]
-  _, params = runs.load_run(experiment(), folder, "power_0.1")
+  _, _, params = runs.load_run(experiment(), folder, "power_0.1")
   assert params["w"] == tracked[0.1]
-  _, params = runs.load_run(experiment(average="params"), folder)
+  _, _, params = runs.load_run(experiment(average="params"), folder)
   assert params["w"] == jnp.sqrt(80.0)
 
 
 def test_posthoc_average_is_the_one_that_was_not_tracked(run):
   folder, tracked = run
-  _, params = runs.load_run(experiment(), folder, "posthoc_0.15")
+  _, _, params = runs.load_run(experiment(), folder, "posthoc_0.15")
   wanted = float(tracked[0.15])
   assert float(params["w"]) == pytest.approx(wanted, rel=2e-3)
   # The nearest tracked one is much farther away.
   assert abs(float(tracked[0.1]) - wanted) > 0.02 * wanted
   # A length that was tracked comes out as it was.
-  _, params = runs.load_run(experiment(), folder, "posthoc_0.1")
+  _, _, params = runs.load_run(experiment(), folder, "posthoc_0.1")
   assert float(params["w"]) == pytest.approx(float(tracked[0.1]), rel=1e-5)
 
 

@@ -22,6 +22,12 @@ FLOORS = (
         "main",
         "train",
         "generate",
+        "search",
+        "tables",
+        "evaluate_inversion",
+        "references",
+        "runner",
+        "train_classifier",
         "runs",
         "evaluate",
         "inspection",
@@ -29,12 +35,14 @@ FLOORS = (
         "convert",
         "plots",
     },
+    {"planning", "provenance"},
     {"experiment"},  # A config as objects, for the commands.
     {"config"},
-    {"options", "config_files"},  # What only a config is made of.
+    {"options", "config_files", "published"},  # Settings and facts alone.
     {"training"},
     {"methods", "sampling"},
-    {"interop", "metrics"},
+    {"metrics"},  # Reads the weights of its feature networks.
+    {"interop"},
     {"diffusion", "data"},
     {"models"},
 )

@@ -7,9 +7,7 @@ seed, stream name and step or epoch; NumPy keeps raw words stable between its
 releases, which it does not promise for `Generator.permutation`.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import functools
 from typing import TypeVar
@@ -19,7 +17,6 @@ import numpy as np
 
 from bcm_jax.data.source import check_labels
 from bcm_jax.data.source import Source
-from bcm_jax.data.source import to_float
 from bcm_jax.errors import UserError
 
 T = TypeVar("T")
@@ -156,9 +153,10 @@ def get_batch(
     process_count: number of hosts.
 
   Returns:
-    image float32 [B, H, W, C] in [-1, 1]; label int32 [B]; index int32 [B],
-    the position in the global batch, by which training noise is keyed; example
-    int32 [B], the example id in the source.
+    image uint8 [B, H, W, C], which the devices turn into floats (a quarter of
+    the bytes to carry there); label int32 [B]; index int32 [B], the position in
+    the global batch, by which training noise is keyed; example int32 [B], the
+    example id in the source.
 
   Raises:
     UserError: batch_size not in [1, len(source)] or not a multiple of
@@ -175,8 +173,10 @@ def get_batch(
   check_labels(
       fetched["label"], part["example"], source.num_classes, source.name
   )
-  image = to_float(fetched["image"])
-  image[part["mirrored"]] = image[part["mirrored"], :, ::-1]
+  image = fetched["image"]
+  if part["mirrored"].any():
+    mirrored = part["mirrored"][:, None, None, None]
+    image = np.where(mirrored, image[:, :, ::-1], image)
   return dict(
       image=image,
       label=np.asarray(fetched["label"], np.int32),
@@ -229,10 +229,10 @@ def prefetch(
 ) -> Iterator[T]:
   """Yields batches(start), ..., batches(stop - 1), computed ahead.
 
-  One background thread, started by the first `next` and ended with the
-  iterator (when exhausted, closed, collected or failed), keeps up to `depth`
-  batches ready. An exception in `batches(k)` is raised where batch k would
-  have been yielded.
+  One background thread of grain's, started by the first `next` and ended with
+  the iterator (when exhausted, closed, collected or failed), keeps up to
+  `depth` batches ready. An exception in `batches(k)` is raised where batch k
+  would have been yielded.
 
   Args:
     batches: maps a step to its batch.
@@ -249,14 +249,16 @@ def prefetch(
 
 
 def _prefetch(batches, start, stop, depth):
-  pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-  pending = deque()
+  # Imported late: it defines flags, which must wait for those of the command.
+  import grain
+
+  if start >= stop:
+    return
+  ahead = grain.MapDataset.range(start, stop).map(batches).to_iter_dataset(
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=depth)
+  )
+  iterator = iter(ahead)
   try:
-    for step in range(start, stop):
-      pending.append(pool.submit(batches, step))
-      if len(pending) > depth:
-        yield pending.popleft().result()
-    while pending:
-      yield pending.popleft().result()
+    yield from iterator
   finally:
-    pool.shutdown(wait=True, cancel_futures=True)
+    iterator.close()

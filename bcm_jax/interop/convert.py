@@ -225,7 +225,7 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
         "directory with --reverse"
     )
   experiment = experiments.build(config)
-  step, params = runs.load_run(experiment, workdir, average)
+  step, _, params = runs.load_run(experiment, workdir, average)
   family = transfer.FAMILIES[_FAMILIES[config.model.name]]
   tensors = transfer.write_tensors(
       family, experiment.method.network, experiment.image_shape[0], params

@@ -26,6 +26,8 @@ class Context(NamedTuple):
     curriculum: numbers and tables of `Method.curriculum(step)`.
     players: parameters of every player, stop-gradiented.
     averages: moving averages by name, stop-gradiented.
+    augment_labels: [B, 9], what data.augmentation did to the images; None
+      where it did nothing.
   """
 
   images: jax.Array
@@ -34,6 +36,7 @@ class Context(NamedTuple):
   curriculum: Mapping[str, Any]
   players: Mapping[str, Params]
   averages: Mapping[str, Params]
+  augment_labels: jax.Array | None = None
 
 
 Loss = Callable[[Params, Context], tuple[jax.Array, Metrics]]

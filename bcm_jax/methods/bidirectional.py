@@ -51,20 +51,24 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     )
     return jnp.asarray(tables.sigmas)[other]
 
-  def two_jumps(self, params, x, t, ends, labels, dropout_keys):
+  def two_jumps(
+      self, params, x, t, ends, labels, dropout_keys, augment_labels=None
+  ):
     """f(x, t, u) for both of two end levels, in one pass of twice the batch.
 
     Each example is doubled in place, so that a batch cut over devices stays
     where it is, and takes its dropout key along: both jumps share a mask.
     """
 
-    def double(a, b):
+    def interleave(a, b):
       return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
+    def double(a):
+      return None if a is None else interleave(a, a)
+
     out = self.f(
-        params, double(x, x), double(t, t), double(*ends),
-        None if labels is None else double(labels, labels),
-        None if dropout_keys is None else double(dropout_keys, dropout_keys),
+        params, double(x), double(t), interleave(*ends), double(labels),
+        double(dropout_keys), double(augment_labels),
     )
     out = out.reshape(x.shape[0], 2, *x.shape[1:])
     return out[:, 0], out[:, 1]
@@ -73,7 +77,9 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     """L_ST [B] of y = f(x_t, t, u); its gradient flows through y alone."""
     end = jnp.full_like(t, self.sigma_min)
     frozen = jax.lax.stop_gradient(ctx.averages.get("target", params))
-    v = self.f(frozen, y, u, end, ctx.labels, dropout_keys)
+    v = self.f(
+        frozen, y, u, end, ctx.labels, dropout_keys, ctx.augment_labels
+    )
     return self.weight(t, u) * self.distance(v, b)
 
   def loss(self, params, ctx: base.Context):
@@ -88,7 +94,7 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     keys = ctx.keys("dropout")
     end = jnp.full_like(times.t, self.sigma_min)
     a, y = self.two_jumps(
-        params, x_t, times.t, (end, u), ctx.labels, keys
+        params, x_t, times.t, (end, u), ctx.labels, keys, ctx.augment_labels
     )
     b = self.target(params, ctx, z, times, keys)
     ct = self.ct_term(a, b, times)

@@ -142,13 +142,17 @@ class ConsistencyTraining(base.OnePlayer):
     end = t if self.two_time else None
     return self.network.init(key, images, t, end, labels)["params"]
 
-  def f(self, params, x, t, u, labels, dropout_keys=None) -> jax.Array:
+  def f(
+      self, params, x, t, u, labels, dropout_keys=None, augment_labels=None
+  ) -> jax.Array:
     """The preconditioned network f(x, t, u): [B, ...] from level t to u."""
+    # Only networks with augment_dim take them.
+    extra = () if augment_labels is None else (augment_labels,)
 
     def network(x, c_noise, c_noise_end):
       end = c_noise_end if self.two_time else None
       return self.network.apply(
-          {"params": params}, x, c_noise, end, labels, dropout_keys
+          {"params": params}, x, c_noise, end, labels, dropout_keys, *extra
       )
 
     return preconditioning.precondition(
@@ -201,7 +205,9 @@ class ConsistencyTraining(base.OnePlayer):
     frozen = jax.lax.stop_gradient(ctx.averages.get("target", params))
     end = jnp.full_like(times.r, self.sigma_min)
     x_r = process.add_noise(ctx.images, times.r, z)
-    b = self.f(frozen, x_r, times.r, end, ctx.labels, dropout_keys)
+    b = self.f(
+        frozen, x_r, times.r, end, ctx.labels, dropout_keys, ctx.augment_labels
+    )
     if self.bins == "continuous":
       # ECT's r may be 0, where the target is the image itself.
       b = jnp.where(process.expand(times.r, b.ndim) > 0, b, ctx.images)
@@ -219,6 +225,8 @@ class ConsistencyTraining(base.OnePlayer):
     # The same keys to both passes: one dropout mask.
     keys = ctx.keys("dropout")
     end = jnp.full_like(times.t, self.sigma_min)
-    a = self.f(params, x_t, times.t, end, ctx.labels, keys)
+    a = self.f(
+        params, x_t, times.t, end, ctx.labels, keys, ctx.augment_labels
+    )
     loss = self.ct_term(a, self.target(params, ctx, z, times, keys), times)
     return loss, {"loss_ct": loss}

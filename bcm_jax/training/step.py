@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bcm_jax.data import augmentation
+from bcm_jax.data import source as sources
 from bcm_jax.methods import base
 from bcm_jax.training import ema
 from bcm_jax.training import power_ema
@@ -38,6 +40,8 @@ class StepOptions:
     microbatches: gradient accumulation; the batch is cut into this many.
     axis_name: mapped axis to average over under pmap; None under jit, where
       the global batch is one array.
+    augment: what is done to the images on the devices, and told the network
+      by labels; None does nothing.
   """
 
   seed: int = 0
@@ -46,6 +50,7 @@ class StepOptions:
   ema_stds: tuple[float, ...] = ()
   microbatches: int = 1
   axis_name: str | None = None
+  augment: augmentation.AugmentPipe | None = None
 
 
 def make_step(
@@ -55,9 +60,9 @@ def make_step(
 ) -> Step:
   """Returns step(state, batch, curriculum, phase) -> (state, metrics).
 
-  batch: 'image' [B, H, W, C] float32, 'label' [B] int32 (optional), 'index'
-  [B] int32 positions in the global batch. phase is static. metrics are
-  scalars, means over the global batch.
+  batch: 'image' [B, H, W, C] uint8 or float in [-1, 1], 'label' [B] int32
+  (optional), 'index' [B] int32 positions in the global batch. phase is static.
+  metrics are scalars, means over the global batch.
   """
 
   def step(state, batch, curriculum, phase):
@@ -110,12 +115,22 @@ def _loss(params, player, method, options, state, batch, curriculum):
   frozen = jax.lax.stop_gradient(
       ({n: p.params for n, p in state.players.items()}, state.averages)
   )
+
+  def keys(stream):
+    return rng.example_keys(options.seed, stream, state.step, batch["index"])
+
+  images, augment_labels = batch["image"], None
+  if images.dtype == jnp.uint8:
+    images = sources.to_float(images)
+  if options.augment is not None:
+    images, augment_labels = augmentation.apply(
+        options.augment, images, augmentation.draw(keys("augment"))
+    )
   context = base.Context(
-      images=batch["image"],
+      images=images,
       labels=batch.get("label"),
-      keys=lambda stream: rng.example_keys(
-          options.seed, stream, state.step, batch["index"]
-      ),
+      augment_labels=augment_labels,
+      keys=keys,
       curriculum=curriculum,
       players=frozen[0],
       averages=frozen[1],

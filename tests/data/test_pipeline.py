@@ -83,11 +83,9 @@ def test_a_batch_holds_what_its_ids_say(source):
       batch["example"], pipeline.batch_indices(0, 6, 8, N)
   )
   np.testing.assert_array_equal(batch["label"], raw["label"])
-  np.testing.assert_array_equal(
-      source_lib.to_uint8(batch["image"]), raw["image"]
-  )
+  np.testing.assert_array_equal(batch["image"], raw["image"])
   assert batch["index"].tolist() == list(range(8))
-  assert batch["image"].dtype == np.float32
+  assert batch["image"].dtype == np.uint8
   assert {batch[k].dtype for k in ("label", "index", "example")} == {
       np.dtype(np.int32)
   }
@@ -183,6 +181,27 @@ def test_flips_are_keyed_by_seed_step_and_position_only():
   assert np.all(np.abs(many.mean(1) - 0.5) < 5 * 0.5 / 64**0.5)
 
 
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("stop", [0, 3, 7])
+def test_an_epoch_over_hosts_and_a_restart_is_the_data_set(
+    source, hosts, stop
+):
+  """Batches of 8 from N examples: lcm(8, N) / 8 steps are whole epochs."""
+  steps = np.lcm(8, N) // 8
+  seen = []
+  for host in range(hosts):
+    batches = pipeline.Batches(
+        source, 3, 8, process_index=host, process_count=hosts
+    )
+    before = list(pipeline.prefetch(batches, 0, stop))
+    pipeline.epoch_permutation.cache_clear()
+    after = list(pipeline.prefetch(batches, stop, steps))
+    seen += [b["example"] for b in before + after]
+  found, counts = np.unique(np.concatenate(seen), return_counts=True)
+  assert found.tolist() == list(range(N))
+  assert set(counts) == {steps * 8 // N}
+
+
 def test_flips_leave_the_source_untouched(source):
   before = source.fetch(np.arange(N))["image"].copy()
   pipeline.get_batch(source, 0, 0, N, flip=True)
@@ -190,7 +209,14 @@ def test_flips_leave_the_source_untouched(source):
 
 
 def _prefetch_threads():
-  return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+  return [t for t in threading.enumerate() if t.name.startswith("grain-pre")]
+
+
+def _no_thread_is_left():
+  """Closing does not wait for the thread, which ends at once."""
+  for thread in _prefetch_threads():
+    thread.join(5)
+  return not _prefetch_threads()
 
 
 def test_prefetch_keeps_the_order_and_covers_the_range():
@@ -202,7 +228,7 @@ def test_prefetch_keeps_the_order_and_covers_the_range():
     got = list(pipeline.prefetch(slow_first, 3, 12, depth=depth))
     assert got == list(range(3, 12))
   assert list(pipeline.prefetch(slow_first, 3, 3)) == []
-  assert not _prefetch_threads()
+  assert _no_thread_is_left()
 
 
 def test_prefetch_works_ahead_by_depth_and_no_further():
@@ -232,16 +258,16 @@ def test_prefetch_raises_where_the_batch_would_have_been():
   assert [next(batches), next(batches)] == [0, 1]
   with pytest.raises(UserError, match="no batch two"):
     next(batches)
-  assert not _prefetch_threads()
+  assert _no_thread_is_left()
 
 
 def test_prefetch_stops_its_one_thread_when_closed():
   batches = pipeline.prefetch(lambda step: step, 0, 10**9)
-  assert not _prefetch_threads()
+  assert _no_thread_is_left()
   next(batches)
   assert len(_prefetch_threads()) == 1
   batches.close()
-  assert not _prefetch_threads()
+  assert _no_thread_is_left()
 
 
 def test_prefetch_depth_is_checked():

@@ -69,7 +69,7 @@ def test_round_trip_is_bit_identical(name, tmp_path, capsys):
   assert "tensors" in capsys.readouterr().out
   config = configs.of_run(str(out))
   experiment = experiments.build(config)
-  step, params = runs.load_run(experiment, str(out))
+  step, _, params = runs.load_run(experiment, str(out))
   assert step == 7
   expected = transfer.shapes(
       experiment.method.network, experiment.image_shape[0]
@@ -98,7 +98,7 @@ def test_jcm_checkpoint(tmp_path):
   out = tmp_path / "run"
   run(path, out, "--image-size=16", "--config.model.attention_resolutions=8,")
   experiment = experiments.build(configs.of_run(str(out)))
-  step, params = runs.load_run(experiment, str(out))
+  step, _, params = runs.load_run(experiment, str(out))
   assert step == 3 and experiment.config.model.name == "ncsnpp"
   back = transfer.write_tensors(
       transfer.FAMILIES["jcm"], experiment.method.network, 16, params
@@ -205,7 +205,7 @@ def test_what_is_assumed_can_be_set(tmp_path, capsys):
   assert config["sample"]["seed"] == 5
   assert config["method"]["preconditioning"] == "cm"
   assert config["data"]["image_shape"] == [16, 16, 3]
-  _, params = runs.load_run(
+  _, _, params = runs.load_run(
       experiments.build(configs.of_run(str(out))), str(out)
   )
   count = sum(math.prod(np.shape(v)) for v in jax.tree.leaves(params))

@@ -1,0 +1,228 @@
+"""How well real images survive inversion and reconstruction.
+
+The protocol of Li & He (BCM, 2024): noise e z is added to test images, they
+are inverted in n evaluations and reconstructed in one; error between 8-bit
+images on the [0, 1] scale. Beside it, DDIM and Heun inversions of a denoiser
+(Karras et al., 2022), reconstructed by the same solver.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import options
+from bcm_jax import planning
+from bcm_jax import runner as runners
+from bcm_jax import runs
+from bcm_jax.data import source as sources
+from bcm_jax.diffusion import schedules
+from bcm_jax.diffusion import solvers
+from bcm_jax.interop import vgg_names
+from bcm_jax.metrics import lpips
+from bcm_jax.metrics import reconstruction
+from bcm_jax.metrics import structural_similarity
+from bcm_jax.sampling import samplers
+from bcm_jax.training import rng
+
+# Solver -> evaluations a step.
+_BASELINES = {"euler": 1, "heun": 2}
+_NAMES = {"euler": "DDIM", "heun": "EDM Heun"}
+_SMALLEST_SSIM = 11
+_LPIPS_BLOCK = 50
+
+Numbers = dict[str, Any]
+
+
+def curve(
+    experiment: experiments.Experiment, runner: runners.Runner
+) -> dict[str, Numbers]:
+  """Reconstruction errors by evaluations and initial noise.
+
+  Returns:
+    'nfe2' -> numbers at invert.noise; 'nfe2_noise0.1' -> those at another
+    noise of eval.inversion_noise; 'DDIM_nfe4_noise0.002' and
+    'EDM Heun_nfe4_...' -> those of the baseline's denoiser.
+  """
+  section: options.Eval = experiment.section("eval")
+  usual = experiment.section("invert").noise
+  result = {}
+  if not (experiment.method.two_time or section.baseline):
+    return result
+  batch = runners.test_images(
+      experiment, experiment.section("invert").num_images
+  )
+  perceptual = _lpips(section)
+  if experiment.method.two_time:
+    points = [(n, usual) for n in section.inversion_nfe] + [
+        (n, e) for e in section.inversion_noise for n in section.inversion_nfe
+        if e != usual
+    ]
+    for nfe, noise in points:
+      name = f"nfe{nfe}" + ("" if noise == usual else f"_noise{noise:g}")
+      result[name] = _own(experiment, runner, nfe, noise, batch, perceptual)
+  if section.baseline:
+    result |= _baselines(experiment, batch, perceptual)
+  return result
+
+
+def _lpips(section: options.Eval) -> Callable | None:
+  if not section.lpips_path:
+    return None
+  params = vgg_names.load_lpips(*section.lpips_path)
+
+  def perceptual(originals, images):
+    blocks = range(0, len(images), _LPIPS_BLOCK)
+    parts = [slice(i, i + _LPIPS_BLOCK) for i in blocks]
+    return np.concatenate([
+        lpips.distance(
+            params, sources.to_float(originals[p]), sources.to_float(images[p])
+        )
+        for p in parts
+    ])
+
+  return perceptual
+
+
+def _own(experiment, runner, nfe, noise, batch, perceptual) -> Numbers:
+  """The network's own inversion in nfe evaluations, back in one."""
+  plan = planning.inversion_plan(experiment, nfe, noise)
+  latents, images = runners.invert_and_reconstruct(
+      experiment, runner, plan, batch, experiment.section("invert").seed
+  )
+  return {"nfe": nfe, "noise": noise, "plan": str(plan).splitlines()} | _errors(
+      batch["image"], images, latents, perceptual
+  )
+
+
+def _errors(originals, images, latents, perceptual) -> Numbers:
+  mse = reconstruction.per_pixel_mse(originals, images)
+  numbers = {
+      "images": len(mse),
+      "mse": float(np.mean(mse)),
+      "mse_worst_image": float(np.max(mse)),
+      "psnr_of_mean_mse": float(reconstruction.psnr(np.mean(mse))),
+      "latent_std": float(np.std(latents)),
+  }
+  if min(originals.shape[1:3]) >= _SMALLEST_SSIM:
+    ssim = structural_similarity.structural_similarity(originals, images)
+    numbers["ssim"] = float(np.mean(ssim))
+  if perceptual is not None:
+    numbers["lpips"] = float(np.mean(perceptual(originals, images)))
+  return numbers
+
+
+# Baselines -----------------------------------------------------------------
+
+
+def denoiser_of(flow_map: Callable, labels) -> solvers.Denoiser:
+  """D(x, sigma) of a network without an end level: f(x, sigma, 0).
+
+  With the scalings of EDM and BCM f(x, t, 0) is the denoiser itself, and f(x,
+  t, u) is DDIM's step with it.
+  """
+
+  def denoise(x, sigma):
+    t = jnp.full(x.shape[:1], sigma, x.dtype)
+    return flow_map(x, t, jnp.zeros_like(t), labels)
+
+  return denoise
+
+
+def ode_round_trip(
+    flow_map: Callable, x, labels, up: np.ndarray, down: np.ndarray,
+    solver: str,
+):
+  """(latents, reconstructions) of x at level up[0], by a solver of the ODE."""
+  denoise = denoiser_of(flow_map, labels)
+  latents = solvers.solve(denoise, x, up, solver)
+  return latents, solvers.solve(denoise, latents, down, solver)
+
+
+def _baselines(experiment, batch, perceptual) -> dict[str, Numbers]:
+  section: options.Eval = experiment.section("eval")
+  teacher, params = _open_baseline(experiment, section.baseline)
+  runner = runners.Runner(
+      teacher, params, experiment.section("sample").batch_size
+  )
+  low, high = experiment.levels.sigma_min, experiment.levels.sigma_max
+  rho = experiment.method.rho
+  result = {}
+  for noise in (low, *section.inversion_noise):
+    x = _noisy(experiment, batch["image"], noise if noise > low else 0.0)
+    for solver, evaluations in _BASELINES.items():
+      for nfe in section.baseline_nfe:
+        n = nfe // evaluations
+        if not n or nfe % evaluations:
+          continue
+        up = schedules.karras_sigmas(n + 1, noise, high, rho)
+        down = schedules.karras_sigmas(n + 1, low, high, rho)[::-1]
+        latents, images = runner.transform(
+            lambda f, x, labels, up=up, down=down, solver=solver:
+            ode_round_trip(f, x, labels, up, down, solver),
+            x, batch["label"],
+        )
+        result[f"{_NAMES[solver]}_nfe{nfe}_noise{noise:g}"] = {
+            "nfe": nfe, "noise": noise, "solver": _NAMES[solver],
+            **_errors(
+                batch["image"], sources.to_uint8(images), latents, perceptual
+            ),
+        }
+  return result
+
+
+def _noisy(experiment, images: np.ndarray, noise: float) -> np.ndarray:
+  """Test images in [-1, 1] with the noise that inversions start from."""
+  x = sources.to_float(images)
+  keys = rng.example_keys(
+      experiment.section("invert").seed, "invert/baseline", 0,
+      jnp.arange(len(x)),
+  )
+  return x + np.asarray(samplers.start_noise(keys, x.shape[1:], noise))
+
+
+def _open_baseline(experiment, workdir: str):
+  """The denoiser's own experiment and its parameters."""
+  config = runs.config_of(workdir)
+  teacher = experiments.build(config)
+  forms = ("edm", "bcm")
+  if teacher.method.two_time or config.method.preconditioning not in forms:
+    raise errors.UserError(
+        f"eval.baseline={workdir} is no denoiser (it holds a "
+        f"{config.method.name!r} with preconditioning "
+        f"{config.method.preconditioning!r}); give a run that was converted "
+        "from EDM's weights, or trained as one"
+    )
+  if teacher.image_shape != experiment.image_shape:
+    raise errors.UserError(
+        f"eval.baseline={workdir} makes images {teacher.image_shape}, not "
+        f"{experiment.image_shape}; give a denoiser of the same data"
+    )
+  _, _, params = runs.load_run(teacher, workdir)
+  return teacher, params
+
+
+def summary(inversion: dict[str, Numbers]) -> list[str]:
+  """The errors as lines for a terminal."""
+  lines = []
+  for name, r in inversion.items():
+    back = "the same way back" if "solver" in r else "reconstruction in 1"
+    lines.append(
+        f"inversion {name}, {back}: MSE {r['mse']:.5f} on the [0, 1] scale "
+        f"({r['images']} test images)"
+    )
+  return lines
+
+
+def check(experiment: experiments.Experiment) -> None:
+  """Finds bad times and baselines before any work is done."""
+  section: options.Eval = experiment.section("eval")
+  if experiment.method.two_time:
+    for nfe in section.inversion_nfe:
+      for noise in (None, *section.inversion_noise):
+        planning.inversion_plan(experiment, nfe, noise)
+  if section.baseline:
+    _open_baseline(experiment, section.baseline)

@@ -1,0 +1,82 @@
+"""How good a set of samples is: every number that its features allow."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from bcm_jax.metrics import features as feature_lib
+from bcm_jax.metrics import frechet
+from bcm_jax.metrics import inception_score
+from bcm_jax.metrics import kernel_distance
+from bcm_jax.metrics import moments
+from bcm_jax.metrics import precision_recall
+from bcm_jax.metrics import reference as references
+
+# Subsets of the kernel distance (Binkowski et al., 2018).
+_SUBSET = 1000
+
+
+class Target(NamedTuple):
+  """What samples are compared with.
+
+  Attributes:
+    reference: statistics of the real images.
+    real: pooled features [m, D] of real images, for the numbers that compare
+      images one by one.
+  """
+
+  reference: references.Reference
+  real: np.ndarray
+
+
+def sample_quality(
+    activations: feature_lib.Activations,
+    distance: str,
+    target: Target,
+    k: int = 3,
+) -> dict[str, float]:
+  """Numbers of a set of samples.
+
+  Args:
+    activations: of the samples, pooled [n, D].
+    distance: name of the Frechet distance on these features.
+    target: real images, in the same features.
+    k: neighbours of precision, recall, density and coverage.
+
+  Returns:
+    The Frechet distance under its name; sFID where both sides have spatial
+    features; KID; precision, recall, density, coverage; and the Inception
+    score (IS) where the features give probabilities.
+  """
+  reference = target.reference
+  numbers = {
+      distance: frechet.frechet_distance(
+          moments.from_features(activations.pooled).gaussian(),
+          reference.pooled,
+      )
+  }
+  if activations.spatial is not None and reference.spatial is not None:
+    numbers["sFID"] = frechet.frechet_distance(
+        moments.from_features(activations.spatial).gaussian(),
+        reference.spatial,
+    )
+  size = min(_SUBSET, len(activations.pooled), len(target.real))
+  numbers["KID"], _ = kernel_distance.kernel_distance(
+      target.real, activations.pooled, subset_size=size
+  )
+  numbers |= precision_recall.prdc(
+      target.real, activations.pooled, k
+  )._asdict()
+  if activations.probabilities is not None:
+    numbers["IS"] = inception_score.inception_score(
+        activations.probabilities
+    ).mean
+  return {name: float(value) for name, value in numbers.items()}
+
+
+def spread(values: list[float]) -> dict[str, float | None]:
+  """Mean of a number over seeds, and its standard deviation (n - 1)."""
+  return {
+      "mean": float(np.mean(values)),
+      "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+  }

@@ -1,0 +1,48 @@
+"""Where a number comes from: config, commit, versions, hardware."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from typing import Any
+
+import jax
+
+from bcm_jax import __version__
+from bcm_jax import config as configs
+from bcm_jax import experiment as experiments
+
+
+def facts(experiment: experiments.Experiment) -> dict[str, Any]:
+  """What a result file says of the run that it measured."""
+  config = experiment.config
+  return {
+      "data": config.data.name,
+      "method": config.method.name,
+      "config_digest": configs.digest(config),
+  } | machine()
+
+
+def machine() -> dict[str, Any]:
+  """Versions, commit and hardware."""
+  return {
+      "bcm_jax": __version__,
+      "commit": commit(),
+      "jax": jax.__version__,
+      "flax": importlib.metadata.version("flax"),
+      "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
+                  f"{os.cpu_count()} cores, {platform.machine()}",
+  }
+
+
+def commit() -> str | None:
+  """Commit of the checkout that runs, or None for an installed package."""
+  here = os.path.dirname(os.path.abspath(__file__))
+  try:
+    done = subprocess.run(
+        ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, timeout=10, check=True,
+    )
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return done.stdout.strip()

@@ -1,0 +1,210 @@
+"""What samples are compared with: features by name, real images in them."""
+
+from collections.abc import Iterable, Iterator
+import dataclasses
+import importlib
+import os
+
+import jax
+import numpy as np
+import tqdm
+
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import options
+from bcm_jax.data import source as sources
+from bcm_jax.interop import inception_names
+from bcm_jax.metrics import classifier
+from bcm_jax.metrics import features as feature_lib
+from bcm_jax.metrics import inception
+from bcm_jax.metrics import moments
+from bcm_jax.metrics import quality
+from bcm_jax.metrics import reference as references
+
+# Images that are read and pushed through a network at a time.
+_BLOCK = 1024
+
+
+def open_features(section: options.Eval) -> feature_lib.Features:
+  """The features that section eval names.
+
+  Raises:
+    UserError: unknown features, or weights that are missing or do not fit.
+  """
+  name, path = section.features, section.features_path
+  if name == "pixels":
+    return feature_lib.Pixels()
+  if ":" in name:
+    return _users_function(name)
+  if name not in ("inception", "classifier"):
+    raise errors.unknown_name(
+        "eval.features", name,
+        ["pixels", "inception", "classifier", "module:function"],
+    )
+  if path is None:
+    what = {
+        "inception": "the weights file of pytorch-fid "
+                     "(pt_inception-2015-12-05-6726825d.pth)",
+        "classifier": "a folder that bcm_jax.train_classifier wrote",
+    }
+    raise errors.UserError(
+        f"eval.features={name!r} needs eval.features_path: {what[name]}"
+    )
+  if name == "classifier":
+    return classifier.load_classifier(path)
+  params = inception_names.load_inception(path)
+  return inception.inception_features(params, section.resize)
+
+
+def _users_function(name: str) -> feature_lib.Features:
+  module, _, function = name.partition(":")
+  try:
+    found = getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError) as e:
+    raise errors.UserError(
+        f"eval.features={name!r} cannot be imported ({e}); give a module on "
+        "PYTHONPATH and a function of uint8 images [n, H, W, C] in it"
+    ) from e
+  return feature_lib.FunctionFeatures(found, name, name)
+
+
+def in_blocks(
+    source: sources.Source, ids: np.ndarray
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields the examples of a source with these ids, some at a time."""
+  for first in range(0, len(ids), _BLOCK):
+    yield source.fetch(ids[first : first + _BLOCK])
+
+
+def compute(
+    source: sources.Source, features: feature_lib.Features
+) -> references.Reference:
+  """Statistics of all images of a source; every host computes its share."""
+  mine = np.array_split(np.arange(len(source)), jax.process_count())
+  mine = mine[jax.process_index()]
+  blocks = (block["image"] for block in in_blocks(source, mine))
+  return _measure(blocks, len(mine), features, describe(source))
+
+
+def _measure(
+    blocks: Iterable[np.ndarray],
+    count: int,
+    features: feature_lib.Features,
+    data: str,
+) -> references.Reference:
+  """Statistics of `count` images that come in blocks, merged over hosts."""
+  pooled = spatial = None
+  with tqdm.tqdm(
+      total=count, desc=f"{features.name} of {data}", unit=" images",
+      disable=None,
+  ) as bar:
+    for block in blocks:
+      part = features(block)
+      pooled = _add(pooled, part.pooled)
+      if part.spatial is not None:
+        spatial = _add(spatial, part.spatial)
+      bar.update(len(block))
+  everywhere = moments.gather(pooled)
+  return references.Reference(
+      pooled=everywhere.gaussian(),
+      spatial=None if spatial is None else moments.gather(spatial).gaussian(),
+      count=everywhere.count,
+      features_name=features.name,
+      features_digest=features.digest,
+      data=data,
+  )
+
+
+def _add(total: moments.Moments | None, rows: np.ndarray) -> moments.Moments:
+  return (total or moments.empty(rows.shape[1])).update(rows)
+
+
+def describe(source: sources.Source) -> str:
+  """What statistics say of the images they were taken of."""
+  return (
+      f"{source.name}: {len(source)} images {source.image_shape}, "
+      f"fingerprint {sources.fingerprint(source)}"
+  )
+
+
+def open_target(
+    experiment: experiments.Experiment,
+    features: feature_lib.Features,
+    folder: str,
+) -> quality.Target:
+  """What samples of an experiment are compared with.
+
+  Statistics come from eval.reference, or are taken of the training split once
+  and kept in `folder`.
+
+  Raises:
+    UserError: a reference file that cannot be used, or of other features.
+  """
+  section: options.Eval = experiment.section("eval")
+  if section.reference is not None:
+    reference = _from_file(section.reference, features)
+  else:
+    reference = _of_training_split(experiment, features, folder)
+  references.check_features(reference, features.name, features.digest)
+  if reference.images is not None:
+    real = reference.images[: section.num_reference]
+    return quality.Target(reference, features(real).pooled)
+  source = experiment.source("train")
+  parts = [
+      features(b["image"]).pooled
+      for b in in_blocks(source, chosen(source, section.num_reference))
+  ]
+  return quality.Target(reference, np.concatenate(parts))
+
+
+def chosen(source: sources.Source, count: int | None) -> np.ndarray:
+  """Ids of the real images that are compared one by one, the same always."""
+  return np.random.default_rng(0).permutation(len(source))[:count]
+
+
+def _from_file(path: str, features) -> references.Reference:
+  reference = references.load_reference(path)
+  if not reference.data:
+    name = os.path.basename(path)
+    reference = dataclasses.replace(reference, data=name)
+  if reference.pooled is not None:
+    return reference
+  # A sample file: statistics are taken of its images.
+  images = reference.images
+  blocks = (images[i : i + _BLOCK] for i in range(0, len(images), _BLOCK))
+  measured = _measure(blocks, len(images), features, reference.data)
+  return dataclasses.replace(measured, images=images)
+
+
+def _of_training_split(experiment, features, folder) -> references.Reference:
+  source = experiment.source("train")
+  path = os.path.join(
+      folder, f"reference_{features.digest}_{sources.fingerprint(source)}.npz"
+  )
+  if os.path.exists(path):
+    return references.load_reference(path)
+  reference = compute(source, features)
+  if jax.process_index() == 0:
+    references.save_reference(path, reference)
+  return reference
+
+
+def run(experiment: experiments.Experiment, workdir: str) -> str:
+  """Mode reference: writes workdir/reference.npz of the training split.
+
+  It holds ADM's keys, among them eval.num_reference images for precision and
+  recall, so that other evaluators read it too.
+  """
+  section: options.Eval = experiment.section("eval")
+  features = open_features(section)
+  source = experiment.source("train")
+  ids = chosen(source, section.num_reference)
+  reference = dataclasses.replace(
+      compute(source, features),
+      images=np.concatenate([b["image"] for b in in_blocks(source, ids)]),
+  )
+  path = os.path.join(workdir, "reference.npz")
+  references.save_reference(path, reference)
+  print(f"{reference.data}\nfeatures {features.name} ({features.digest}), "
+        f"statistics {reference.digest()}\nwritten: {path}")
+  return path

@@ -1,0 +1,190 @@
+"""Plans over many images, some at a time, on all devices of this host."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+
+from bcm_jax import experiment as experiments
+from bcm_jax.data import source as sources
+from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import samplers
+from bcm_jax.training import parallel
+from bcm_jax.training import rng
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+  """Runs plans over many images, some at a time, on all devices.
+
+  One executable serves every plan: levels are arguments of the flow map.
+
+  Attributes:
+    at_a_time: batch_size, rounded up so that it can be cut over the devices.
+  """
+
+  experiment: experiments.Experiment
+  params: Params
+  batch_size: int
+
+  def __post_init__(self):
+    mesh = parallel.make_mesh(jax.local_devices())
+    devices = parallel.Jit(mesh)
+    method = self.experiment.method
+    function = jax.jit(
+        lambda p, x, t, u, labels: method.flow_map(p)(x, t, u, labels)
+    )
+    params = devices.replicate(self.params)
+    object.__setattr__(self, "_devices", devices)
+    object.__setattr__(
+        self, "_flow_map", lambda *args: function(params, *args)
+    )
+    object.__setattr__(self, "_params", params)
+    per = mesh.devices.size
+    object.__setattr__(self, "at_a_time", -(-self.batch_size // per) * per)
+
+  def __call__(
+      self,
+      plan: plans.Plan,
+      images: np.ndarray,
+      labels: np.ndarray | None,
+      keys: np.ndarray,
+  ) -> np.ndarray:
+    """Runs a plan on images [n, H, W, C] at its start level.
+
+    Args:
+      plan: what to do.
+      images: float32.
+      labels: [n] int32; ignored by an unconditional network.
+      keys: [n] keys of the noise that the plan adds.
+
+    Returns:
+      [n, H, W, C] float32.
+    """
+    return self._in_batches(
+        lambda x, labels, keys: samplers.run(
+            plan, self._flow_map, x, labels, keys
+        ),
+        images, labels, keys,
+    )
+
+  def transform(
+      self,
+      function: Callable[..., jax.Array],
+      images: np.ndarray,
+      labels: np.ndarray | None,
+  ) -> np.ndarray:
+    """Runs function(flow map, x, labels), jitted, over images [n, H, W, C]."""
+    method = self.experiment.method
+    jitted = jax.jit(
+        lambda p, x, labels: function(method.flow_map(p), x, labels)
+    )
+    return self._in_batches(
+        lambda x, labels, keys: jitted(self._params, x, labels), images, labels
+    )
+
+  def _in_batches(self, function, images, labels, keys=None) -> np.ndarray:
+    """function(x, labels, keys) over parts of the arrays, on all devices."""
+    if self.experiment.num_classes is None:
+      labels = None
+    results = []
+    for first in range(0, len(images), self.at_a_time):
+      part = {"x": images[first : first + self.at_a_time]}
+      count = len(part["x"])
+      if keys is not None:
+        part["keys"] = jax.random.key_data(keys[first : first + count])
+      if labels is not None:
+        part["labels"] = labels[first : first + count]
+      # The last batch is filled up, so that nothing compiles twice.
+      part = {k: _fill(np.asarray(v), self.at_a_time) for k, v in part.items()}
+      part = self._devices.batch(part)
+      wrapped = None
+      if keys is not None:
+        wrapped = jax.random.wrap_key_data(part["keys"])
+      x = function(part["x"], part.get("labels"), wrapped)
+      results.append(np.asarray(x)[:count])
+    return np.concatenate(results)
+
+
+def _fill(array: np.ndarray, size: int) -> np.ndarray:
+  missing = size - len(array)
+  return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+
+
+def generate(
+    experiment: experiments.Experiment,
+    runner: Runner,
+    plan: plans.Plan,
+    labels: np.ndarray | None,
+    index: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+  """Generates images number `index` [n] of a seed: uint8 [n, H, W, C].
+
+  Image i depends on (seed, i) and its label alone. labels are those of all
+  images, or None.
+  """
+  images = []
+  for first in range(0, len(index), runner.at_a_time):
+    part = index[first : first + runner.at_a_time]
+    noise = samplers.start_noise(
+        rng.example_keys(seed, "sample/start", 0, jnp.asarray(part)),
+        experiment.image_shape, experiment.method.sigma_max,
+    )
+    keys = rng.example_keys(seed, "sample/added", 0, jnp.asarray(part))
+    asked = None if labels is None else labels[part]
+    images.append(
+        sources.to_uint8(runner(plan, np.asarray(noise), asked, keys))
+    )
+  return np.concatenate(images)
+
+
+def on_all_hosts(n: int, rows: Callable[[np.ndarray], Any]) -> Any:
+  """Rows 0 .. n - 1, each computed by one host, all returned on every host.
+
+  Args:
+    n: number of rows.
+    rows: indices [m] -> tree of arrays [m, ...]; each host is asked for a
+      contiguous part, the last one for some rows twice if n is not a multiple.
+  """
+  hosts = jax.process_count()
+  each = -(-n // hosts)
+  mine = np.minimum(np.arange(each) + each * jax.process_index(), n - 1)
+  result = rows(mine)
+  if hosts == 1:
+    return result
+  gathered = multihost_utils.process_allgather(result, tiled=True)
+  return jax.tree.map(lambda a: np.asarray(a)[:n], gathered)
+
+
+def test_images(
+    experiment: experiments.Experiment, count: int | None
+) -> dict[str, np.ndarray]:
+  """The first `count` images of the test split, all for None."""
+  source = experiment.source("test")
+  count = len(source) if count is None else min(count, len(source))
+  return source.fetch(np.arange(count))
+
+
+def invert_and_reconstruct(
+    experiment: experiments.Experiment,
+    runner: Runner,
+    plan: plans.Plan,
+    batch: dict[str, np.ndarray],
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Inverts by a plan, generates in one step: (latents, uint8 images)."""
+  index = jnp.arange(len(batch["image"]))
+  keys = rng.example_keys(seed, "invert/added", 0, index)
+  latents = runner(
+      plan, sources.to_float(batch["image"]), batch["label"], keys
+  )
+  back = plans.ancestral((), experiment.levels)
+  images = runner(back, latents, batch["label"], keys)
+  return latents, sources.to_uint8(images)
