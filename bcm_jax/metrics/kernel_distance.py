@@ -77,7 +77,8 @@ def mmd_squared(
     block_size: rows of each side held as float64 at a time.
 
   Returns:
-    Equation 4 of the paper; below 0 where the sets are nearer than chance.
+    The mean kernel within each set, of different rows, less twice the mean
+    between them; below 0 where the sets are nearer than chance.
 
   Raises:
     UserError: shapes or scales that do not fit, fewer than two rows, or

@@ -61,14 +61,14 @@ def test_one_distribution_has_density_near_one_and_the_known_coverage():
   real, fake = rng.normal(size=(2, 2000, 8))
   found = pr.prdc(real, fake)
   assert found.density == pytest.approx(1.0, abs=0.1)
-  # Lemma 2 of the paper: 1 - prod over j < k of (N - 1 - j) / (2N - 1 - j).
+  # A ball is empty where the k nearest of the N - 1 + M others are all real.
   j = np.arange(5)
   expected = 1 - np.prod((2000 - 1 - j) / (4000 - 1 - j))
   assert found.coverage == pytest.approx(expected, abs=0.01)
 
 
 def test_an_outlier_lifts_precision_and_not_density():
-  # Fig. 2 of the paper: the ball of one real outlier takes in bad samples.
+  # The paper's example: the ball of one real outlier takes in bad samples.
   rng = np.random.default_rng(8)
   real = np.concatenate([rng.normal(size=(300, 2)), [[40.0, 0.0]]])
   fake = rng.uniform(8.0, 30.0, (200, 2)) * [1.0, 0.5]

@@ -15,7 +15,7 @@ def clouds(seed, real=90, fake=70, dimension=10, shift=0.0):
 
 
 def brute_force(real, fake):
-  """Equation 4 of the paper, pair by pair."""
+  """The unbiased estimate, pair by pair."""
 
   def kernel(a, b):
     return (sum(x * y for x, y in zip(a, b, strict=True)) / len(a) + 1) ** 3
