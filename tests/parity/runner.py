@@ -11,6 +11,7 @@ import jax
 
 from tests.parity import augment
 from tests.parity import averages
+from tests.parity import features
 from tests.parity import files
 from tests.parity import losses
 from tests.parity import metrics
@@ -39,7 +40,8 @@ class Runner(NamedTuple):
 RUNNERS = [
     Runner(*pair)
     for module in (
-        networks, losses, samplers, schedules, averages, augment, metrics
+        networks, losses, samplers, schedules, averages, augment, features,
+        metrics,
     )
     for pair in module.RUNNERS
 ]

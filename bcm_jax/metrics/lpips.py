@@ -1,0 +1,80 @@
+"""LPIPS v0.1 with VGG16: how different two images look.
+
+Zhang et al. (2018), "The Unreasonable Effectiveness of Deep Features as a
+Perceptual Metric", equation 1, as the package `lpips` computes it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bcm_jax.errors import UserError
+from bcm_jax.models import layers
+from bcm_jax.models import vgg
+
+Params = Any
+
+# ImageNet's mean and deviation of colours, for images in [-1, 1].
+_SHIFT = (-0.030, -0.088, -0.188)
+_SCALE = (0.458, 0.448, 0.450)
+_EPSILON = 1e-10
+
+
+def _unit(features: jax.Array) -> jax.Array:
+  """Features of unit length over channels; a vector of zeros stays zero."""
+  squared = jnp.sum(features**2, axis=-1, keepdims=True)
+  # The root has no gradient at 0, where ReLUs often put whole vectors.
+  positive = squared > 0
+  norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
+  return features / (norm + _EPSILON)
+
+
+def _check(x: jax.Array, y: jax.Array) -> None:
+  if x.shape != y.shape or x.ndim != 4 or x.shape[-1] not in (1, 3):
+    raise UserError(
+        f"LPIPS got images of shapes {x.shape} and {y.shape}, expected two "
+        "equal ones [n, H, W, C] with 3 channels, or 1 for grey"
+    )
+  if min(x.shape[1:3]) < vgg.SMALLEST:
+    raise UserError(
+        f"LPIPS got images of {x.shape[1]}x{x.shape[2]} pixels, expected at "
+        f"least {vgg.SMALLEST} a side, since VGG16 halves them four times; "
+        "enlarge both alike"
+    )
+  for images in (x, y):
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+      raise UserError(
+          f"LPIPS got images of {images.dtype}, expected floats in [-1, 1]; "
+          "convert both with bcm_jax.data.source.to_float"
+      )
+
+
+@jax.jit
+def distance(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+  """LPIPS between two images, of every pair; differentiable.
+
+  Args:
+    params: as `interop.vgg_names.load_lpips` reads them.
+    x: [B, H, W, C] in [-1, 1]; C = 3, or 1 for grey; H, W >= 16.
+    y: the same shape.
+
+  Returns:
+    [B], at least 0, of no unit; float32 or wider.
+
+  Raises:
+    UserError: other shapes, images too small, or integers.
+  """
+  _check(x, y)
+  both = jnp.concatenate([x, y])
+  both = both.astype(layers.at_least_float32(both.dtype))
+  both = (both - jnp.asarray(_SHIFT, both.dtype)) / jnp.asarray(
+      _SCALE, both.dtype
+  )
+  features = vgg.VGG16().apply({"params": params["vgg"]}, both)
+  total = 0.0
+  for i, both in enumerate(features):
+    a, b = jnp.split(_unit(both), 2)
+    weighted = (a - b) ** 2 * params["linear"][f"lin{i}"]
+    total += weighted.sum(axis=-1).mean(axis=(1, 2))
+  return total

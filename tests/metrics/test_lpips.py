@@ -1,0 +1,109 @@
+"""LPIPS: the numbers of the package `lpips`, gradients, what is refused.
+
+lpips.npz has what the package returns in float64 (see make_lpips.py).
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bcm_jax.errors import UserError
+from bcm_jax.interop import vgg_names
+from bcm_jax.metrics import lpips
+from tests.metrics import lpips_recipe
+
+REFERENCE = pathlib.Path(__file__).with_name("lpips.npz")
+
+
+@pytest.fixture(scope="module")
+def params():
+  return vgg_names.to_params({
+      entry.name: lpips_recipe.tensor(
+          entry.name, entry.layout.theirs(np.broadcast_to(0, shape)).shape
+      )
+      for entry, shape in vgg_names.table()
+  })
+
+
+@pytest.fixture(scope="module")
+def derived():
+  """(params, x, y) -> distances, gradient of their sum at x; in float64."""
+
+  def total(x, params, y):
+    each = lpips.distance(params, x, y)
+    return each.sum(), each
+
+  function = jax.jit(jax.grad(total, has_aux=True))
+
+  def run(params, x, y):
+    with jax.enable_x64(True):
+      wide = jax.tree.map(lambda v: jnp.asarray(v, "float64"), (x, params, y))
+      gradient, each = function(*wide)
+    return each, gradient
+
+  return run
+
+
+def test_reproduces_the_package(params, derived):
+  each, gradient = derived(params, *lpips_recipe.images())
+  assert each.dtype == np.float64
+  with np.load(REFERENCE) as file:
+    np.testing.assert_allclose(each, file["distance"], rtol=1e-12)
+    theirs = file["gradient"]
+  ours = gradient[:, ::6, ::6]
+  for i in range(2):
+    np.testing.assert_allclose(
+        ours[i], theirs[i], atol=1e-10 * np.abs(theirs[i]).max()
+    )
+
+
+def test_gradients_are_finite_where_features_vanish(params, derived):
+  # So low that no ReLU lets anything through.
+  dark = {
+      name: layer | {"bias": layer["bias"] - 1e4}
+      for name, layer in params["vgg"].items()
+  }
+  each, gradient = derived(params | {"vgg": dark}, *lpips_recipe.images())
+  np.testing.assert_array_equal(each, 0)
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_is_a_distance_of_each_pair(params):
+  x, y = lpips_recipe.images()
+  forth = lpips.distance(params, x, y)
+  assert forth.shape == (2,) and forth.dtype == np.float32
+  with np.load(REFERENCE) as file:
+    np.testing.assert_allclose(forth, file["distance"], rtol=1e-5)
+  np.testing.assert_allclose(lpips.distance(params, y, x), forth, rtol=1e-5)
+  np.testing.assert_allclose(lpips.distance(params, x, x), 0, atol=1e-12)
+  np.testing.assert_allclose(
+      lpips.distance(params, x[::-1], y[::-1])[::-1], forth, rtol=1e-5
+  )
+
+
+def test_grey_and_the_smallest_images(params):
+  x, y = lpips_recipe.images()[:, :, :16, :16, :1]
+  grey = lpips.distance(params, x, y)
+  colour = lpips.distance(params, *(np.repeat(v, 3, axis=-1) for v in (x, y)))
+  assert np.all(np.asarray(grey) > 0)
+  np.testing.assert_allclose(grey, colour, rtol=1e-5)
+
+
+@pytest.mark.parametrize("x, y, words", [
+    ((2, 15, 16, 3), (2, 15, 16, 3), "15x16 pixels, expected at least 16"),
+    ((2, 16, 16, 3), (1, 16, 16, 3), "expected two equal ones"),
+    ((2, 16, 16, 4), (2, 16, 16, 4), "with 3 channels, or 1"),
+    ((16, 16, 3), (16, 16, 3), r"expected two equal ones \[n, H, W, C\]"),
+])
+def test_shapes_are_checked(params, x, y, words):
+  with pytest.raises(UserError, match=words):
+    lpips.distance(params, jnp.zeros(x), jnp.zeros(y))
+
+
+def test_integers_are_refused(params):
+  x = jnp.zeros((1, 16, 16, 3), jnp.uint8)
+  with pytest.raises(UserError, match=r"uint8, expected floats in \[-1, 1\]"):
+    lpips.distance(params, x, x)
