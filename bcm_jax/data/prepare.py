@@ -9,6 +9,7 @@ Exit status: 0 done, 65 bad input (one line says what).
 
 import argparse
 from collections.abc import Iterator
+import contextlib
 import os
 import shutil
 import sys
@@ -81,10 +82,7 @@ def prepare(
       name, path=path, size=size, crop=crop, skip_corrupt=skip_corrupt,
       channels=channels, threads=workers,
   )
-  parent = os.path.dirname(os.path.abspath(out))
-  os.makedirs(parent, exist_ok=True)
-  made = tempfile.mkdtemp(prefix=".preparing-", dir=parent)
-  try:
+  with _folder_for(out) as made:
     splits, skipped = _write_splits(found, data_dir, holdout, made, shard_mb)
     prepared.write_manifest(
         made,
@@ -98,11 +96,6 @@ def prepare(
             skipped=skipped, bcm_jax=__version__,
         ),
     )
-    os.chmod(made, 0o755)
-    _move(made, out)
-  except BaseException:
-    shutil.rmtree(made, ignore_errors=True)
-    raise
   return _summary(found, splits, skipped, out)
 
 
@@ -157,15 +150,25 @@ def _check_positive(**values: int | None) -> None:
       raise errors.UserError(f"--{name}={value}: expected 1 or more")
 
 
-def _move(made: str, out: str) -> None:
-  """Puts the finished folder in its place; an older one leaves first."""
-  if os.path.isdir(out) and os.listdir(out):
-    old = tempfile.mkdtemp(prefix=".replaced-", dir=os.path.dirname(made))
-    os.replace(out, old)
-    os.replace(made, out)
-    shutil.rmtree(old)
-  else:
-    os.replace(made, out)
+@contextlib.contextmanager
+def _folder_for(out: str) -> Iterator[str]:
+  """Gives a folder to fill, which becomes `out` once all has gone well."""
+  parent = os.path.dirname(os.path.abspath(out))
+  os.makedirs(parent, exist_ok=True)
+  made = tempfile.mkdtemp(prefix=".preparing-", dir=parent)
+  try:
+    yield made
+    os.chmod(made, 0o755)
+    if os.path.isdir(out) and os.listdir(out):
+      old = tempfile.mkdtemp(prefix=".replaced-", dir=parent)
+      os.replace(out, old)
+      os.replace(made, out)
+      shutil.rmtree(old)
+    else:
+      os.replace(made, out)
+  except BaseException:
+    shutil.rmtree(made, ignore_errors=True)
+    raise
 
 
 def _write_splits(

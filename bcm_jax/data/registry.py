@@ -34,7 +34,8 @@ def find(
 
   Args:
     name: one of NAMES.
-    image_shape, num_classes: of 'none', which knows neither.
+    image_shape, num_classes: of 'none', which knows neither; of a name in
+      FILES what is expected there, () for anything.
     path: of a name in FILES, which is described by what is there.
     size: pixels a side that images are resized to; None keeps theirs (64 for
       'imagenet2012', whose images differ in size).
@@ -55,7 +56,10 @@ def find(
   if name in PUBLISHED:
     return _published(name, decoder, threads)
   if name in FILES:
-    return _in_files(name, path, decoder, skip_corrupt, threads)
+    if image_shape and not os.path.exists(os.path.expanduser(path)):
+      return DataSet(tuple(image_shape), num_classes, _not_here(path))
+    found = _in_files(name, path, decoder, skip_corrupt, threads)
+    return _as_described(found, path, tuple(image_shape), num_classes)
   if name == "digits":
     found = DataSet((8, 8, 1), digits.NUM_CLASSES, digits.digits)
     return _of_size(found, name, size)
@@ -82,6 +86,30 @@ def _check_keys(name: str, path: str | None, skip_corrupt: bool) -> None:
         f"data.skip_corrupt=True does not go with data.name={name!r}; leave it"
         " out, it is for 'folder' and 'zip'"
     )
+
+
+def _not_here(path: str):
+  def open_split(split, data_dir=None):
+    raise errors.UserError(
+        f"data.path={path!r} is not there, and images of split {split!r} are "
+        "needed; correct the path"
+    )
+
+  return open_split
+
+
+def _as_described(
+    found: DataSet, path: str, image_shape: tuple, num_classes: int | None
+) -> DataSet:
+  """Checks that files hold what the config says of them, if it does."""
+  there = (tuple(found.image_shape), found.num_classes)
+  if image_shape and there != (image_shape, num_classes):
+    raise errors.UserError(
+        f"{path} holds images {there[0]} of {there[1] or 'no'} classes, but "
+        f"data.image_shape={image_shape} and data.num_classes={num_classes}; "
+        "correct the path or these (() and none take what is there)"
+    )
+  return found
 
 
 def _in_files(

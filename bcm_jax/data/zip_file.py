@@ -6,7 +6,6 @@ PATH is a file, the train split, or a folder with train.zip and test.zip.
 """
 
 import json
-import threading
 import zipfile
 import zlib
 
@@ -23,7 +22,9 @@ _EXTENSIONS = (*folder.EXTENSIONS, ".npy")
 
 
 class Archive:
-  """Reads members of a zip file from several threads.
+  """Reads members of a zip file, from several threads if need be.
+
+  ZipFile itself locks what its open members share, the place in the file.
 
   Args:
     path: the file.
@@ -34,8 +35,6 @@ class Archive:
 
   def __init__(self, path: str):
     self.path = path
-    # ZipFile counts its open members without a lock.
-    self._lock = threading.Lock()
     try:
       self._zip = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as e:
@@ -58,8 +57,7 @@ class Archive:
       CorruptImage: its checksum or its compression is wrong.
     """
     try:
-      with self._lock:
-        return self._zip.read(name)
+      return self._zip.read(name)
     except (zipfile.BadZipFile, zlib.error, EOFError) as e:
       raise decoding.corrupt(f"{self.path}/{name}", e) from e
 

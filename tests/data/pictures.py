@@ -1,7 +1,9 @@
-"""Small image files for the tests of data sources."""
+"""Small image files, and what many threads do, for tests of data sources."""
 
+from concurrent.futures import ThreadPoolExecutor
 import io
 import pathlib
+import sys
 
 import numpy as np
 from PIL import Image
@@ -39,3 +41,22 @@ def write_classes(root: pathlib.Path, classes: dict[str, int], **shape):
       pixels.append(write(root / name / f"{k:03d}.png", picture))
       labels.append(label)
   return np.stack(pixels), labels
+
+
+def fetch_from_threads(source, images, labels, batch_size: int) -> bool:
+  """Whether threads that interrupt each other all get what they ask for."""
+
+  def read(seed):
+    ids = np.random.default_rng(seed).integers(0, len(source), batch_size)
+    got = source.fetch(ids)
+    return np.array_equal(got["image"], images[ids]) and np.array_equal(
+        got["label"], labels[ids]
+    )
+
+  interval = sys.getswitchinterval()
+  sys.setswitchinterval(1e-6)
+  try:
+    with ThreadPoolExecutor(8) as pool:
+      return all(pool.map(read, range(60)))
+  finally:
+    sys.setswitchinterval(interval)

@@ -1,6 +1,5 @@
 """Prepared data sets: reading by index, and what is checked."""
 
-from concurrent.futures import ThreadPoolExecutor
 import json
 import pickle
 
@@ -88,17 +87,7 @@ def test_a_record_is_the_label_and_the_pixels(folder):
 
 def test_many_threads_read_at_the_same_time(folder):
   source = prepared.PreparedSource(str(folder), "train")
-  images = _images()
-
-  def read(seed):
-    ids = np.random.default_rng(seed).integers(0, N, 50)
-    got = source.fetch(ids)
-    return np.array_equal(got["image"], images[ids]) and np.array_equal(
-        got["label"], LABELS[ids]
-    )
-
-  with ThreadPoolExecutor(8) as pool:
-    assert all(pool.map(read, range(100)))
+  assert pictures.fetch_from_threads(source, _images(), LABELS, 2000)
 
 
 def test_a_copy_of_another_process_is_the_same_source(folder):
