@@ -66,7 +66,10 @@ class Evaluation:
     train = experiment.source("train")
     if len(train) <= _MEMORISATION_IMAGES:
       self._open_small(train)
-    self.facts = provenance.facts(experiment) | self._protocol(train)
+    # A prepared folder goes by its own name.
+    data = train.name.rpartition("/")[0] or train.name
+    self.facts = provenance.facts(experiment) | {"data": data}
+    self.facts |= self._protocol(train)
 
   def _open_small(self, train: sources.Source) -> None:
     """What only sets of few small images are asked."""
@@ -103,7 +106,6 @@ class Evaluation:
 
   def _sampler(self, runner, plan) -> dict[str, Any]:
     """Numbers of one sampler: of every seed, mean and spread."""
-    began = time.monotonic()
     seeds = {s: self._numbers(runner, plan, s) for s in self.section.seeds}
     names = next(iter(seeds.values()))
     spread = {
@@ -116,7 +118,6 @@ class Evaluation:
         **{n: s["mean"] for n, s in spread.items()},
         "std": {n: s["std"] for n, s in spread.items()},
         "seeds": {str(s): numbers for s, numbers in seeds.items()},
-        "seconds": round(time.monotonic() - began, 1),
     }
 
   def _draw(self, runner, plan, count: int, seed: int):
@@ -219,7 +220,7 @@ _FORMATS = {
     "recognised": "{:.1%}", "recognised_worst_class": "{:.0%}",
     "KID": "{:.2e}", "IS": "{:.2f}",
 }
-_TOLD_ELSEWHERE = ("plan", "nfe", "std", "seeds", "seconds")
+_TOLD_ELSEWHERE = ("plan", "nfe", "std", "seeds")
 
 
 def _written(numbers: dict[str, Any]) -> Iterator[str]:

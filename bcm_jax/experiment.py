@@ -76,6 +76,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   """
   method = _method(config)
   data = _data_set(config)
+  config = _described(config, data)
   _check_model(config, data)
   _check_method(config)
   return Experiment(
@@ -90,6 +91,17 @@ def _data_set(config: ml_collections.ConfigDict) -> registry.DataSet:
       size=data.size, crop=data.crop, skip_corrupt=data.skip_corrupt,
       channels=data.channels, threads=data.threads or None,
   )
+
+
+def _described(config, data: registry.DataSet) -> ml_collections.ConfigDict:
+  """The config with what files under data.path turned out to hold."""
+  if config.data.path is None:
+    return config
+  overrides = {
+      "data.image_shape": str(tuple(data.image_shape)),
+      "data.num_classes": str(data.num_classes),
+  }
+  return configs.resolve(config.to_dict(), overrides)
 
 
 def _method(config: ml_collections.ConfigDict) -> base.Method:

@@ -27,8 +27,9 @@ class Data:
     augment: p of EDM's augmentation pipe, done on the devices and told the
       network by labels (model.augment_dim=9); 0 does nothing.
     threads: that decode images; 0 is one a usable core.
-    image_shape, num_classes: of 'none': (height, width, channels), and its
-      classes if it has any.
+    image_shape, num_classes: (height, width, channels), and classes if there
+      are any. Of 'none'; filled in by the data where it is read from
+      data.path, so that a run can be sampled where its data is not.
   """
 
   name: str = "digits"

@@ -54,6 +54,7 @@ def train_and_evaluate(
       for a run of non-finite steps.
   """
   experiment = experiments.build(config)
+  config = experiment.config
   # First of all: what is missing stops it before it writes.
   evaluate.check_outputs(experiment)
   source = experiment.source("train")

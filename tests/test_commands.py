@@ -103,13 +103,15 @@ def test_evaluation_holds_every_number(run):
   result = json.loads((run / "eval" / f"{STEPS}.json").read_text())
   assert set(result["samplers"]) == {"onestep_nfe1", "ancestral_nfe2"}
   for numbers in result["samplers"].values():
-    assert 0 <= numbers["recognised"]["worst_class_accuracy"] <= (
-        numbers["recognised"]["accuracy"]
-    ) <= 1
-    assert {"precision", "recall", "memorisation"} <= set(numbers)
+    assert 0 <= numbers["recognised_worst_class"] <= numbers["recognised"] <= 1
+    assert {"precision", "recall", "density", "coverage", "KID",
+            "FD (raw pixels)", "ratio"} <= set(numbers)
+    assert numbers["seeds"]["0"]["KID"] == numbers["KID"]
   assert set(result["inversion"]) == {"nfe1", "nfe2"}
   assert result["judge_test_accuracy"] > 0.98
   assert result["protocol"]["samples"] == 20
+  assert result["protocol"]["few_samples"] == "20 of the protocol's 50000"
+  assert result["protocol"]["reference_images"] == 1437
   assert result["protocol"]["config_digest"]
 
 

@@ -8,8 +8,6 @@ from bcm_jax import config as configs
 from bcm_jax import config_files
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import planning
-from bcm_jax.sampling import plan as plans
 
 SHIPPED = config_files.shipped_configs()
 
@@ -178,65 +176,6 @@ def test_split_overrides():
   )
   with pytest.raises(errors.UserError, match="needs a value"):
     configs.split_overrides(["--config.z"])
-
-
-def plan_of(**overrides: str) -> plans.Plan:
-  return planning.sampling_plan(experiments.build(digits(**overrides)))
-
-
-def test_plans_of_a_config():
-  assert plan_of(sample__sampler="onestep").nfe == 1
-  two = plan_of(sample__sampler="ancestral", sample__times="2")
-  assert [s.u for s in two.steps] == [2.0, 0.002]
-  default = plan_of(
-      sample__sampler="ancestral", sample__nfe="3", sample__times="()"
-  )
-  assert default.nfe == 3
-  zigzag = plan_of(
-      sample__sampler="zigzag", sample__zigzag_noise="0.1,0.2",
-      sample__zigzag_level="1,0.8", sample__nfe="5",
-  )
-  assert zigzag.nfe == 5
-  both = plan_of(
-      sample__sampler="mixture", sample__times="3",
-      sample__zigzag_noise="0.12", sample__zigzag_level="0.4",
-  )
-  assert both.nfe == 4
-
-
-@pytest.mark.parametrize(
-    "overrides, said",
-    [
-        ({"sample.sampler": "ancestral", "sample.nfe": "4",
-          "sample.times": "2"}, "needs 3 intermediate times"),
-        ({"sample.sampler": "onestep", "sample.nfe": "2"}, "makes 1"),
-        ({"sample.sampler": "zigzag", "sample.zigzag_noise": "1,2",
-          "sample.zigzag_level": "3"}, "as many of each"),
-        ({"sample.sampler": "zigzag", "sample.zigzag_noise": "2",
-          "sample.zigzag_level": "1"}, "not a higher level"),
-        ({"sample.sampler": "ancestral", "sample.times": "1,3"},
-         "not strictly decreasing"),
-        ({"sample.sampler": "ancestral", "sample.times": "100"},
-         "outside the trained"),
-        ({"sample.sampler": "ancestal"}, "did you mean 'ancestral'"),
-    ],
-)
-def test_bad_plans(overrides, said):
-  with pytest.raises(errors.UserError, match=said):
-    plan_of(**overrides)
-
-
-def test_one_time_network_refuses_other_end_levels():
-  def plan(sampler):
-    config = configs.resolve(
-        config_files.read_file("configs/digits_ict.py"),
-        {"sample.sampler": sampler, "sample.times": "2"},
-    )
-    return planning.sampling_plan(experiments.build(config))
-
-  with pytest.raises(errors.UserError, match="cm_multistep"):
-    plan("ancestral")
-  assert plan("cm_multistep").nfe == 2
 
 
 def test_another_method_refuses_what_it_does_not_use():

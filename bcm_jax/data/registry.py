@@ -1,5 +1,6 @@
 """Data sets by name: what their images are like, and how to open them."""
 
+from collections.abc import Callable
 import os
 
 from bcm_jax import errors
@@ -7,6 +8,7 @@ from bcm_jax.data import array_file
 from bcm_jax.data import decoding
 from bcm_jax.data import digits
 from bcm_jax.data import folder
+from bcm_jax.data import source as sources
 from bcm_jax.data import zip_file
 from bcm_jax.data.data_set import DataSet
 
@@ -119,9 +121,6 @@ def _in_files(
     skip_corrupt: bool,
     threads: int | None,
 ) -> DataSet:
-  path = os.path.expanduser(path)
-  if not os.path.exists(path):
-    raise errors.UserError(f"data.path={path!r} is not there; correct the path")
   if name == "folder":
     return folder.data_set(path, decoder, skip_corrupt, threads)
   if name == "zip":
@@ -131,6 +130,17 @@ def _in_files(
   from bcm_jax.data import prepared  # Only here is array_record needed.
 
   return _of_size(prepared.data_set(path), name, decoder.size)
+
+
+def _gone(path: str) -> errors.UserError:
+  return errors.UserError(f"data.path={path!r} is not there; correct the path")
+
+
+def _no_files(path: str) -> Callable[[str, str | None], sources.Source]:
+  def open_split(split, data_dir):
+    raise _gone(path)
+
+  return open_split
 
 
 def _of_size(found: DataSet, name: str, size: int | None) -> DataSet:

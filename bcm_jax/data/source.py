@@ -186,22 +186,23 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 _NUDGE = np.float32(2**-18)
 
 
-def to_float(image):
+def to_float(image: np.ndarray) -> np.ndarray:
   """Maps uint8 to float32 in [-1, 1], x / 127.5 - 1; `to_uint8` undoes it.
 
   Args:
-    image: uint8 of NumPy or JAX, any shape.
+    image: uint8, any shape.
 
   Returns:
-    float32 of the same kind and shape.
+    float32 of the same shape.
 
   Raises:
     UserError: the image is not uint8.
   """
-  if getattr(image, "dtype", None) != np.uint8:
+  image = np.asarray(image)
+  if image.dtype != np.uint8:
     raise UserError(
-        f"to_float was given {getattr(image, 'dtype', type(image).__name__)},"
-        " expected uint8; images that are floats already need no conversion"
+        f"to_float was given {image.dtype}, expected uint8; images that are"
+        " floats already need no conversion"
     )
   value = image.astype(np.float32)
   return (value + (value > 0) * _NUDGE) / np.float32(127.5) - np.float32(1)

@@ -133,9 +133,10 @@ class Pixels:
   distance = frechet_name(name)
 
   def __call__(self, images: np.ndarray) -> Activations:
-    """Pixels in 0..255 of uint8 images [n, H, W, C]: pooled [n, H W C]."""
+    """Pixels in [0, 1] of uint8 images [n, H, W, C]: pooled [n, H W C]."""
     check_images(images)
-    return Activations(images.reshape(len(images), -1).astype(np.float32))
+    flat = images.reshape(len(images), -1)
+    return Activations(flat / np.float32(255))
 
 
 class FunctionFeatures:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bcm_jax.data import augmentation
@@ -25,6 +26,9 @@ from bcm_jax.training import rng
 from bcm_jax.training import state as states
 
 Batch = dict[str, jax.Array]
+# Floats of the 256 grey levels, looked up: XLA divides by a constant in other
+# ways than NumPy, and images would depend on where they were converted.
+_GREY = sources.to_float(np.arange(256, dtype=np.uint8))
 Step = Callable[..., tuple[states.TrainState, dict[str, jax.Array]]]
 
 
@@ -121,7 +125,7 @@ def _loss(params, player, method, options, state, batch, curriculum):
 
   images, augment_labels = batch["image"], None
   if images.dtype == jnp.uint8:
-    images = sources.to_float(images)
+    images = jnp.asarray(_GREY)[images]
   if options.augment is not None:
     images, augment_labels = augmentation.apply(
         options.augment, images, augmentation.draw(keys("augment"))

@@ -91,3 +91,28 @@ def test_to_uint8_floors_and_clips_in_float32():
   assert source_lib.to_uint8(x).tolist() == [0, 0, 127, 127, 255, 255]
   # In float64 this value is just below 1 and its floor would be 254.
   assert source_lib.to_uint8(np.array([1 - 1e-12])).tolist() == [255]
+
+
+def test_floats_are_the_nearest_that_come_back():
+  grey = np.arange(256, dtype=np.uint8)
+  exact = grey / np.float64(127.5) - 1
+  assert np.abs(source_lib.to_float(grey) - exact).max() < 1e-7
+
+
+def test_a_fingerprint_tells_data_sets_apart_and_nothing_else():
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (50, 4, 4, 3), np.uint8)
+  labels = np.arange(50) % 5
+
+  def of(images=images, labels=labels, classes=5, name="a"):
+    return source_lib.fingerprint(
+        source_lib.ArraySource(images, labels, classes, name)
+    )
+
+  assert of() == of(name="moved elsewhere")
+  changed = images.copy()
+  changed[0, 0, 0, 0] ^= 1
+  others = [of(changed), of(labels=(labels + 1) % 5), of(classes=6),
+            of(images[:49], labels[:49]),
+            of(images.reshape(50, 2, 8, 3))]
+  assert len({of(), *others}) == 6

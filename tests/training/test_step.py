@@ -3,16 +3,20 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from bcm_jax.data import augmentation
+from bcm_jax.data import source as sources
 from bcm_jax.methods import base
 from bcm_jax.training import ema
 from bcm_jax.training import parallel
 from bcm_jax.training import power_ema
+from bcm_jax.training import rng
 from bcm_jax.training import state as states
 from bcm_jax.training import step as steps
 from tests import toys
@@ -363,3 +367,75 @@ def test_power_function_average_forgets_the_start():
   np.testing.assert_allclose(
       state.averages["power_0.1"]["w"], expected, rtol=1e-5
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen(Regression):
+  """Tells what images and labels of augmentation a loss is handed."""
+
+  def loss(self, params, ctx):
+    loss = params["w"] * jnp.zeros(B)
+    metrics = {"images": jnp.mean(ctx.images, (1, 2, 3))}
+    if ctx.augment_labels is not None:
+      metrics["labels"] = jnp.sum(jnp.abs(ctx.augment_labels), -1)
+    return loss, metrics
+
+
+def photographs():
+  image = np.random.default_rng(0).integers(0, 256, (B, 8, 8, 3), np.uint8)
+  return batch() | {"image": image}
+
+
+def test_bytes_become_floats_on_the_devices():
+  state, step = begin(Seen())
+  _, metrics = step(state, photographs(), {}, ("student",))
+  expected = sources.to_float(photographs()["image"])
+  _, same = step(
+      state, photographs() | {"image": expected}, {}, ("student",)
+  )
+  assert metrics["images"] == same["images"]
+  np.testing.assert_allclose(metrics["images"], expected.mean(), rtol=1e-5)
+  assert "labels" not in metrics
+
+
+def test_augmentation_is_keyed_and_told_to_the_loss():
+  pipe = augmentation.training_pipe(0.5)
+  state, step = begin(Seen(), augment=pipe, seed=3)
+  _, metrics = step(state, photographs(), {}, ("student",))
+  keys = rng.example_keys(3, "augment", 0, np.arange(B))
+  images, labels = augmentation.apply(
+      pipe, sources.to_float(photographs()["image"]), augmentation.draw(keys)
+  )
+  assert float(jnp.sum(jnp.abs(labels))) > 0
+  np.testing.assert_allclose(metrics["images"], jnp.mean(images), rtol=1e-3)
+  np.testing.assert_allclose(
+      metrics["labels"], jnp.mean(jnp.sum(jnp.abs(labels), -1)), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize("toy", ["bidirectional_toy", "consistency_toy"])
+def test_labels_of_augmentation_reach_every_pass(toy):
+  """A network that adds them to its output: none of the passes forgets."""
+
+  class Told(toys.MLP):
+    augment_dim: int = 9
+
+    @nn.compact
+    def __call__(self, x, c_noise, end, labels, keys, augment_labels=None):
+      assert augment_labels is not None
+      assert augment_labels.shape == (len(x), 9)
+      told.append(augment_labels[0, 0])
+      return x * self.param("w", nn.initializers.ones, ())
+
+    def init(self, key, x, *rest):
+      return {"params": {"w": jnp.ones(())}}
+
+  told = []
+  two_time = toy == "bidirectional_toy"
+  method = getattr(toys, toy)(network=Told(two_time=two_time))
+  ctx = toys.context(toys.images(), method.curriculum(0))._replace(
+      augment_labels=jnp.ones((B, 9))
+  )
+  method.loss({"w": jnp.ones(())}, ctx)
+  # The two online passes of BCM are one of twice the batch.
+  assert len(told) == (3 if two_time else 2)

@@ -1,0 +1,141 @@
+"""What a config asks of samplers and inversions, and how it is written."""
+
+import pytest
+
+from bcm_jax import config as configs
+from bcm_jax import config_files
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import planning
+from bcm_jax.sampling import plan as plans
+
+
+def digits(**overrides: str):
+  return configs.resolve(
+      config_files.read_file("configs/digits.py"),
+      {k.replace("__", "."): v for k, v in overrides.items()},
+  )
+
+
+def plan_of(**overrides: str) -> plans.Plan:
+  return planning.sampling_plan(experiments.build(digits(**overrides)))
+
+
+def test_plans_of_a_config():
+  assert plan_of(sample__sampler="onestep").nfe == 1
+  two = plan_of(sample__sampler="ancestral", sample__times="2")
+  assert [s.u for s in two.steps] == [2.0, 0.002]
+  default = plan_of(
+      sample__sampler="ancestral", sample__nfe="3", sample__times="()"
+  )
+  assert default.nfe == 3
+  zigzag = plan_of(
+      sample__sampler="zigzag", sample__zigzag_noise="0.1,0.2",
+      sample__zigzag_level="1,0.8", sample__nfe="5",
+  )
+  assert zigzag.nfe == 5
+  both = plan_of(
+      sample__sampler="mixture", sample__times="3",
+      sample__zigzag_noise="0.12", sample__zigzag_level="0.4",
+  )
+  assert both.nfe == 4
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        ({"sample.sampler": "ancestral", "sample.nfe": "4",
+          "sample.times": "2"}, "needs 3 intermediate times"),
+        ({"sample.sampler": "onestep", "sample.nfe": "2"}, "makes 1"),
+        ({"sample.sampler": "zigzag", "sample.zigzag_noise": "1,2",
+          "sample.zigzag_level": "3"}, "as many of each"),
+        ({"sample.sampler": "zigzag", "sample.zigzag_noise": "2",
+          "sample.zigzag_level": "1"}, "not a higher level"),
+        ({"sample.sampler": "ancestral", "sample.times": "1,3"},
+         "not strictly decreasing"),
+        ({"sample.sampler": "ancestral", "sample.times": "100"},
+         "outside the trained"),
+        ({"sample.sampler": "ancestal"}, "did you mean 'ancestral'"),
+    ],
+)
+def test_bad_plans(overrides, said):
+  with pytest.raises(errors.UserError, match=said):
+    plan_of(**overrides)
+
+
+def test_one_time_network_refuses_other_end_levels():
+  def plan(sampler):
+    config = configs.resolve(
+        config_files.read_file("configs/digits_ict.py"),
+        {"sample.sampler": sampler, "sample.times": "2"},
+    )
+    return planning.sampling_plan(experiments.build(config))
+
+  with pytest.raises(errors.UserError, match="cm_multistep"):
+    plan("ancestral")
+  assert plan("cm_multistep").nfe == 2
+
+
+@pytest.fixture(scope="module")
+def experiment():
+  """Digits, with one time and one zigzag of its own."""
+  return experiments.build(digits(
+      sample__times="1.5", sample__zigzag_noise="0.2",
+      sample__zigzag_level="0.9",
+  ))
+
+
+def times(plan):
+  return [s.u for s in plan.steps if isinstance(s, plans.Jump)]
+
+
+def test_samplers_by_name_number_and_times(experiment):
+  def plan(text):
+    return planning.sampling_plan(experiment, text)
+
+  assert times(plan("ancestral")) == [1.5, 0.002]
+  assert times(plan("ancestral:2")) == [1.5, 0.002]
+  assert plan("ancestral:5").nfe == 5
+  assert 1.5 not in times(plan("ancestral:5"))
+  assert times(plan("ancestral@3/0.5")) == [3, 0.5, 0.002]
+  assert times(plan("zigzag")) == [0.002, 0.9, 0.002]
+  assert times(plan("zigzag@0.1>0.3/0.05>0.2")) == [
+      0.002, 0.3, 0.002, 0.2, 0.002
+  ]
+  assert times(plan("mixture@3/0.12>0.4")) == [3, 0.002, 0.4, 0.002]
+  assert times(plan("mixture:4")) == [1.5, 0.002, 0.9, 0.002]
+  assert times(plan("cm_multistep@2")) == [0.002, 0.002]
+  assert plan("onestep").nfe == 1
+
+
+@pytest.mark.parametrize("text", [
+    "onestep", "ancestral@2.4", "zigzag@0.1>1.2", "mixture@3/0.12>0.4",
+    "cm_multistep@5/2/1",
+])
+def test_notation_is_written_as_it_is_read(text):
+  request = planning.parse(text)
+  assert planning.write(
+      request.name, request.times or (), request.pairs or ()
+  ) == text
+
+
+@pytest.mark.parametrize("text, said", [
+    ("ancestal:2", "did you mean 'ancestral'"),
+    ("ancestral:two", "not understood"),
+    ("ancestral@x", "write ancestral, ancestral:4"),
+    ("zigzag@0.1>0.2>0.3", "a zigzag is e>t"),
+    ("zigzag@3", "zigzag takes no intermediate times"),
+    ("ancestral@0.1>2", "ancestral takes no pairs"),
+    ("ancestral@300", "outside the trained"),
+    ("onestep:2", "makes 1"),
+])
+def test_bad_notation_says_what_is_wrong(experiment, text, said):
+  with pytest.raises(errors.UserError, match=said):
+    planning.sampling_plan(experiment, text)
+
+
+def test_inversions_by_number_and_noise(experiment):
+  plan = planning.inversion_plan(experiment, 3, 0.2)
+  assert plan.steps[0] == plans.AddNoise(0.2, 0.2)
+  assert plan.nfe == 3
+  assert planning.inversion_plan(experiment).steps[0].scale == 0.07
