@@ -90,7 +90,7 @@ def _check_keys(name: str, path: str | None, skip_corrupt: bool) -> None:
     )
 
 
-def _not_here(path: str):
+def _not_here(path: str) -> Callable[[str, str | None], sources.Source]:
   def open_split(split, data_dir=None):
     raise errors.UserError(
         f"data.path={path!r} is not there, and images of split {split!r} are "
@@ -121,6 +121,9 @@ def _in_files(
     skip_corrupt: bool,
     threads: int | None,
 ) -> DataSet:
+  path = os.path.expanduser(path)
+  if not os.path.exists(path):
+    raise errors.UserError(f"data.path={path!r} is not there; correct the path")
   if name == "folder":
     return folder.data_set(path, decoder, skip_corrupt, threads)
   if name == "zip":
@@ -130,17 +133,6 @@ def _in_files(
   from bcm_jax.data import prepared  # Only here is array_record needed.
 
   return _of_size(prepared.data_set(path), name, decoder.size)
-
-
-def _gone(path: str) -> errors.UserError:
-  return errors.UserError(f"data.path={path!r} is not there; correct the path")
-
-
-def _no_files(path: str) -> Callable[[str, str | None], sources.Source]:
-  def open_split(split, data_dir):
-    raise _gone(path)
-
-  return open_split
 
 
 def _of_size(found: DataSet, name: str, size: int | None) -> DataSet:

@@ -90,6 +90,23 @@ def test_a_path_that_is_missing(name, tmp_path):
     registry.find(name, path=path)
 
 
+@pytest.mark.parametrize("name", registry.FILES)
+def test_files_that_have_gone_are_as_they_were_described(name, tmp_path):
+  path = str(tmp_path / "gone")
+  found = registry.find(name, (4, 6, 3), 7, path=path)
+  assert found.image_shape == (4, 6, 3) and found.num_classes == 7
+  with pytest.raises(UserError, match="data.path='.*gone' is not there"):
+    found.open("train", None)
+
+
+def test_files_must_be_as_they_were_described(paths):
+  path, shape = paths["folder"], (20, 24, 3)
+  assert registry.find("folder", shape, 3, path=path).image_shape == shape
+  for other in ((shape, 4), (shape, None), ((20, 20, 3), 3)):
+    with pytest.raises(UserError, match=r"holds images \(20, 24, 3\) of 3 cl"):
+      registry.find("folder", *other, path=path)
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
