@@ -30,5 +30,4 @@ run digits_ict digits_ict
 run digits_bcm_finetune digits_bcm_finetune \
   --config.training.init_from="$work/digits_ict"
 
-"$python" benchmarks/digits_table.py docs/results >docs/results.md
-echo "written: docs/results.md and docs/results/*.json"
+"$python" -m bcm_jax.main --mode=table --workdir=docs
