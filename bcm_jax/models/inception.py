@@ -233,7 +233,8 @@ class InceptionV3(nn.Module):
   of the graph's weights say so (torch-fidelity's table of them), and that the
   features come after the ReLU was shown by a port to PyTorch that takes them
   there: on ADM's own samples of ImageNet-256 its sFID is 6.14049, where ADM's
-  evaluator gives 6.14043 (README of ADM-evaluation-suite-pytorch).
+  evaluator gives 6.14043 (README of ADM-evaluation-suite-pytorch; the graph
+  itself was not run against this network).
   """
 
   @nn.compact
