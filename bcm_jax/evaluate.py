@@ -54,9 +54,10 @@ class Evaluation:
   """
 
   def __init__(self, experiment: experiments.Experiment, workdir: str):
-    check_outputs(experiment)
     self.experiment, self.workdir = experiment, workdir
     self.section: options.Eval = experiment.section("eval")
+    check_outputs(experiment)
+    check_protocol(self.section)
     self.features = references.open_features(self.section)
     self.target = references.open_target(
         experiment, self.features, os.path.join(workdir, "eval")
@@ -286,31 +287,49 @@ def _evaluate_and_write(evaluation, step, average, params) -> dict[str, Any]:
 def finish(
     experiment: experiments.Experiment, workdir: str, step: int,
     average: str, params: Any,
-) -> dict[str, Any]:
-  """The end of training: numbers, samples and pictures."""
+) -> dict[str, Any] | None:
+  """The end of training: numbers if they are asked for, and pictures."""
   sample: options.Sample = experiment.section("sample")
-  evaluation = Evaluation(experiment, workdir)
-  result = _evaluate_and_write(evaluation, step, average, params)
+  section: options.Eval = experiment.section("eval")
+  result = None
+  if section.at_end:
+    evaluation = Evaluation(experiment, workdir)
+    result = _evaluate_and_write(evaluation, step, average, params)
   runner = runners.Runner(experiment, params, sample.batch_size)
   folders = []
-  for sampler in evaluation.section.samplers:
+  for sampler in section.samplers:
     folders.append(generate.sample(experiment, workdir, runner, sampler))
   if experiment.method.two_time:
-    for nfe in evaluation.section.inversion_nfe:
+    for nfe in section.inversion_nfe:
       folders.append(generate.invert(experiment, workdir, runner, nfe))
     folders.append(generate.interpolate(experiment, workdir, runner))
   print("pictures: " + ", ".join(f"{f}/grid.png" for f in folders))
   print(f"all at a glance: {plots.overview(experiment, workdir)}")
+  if not section.at_end:
+    print(f"numbers: python -m bcm_jax.main --workdir={workdir} --mode=eval")
   return result
 
 
+def check_before_training(experiment: experiments.Experiment) -> None:
+  """Finds what would stop `finish` before training, not after it."""
+  check_outputs(experiment)
+  section: options.Eval = experiment.section("eval")
+  if section.at_end:
+    check_protocol(section)
+    references.open_features(section)
+
+
 def check_outputs(experiment: experiments.Experiment) -> None:
-  """Finds bad times, labels or settings before training, not after it."""
+  """Finds bad times and labels before any work is done."""
   section: options.Eval = experiment.section("eval")
   for sampler in section.samplers:
     planning.sampling_plan(experiment, sampler)
   generate.asked_labels(experiment, experiment.section("sample"))
   evaluate_inversion.check(experiment)
+
+
+def check_protocol(section: options.Eval) -> None:
+  """Raises UserError where numbers would be no measurement of the protocol."""
   if not section.seeds:
     raise errors.UserError("eval.seeds is empty; give at least one seed")
   if section.num_samples < PROTOCOL_SAMPLES and not section.allow_few:

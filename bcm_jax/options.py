@@ -186,6 +186,7 @@ class Eval:
   """Numbers at the end of a run and in mode eval; docs/evaluation.md.
 
   Attributes:
+    at_end: evaluate at the end of training; without it only pictures are made.
     samplers: samplers to evaluate: 'ancestral' with the times of section
       sample, 'ancestral:4' with four evaluations at default times, or
       'mixture@3/0.12>0.4' with these times.
@@ -213,6 +214,7 @@ class Eval:
     baseline_nfe: evaluations of each of these.
   """
 
+  at_end: bool = True
   samplers: tuple[str, ...] = ("onestep", "ancestral")
   averages: tuple[str, ...] = ()
   steps: Literal["last", "all", "follow"] = "last"

@@ -56,7 +56,7 @@ def train_and_evaluate(
   experiment = experiments.build(config)
   config = experiment.config
   # First of all: what is missing stops it before it writes.
-  evaluate.check_outputs(experiment)
+  evaluate.check_before_training(experiment)
   source = experiment.source("train")
   prepare_workdir(config, workdir)
   training: options.Training = experiment.section("training")

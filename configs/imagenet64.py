@@ -1,6 +1,10 @@
 """Consistency models and BCM on ImageNet 64x64, class-conditional.
 
+  python -m bcm_jax.data.prepare tfds:imagenet2012 data/imagenet64 --size=64
   python -m bcm_jax.main --config=configs/imagenet64.py:VARIANT --workdir=DIR
+
+The first once: ADM's crop, as in the published runs; TFDS's own 64x64 images
+(config.data.name=imagenet64) are another data set.
 
 FID of 1 / 2 / 3 / 4 NFE as published (Li & He, README; ct: Song et al., 2023,
 recalled); none has been run here.
@@ -56,7 +60,10 @@ def get_config(variant: str = "finetune") -> ml_collections.ConfigDict:
   """The config of a variant: --config=configs/imagenet64.py:VARIANT."""
   model, method, training, times = VARIANTS[variant]
   config = ml_collections.ConfigDict()
-  config.data = dict(name="imagenet64", flip=True)
+  config.data = dict(
+      name="prepared", path="data/imagenet64", flip=True,
+      image_shape=(64, 64, 3), num_classes=1000,
+  )
   config.model = _ADM | model
   config.method = method
   config.optimizer = dict(name="radam", learning_rate=1e-4)
@@ -66,7 +73,6 @@ def get_config(variant: str = "finetune") -> ml_collections.ConfigDict:
   several = "ancestral" if model.get("two_time") else "cm_multistep"
   config.sample = dict(sampler=several, num_samples=50_000) | times
   config.invert = dict(times=(15.0,))
-  config.eval = dict(
-      samplers=("onestep", several), num_samples=50_000, num_reference=50_000
-  )
+  # FID needs Inception's weights: mode eval, docs/evaluation.md.
+  config.eval = dict(samplers=("onestep", several), at_end=False)
   return config

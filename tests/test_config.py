@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from bcm_jax import config as configs
@@ -176,6 +177,36 @@ def test_split_overrides():
   )
   with pytest.raises(errors.UserError, match="needs a value"):
     configs.split_overrides(["--config.z"])
+
+
+def test_a_conditional_network_needs_labels(tmp_path):
+  images = np.zeros((3, 8, 8, 1), np.uint8)
+  np.savez(tmp_path / "train.npz", arr_0=images)
+  with pytest.raises(errors.UserError, match="have no labels; set model.num"):
+    experiments.build(
+        digits(data__name="npz", data__path=str(tmp_path / "train.npz"))
+    )
+  free = digits(
+      data__name="npz", data__path=str(tmp_path / "train.npz"),
+      model__num_classes="none",
+  )
+  built = experiments.build(free)
+  assert tuple(built.config.data.image_shape) == (8, 8, 1)
+  # What the files held is remembered where they are not.
+  (tmp_path / "train.npz").unlink()
+  assert experiments.build(built.config).image_shape == (8, 8, 1)
+  with pytest.raises(errors.UserError, match="is not there"):
+    experiments.build(free)
+
+
+def test_augmentation_must_be_told_to_the_network():
+  with pytest.raises(errors.UserError, match="model.augment_dim=9"):
+    experiments.build(digits(data__augment="0.12"))
+  built = experiments.build(
+      digits(data__augment="0.12", model__augment_dim="9")
+  )
+  assert built.step_options().augment.p == 0.12
+  assert experiments.build(digits()).step_options().augment is None
 
 
 def test_another_method_refuses_what_it_does_not_use():

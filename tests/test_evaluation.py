@@ -72,12 +72,22 @@ def copy(run, tmp_path):
 def test_fewer_samples_than_the_protocol_need_a_flag():
   few = experiment(eval__allow_few="false")
   with pytest.raises(errors.UserError, match="eval.allow_few=true"):
-    evaluate.check_outputs(few)
-  evaluate.check_outputs(
-      experiment(eval__allow_few="false", eval__num_samples="50000")
-  )
+    evaluate.check_before_training(few)
+  for fine in ({"eval__num_samples": "50000"}, {"eval__at_end": "false"}):
+    evaluate.check_before_training(
+        experiment(eval__allow_few="false", **fine)
+    )
   with pytest.raises(errors.UserError, match="seeds is empty"):
-    evaluate.check_outputs(experiment(eval__seeds="()"))
+    evaluate.check_before_training(experiment(eval__seeds="()"))
+
+
+def test_training_may_end_with_pictures_alone(copy, capsys):
+  quiet = experiment(eval__at_end="false", sample__num_samples="20")
+  _, average, params = runs.load_run(quiet, str(copy))
+  assert evaluate.finish(quiet, str(copy), 4, average, params) is None
+  assert not (copy / "eval").exists()
+  assert (copy / "overview.png").exists()
+  assert "--mode=eval" in capsys.readouterr().out
 
 
 def test_seeds_are_told_one_by_one_with_mean_and_spread(copy):
