@@ -3,12 +3,16 @@
   python benchmarks/metrics_speed.py docs/results/metrics_speed.json [section..]
 
 Runs the sections named, or all, prints a table and writes JSON; sections of
-the file that were not run stay as they are. Each section measures the float64
-matrix product itself, so that a busy machine shows in both columns.
+the file that were not run stay as they are. Times are seconds, the best of a
+few rounds in which what is measured and the products take turns. On a machine
+that others use, set OPENBLAS_NUM_THREADS=1: threads that wait for each other
+make decompositions ten times slower there, and processor time of one thread is
+what a free core would take.
 """
 
 from collections.abc import Callable
 import json
+import math
 import os
 import pathlib
 import platform
@@ -27,23 +31,35 @@ from bcm_jax.metrics import moments
 from bcm_jax.metrics import precision_recall
 
 DIMENSION = 2048
+ROUNDS = 3
 
 
-def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
-  """The shortest of some runs."""
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    function()
-    times.append(time.perf_counter() - start)
-  return min(times)
+def best(**tasks: Callable[[], Any]) -> dict[str, float]:
+  """Shortest wall time of each task, and processor time as '<task> cpu'.
+
+  All take turns, so that the load of the machine hits all.
+  """
+  times = {}
+  for _ in range(ROUNDS):
+    for name, task in tasks.items():
+      wall, cpu = time.perf_counter(), time.process_time()
+      task()
+      wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+      times[name] = min(times.get(name, math.inf), wall)
+      times[f"{name} cpu"] = min(times.get(f"{name} cpu", math.inf), cpu)
+  return times
 
 
-def product_seconds(operations: float) -> float:
-  """Time that NumPy takes for this many operations in float64 products."""
+def products(operations: float) -> Callable[[], None]:
+  """Float64 matrix products of this many operations."""
   a, b = np.random.default_rng(0).standard_normal((2, DIMENSION, DIMENSION))
-  one = seconds(lambda: a @ b, repeats=5)
-  return one * operations / (2 * DIMENSION**3)
+  repeats = round(operations / (2 * DIMENSION**3))
+
+  def multiply():
+    for _ in range(repeats):
+      np.matmul(a, b)
+
+  return multiply
 
 
 def random_features(count: int, seed: int) -> np.ndarray:
@@ -57,35 +73,34 @@ def frechet_distance() -> dict[str, float]:
   """From two arrays of 50,000 features to the distance."""
   count = 50_000
   sets = [random_features(count, seed) for seed in range(2)]
-  # What the products of both covariances would take without their symmetry.
-  bare = product_seconds(2 * 2 * count * DIMENSION**2)
   gaussians = []
 
-  def statistics():
+  def covariances():
     gaussians[:] = [moments.from_features(s).gaussian() for s in sets]
 
-  covariances = seconds(statistics)
-  distance = seconds(lambda: frechet.frechet_distance(*gaussians))
-  return {
-      "images": count,
-      "seconds": covariances + distance,
-      "seconds_of_covariances": covariances,
-      "seconds_of_distance": distance,
-      "seconds_of_products": bare,
+  found = best(
+      covariances=covariances,
+      distance=lambda: frechet.frechet_distance(*gaussians),
+      # Of both covariances, without their symmetry.
+      products=products(2 * 2 * count * DIMENSION**2),
+  )
+  total = {
+      f"all{of}": found[f"covariances{of}"] + found[f"distance{of}"]
+      for of in ("", " cpu")
   }
+  return {"images": count} | total | found
 
 
 def neighbours() -> dict[str, float]:
   """Precision, recall, density and coverage of 10,000 features each."""
   count = 10_000
   real, fake = (random_features(count, seed) for seed in range(2))
-  # All pairs between the sets, half of all pairs within each.
-  bare = product_seconds(2 * 2 * count**2 * DIMENSION)
-  return {
-      "images": count,
-      "seconds": seconds(lambda: precision_recall.prdc(real, fake)),
-      "seconds_of_products": bare,
-  }
+  found = best(
+      all=lambda: precision_recall.prdc(real, fake),
+      # All pairs between the sets, half of all pairs within each.
+      products=products(2 * 2 * count**2 * DIMENSION),
+  )
+  return {"images": count} | found
 
 
 SECTIONS = {
@@ -106,7 +121,9 @@ def facts() -> dict[str, Any]:
       capture_output=True, text=True, check=False,
   ).stdout.strip()
   return {
-      "cpu": cpu, "cores": os.cpu_count(), "bcm_jax": __version__,
+      "cpu": cpu, "cores": os.cpu_count(),
+      "threads": os.environ.get("OPENBLAS_NUM_THREADS", "all"),
+      "bcm_jax": __version__,
       "numpy": np.__version__, "scipy": scipy.__version__, "commit": commit,
   }
 
@@ -115,11 +132,12 @@ def main() -> None:
   """Measures, prints and writes."""
   path = pathlib.Path(sys.argv[1]).resolve()
   result = json.loads(path.read_text()) if path.exists() else {}
-  print(f"{'section':<36} {'seconds':>8} {'products':>9} {'ratio':>6}")
+  print(f"{'seconds':<36} {'all':>8} {'products':>9} {'ratio':>6}")
   for name in sys.argv[2:] or SECTIONS:
     found = SECTIONS[name]()
-    taken, bare = found["seconds"], found["seconds_of_products"]
-    print(f"{name:<36} {taken:>8.1f} {bare:>9.1f} {taken / bare:>6.2f}")
+    for of in ("", " cpu"):
+      taken, bare = found[f"all{of}"], found[f"products{of}"]
+      print(f"{name + of:<36} {taken:>8.1f} {bare:>9.1f} {taken / bare:>6.2f}")
     result[name] = found | facts()
     files.write_json(str(path), result)
 
