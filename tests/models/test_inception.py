@@ -62,7 +62,7 @@ def test_logits_with_and_without_bias(evaluated):
 
 
 @pytest.mark.parametrize("given, expected", [
-    ("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64"),
+    ("bfloat16", "float32"), ("float64", "float64"),
 ])
 def test_computes_in_float32_or_wider(given, expected):
   with jax.enable_x64(given == "float64"):
@@ -110,11 +110,13 @@ def test_averages_commute_with_the_convolution():
     )
 
   averaged = window_sums(x) / window_sums(np.ones_like(x))
-  layer = inception.ConvNorm(4)
-  params = layer.init(jax.random.key(0), x)
-  expected = layer.apply(params, averaged)
+  params = {"params": {
+      "kernel": normal(1, 1, 3, 4), "scale": normal(4), "bias": normal(4),
+      "mean": normal(4), "var": normal(4) ** 2,
+  }}
+  expected = inception.ConvNorm(4).apply(params, averaged)
   ours = inception.ConvNorm(4, average=True).apply(params, x)
-  np.testing.assert_allclose(ours, expected, atol=1e-6)
+  np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("stride, padding", [(2, None), (1, -np.inf)])
