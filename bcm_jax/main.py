@@ -5,13 +5,13 @@ but train, --config may be left out where the work directory holds a run.
 Exit status: 0 done, 65 bad input (one line says what).
 """
 
-import os
 import sys
 
 from absl import app
 from absl import flags
 from absl import logging
 
+from bcm_jax import command
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import tables
@@ -81,19 +81,13 @@ def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
   argv = sys.argv if argv is None else argv
   logging.set_verbosity(logging.WARNING)
-  try:
+  with command.reporting():
     file, overrides, rest = configs.split_overrides(argv[1:])
-
     app.run(
         lambda _: run(file, overrides), [argv[0], *rest], flags_parser=_parse
     )
-  except errors.UserError as e:
-    print(f"error: {e}", file=sys.stderr)
-    sys.exit(errors.EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":
-  # TensorFlow's start-up chatter is no news to anybody.
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  command.quiet_tensorflow()
   main()

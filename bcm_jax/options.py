@@ -151,7 +151,7 @@ class Invert:
     nfe: network evaluations of the inversion; reconstruction is one more.
     times: intermediate times, ascending; empty takes default ones.
     noise: e, standard deviation of the noise added before inverting.
-    num_images: images to invert; None is the whole split.
+    num_images: images to invert, spread over the split; None is all of it.
     batch_size: images at a time.
     seed: of the added noise.
   """

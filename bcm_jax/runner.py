@@ -166,10 +166,13 @@ def on_all_hosts(n: int, rows: Callable[[np.ndarray], Any]) -> Any:
 def test_images(
     experiment: experiments.Experiment, count: int | None
 ) -> dict[str, np.ndarray]:
-  """The first `count` images of the test split, all for None."""
+  """`count` images spread evenly over the test split, all for None.
+
+  Folders are in the order of their classes: the first ones would be of one.
+  """
   source = experiment.source("test")
   count = len(source) if count is None else min(count, len(source))
-  return source.fetch(np.arange(count))
+  return source.fetch(np.arange(count) * len(source) // count)
 
 
 def invert_and_reconstruct(

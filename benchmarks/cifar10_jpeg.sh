@@ -18,14 +18,15 @@ config=(--config=configs/cifar10_jpeg.py --config.data.path="$data")
 [[ -f $data/dataset.json ]] ||
   "$python" -m bcm_jax.data.prepare "$photos" "$data" --size=32
 [[ -f $work/classifier/classifier.json ]] ||
-  "$python" -m bcm_jax.train_classifier "${config[@]}" --out="$work/classifier"
+  "$python" -m bcm_jax.train_classifier "${config[@]}" \
+    --out="$work/classifier" --name='CIFAR-10 (JPEG) ResNet'
 "$python" -m bcm_jax.main "${config[@]}" --workdir="$work/run"
 "$python" -m bcm_jax.main --workdir="$work/run" --mode=eval \
   --config.eval.features=classifier \
   --config.eval.features_path="$work/classifier" \
   --config.eval.samplers=onestep,ancestral@1.2 \
-  --config.eval.num_samples=5000 --config.eval.seeds=0,1,2 \
-  --config.eval.num_reference=5000 \
+  --config.eval.num_samples=2000 --config.eval.seeds=0,1,2 \
+  --config.eval.num_reference=2000 \
   --config.eval.inversion_noise=0.03,0.07,0.15,0.3
 
 newest=$(find "$work/run/eval" -name '*.json' | sort -V | tail -n 1)

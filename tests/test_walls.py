@@ -48,7 +48,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # Beneath all: rooms may import these, models excepted.
-FOUNDATION = ("errors", "files")
+FOUNDATION = ("errors", "files", "command")
 # The package's own __init__.py holds the version and imports no room.
 FACADE = "__init__"
 

@@ -7,12 +7,10 @@ tfds:imagenet2012. The same input gives the same bytes, whatever the machine.
 Exit status: 0 done, 65 bad input (one line says what).
 """
 
-import argparse
 from collections.abc import Iterator
 import contextlib
 import os
 import shutil
-import sys
 import tempfile
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 import tqdm
 
 from bcm_jax import __version__
+from bcm_jax import command
 from bcm_jax import errors
 from bcm_jax.data import data_set as data_sets
 from bcm_jax.data import encoded
@@ -261,18 +260,8 @@ def _summary(found, splits, skipped, out) -> str:
   )
 
 
-class _Parser(argparse.ArgumentParser):
-  """Reports a wrong flag as any other bad input."""
-
-  def error(self, message):
-    raise errors.UserError(f"{message}; --help lists the flags")
-
-
-def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(
-      prog="python -m bcm_jax.data.prepare", description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+def _parser() -> command.Parser:
+  parser = command.Parser("bcm_jax.data.prepare", __doc__)
   add = parser.add_argument
   add("source", metavar="IN", help="images, or tfds:NAME")
   add("out", metavar="OUT", help="folder to make")
@@ -292,15 +281,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  try:
+  with command.reporting():
     print(prepare(**vars(_parser().parse_args(argv))))
-  except errors.UserError as e:
-    print(f"error: {e}", file=sys.stderr)
-    sys.exit(errors.EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":
-  # TensorFlow's start-up chatter is no news to anybody.
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  command.quiet_tensorflow()
   main()

@@ -9,7 +9,6 @@ What tensors do not tell is assumed as published, printed, and can be set:
 --config.model.num_head_channels=32. Exit status: 0 done, 65 bad input.
 """
 
-import argparse
 import os
 import pathlib
 import re
@@ -23,6 +22,7 @@ import ml_collections
 import numpy as np
 
 from bcm_jax import __version__
+from bcm_jax import command
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
@@ -236,10 +236,7 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  parser = argparse.ArgumentParser(
-      prog="python -m bcm_jax.interop.convert", description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = command.Parser("bcm_jax.interop.convert", __doc__)
   parser.add_argument("source", help="the file, or with --reverse a workdir")
   parser.add_argument("out", help="work directory or file to make")
   parser.add_argument("--kind", default="auto", help="auto, "
@@ -249,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--image-size", type=int, help="pixels a side")
   parser.add_argument("--average", help="--reverse: which moving average")
   parser.add_argument("--reverse", action="store_true")
-  try:
+  with command.reporting():
     argv = sys.argv[1:] if argv is None else argv
     _, overrides, rest = configs.split_overrides(argv)
     args = parser.parse_args(rest)
@@ -260,9 +257,6 @@ def main(argv: list[str] | None = None) -> None:
           args.source, args.out, args.kind, args.group, args.step, overrides,
           args.image_size,
       ))
-  except errors.UserError as e:
-    print(f"error: {e}", file=sys.stderr)
-    sys.exit(errors.EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":

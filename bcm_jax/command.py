@@ -1,0 +1,44 @@
+"""What all commands share: bad input ends in one line and exit status 65."""
+
+import argparse
+from collections.abc import Iterator
+import contextlib
+import os
+import sys
+
+from bcm_jax import errors
+
+
+class Parser(argparse.ArgumentParser):
+  """Describes a module's command by its docstring; wrong flags are UserErrors.
+
+  Args:
+    module: dotted name, as in python -m NAME.
+    doc: the module's docstring, shown by --help.
+  """
+
+  def __init__(self, module: str, doc: str):
+    super().__init__(
+        prog=f"python -m {module}", description=doc, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+  def error(self, message: str):
+    """Reports a wrong flag as any other bad input."""
+    raise errors.UserError(f"{message}; --help lists the flags")
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+  """Turns a UserError into one line on stderr and exit status 65."""
+  try:
+    yield
+  except errors.UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(errors.EXIT_BAD_INPUT)
+
+
+def quiet_tensorflow() -> None:
+  """TensorFlow's start-up chatter is no news to anybody."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
