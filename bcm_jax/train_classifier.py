@@ -7,7 +7,6 @@ the config can be set as --config.section.key=value. Exit status: 0 done, 65
 bad input (one line says what).
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -24,6 +23,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from bcm_jax import command
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
@@ -309,19 +309,8 @@ def _data_name(data: ml_collections.ConfigDict) -> str:
   return path.stem if path.is_file() else path.name
 
 
-class _Parser(argparse.ArgumentParser):
-  """Reports a wrong flag as any other bad input."""
-
-  def error(self, message):
-    raise errors.UserError(f"{message}; --help lists the flags")
-
-
-def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(
-      prog="python -m bcm_jax.train_classifier", description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-      allow_abbrev=False,
-  )
+def _parser() -> command.Parser:
+  parser = command.Parser("bcm_jax.train_classifier", __doc__)
   default = Settings()
   add = parser.add_argument
   add("--out", required=True, metavar="DIR", help="folder to make")
@@ -336,7 +325,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  try:
+  with command.reporting():
     argv = sys.argv[1:] if argv is None else argv
     file, overrides, rest = configs.split_overrides(argv)
     flags = vars(_parser().parse_args(rest))
@@ -345,13 +334,8 @@ def main(argv: list[str] | None = None) -> None:
     config = configs.load(file, overrides, None, False)
     parallel.use_cores(config.training.cpu_devices, settings.batch_size)
     print(train_classifier(config, settings=settings, **where))
-  except errors.UserError as e:
-    print(f"error: {e}", file=sys.stderr)
-    sys.exit(errors.EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":
-  # TensorFlow's start-up chatter is no news to anybody.
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  command.quiet_tensorflow()
   main()
