@@ -72,7 +72,7 @@ def read(folder: str) -> dict[str, Result]:
 def _cell(metric: str, value: float | None, std: float | None = None) -> str:
   if value is None:
     return ""
-  form = _COLUMNS.get(metric, ("", "{:.2f}"))[1]
+  form = _COLUMNS.get(metric, ("", "{:.3g}"))[1]
   spread = "" if std is None else f" ± {form.format(std)}"
   return form.format(value) + spread
 

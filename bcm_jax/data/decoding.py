@@ -103,7 +103,9 @@ class Decoder:
     if "transparency" in image.info:
       # PIL warns where such a palette goes to RGB without this step.
       image = image.convert("RGBA")
-    pixels = np.array(image.convert(_MODES[self.channels]))
+    if image.mode != _MODES[self.channels]:  # Else it would be copied.
+      image = image.convert(_MODES[self.channels])
+    pixels = np.array(image)
     return pixels.reshape(*pixels.shape[:2], self.channels)
 
 

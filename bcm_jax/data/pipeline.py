@@ -20,6 +20,8 @@ from bcm_jax.data.source import Source
 from bcm_jax.errors import UserError
 
 T = TypeVar("T")
+# Batches made at a time: one is being copied to devices while one is read.
+_THREADS = 2
 
 
 def _random_words(seed: int, stream: str, at: int, n: int) -> np.ndarray:
@@ -174,9 +176,7 @@ def get_batch(
       fetched["label"], part["example"], source.num_classes, source.name
   )
   image = fetched["image"]
-  if part["mirrored"].any():
-    mirrored = part["mirrored"][:, None, None, None]
-    image = np.where(mirrored, image[:, :, ::-1], image)
+  image[part["mirrored"]] = image[part["mirrored"]][:, :, ::-1]
   return dict(
       image=image,
       label=np.asarray(fetched["label"], np.int32),
@@ -229,10 +229,10 @@ def prefetch(
 ) -> Iterator[T]:
   """Yields batches(start), ..., batches(stop - 1), computed ahead.
 
-  One background thread of grain's, started by the first `next` and ended with
-  the iterator (when exhausted, closed, collected or failed), keeps up to
-  `depth` batches ready. An exception in `batches(k)` is raised where batch k
-  would have been yielded.
+  Up to two background threads of grain's, started by the first `next` and ended
+  with the iterator (when exhausted, closed, collected or failed), keep up to
+  `depth` batches ready, in order. An exception in `batches(k)` is raised where
+  batch k would have been yielded.
 
   Args:
     batches: maps a step to its batch.
@@ -255,7 +255,9 @@ def _prefetch(batches, start, stop, depth):
   if start >= stop:
     return
   ahead = grain.MapDataset.range(start, stop).map(batches).to_iter_dataset(
-      grain.ReadOptions(num_threads=1, prefetch_buffer_size=depth)
+      grain.ReadOptions(
+          num_threads=min(depth, _THREADS), prefetch_buffer_size=depth
+      )
   )
   iterator = iter(ahead)
   try:

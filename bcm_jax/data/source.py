@@ -29,7 +29,10 @@ class Source(Protocol):
     """Returns the number of examples."""
 
   def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns image uint8 [n, H, W, C] and label int32 [n]."""
+    """Returns image uint8 [n, H, W, C] and label int32 [n].
+
+    From several threads; the arrays are the caller's to change.
+    """
 
 
 class ArraySource:
