@@ -279,6 +279,10 @@ def _evaluate_and_write(evaluation, step, average, params) -> dict[str, Any]:
   path = os.path.join(evaluation.workdir, "eval", name)
   if jax.process_index() == 0:
     files.write_json(path, result)
+    if len({r["noise"] for r in result["inversion"].values()}) > 1:
+      plots.inversion(
+          result["inversion"], path.removesuffix(".json") + "_inversion.png"
+      )
   print(summary(result))
   print(f"numbers: {path}")
   return result

@@ -1,12 +1,14 @@
 """Pictures of what a run can do, and of what was measured."""
 
 import collections
+import io
 import os
 from typing import Any
 
 import numpy as np
 
 from bcm_jax import experiment as experiments
+from bcm_jax import files
 from bcm_jax import generate
 from bcm_jax.metrics import image_grid
 
@@ -51,28 +53,63 @@ def search(record: dict[str, Any], path: str) -> None:
   Candidates that differ from the best one in their last time alone are drawn
   as a curve over that time, one panel a time.
   """
-  # Slow to import, and used here alone.
+  # Slow to import, and not needed by most commands.
   from matplotlib import figure
 
   stages = collections.defaultdict(list)
   for sampler, cost in record["costs"].items():
-    stem, _, last = sampler.replace("@", "/").rpartition("/")
+    last = sampler.replace("@", "/").rpartition("/")[2]
     e, _, t = last.rpartition(">")
-    stages[stem].append((float(e) if e else None, float(t), cost))
+    varied = sampler.removesuffix(last) + ("e>t" if e else "t")
+    stages[varied].append((float(e) if e else None, float(t), cost))
   picture = figure.Figure(
       figsize=(4 * len(stages), 3), layout="constrained"
   )
   axes = picture.subplots(1, len(stages), squeeze=False)[0]
-  for axis, (stem, points) in zip(axes, stages.items(), strict=True):
+  for axis, (varied, points) in zip(axes, stages.items(), strict=True):
     for e in sorted({p[0] for p in points}, key=lambda e: e or 0):
       curve = sorted(p[1:] for p in points if p[0] == e)
       axis.plot(*zip(*curve, strict=True), "o-",
                 label=None if e is None else f"e = {e:g}")
     if points[0][0] is not None:
       axis.legend(fontsize="small")
-    axis.set(xscale="log", xlabel="time (sigma)", title=f"{stem}/...")
+    axis.set(xscale="log", xlabel="t (sigma)", title=varied)
+    times = sorted({p[1] for p in points})
+    if len(times) <= 8:  # The usual ticks are powers of ten.
+      axis.set_xticks(times, [f"{t:g}" for t in times])
+      axis.minorticks_off()
   axes[0].set_ylabel(record["distance"])
   picture.suptitle(f"best: {record['best']}")
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  picture.savefig(path + ".tmp", dpi=120, format="png")
-  os.replace(path + ".tmp", path)
+  _save(picture, path)
+
+
+def inversion(numbers: dict[str, dict[str, Any]], path: str) -> None:
+  """Plots reconstruction error over the initial noise, a curve a way and NFE.
+
+  Args:
+    numbers: 'inversion' of a result.
+    path: of the PNG.
+  """
+  from matplotlib import figure
+
+  curves = collections.defaultdict(list)
+  for r in numbers.values():
+    way = f"{r.get('solver', 'one network')}, NFE {r['nfe']}"
+    curves[way].append((r["noise"], r["mse"]))
+  picture = figure.Figure(figsize=(6, 4), layout="constrained")
+  axis = picture.subplots()
+  for way, points in sorted(curves.items()):
+    axis.plot(*zip(*sorted(points), strict=True), "o-", label=way)
+  axis.set(
+      xscale="log", yscale="log", xlabel="initial noise e (sigma)",
+      ylabel="reconstruction MSE on [0, 1]",
+  )
+  axis.legend(fontsize="small")
+  _save(picture, path)
+
+
+def _save(picture, path: str) -> None:
+  """Writes a PNG whole or not at all."""
+  content = io.BytesIO()
+  picture.savefig(content, dpi=120, format="png")
+  files.write_bytes(path, content.getvalue())

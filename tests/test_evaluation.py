@@ -246,6 +246,8 @@ def test_inversion_is_a_curve_over_noise_and_evaluations(copy):
   for r in inversion.values():
     assert r["psnr_of_mean_mse"] == pytest.approx(-10 * np.log10(r["mse"]))
     assert "ssim" not in r  # 8x8 images hold no window of 11.
+  picture = copy / "eval" / "4_inversion.png"
+  assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_search_writes_what_it_measured_and_its_plot(copy, monkeypatch, capsys):
