@@ -74,10 +74,7 @@ def search(record: dict[str, Any], path: str) -> None:
     if points[0][0] is not None:
       axis.legend(fontsize="small")
     axis.set(xscale="log", xlabel="t (sigma)", title=varied)
-    times = sorted({p[1] for p in points})
-    if len(times) <= 8:  # The usual ticks are powers of ten.
-      axis.set_xticks(times, [f"{t:g}" for t in times])
-      axis.minorticks_off()
+    _mark(axis, {p[1] for p in points})
   axes[0].set_ylabel(record["distance"])
   picture.suptitle(f"best: {record['best']}")
   _save(picture, path)
@@ -104,8 +101,18 @@ def inversion(numbers: dict[str, dict[str, Any]], path: str) -> None:
       xscale="log", yscale="log", xlabel="initial noise e (sigma)",
       ylabel="reconstruction MSE on [0, 1]",
   )
+  axis.yaxis.set_major_formatter("{x:g}")
+  axis.yaxis.set_minor_formatter("{x:g}")
+  _mark(axis, {r["noise"] for r in numbers.values()})
   axis.legend(fontsize="small")
   _save(picture, path)
+
+
+def _mark(axis, values: set[float]) -> None:
+  """Ticks at the values themselves, as far as they are few."""
+  if len(values) <= 8:  # The usual ticks are powers of ten.
+    axis.set_xticks(sorted(values), [f"{v:g}" for v in sorted(values)])
+    axis.set_xticks([], minor=True)
 
 
 def _save(picture, path: str) -> None:

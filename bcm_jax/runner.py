@@ -76,11 +76,14 @@ class Runner:
 
   def transform(
       self,
-      function: Callable[..., jax.Array],
+      function: Callable[..., Any],
       images: np.ndarray,
       labels: np.ndarray | None,
-  ) -> np.ndarray:
-    """Runs function(flow map, x, labels), jitted, over images [n, H, W, C]."""
+  ) -> Any:
+    """Runs function(flow map, x, labels), jitted, over images [n, H, W, C].
+
+    The function returns a tree of arrays [b, ...]; so does this, of [n, ...].
+    """
     method = self.experiment.method
     jitted = jax.jit(
         lambda p, x, labels: function(method.flow_map(p), x, labels)
@@ -89,7 +92,7 @@ class Runner:
         lambda x, labels, keys: jitted(self._params, x, labels), images, labels
     )
 
-  def _in_batches(self, function, images, labels, keys=None) -> np.ndarray:
+  def _in_batches(self, function, images, labels, keys=None) -> Any:
     """function(x, labels, keys) over parts of the arrays, on all devices."""
     if self.experiment.num_classes is None:
       labels = None
@@ -108,8 +111,10 @@ class Runner:
       if keys is not None:
         wrapped = jax.random.wrap_key_data(part["keys"])
       x = function(part["x"], part.get("labels"), wrapped)
-      results.append(np.asarray(x)[:count])
-    return np.concatenate(results)
+      results.append(
+          jax.tree.map(lambda a, count=count: np.asarray(a)[:count], x)
+      )
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 
 def _fill(array: np.ndarray, size: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from bcm_jax import runs
 from bcm_jax import search
 from bcm_jax import train
 from bcm_jax.data import source as sources
+from bcm_jax.diffusion import schedules
 from bcm_jax.metrics import features as feature_lib
 from bcm_jax.metrics import reference as reference_lib
 from bcm_jax.training import checkpoint
@@ -248,6 +249,47 @@ def test_inversion_is_a_curve_over_noise_and_evaluations(copy):
     assert "ssim" not in r  # 8x8 images hold no window of 11.
   picture = copy / "eval" / "4_inversion.png"
   assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def ddim_factor(times, sd):
+  """What DDIM makes of x with the optimal denoiser of N(0, sd^2)."""
+  factor = 1.0
+  for t, u in zip(times[:-1], times[1:], strict=True):
+    factor *= u / t + (1 - u / t) * sd**2 / (sd**2 + t**2)
+  return factor
+
+
+def test_baselines_are_the_odes_of_a_denoiser(copy, tmp_path):
+  """A fresh network's F is 0: every inversion of it is a known factor."""
+  teacher = experiments.build(configs.resolve(
+      config_files.read_file("configs/digits_ict.py"),
+      TINY | {"method.preconditioning": "bcm", "eval.samplers": "onestep,"},
+  ))
+  folder = str(tmp_path / "teacher")
+  train.prepare_workdir(teacher.config, folder)
+  state = jax.jit(lambda: train._create(teacher, None))()
+  with checkpoint.Checkpoints(runs.checkpoint_dir(folder)) as saved:
+    saved.save(1, state, {})
+  evaluate.run(
+      experiment(eval__baseline=folder, eval__baseline_nfe="1,4"), str(copy)
+  )
+  found = results(copy)["4"]["inversion"]
+  assert {k for k in found if k.startswith(("DDIM", "EDM"))} == {
+      "DDIM_nfe1_noise0.002", "DDIM_nfe4_noise0.002",
+      "EDM Heun_nfe4_noise0.002",
+  }
+  method = teacher.method
+  images = teacher.source("test").fetch(np.arange(16) * 360 // 16)["image"]
+  for nfe in (1, 4):
+    up = schedules.karras_sigmas(nfe + 1, 0.002, method.sigma_max)
+    factor = ddim_factor(up, method.sigma_data) * ddim_factor(
+        up[::-1], method.sigma_data
+    )
+    back = sources.to_uint8(factor * sources.to_float(images))
+    mse = np.mean((back / 255.0 - images / 255.0) ** 2)
+    r = found[f"DDIM_nfe{nfe}_noise0.002"]
+    assert r["mse"] == pytest.approx(mse, rel=1e-3, abs=1e-6)
+    assert r["nfe"] == nfe
 
 
 def test_search_writes_what_it_measured_and_its_plot(copy, monkeypatch, capsys):
