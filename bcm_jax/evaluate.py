@@ -40,6 +40,7 @@ PROTOCOL_SAMPLES = 50_000
 JUDGES = {"digits": judge.DigitJudge}
 # Memorisation looks up every image in pixels; larger sets than this wait.
 _MEMORISATION_IMAGES = 5000
+_STEPS = ("last", "all", "follow")
 # Seconds between two looks for a new checkpoint.
 _POLL_SECS = 30.0
 
@@ -250,8 +251,8 @@ def run(
 
 def _steps(experiment, workdir: str, which: str) -> Iterator[int | None]:
   """Steps of the checkpoints to evaluate, waiting for them to be written."""
-  if which == "last":
-    yield None
+  if which == "last" or which.isdigit():
+    yield None if which == "last" else int(which)
     return
   saved = checkpoint.Checkpoints(runs.checkpoint_dir(workdir))
   last, done = experiment.config.training.num_steps, set()
@@ -334,6 +335,10 @@ def check_outputs(experiment: experiments.Experiment) -> None:
 
 def check_protocol(section: options.Eval) -> None:
   """Raises UserError where numbers would be no measurement of the protocol."""
+  if section.steps not in _STEPS and not section.steps.isdigit():
+    raise errors.unknown_name(
+        "eval.steps", section.steps, [*_STEPS, "the number of a checkpoint"]
+    )
   if not section.seeds:
     raise errors.UserError("eval.seeds is empty; give at least one seed")
   if section.num_samples < PROTOCOL_SAMPLES and not section.allow_few:

@@ -191,7 +191,8 @@ class Eval:
       sample, 'ancestral:4' with four evaluations at default times, or
       'mixture@3/0.12>0.4' with these times.
     averages: moving averages to evaluate; empty is sample.average alone.
-    steps: the 'last' checkpoint, 'all' that are kept, or 'follow' the run.
+    steps: the 'last' checkpoint, 'all' that are kept, 'follow' the run, or
+      the number of one.
     seeds: of the noise; results tell every seed, mean and spread.
     num_samples: generated images, equal shares a class.
     allow_few: fewer samples than the protocol's 50,000 are no error, and the
@@ -217,7 +218,7 @@ class Eval:
   at_end: bool = True
   samplers: tuple[str, ...] = ("onestep", "ancestral")
   averages: tuple[str, ...] = ()
-  steps: Literal["last", "all", "follow"] = "last"
+  steps: str = "last"
   seeds: tuple[int, ...] = (0,)
   num_samples: int = 50_000
   allow_few: bool = False

@@ -133,6 +133,13 @@ def test_averages_and_checkpoints_in_one_command(copy, capsys):
   assert "few samples: 24 of the protocol's 50000" in capsys.readouterr().out
 
 
+def test_one_checkpoint_of_several(copy):
+  evaluate.run(experiment(eval__steps="2"), str(copy))
+  assert list(results(copy)) == ["2"]
+  with pytest.raises(errors.UserError, match="3"):
+    evaluate.run(experiment(eval__steps="3"), str(copy))
+
+
 def test_following_ends_with_the_runs_last_step(copy, monkeypatch):
   """A checkpoint that comes while it waits is evaluated, then it is done."""
   late, waited = copy / "checkpoints" / "4", []
@@ -221,6 +228,7 @@ def test_statistics_of_the_training_split_are_taken_once(copy, monkeypatch):
     ({"eval__inversion_noise": "500,"}, "outside the trained"),
     ({"eval__baseline": "/nowhere"}, "holds no run"),
     ({"eval__averages": "ema_0.7,"}, "ema_0.7"),
+    ({"eval__steps": "lats"}, "did you mean 'last'"),
 ])
 def test_bad_requests_say_what_to_do(run, tmp_path, overrides, said):
   with pytest.raises(errors.UserError, match=said):
