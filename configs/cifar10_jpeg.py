@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
       final_fraction=0.05,
   )
   config.training = dict(
-      num_steps=600, batch_size=32, ema_rates=(0.998,), ema_warmup=True
+      num_steps=1200, batch_size=32, ema_rates=(0.998,), ema_warmup=True
   )
   config.checkpoint = dict(every_steps=100, keep=2)
   config.log = dict(every_steps=25, progress_secs=30.0)
