@@ -26,7 +26,6 @@ from bcm_jax import provenance
 from bcm_jax import references
 from bcm_jax import runner as runners
 from bcm_jax import runs
-from bcm_jax.data import source as sources
 from bcm_jax.metrics import frechet
 from bcm_jax.metrics import judge
 from bcm_jax.metrics import moments
@@ -65,20 +64,16 @@ class Evaluation:
     )
     self.judge, self.judge_accuracy = None, None
     self.neighbours: tuple[np.ndarray, np.ndarray] | None = None
-    train = experiment.source("train")
-    if len(train) <= _MEMORISATION_IMAGES:
-      self._open_small(train)
-    # A prepared folder goes by its own name.
-    data = train.name.rpartition("/")[0] or train.name
-    self.facts = provenance.facts(experiment) | {"data": data}
-    self.facts |= self._protocol(train)
+    if all(map(experiment.has_split, ("train", "test"))):
+      self._open_small()
+    self.facts = provenance.facts(experiment) | self._protocol()
 
-  def _open_small(self, train: sources.Source) -> None:
-    """What only sets of few small images are asked."""
-    train, test = (
-        s.fetch(np.arange(len(s)))
-        for s in (train, self.experiment.source("test"))
-    )
+  def _open_small(self) -> None:
+    """What only sets of few images are asked."""
+    splits = [self.experiment.source(split) for split in ("train", "test")]
+    if len(splits[0]) > _MEMORISATION_IMAGES:
+      return
+    train, test = (s.fetch(np.arange(len(s))) for s in splits)
     self.neighbours = train["image"], test["image"]
     name = self.experiment.config.data.name
     if name in JUDGES:
@@ -174,9 +169,10 @@ class Evaluation:
         "recognised_worst_class": r["worst_class_accuracy"],
     }
 
-  def _protocol(self, train: sources.Source) -> dict[str, Any]:
+  def _protocol(self) -> dict[str, Any]:
     """Everything that one must know to compare the numbers."""
     section, reference = self.section, self.target.reference
+    real = self.target.real
     facts = {
         "samples": section.num_samples,
         "seeds": list(section.seeds),
@@ -185,9 +181,8 @@ class Evaluation:
         "reference": reference.data,
         "reference_digest": reference.digest(),
         "reference_images": reference.count,
-        "compared_one_by_one": len(self.target.real),
+        "compared_one_by_one": 0 if real is None else len(real),
         "neighbours_k": section.k,
-        "train_images": len(train),
     }
     if section.num_samples < PROTOCOL_SAMPLES:
       facts["few_samples"] = (
@@ -304,7 +299,7 @@ def finish(
   folders = []
   for sampler in section.samplers:
     folders.append(generate.sample(experiment, workdir, runner, sampler))
-  if experiment.method.two_time:
+  if experiment.method.two_time and experiment.has_split("test"):
     for nfe in section.inversion_nfe:
       folders.append(generate.invert(experiment, workdir, runner, nfe))
     folders.append(generate.interpolate(experiment, workdir, runner))
@@ -321,7 +316,7 @@ def check_before_training(experiment: experiments.Experiment) -> None:
   section: options.Eval = experiment.section("eval")
   if section.at_end:
     check_protocol(section)
-    references.open_features(section)
+    references.check(section)
 
 
 def check_outputs(experiment: experiments.Experiment) -> None:

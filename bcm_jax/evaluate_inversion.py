@@ -52,6 +52,10 @@ def curve(
   result = {}
   if not (experiment.method.two_time or section.baseline):
     return result
+  if not experiment.has_split("test"):
+    print("inversion is not measured: there is no test split; python -m "
+          "bcm_jax.data.prepare with --holdout=N makes one")
+    return result
   batch = runners.test_images(
       experiment, experiment.section("invert").num_images
   )

@@ -48,6 +48,10 @@ class Experiment:
     """The images of a split, 'train' or 'test'."""
     return _data_set(self.config).open(split, self.config.data.data_dir)
 
+  def has_split(self, split: str) -> bool:
+    """Whether the data set has a split; nothing is read."""
+    return split in _data_set(self.config).splits
+
   def optimizers(self) -> dict[str, optax.GradientTransformation]:
     """An optimiser for every player."""
     optimizer: optim.Optimizer = self.section("optimizer")

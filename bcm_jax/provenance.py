@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import os
+import pathlib
 import platform
 import subprocess
 from typing import Any
 
 import jax
+import ml_collections
 
 from bcm_jax import __version__
 from bcm_jax import config as configs
@@ -17,10 +19,18 @@ def facts(experiment: experiments.Experiment) -> dict[str, Any]:
   """What a result file says of the run that it measured."""
   config = experiment.config
   return {
-      "data": config.data.name,
+      "data": data_name(config.data),
       "method": config.method.name,
       "config_digest": configs.digest(config),
   } | machine()
+
+
+def data_name(data: ml_collections.ConfigDict) -> str:
+  """'digits'; for images in files the name of their folder or file."""
+  if data.path is None:
+    return data.name
+  path = pathlib.Path(data.path).expanduser().resolve()
+  return path.stem if path.suffix in (".npz", ".zip") else path.name
 
 
 def machine() -> dict[str, Any]:

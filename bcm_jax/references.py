@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 import dataclasses
+import hashlib
 import importlib
+import inspect
 import os
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import tqdm
 
@@ -65,7 +68,19 @@ def _users_function(name: str) -> feature_lib.Features:
         f"eval.features={name!r} cannot be imported ({e}); give a module on "
         "PYTHONPATH and a function of uint8 images [n, H, W, C] in it"
     ) from e
-  return feature_lib.FunctionFeatures(found, name, name)
+  try:
+    code = inspect.getsource(found)
+  except (OSError, TypeError):  # Compiled, or no plain function.
+    code = repr(found)
+  digest = hashlib.sha256(code.encode()).hexdigest()[:12]
+  return feature_lib.FunctionFeatures(found, name, digest)
+
+
+def check(section: options.Eval) -> None:
+  """Raises UserError for features or a reference that cannot be used."""
+  open_features(section)
+  if section.reference is not None:
+    references.load_reference(section.reference)
 
 
 def in_blocks(
@@ -83,19 +98,23 @@ def compute(
   mine = np.array_split(np.arange(len(source)), jax.process_count())
   mine = mine[jax.process_index()]
   blocks = (block["image"] for block in in_blocks(source, mine))
-  return _measure(blocks, len(mine), features, describe(source))
+  pooled, spatial = _measure(blocks, len(mine), features, source.name)
+  return _reference(
+      moments.gather(pooled), spatial and moments.gather(spatial), features,
+      describe(source),
+  )
 
 
 def _measure(
     blocks: Iterable[np.ndarray],
     count: int,
     features: feature_lib.Features,
-    data: str,
-) -> references.Reference:
-  """Statistics of `count` images that come in blocks, merged over hosts."""
+    name: str,
+) -> tuple[moments.Moments, moments.Moments | None]:
+  """Moments, pooled and spatial, of `count` images that come in blocks."""
   pooled = spatial = None
   with tqdm.tqdm(
-      total=count, desc=f"{features.name} of {data}", unit=" images",
+      total=count, desc=f"{features.name} of {name}", unit=" images",
       disable=None,
   ) as bar:
     for block in blocks:
@@ -104,11 +123,14 @@ def _measure(
       if part.spatial is not None:
         spatial = _add(spatial, part.spatial)
       bar.update(len(block))
-  everywhere = moments.gather(pooled)
+  return pooled, spatial
+
+
+def _reference(pooled, spatial, features, data: str) -> references.Reference:
   return references.Reference(
-      pooled=everywhere.gaussian(),
-      spatial=None if spatial is None else moments.gather(spatial).gaussian(),
-      count=everywhere.count,
+      pooled=pooled.gaussian(),
+      spatial=spatial and spatial.gaussian(),
+      count=pooled.count,
       features_name=features.name,
       features_digest=features.digest,
       data=data,
@@ -149,6 +171,8 @@ def open_target(
   if reference.images is not None:
     real = reference.images[: section.num_reference]
     return quality.Target(reference, features(real).pooled)
+  if section.reference is not None and not experiment.has_split("train"):
+    return quality.Target(reference, None)
   source = experiment.source("train")
   parts = [
       features(b["image"]).pooled
@@ -172,7 +196,8 @@ def _from_file(path: str, features) -> references.Reference:
   # A sample file: statistics are taken of its images.
   images = reference.images
   blocks = (images[i : i + _BLOCK] for i in range(0, len(images), _BLOCK))
-  measured = _measure(blocks, len(images), features, reference.data)
+  pooled, spatial = _measure(blocks, len(images), features, reference.data)
+  measured = _reference(pooled, spatial, features, reference.data)
   return dataclasses.replace(measured, images=images)
 
 
@@ -181,7 +206,9 @@ def _of_training_split(experiment, features, folder) -> references.Reference:
   path = os.path.join(
       folder, f"reference_{features.digest}_{sources.fingerprint(source)}.npz"
   )
-  if os.path.exists(path):
+  # One host answers for all: those that compute wait for one another.
+  there = multihost_utils.broadcast_one_to_all(np.int32(os.path.exists(path)))
+  if there:
     return references.load_reference(path)
   reference = compute(source, features)
   if jax.process_index() == 0:
@@ -204,7 +231,8 @@ def run(experiment: experiments.Experiment, workdir: str) -> str:
       images=np.concatenate([b["image"] for b in in_blocks(source, ids)]),
   )
   path = os.path.join(workdir, "reference.npz")
-  references.save_reference(path, reference)
+  if jax.process_index() == 0:
+    references.save_reference(path, reference)
   print(f"{reference.data}\nfeatures {features.name} ({features.digest}), "
         f"statistics {reference.digest()}\nwritten: {path}")
   return path

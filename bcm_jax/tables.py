@@ -164,6 +164,11 @@ def _ours(row: published.Published, results: Mapping[str, Result]) -> str:
   return "; ".join(found) or NOT_RUN
 
 
+def _count(images: int | None) -> str:
+  """A number of images; files of other tools do not tell theirs."""
+  return "an unknown number of" if images is None else f"{images:,}"
+
+
 def _made(name: str, result: Result) -> str:
   """One line: how a run's numbers were made."""
   p = result["protocol"]
@@ -172,7 +177,8 @@ def _made(name: str, result: Result) -> str:
       f"step {result['step']}", f"average {result['average']}",
       f"{p['samples']:,} samples a seed (seeds {seeds})",
       f"features {p['features']} ({p['features_digest']})",
-      f"reference {p['reference_images']:,} images ({p['reference_digest']})",
+      f"reference {_count(p['reference_images'])} images "
+      f"({p['reference_digest']})",
       f"one by one against {p['compared_one_by_one']:,} (k = "
       f"{p['neighbours_k']})",
       f"config {p['config_digest']}", f"commit {p['commit']}", p["hardware"],

@@ -25,6 +25,7 @@ from bcm_jax import experiment as experiments
 from bcm_jax import options
 from bcm_jax import runs
 from bcm_jax.data import pipeline
+from bcm_jax.data import source as sources
 from bcm_jax.training import checkpoint
 from bcm_jax.training import hooks
 from bcm_jax.training import parallel
@@ -64,7 +65,7 @@ def train_and_evaluate(
   with checkpoint.Checkpoints(
       runs.checkpoint_dir(workdir), saving.keep, saving.keep_every
   ) as saved:
-    state = _start(experiment, saved)
+    state = _start(experiment, saved, source)
     first = int(state.step)
     if first < training.num_steps:
       state = _train(experiment, source, workdir, saved, state)
@@ -97,13 +98,16 @@ def prepare_workdir(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def _start(
-    experiment: experiments.Experiment, saved: checkpoint.Checkpoints
+    experiment: experiments.Experiment,
+    saved: checkpoint.Checkpoints,
+    source: sources.Source,
 ) -> states.TrainState:
   """The newest good checkpoint, or a new state."""
   training: options.Training = experiment.section("training")
   if saved.all_steps():
     template = jax.eval_shape(lambda: _create(experiment, None))
-    step, state, _ = saved.restore(template)
+    step, state, meta = saved.restore(template)
+    _check_same_images(meta, source)
     logging.info("resuming at step %d", step)
     return state
   start_from = None
@@ -122,6 +126,19 @@ def _start(
         f"training.init_from={training.init_from}: {e}; its network must be "
         "this one, but for the second time branch"
     ) from e
+
+
+def _check_same_images(meta: dict[str, Any], source: sources.Source) -> None:
+  """Raises UserError where data.path leads to others than the run began with.
+  """
+  found = sources.fingerprint(source)
+  if meta.get("data_fingerprint", found) != found:
+    raise errors.UserError(
+        f"{source.name} holds other images than those the run in the work "
+        f"directory was trained on (fingerprint {found}, not "
+        f"{meta['data_fingerprint']}); correct data.path, or use another "
+        "--workdir"
+    )
 
 
 def _create(experiment, start_from) -> states.TrainState:
@@ -266,7 +283,8 @@ def _train(experiment, source, workdir, saved, state) -> states.TrainState:
       )
   )
   meta = {
-      "config": configs.to_json(experiment.config), "version": __version__
+      "config": configs.to_json(experiment.config), "version": __version__,
+      "data_fingerprint": sources.fingerprint(source),
   }
 
   with contextlib.ExitStack() as stack:

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 import os
-import pathlib
 import sys
 import tempfile
 from typing import Any
@@ -240,7 +239,7 @@ def train_classifier(
   )
   with contextlib.closing(progress):
     params = fit(network, train, settings, config.data.flip, progress)
-  data_name = _data_name(config.data)
+  data_name = provenance.data_name(config.data)
   found = classifiers.Classifier(
       name or f"{data_name} ResNet", network, params, train.image_shape
   )
@@ -299,14 +298,6 @@ def _check_source(source: sources.Source) -> None:
         f"images of {source.name} are {height}x{width}, expected at least "
         f"{_MIN_SIDE}x{_MIN_SIDE}; enlarge them"
     )
-
-
-def _data_name(data: ml_collections.ConfigDict) -> str:
-  """'digits'; for images in files the name of their folder or file."""
-  if data.path is None:
-    return data.name
-  path = pathlib.Path(data.path).expanduser().resolve()
-  return path.stem if path.is_file() else path.name
 
 
 def _parser() -> command.Parser:

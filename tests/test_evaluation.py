@@ -16,10 +16,12 @@ from bcm_jax import experiment as experiments
 from bcm_jax import references
 from bcm_jax import runs
 from bcm_jax import search
+from bcm_jax import tables
 from bcm_jax import train
 from bcm_jax.data import source as sources
 from bcm_jax.diffusion import schedules
 from bcm_jax.metrics import features as feature_lib
+from bcm_jax.metrics import quality
 from bcm_jax.metrics import reference as reference_lib
 from bcm_jax.training import checkpoint
 
@@ -200,6 +202,57 @@ def test_images_alone_are_a_reference_too(copy):
   assert target.reference.count == 60
   assert len(target.real) == 50
   assert target.reference.data == "samples.npz"
+
+
+def without_images(reference, **overrides):
+  """Digits' network where only statistics are at hand, no data set."""
+  return experiment(
+      data__name="none", data__image_shape="(8,8,1)", data__num_classes="10",
+      eval__reference=reference, **overrides,
+  )
+
+
+def test_a_reference_alone_serves_where_there_are_no_images(copy, capsys):
+  """What a converted checkpoint is measured by: EDM's files, or ADM's."""
+  full = references.run(experiment(), str(copy))
+  with np.load(full) as f:
+    np.savez(copy / "edm.npz", mu=f["mu"], sigma=f["sigma"])
+  evaluate.run(without_images(str(copy / "edm.npz")), str(copy))
+  bare = results(copy)["4"]
+  evaluate.run(without_images(full), str(copy))
+  with_images = results(copy)["4"]
+  a, b = (r["samplers"]["onestep_nfe1"] for r in (bare, with_images))
+  assert a["FD (raw pixels)"] == b["FD (raw pixels)"]
+  assert "precision" not in a and "KID" not in a
+  assert 0 <= b["precision"] <= 1
+  assert bare["protocol"]["compared_one_by_one"] == 0
+  assert bare["inversion"] == {}
+  assert "there is no test split" in capsys.readouterr().out
+  assert "an unknown number of images" in tables.render({"edm": bare})
+
+
+def test_numbers_that_are_not_finite_have_no_mean():
+  assert quality.spread([1.0, None]) == {"mean": None, "std": None}
+  assert quality.spread([1.0, 3.0])["mean"] == 2.0
+
+
+def test_a_run_goes_on_with_its_own_images_alone(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+  for name, shift in (("a", 0), ("b", 1), ("moved", 0)):
+    np.savez(tmp_path / f"{name}.npz", arr_0=images + np.uint8(shift))
+
+  def source(name):
+    built = experiment(
+        data__name="npz", data__path=str(tmp_path / f"{name}.npz"),
+        model__num_classes="none",
+    )
+    return built.source("train")
+
+  meta = {"data_fingerprint": sources.fingerprint(source("a"))}
+  train._check_same_images(meta, source("moved"))
+  train._check_same_images({}, source("b"))
+  with pytest.raises(errors.UserError, match="holds other images"):
+    train._check_same_images(meta, source("b"))
 
 
 def test_statistics_of_the_training_split_are_taken_once(copy, monkeypatch):

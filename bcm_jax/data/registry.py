@@ -59,7 +59,9 @@ def find(
     return _published(name, decoder, threads)
   if name in FILES:
     if image_shape and not os.path.exists(os.path.expanduser(path)):
-      return DataSet(tuple(image_shape), num_classes, _not_here(path))
+      return DataSet(
+          tuple(image_shape), num_classes, _not_here(path), splits=()
+      )
     found = _in_files(name, path, decoder, skip_corrupt, threads)
     return _as_described(found, path, tuple(image_shape), num_classes)
   if name == "digits":
@@ -70,7 +72,7 @@ def find(
         f"data.image_shape={image_shape} must be (height, width, channels) "
         "with data.name='none'"
     )
-  return DataSet(tuple(image_shape), num_classes, _no_images)
+  return DataSet(tuple(image_shape), num_classes, _no_images, splits=())
 
 
 def _check_keys(name: str, path: str | None, skip_corrupt: bool) -> None:

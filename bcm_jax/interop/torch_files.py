@@ -22,8 +22,8 @@ _PROTOCOL = 1001
 
 # What zipfile raises for archives that are damaged in one way or another.
 _ZIP_ERRORS = (
-    *(zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError),
-    *(ValueError, OSError, OverflowError),
+    *(zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OSError),
+    OverflowError,
 )
 
 

@@ -22,11 +22,11 @@ class Target(NamedTuple):
   Attributes:
     reference: statistics of the real images.
     real: pooled features [m, D] of real images, for the numbers that compare
-      images one by one.
+      images one by one; None where there are statistics alone.
   """
 
   reference: references.Reference
-  real: np.ndarray
+  real: np.ndarray | None
 
 
 def sample_quality(
@@ -45,8 +45,8 @@ def sample_quality(
 
   Returns:
     The Frechet distance under its name; sFID where both sides have spatial
-    features; KID; precision, recall, density, coverage; and the Inception
-    score (IS) where the features give probabilities.
+    features; KID, precision, recall, density and coverage where there are real
+    images; the Inception score (IS) where the features give probabilities.
   """
   reference = target.reference
   numbers = {
@@ -60,13 +60,14 @@ def sample_quality(
         moments.from_features(activations.spatial).gaussian(),
         reference.spatial,
     )
-  size = min(_SUBSET, len(activations.pooled), len(target.real))
-  numbers["KID"], _ = kernel_distance.kernel_distance(
-      target.real, activations.pooled, subset_size=size
-  )
-  numbers |= precision_recall.prdc(
-      target.real, activations.pooled, k
-  )._asdict()
+  if target.real is not None:
+    size = min(_SUBSET, len(activations.pooled), len(target.real))
+    numbers["KID"], _ = kernel_distance.kernel_distance(
+        target.real, activations.pooled, subset_size=size
+    )
+    numbers |= precision_recall.prdc(
+        target.real, activations.pooled, k
+    )._asdict()
   if activations.probabilities is not None:
     numbers["IS"] = inception_score.inception_score(
         activations.probabilities
@@ -74,8 +75,13 @@ def sample_quality(
   return {name: float(value) for name, value in numbers.items()}
 
 
-def spread(values: list[float]) -> dict[str, float | None]:
-  """Mean of a number over seeds, and its standard deviation (n - 1)."""
+def spread(values: list[float | None]) -> dict[str, float | None]:
+  """Mean of a number over seeds, and its standard deviation (n - 1).
+
+  None, which stands for a number that is not finite, makes both None.
+  """
+  if None in values:
+    return {"mean": None, "std": None}
   return {
       "mean": float(np.mean(values)),
       "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,

@@ -25,6 +25,25 @@ def per_pixel_mse(
   Raises:
     UserError: shapes differ, no pixels to average, or an array is not uint8.
   """
+  original, reconstruction = pairs(original_uint8, reconstruction_uint8)
+  # Before the difference: uint8 would wrap around.
+  difference = original.astype(np.float64) - reconstruction.astype(np.float64)
+  axes = tuple(range(1, original.ndim))
+  return np.mean((difference / 255.0) ** 2, axis=axes)
+
+
+def pairs(
+  original_uint8: np.ndarray, reconstruction_uint8: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Checks images that are compared one with one.
+
+  Args:
+    original_uint8: uint8 [n, H, W, C].
+    reconstruction_uint8: uint8 [n, H, W, C].
+
+  Raises:
+    UserError: shapes differ, no pixels to average, or an array is not uint8.
+  """
   original = np.asarray(original_uint8)
   reconstruction = np.asarray(reconstruction_uint8)
   for name, images in (
@@ -46,10 +65,7 @@ def per_pixel_mse(
       f"original has shape {original.shape}, expected [n, H, W, C] with "
       "at least one image: pass a batch"
     )
-  # Before the difference: uint8 would wrap around.
-  difference = original.astype(np.float64) - reconstruction.astype(np.float64)
-  axes = tuple(range(1, original.ndim))
-  return np.mean((difference / 255.0) ** 2, axis=axes)
+  return original, reconstruction
 
 
 def psnr(mse: np.ndarray | float) -> np.ndarray:

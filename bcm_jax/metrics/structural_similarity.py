@@ -12,6 +12,7 @@ import numpy as np
 import scipy.ndimage
 
 from bcm_jax.errors import UserError
+from bcm_jax.metrics.reconstruction import pairs
 
 WINDOW = 11
 _RADIUS = WINDOW // 2
@@ -37,21 +38,10 @@ def structural_similarity(
   Raises:
     UserError: other dtypes or shapes, or images smaller than the window.
   """
-  original = np.asarray(original_uint8)
-  reconstruction = np.asarray(reconstruction_uint8)
-  for name, images in (
-    ("original", original),
-    ("reconstruction", reconstruction),
-  ):
-    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
-      raise UserError(
-        f"{name} is {images.dtype} of shape {images.shape}, expected uint8 "
-        "[n, H, W, C]: quantise to 0..255 first and pass a batch"
-      )
-  if original.shape != reconstruction.shape:
+  original, reconstruction = pairs(original_uint8, reconstruction_uint8)
+  if original.ndim != 4:
     raise UserError(
-      f"original has shape {original.shape} and reconstruction "
-      f"{reconstruction.shape}, expected the same: pass them in pairs"
+      f"images have shape {original.shape}, expected [n, H, W, C]: pass a batch"
     )
   _, height, width, _ = original.shape
   if min(height, width) < WINDOW:
