@@ -1,4 +1,4 @@
-"""What all commands share: bad input ends in one line and exit status 65."""
+"""What all commands share: foreseen ends are one line and an exit status."""
 
 import argparse
 from collections.abc import Iterator
@@ -30,12 +30,18 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-  """Turns a UserError into one line on stderr and exit status 65."""
+  """Turns what was foreseen into one line on stderr and its exit status."""
   try:
     yield
   except errors.UserError as e:
     print(f"error: {e}", file=sys.stderr)
     sys.exit(errors.EXIT_BAD_INPUT)
+  except errors.MachineError as e:
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(errors.EXIT_MACHINE)
+  except errors.Preempted as e:
+    print(f"preempted: {e}", file=sys.stderr)
+    sys.exit(errors.EXIT_PREEMPTED)
 
 
 def quiet_tensorflow() -> None:

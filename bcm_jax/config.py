@@ -76,6 +76,7 @@ SECTIONS = {
     "data": options.Data,
     "optimizer": optim.Optimizer,
     "training": options.Training,
+    "parallel": options.Parallel,
     "checkpoint": options.Checkpoint,
     "log": options.Log,
     "sample": options.Sample,
@@ -87,10 +88,9 @@ SECTIONS = {
 # Keys that span the run unless a config says otherwise.
 _SPANS = (("method", "curriculum_steps"), ("optimizer", "schedule_steps"))
 # What may differ between a run and the config that resumes it.
-_FREE_SECTIONS = ("checkpoint", "log", "sample", "invert", "edit", "eval",
-                  "search")
-_FREE_KEYS = ("training.max_skipped_in_row", "data.path", "data.data_dir",
-              "data.threads")
+_FREE = ("parallel", "checkpoint", "log", "sample", "invert", "edit", "eval",
+         "search", "training.max_skipped_in_row", "training.max_rollbacks",
+         "training.hang_secs", "data.path", "data.data_dir", "data.threads")
 
 
 # Resolving -----------------------------------------------------------------
@@ -300,7 +300,7 @@ def check_resume(
   changed = {
       k: v
       for k, v in difference(run, asked).items()
-      if k.split(".")[0] not in _FREE_SECTIONS and k not in _FREE_KEYS
+      if k.split(".")[0] not in _FREE and k not in _FREE
       and not (k == "training.num_steps" and v[1] > v[0])
   }
   if not changed:

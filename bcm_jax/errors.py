@@ -1,7 +1,9 @@
 """Errors that a user can act on.
 
-`main` turns a UserError into one line on stderr and exit status 65
-(EX_DATAERR): bad input, do not restart. Anything else is a bug and keeps its
+The commands turn those below into one line on stderr and an exit status that
+launchers understand (docs/reliability.md): 65 (EX_DATAERR) bad input, do not
+restart; 74 (EX_IOERR) the machine fails, a restart may help; 75 (EX_TEMPFAIL)
+preempted and saved, start again. Anything else is a bug and keeps its
 traceback.
 """
 
@@ -9,10 +11,21 @@ from collections.abc import Iterable
 import difflib
 
 EXIT_BAD_INPUT = 65
+EXIT_HANGING = 70
+EXIT_MACHINE = 74
+EXIT_PREEMPTED = 75
 
 
 class UserError(ValueError):
   """What was wrong, what was expected and what to do, in one line."""
+
+
+class MachineError(RuntimeError):
+  """What the machine refuses, such as a full disk, in one line."""
+
+
+class Preempted(Exception):
+  """The run was told to go, and its state is saved; says where, in one line."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

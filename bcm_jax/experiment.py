@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 import optax
@@ -16,7 +17,20 @@ from bcm_jax.data import source as sources
 from bcm_jax.methods import base
 from bcm_jax.sampling import plan as plans
 from bcm_jax.training import optim
+from bcm_jax.training import parallel
+from bcm_jax.training import state as states
 from bcm_jax.training import step as steps
+
+# Keys that must not be smaller.
+_AT_LEAST = {
+    "training.num_steps": 1, "training.batch_size": 1,
+    "training.max_skipped_in_row": 1, "training.max_rollbacks": 0,
+    "training.hang_secs": 0, "checkpoint.every_steps": 1,
+    "checkpoint.keep": 1, "checkpoint.max_failures": 1,
+    "parallel.fsdp": 0, "parallel.max_examples": 0,
+    "parallel.steps_per_call": 1, "parallel.heartbeat_secs": 1,
+    "log.every_steps": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +71,25 @@ class Experiment:
     optimizer: optim.Optimizer = self.section("optimizer")
     return {name: optimizer.build() for name in self.method.players}
 
-  def step_options(self, axis_name: str | None = None) -> steps.StepOptions:
-    """Options of the training step."""
+  def backend(self) -> parallel.Backend:
+    """The devices that train: jit over a mesh, or pmap.
+
+    Raises:
+      UserError: parallel.sharding asks for what the backend cannot do.
+    """
+    settings: options.Parallel = self.section("parallel")
+    rules = parallel.parse_rules(settings.sharding)
+    if settings.backend == "jit":
+      return parallel.Jit(parallel.make_mesh(fsdp=settings.fsdp), rules)
+    if any(rule.spec != "replicate" for rule in rules):
+      raise errors.UserError(
+          f"parallel.sharding={settings.sharding} needs parallel.backend='jit';"
+          " under pmap every device holds the whole state"
+      )
+    return parallel.Pmap(tuple(jax.local_devices()))
+
+  def step_options(self, backend: parallel.Backend) -> steps.StepOptions:
+    """Options of the training step on these devices."""
     training: options.Training = self.section("training")
     p = self.config.data.augment
     return steps.StepOptions(
@@ -66,8 +97,11 @@ class Experiment:
         ema_rates=training.ema_rates,
         ema_warmup=training.ema_warmup,
         ema_stds=training.ema_stds,
-        microbatches=training.microbatches,
-        axis_name=axis_name,
+        microbatches=parallel.microbatches(
+            training.batch_size, backend.devices,
+            self.config.parallel.max_examples,
+        ),
+        axis_name=backend.axis_name,
         augment=augmentation.training_pipe(p) if p else None,
     )
 
@@ -211,11 +245,11 @@ def _check_method(config: ml_collections.ConfigDict) -> None:
         f"method.s0={method.s0} and s1={method.s1} must satisfy 1 <= s0 <= s1"
     )
   training = config.training
-  for key in ("num_steps", "batch_size", "microbatches"):
-    if training[key] < 1:
-      raise errors.UserError(
-          f"training.{key}={training[key]} must be at least 1"
-      )
+  for key, least in _AT_LEAST.items():
+    section, name = key.split(".")
+    value = config[section][name]
+    if value is not None and value < least:
+      raise errors.UserError(f"{key}={value} must be at least {least}")
   for rate in training.ema_rates:
     if not 0 <= rate < 1:
       raise errors.UserError(
@@ -230,3 +264,36 @@ def example_batch(experiment: Experiment) -> tuple[Any, Any]:
   if experiment.num_classes is not None:
     labels = np.zeros((1,), np.int32)
   return images, labels
+
+
+def network_inputs(
+    experiment: Experiment, batch: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """What of a batch the step takes: image, index, and label if conditional."""
+  keys = ["image", "index"]
+  if experiment.num_classes is not None:
+    keys.append("label")
+  return {k: batch[k] for k in keys}
+
+
+def create_state(
+    experiment: Experiment, start_from: Any = None
+) -> states.TrainState:
+  """The state before the first step; pure, so it can be jitted.
+
+  Args:
+    start_from: player -> parameters of another run, or None.
+  """
+  training: options.Training = experiment.section("training")
+  images, labels = example_batch(experiment)
+  return states.create(
+      experiment.method,
+      experiment.optimizers(),
+      training.ema_rates,
+      experiment.config.seed,
+      images,
+      labels,
+      start_from,
+      loss_scaling=experiment.config.model.dtype == "float16",
+      ema_stds=training.ema_stds,
+  )

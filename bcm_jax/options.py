@@ -53,30 +53,57 @@ class Training:
   Attributes:
     num_steps: steps in all.
     batch_size: global batch size.
-    microbatches: gradient accumulation, the batch is cut into this many.
     ema_rates: rates of the moving averages, kept beside the parameters.
     ema_warmup: min(rate, (1 + n) / (10 + n)) instead of the rate.
     ema_stds: lengths sigma_rel of power-function averages (EDM2: 0.05, 0.1);
       from two of them sample.average='posthoc_0.15' makes any other length.
-    max_skipped_in_row: non-finite steps in a row that stop the run.
+    max_skipped_in_row: non-finite steps in a row after which the run rolls back
+      to its last good checkpoint and goes on with other data.
+    max_rollbacks: roll-backs without a new checkpoint after which it stops.
+    hang_secs: seconds without a step, compiling included, after which a
+      process ends with the stacks of its threads; 0 never ends it.
     init_from: work directory of a run whose average the player starts from;
       None starts fresh.
     init_average: which of its averages; None is its first.
-    parallel: 'jit' over one mesh, or the 'pmap' adapter.
-    cpu_devices: devices that JAX makes of the host's cores where it runs on
-      a CPU; 0 is one a usable core, as far as the batch divides evenly.
   """
 
   num_steps: int = 400_000
   batch_size: int = 1024
-  microbatches: int = 1
   ema_rates: tuple[float, ...] = (0.9999,)
   ema_warmup: bool = False
   ema_stds: tuple[float, ...] = ()
   max_skipped_in_row: int = 20
+  max_rollbacks: int = 3
+  hang_secs: float = 3600.0
   init_from: str | None = None
   init_average: str | None = None
-  parallel: Literal["jit", "pmap"] = "jit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+  """How the work is spread over devices; it changes results by rounding only.
+
+  Attributes:
+    backend: 'jit' over one mesh, or the 'pmap' adapter (no fsdp).
+    fsdp: devices that share one copy of the state, 0 for all of them; on fewer
+      devices, or a number that it does not divide, the next smaller divisor.
+    sharding: rules, the first that fits a tensor counts: 'replicate', 'fsdp',
+      'PATTERN=fsdp', or 'PATTERN=- - - fsdp' with a word for each dimension.
+    max_examples: most examples that a device takes at a time; the rest of its
+      share follows by gradient accumulation. 0 takes them all at once.
+    steps_per_call: steps that one call runs on the devices, so that small
+      networks do not wait for the host.
+    heartbeat_secs: silence after which a process counts as dead.
+    cpu_devices: devices that JAX makes of the host's cores where it runs on
+      a CPU; 0 is one a usable core, as far as the batch divides evenly.
+  """
+
+  backend: Literal["jit", "pmap"] = "jit"
+  fsdp: int = 1
+  sharding: tuple[str, ...] = ("replicate",)
+  max_examples: int = 0
+  steps_per_call: int = 1
+  heartbeat_secs: int = 100
   cpu_devices: int = 0
 
 
@@ -88,11 +115,15 @@ class Checkpoint:
     every_steps: steps between saves; the last step is always saved.
     keep: newest checkpoints to keep; None keeps all.
     keep_every: additionally keep those at multiples of this step.
+    max_failures: saves in a row that may fail before the run stops.
+    retry_secs: between tries of the last save, which must succeed.
   """
 
   every_steps: int = 10_000
   keep: int | None = 3
   keep_every: int | None = None
+  max_failures: int = 3
+  retry_secs: float = 10.0
 
 
 @dataclasses.dataclass(frozen=True)

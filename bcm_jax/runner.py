@@ -40,7 +40,7 @@ class Runner:
     function = jax.jit(
         lambda p, x, t, u, labels: method.flow_map(p)(x, t, u, labels)
     )
-    params = devices.replicate(self.params)
+    params = devices.place(self.params)
     object.__setattr__(self, "_devices", devices)
     object.__setattr__(
         self, "_flow_map", lambda *args: function(params, *args)

@@ -32,6 +32,7 @@ from bcm_jax.data import source as sources
 from bcm_jax.metrics import classifier as classifiers
 from bcm_jax.models import resnet
 from bcm_jax.training import hooks
+from bcm_jax.training import hosts
 from bcm_jax.training import optim
 from bcm_jax.training import parallel
 from bcm_jax.training import rng
@@ -163,8 +164,8 @@ def fit(
   )
   devices = jax.devices()[: math.gcd(jax.device_count(), settings.batch_size)]
   runner = parallel.Jit(parallel.make_mesh(devices))
-  params = runner.replicate(_init(network, source.image_shape, settings.seed))
-  opt_state = runner.replicate(settings.optimizer().init(params))
+  params = runner.place(_init(network, source.image_shape, settings.seed))
+  opt_state = runner.place(settings.optimizer().init(params))
   step_fn = jax.jit(
       make_step(network, settings, crop_margin(source.image_shape)),
       donate_argnums=(0, 1),
@@ -323,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     where = {k: flags.pop(k) for k in ("out", "name", "overwrite")}
     settings = Settings(**flags)
     config = configs.load(file, overrides, None, False)
-    parallel.use_cores(config.training.cpu_devices, settings.batch_size)
+    hosts.use_cores(config.parallel.cpu_devices, settings.batch_size)
     print(train_classifier(config, settings=settings, **where))
 
 

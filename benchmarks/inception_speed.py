@@ -25,6 +25,7 @@ from bcm_jax import files
 from bcm_jax.interop import inception_names
 from bcm_jax.metrics import inception as metric
 from bcm_jax.models import inception
+from bcm_jax.training import hosts
 from bcm_jax.training import parallel
 
 BATCHES = (16, 32, 64)
@@ -74,7 +75,7 @@ def products(
 ) -> Callable[[], None]:
   """float32 products on all devices, of this many multiply-adds together."""
   mesh = parallel.make_mesh()
-  split = jax.NamedSharding(mesh, jax.P(parallel.AXIS))
+  split = jax.NamedSharding(mesh, jax.P((parallel.DATA, parallel.FSDP)))
   rng = np.random.default_rng(0)
   a, b = (
       jax.device_put(rng.standard_normal((mesh.size, *s), np.float32), split)
@@ -120,7 +121,7 @@ def measure(params: dict[str, Any], batch: int) -> dict[str, float]:
 
 def main() -> None:
   """Measures, prints and writes."""
-  parallel.use_cores(0, math.gcd(*BATCHES))
+  hosts.use_cores(0, math.gcd(*BATCHES))
   params = weights()
   print(f"{'batch':>5} {'images/s':>9} {'a core':>7} {'x products':>11} cpu")
   result = {}

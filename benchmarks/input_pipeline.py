@@ -160,6 +160,7 @@ def waiting_share(path: str) -> dict[str, float]:
   from bcm_jax import config_files
   from bcm_jax import experiment as experiments
   from bcm_jax import train
+  from bcm_jax.training import hosts
   from bcm_jax.training import parallel
   from bcm_jax.training import step as steps
 
@@ -167,13 +168,13 @@ def waiting_share(path: str) -> dict[str, float]:
       "data.path": path, "data.image_shape": f"({SIZE},{SIZE},3)",
       "data.num_classes": "2",
   })
-  parallel.use_cores(0, config.training.batch_size)
+  hosts.use_cores(0, config.training.batch_size)
   experiment = experiments.build(config)
   runner = parallel.Jit(parallel.make_mesh())
   step_fn = runner.compile(steps.make_step(
       experiment.method, experiment.optimizers(), experiment.step_options()
   ))
-  state = runner.replicate(
+  state = runner.place(
       jax.jit(lambda: train._create(experiment, None))()
   )
   waited, began = 0.0, None

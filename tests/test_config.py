@@ -205,8 +205,9 @@ def test_augmentation_must_be_told_to_the_network():
   built = experiments.build(
       digits(data__augment="0.12", model__augment_dim="9")
   )
-  assert built.step_options().augment.p == 0.12
-  assert experiments.build(digits()).step_options().augment is None
+  assert built.step_options(built.backend()).augment.p == 0.12
+  plain = experiments.build(digits())
+  assert plain.step_options(plain.backend()).augment is None
 
 
 def test_another_method_refuses_what_it_does_not_use():

@@ -21,6 +21,8 @@ FLOORS = (
     {
         "main",
         "train",
+        "loop",
+        "watch",
         "generate",
         "search",
         "tables",
@@ -38,7 +40,8 @@ FLOORS = (
     {"planning", "provenance"},
     {"experiment"},  # A config as objects, for the commands.
     {"config"},
-    {"options", "config_files", "published"},  # Settings and facts alone.
+    # Settings, flags and facts alone.
+    {"options", "arguments", "config_files", "published", "chips"},
     {"training"},
     {"methods", "sampling"},
     {"metrics"},  # Reads the weights of its feature networks.
@@ -243,7 +246,9 @@ def test_rooms_import_only_downwards():
 
 
 def test_engine_names_no_method():
-  assert not gather(naming_offences, "training", "train.py")
+  assert not gather(
+      naming_offences, "training", "train.py", "loop.py", "watch.py"
+  )
 
 
 def test_methods_are_pure():

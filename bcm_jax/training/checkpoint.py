@@ -6,6 +6,10 @@ not read. Here every leaf is saved with a SHA-256 digest, verified on the way
 back; a step that fails is set aside, never deleted, and the next older one is
 taken.
 
+Process 0 alone writes, whole arrays: parts of other hosts are gathered leaf by
+leaf, so that a digest is of a leaf and not of a way to cut it. Every process
+reads, and all take the same step.
+
 A step holds two Orbax items: `state`, nested dicts of arrays that do not
 depend on class names, and `meta`, JSON with the caller's facts and the
 manifest of leaves. `None`, empty dicts and arrays without elements (which
@@ -28,6 +32,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bcm_jax.errors import UserError
+from bcm_jax.training import hosts
 from bcm_jax.training import manifest
 
 _STATE, _META = "state", "meta"
@@ -116,6 +121,8 @@ class Checkpoints:
     step = int(step)
     leaves = {path: manifest.to_host(path, leaf)
               for path, leaf in manifest.flatten(state).items()}
+    if jax.process_index() != 0:
+      return True
     record = manifest.make_record(step, leaves, meta)
     manager = self._writer()
     if step in self.all_steps():
@@ -174,7 +181,7 @@ class Checkpoints:
     want = manifest.flatten(template)
     self._check_fits(want, loaded)
     for bad, reason in damaged:
-      self._set_aside(bad, reason, loaded.step)
+      self.set_aside(bad, f"damaged: {reason}", loaded.step)
     leaves = {path: manifest.place(leaf, loaded.leaves[path])
               for path, leaf in want.items()}
     state = serialization.from_state_dict(template, manifest.unflatten(leaves))
@@ -221,8 +228,11 @@ class Checkpoints:
           max_to_keep=self._keep,
           keep_period=self._keep_every,
           cleanup_tmp_directories=True,
+          create=False,
+          multiprocessing_options=_alone("write"),
       )
       try:
+        self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
       except OSError as e:
         raise UserError(
@@ -236,7 +246,7 @@ class Checkpoints:
       self, step: int | None
   ) -> tuple[_Loaded, list[tuple[int, str]]]:
     """Returns the newest good step and the newer ones with their damage."""
-    steps = self.all_steps()
+    steps = self.common_steps()
     if not steps:
       raise UserError(
           f"no checkpoint in {self.directory}; expected at least one saved "
@@ -254,10 +264,21 @@ class Checkpoints:
         loaded = _read_step(self._directory / str(candidate), candidate)
       except manifest.Damage as e:
         reason = str(e)
-      if _all_hosts(loaded is not None):
+      if hosts.all_agree(loaded is not None):
         return loaded, damaged
       damaged.append((candidate, reason or "damaged as another host sees it"))
     raise self._none_good(damaged, step)
+
+  def common_steps(self) -> list[int]:
+    """all_steps() as process 0 sees them, when it has written them."""
+    steps = self.all_steps()
+    if jax.process_count() == 1:
+      return steps
+    count = multihost_utils.broadcast_one_to_all(np.int32(len(steps)))
+    padded = np.full(int(count), -1, np.int64)
+    mine = steps[: len(padded)]
+    padded[: len(mine)] = mine
+    return [int(s) for s in multihost_utils.broadcast_one_to_all(padded)]
 
   def _check_fits(
       self, want: dict[manifest.Path, Any], loaded: _Loaded
@@ -290,7 +311,10 @@ class Checkpoints:
         f"whose digests agree; {advice}"
     )
 
-  def _set_aside(self, step: int, reason: str, instead: int) -> None:
+  def set_aside(
+      self, step: int, reason: str, instead: int | None = None
+  ) -> None:
+    """Moves a step to `<directory>/../damaged/`, where nothing reads it."""
     home = self._directory.parent / "damaged"
     number = 0
     while (home / f"{step}-{number}").exists():
@@ -299,9 +323,9 @@ class Checkpoints:
     if jax.process_index() == 0:
       home.mkdir(parents=True, exist_ok=True)
       (self._directory / str(step)).rename(target)
-      logging.error(
-          "checkpoint step %d is damaged (%s); moved to %s; falling back to "
-          "step %d", step, reason, target, instead)
+      then = "" if instead is None else f"; falling back to step {instead}"
+      logging.error("checkpoint step %d is set aside (%s): moved to %s%s",
+                    step, reason, target, then)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"set aside {step}")
     if self._manager is not None:
@@ -336,13 +360,17 @@ def _read_step(folder: epath.Path, step: int) -> _Loaded:
 
 
 def _read_item(folder: epath.Path, handler: Any, args: Any) -> Any:
-  # Each host reads alone: one that fails must not leave others at a barrier.
-  index = jax.process_index()
-  alone = ocp.options.MultiprocessingOptions(
-      primary_host=index, active_processes={index},
-      barrier_sync_key_prefix=f"read{index}")
+  alone = _alone("read")
   with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
     return reader.restore(folder, args=args)
+
+
+def _alone(what: str) -> ocp.options.MultiprocessingOptions:
+  # Without barriers: a host that fails must not leave others waiting at one.
+  index = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+      primary_host=index, active_processes={index},
+      barrier_sync_key_prefix=f"{what}{index}")
 
 
 def _attempt(what: str, read: Callable[[], Any]) -> Any:
@@ -352,13 +380,6 @@ def _attempt(what: str, read: Callable[[], Any]) -> Any:
     raise
   except Exception as e:  # Orbax raises bare Exceptions for bad data.
     raise manifest.Damage(f"{what}: {_one_line(e)}") from e
-
-
-def _all_hosts(ok: bool) -> bool:
-  """Whether all hosts say yes: they must agree on the step they take."""
-  if jax.process_count() == 1:
-    return ok
-  return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 
 def _one_line(error: BaseException, limit: int = 160) -> str:

@@ -5,15 +5,17 @@ every leaf, and its own digest. Nothing here touches a file.
 """
 
 from collections.abc import Iterator
+from concurrent import futures
 import hashlib
 import json
 from typing import Any
 
 from flax import serialization
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
+
+from bcm_jax.training import hosts
 
 FORMAT = 1
 
@@ -59,12 +61,7 @@ def to_host(path: Path, leaf: Any) -> Any:
       raise TypeError(
           f"{'/'.join(path)}: typed PRNG keys are not saved; derive keys from "
           "seed and step")
-    if leaf.is_fully_replicated:
-      leaf = leaf.addressable_data(0)
-    elif not leaf.is_fully_addressable:
-      leaf = multihost_utils.process_allgather(leaf, tiled=True)
-  # np.asarray of a CPU array may share memory with a buffer donated later.
-  host = np.array(leaf, order="C")
+  host = hosts.to_host(leaf)
   if host.dtype.kind in "OUSMm":
     raise TypeError(f"{'/'.join(path)}: expected an array of numbers, got "
                     f"{type(leaf).__name__} of dtype {host.dtype}")
@@ -105,11 +102,10 @@ def make_record(
   if len(names) < len(leaves):
     raise ValueError("two leaves have the same dotted name, which Orbax "
                      "would mix up; rename a key that holds a dot")
+  with futures.ThreadPoolExecutor() as pool:  # hashlib releases the GIL.
+    described = list(pool.map(_describe, leaves.keys(), leaves.values()))
   record = {
-      "format": FORMAT,
-      "step": step,
-      "meta": meta,
-      "leaves": [_describe(path, leaf) for path, leaf in leaves.items()],
+      "format": FORMAT, "step": step, "meta": meta, "leaves": described,
   }
   record = json.loads(json.dumps(record))
   return {**record, "sha256": json_digest(record)}

@@ -1,11 +1,18 @@
-"""Devices: one mesh of global arrays under jit, and a pmap adapter.
+"""Devices: one named mesh of global arrays under jit, and a pmap adapter.
 
-Data parallel over the axis 'data': the state is replicated, the batch cut by
-examples. Under pmap each device runs the same step function on its slice.
+The mesh has the axes 'data' and 'fsdp'. Examples are cut over both; the state
+is cut over 'fsdp' where a rule says so and is otherwise on every device. XLA
+adds the collectives. Under pmap each device runs the same step function on
+its slice of the examples and holds the whole state.
+
+Every backend takes steps in calls: one call may be several steps, scanned on
+the devices, so that small networks do not wait for the host.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
-import os
+import math
+import re
 from typing import Any
 
 import jax
@@ -19,77 +26,254 @@ from bcm_jax import errors
 from bcm_jax.training import step as steps
 
 Tree = Any
-AXIS = "data"
+Batch = dict[str, np.ndarray]
+DATA, FSDP = "data", "fsdp"
+# The axis that a step under pmap averages over.
+AXIS = DATA
+# Smaller tensors cost more to gather than they take to keep.
+_MIN_CUT_SIZE = 2**14
 
 
-def use_cores(count: int, batch_size: int) -> None:
-  """Makes JAX split the host into devices, where it runs on a CPU.
-
-  XLA hardly splits small convolutions over threads, so devices of one core
-  each keep more cores busy than one device of all. Must come before the first
-  use of JAX; XLA_FLAGS that set a number of devices win.
+def make_mesh(
+    devices: Sequence[jax.Device] | None = None, fsdp: int = 1
+) -> Mesh:
+  """The mesh ('data', 'fsdp') over all devices of all hosts.
 
   Args:
-    count: devices; 0 takes one a usable core, at most 8, such that they
-      divide the batch evenly.
-    batch_size: examples of a (micro)batch.
+    devices: other devices than all.
+    fsdp: devices that share one copy of the state, 0 for all; the next smaller
+      divisor of the number of devices where it is none.
   """
-  if not count:
-    if hasattr(os, "sched_getaffinity"):
-      cores = len(os.sched_getaffinity(0))
-    else:
-      cores = os.cpu_count() or 1
-    count = max(
-        n for n in range(1, min(cores, 8) + 1) if batch_size % n == 0
-    )
-  flags = os.environ.get("XLA_FLAGS", "")
-  if "xla_force_host_platform_device_count" not in flags:
-    jax.config.update("jax_num_cpu_devices", count)
-
-
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-  """A one-axis mesh over all devices of all hosts."""
   devices = jax.devices() if devices is None else devices
+  n = len(devices)
+  size = n if fsdp == 0 else max(
+      k for k in range(1, min(fsdp, n) + 1) if n % k == 0
+  )
   return jax.make_mesh(
-      (len(devices),), (AXIS,), devices=devices, axis_types=(AxisType.Auto,)
+      (n // size, size), (DATA, FSDP), devices=devices,
+      axis_types=(AxisType.Auto, AxisType.Auto),
   )
 
 
-def check_batch(batch_size: int, microbatches: int, devices: int) -> None:
-  """Raises UserError where a batch cannot be cut evenly."""
-  if batch_size % (microbatches * devices):
+def microbatches(batch_size: int, devices: int, limit: int) -> int:
+  """In how many parts a step takes its batch, so that devices can hold it.
+
+  Args:
+    batch_size: of the global batch.
+    devices: that share it.
+    limit: most examples of a part on a device; 0 is no limit.
+
+  Raises:
+    UserError: the batch cannot be cut evenly over the devices.
+  """
+  if batch_size % devices:
     raise errors.UserError(
-        f"training.batch_size={batch_size} cannot be cut into "
-        f"{microbatches} microbatches on each of {devices} devices; make it "
-        f"a multiple of {microbatches * devices}"
+        f"training.batch_size={batch_size} cannot be cut evenly over "
+        f"{devices} devices; make it a multiple of {devices}"
     )
+  each = batch_size // devices
+  if not limit:
+    return 1
+  return min(m for m in range(1, each + 1)
+             if each % m == 0 and each // m <= limit)
+
+
+# Rules ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Where tensors lie whose path matches.
+
+  Attributes:
+    pattern: regular expression, searched in 'players/student/params/...'.
+    spec: 'replicate', 'fsdp' (cut along the longest axis that divides evenly),
+      or the mesh axis of each dimension, None for none; such a rule is for
+      tensors of as many dimensions.
+  """
+
+  pattern: str
+  spec: str | tuple[str | None, ...]
+
+
+def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
+  """Rules of a config: 'fsdp', 'label_emb=replicate', 'kernel$=- - - fsdp'.
+
+  The first rule that fits a tensor counts; where none does it is replicated.
+
+  Raises:
+    UserError: a rule that means nothing.
+  """
+  rules = []
+  for text in texts:
+    pattern, _, spec = text.rpartition("=")
+    words = tuple(None if w == "-" else w for w in spec.split())
+    try:
+      re.compile(pattern)
+    except re.error as e:
+      raise errors.UserError(
+          f"parallel.sharding: {pattern!r} is no regular expression ({e})"
+      ) from e
+    if words in (("replicate",), (FSDP,)) and "=" not in spec:
+      rules.append(Rule(pattern, words[0]))
+    elif words and pattern and set(words) <= {None, DATA, FSDP}:
+      rules.append(Rule(pattern, words))
+    else:
+      raise errors.UserError(
+          f"parallel.sharding has {text!r}; expected 'replicate', 'fsdp', "
+          "'PATTERN=replicate', 'PATTERN=fsdp', or 'PATTERN=- - - fsdp' with a "
+          "word for each dimension: '-', 'data' or 'fsdp'"
+      )
+  return tuple(rules)
+
+
+def spec_of(
+    rules: Sequence[Rule], path: str, shape: tuple[int, ...], mesh: Mesh
+) -> PartitionSpec:
+  """Where a tensor lies.
+
+  Raises:
+    UserError: a rule cuts it where it cannot be cut evenly.
+  """
+  for rule in rules:
+    if not re.search(rule.pattern, path):
+      continue
+    if rule.spec == "replicate":
+      return PartitionSpec()
+    if rule.spec == FSDP:
+      return _longest_axis(shape, mesh.shape[FSDP])
+    if len(rule.spec) != len(shape):
+      continue
+    for size, axis in zip(shape, rule.spec, strict=True):
+      if axis is not None and size % mesh.shape[axis]:
+        raise errors.UserError(
+            f"parallel.sharding: {rule.pattern!r} cuts {path} of shape "
+            f"{list(shape)} by {mesh.shape[axis]}, which does not divide "
+            f"{size}; cut another dimension, or replicate it"
+        )
+    return PartitionSpec(*rule.spec)
+  return PartitionSpec()
+
+
+def _longest_axis(shape: tuple[int, ...], count: int) -> PartitionSpec:
+  fitting = [i for i, size in enumerate(shape) if size % count == 0 and size]
+  if count == 1 or not fitting or math.prod(shape) < _MIN_CUT_SIZE:
+    return PartitionSpec()
+  # Of equal ones the last: channels out, which convolutions keep innermost.
+  best = max(fitting, key=lambda i: (shape[i], i))
+  return PartitionSpec(*[FSDP if i == best else None for i in range(best + 1)])
+
+
+# Backends ------------------------------------------------------------------
+
+
+def _stack(trees: Sequence[Tree]) -> Tree:
+  return jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *trees)
+
+
+def _scanned(step: steps.Step) -> steps.Step:
+  """step(state, batches, curricula, phase) over a leading axis of steps."""
+
+  def many(state, batches, curricula, phase):
+    return jax.lax.scan(
+        lambda s, inputs: step(s, *inputs, phase), state, (batches, curricula)
+    )
+
+  return many
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+  if isinstance(x, jax.Array) and x.sharding == sharding:
+    return x
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
 
 @dataclasses.dataclass(frozen=True)
 class Jit:
   """Runs a step on global arrays over a mesh.
 
-  The batch handed to `batch` is this host's slice of the global batch.
+  Attributes:
+    mesh: see make_mesh.
+    rules: where tensors of the state lie.
   """
 
   mesh: Mesh
+  rules: tuple[Rule, ...] = ()
+
+  @property
+  def axis_name(self) -> None:
+    """The step is made without one: its batch is the global one."""
+
+  @property
+  def devices(self) -> int:
+    """Devices that share a batch."""
+    return self.mesh.devices.size
+
+  def shardings(self, tree: Tree) -> Tree:
+    """Where each tensor of a state lies, given its arrays or their shapes."""
+
+    def one(path, leaf):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      spec = spec_of(self.rules, name, tuple(np.shape(leaf)), self.mesh)
+      return NamedSharding(self.mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+  def batch_sharding(self, stacked: bool = False) -> NamedSharding:
+    """Of a batch [B, ...], or of several [steps, B, ...]."""
+    axes = (DATA, FSDP)
+    spec = PartitionSpec(None, axes) if stacked else PartitionSpec(axes)
+    return NamedSharding(self.mesh, spec)
+
+  def abstract(self, tree: Tree) -> Tree:
+    """Shapes of a state and where they lie: what a checkpoint restores to."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree, self.shardings(tree),
+    )
+
+  def create(self, make: Callable[..., Tree], *args: Any) -> Tree:
+    """make(*args), computed where its parts lie."""
+    shardings = self.shardings(jax.eval_shape(make, *args))
+    return jax.jit(make, out_shardings=shardings)(*args)
+
+  def place(self, tree: Tree) -> Tree:
+    """Puts a tree, the same on every host, where its parts lie."""
+
+    return jax.tree.map(_put, tree, self.shardings(tree))
 
   def replicate(self, tree: Tree) -> Tree:
-    """Puts a host tree on every device."""
+    """Puts a tree, the same on every host, on every device."""
     sharding = NamedSharding(self.mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+    return jax.tree.map(lambda x: _put(x, sharding), tree)
 
-  def batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Cuts a host batch by examples over the devices."""
-    sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+  def batch(self, *batches: Batch) -> dict[str, jax.Array]:
+    """This host's slices of one or several global batches, as global arrays."""
+    several = len(batches) > 1
+    sharding = self.batch_sharding(several)
     return {
         k: jax.make_array_from_process_local_data(sharding, v)
-        for k, v in batch.items()
+        for k, v in (_stack(batches) if several else batches[0]).items()
     }
 
-  def compile(self, step: steps.Step) -> steps.Step:
-    """Compiles a step made with axis_name=None; donates the state."""
-    return jax.jit(step, static_argnames="phase", donate_argnums=0)
+  def compile(self, step: steps.Step, several: bool = False) -> steps.Step:
+    """Compiles a step made with axis_name=None; donates the state.
+
+    Args:
+      step: see steps.make_step.
+      several: of a call of several steps: batches and curricula come stacked,
+        metrics go stacked.
+    """
+    step = _scanned(step) if several else step
+
+    def placed(state, batch, curriculum, phase):
+      new, metrics = step(state, batch, curriculum, phase)
+      # XLA would be free to leave a part elsewhere, and compile twice.
+      new = jax.lax.with_sharding_constraint(new, self.shardings(new))
+      return new, metrics
+
+    return jax.jit(placed, static_argnames="phase", donate_argnums=0)
 
   def fetch(self, tree: Tree) -> Tree:
     """Brings a replicated tree back as one copy."""
@@ -98,33 +282,94 @@ class Jit:
 
 @dataclasses.dataclass(frozen=True)
 class Pmap:
-  """Runs the same step function under pmap, a leading axis of devices."""
+  """Runs the same step function under pmap, a leading axis of local devices."""
 
-  devices: tuple[jax.Device, ...]
+  local_devices: tuple[jax.Device, ...]
+  axis_name = AXIS
 
-  def replicate(self, tree: Tree) -> Tree:
+  @property
+  def devices(self) -> int:
+    """Devices that share a batch, those of other hosts too."""
+    return len(self.local_devices) * jax.process_count()
+
+  def abstract(self, tree: Tree) -> Tree:
+    """Shapes of a state, restored to the host."""
+    return jax.tree.map(
+        lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree
+    )
+
+  def create(self, make: Callable[..., Tree], *args: Any) -> Tree:
+    """make(*args), a copy on every device."""
+    return self.place(jax.jit(make)(*args))
+
+  def place(self, tree: Tree) -> Tree:
     """Stacks a tree once for each device."""
-    n = len(self.devices)
+    n = len(self.local_devices)
     return jax.tree.map(lambda x: np.stack([np.asarray(x)] * n), tree)
 
-  def batch(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Splits [B, ...] into [devices, B / devices, ...]."""
-    n = len(self.devices)
-    return {
-        k: v.reshape(n, len(v) // n, *v.shape[1:]) for k, v in batch.items()
-    }
+  def replicate(self, tree: Tree) -> Tree:
+    """Arguments that pmap hands to every device as they are."""
+    return tree
 
-  def compile(self, step: steps.Step) -> steps.Step:
-    """Compiles a step made with axis_name='data'."""
+  def batch(self, *batches: Batch) -> Batch:
+    """Splits [B, ...] into [devices, B / devices, ...].
+
+    Several batches become [devices, steps, B / devices, ...].
+    """
+    n = len(self.local_devices)
+
+    def split(v):
+      return v.reshape(n, len(v) // n, *v.shape[1:])
+
+    cut = [{k: split(v) for k, v in batch.items()} for batch in batches]
+    if len(cut) == 1:
+      return cut[0]
+    return {k: np.stack([c[k] for c in cut], axis=1) for k in cut[0]}
+
+  def compile(self, step: steps.Step, several: bool = False) -> steps.Step:
+    """Compiles a step made with axis_name='data'; see Jit.compile."""
     return jax.pmap(
-        step,
+        _scanned(step) if several else step,
         axis_name=AXIS,
         in_axes=(0, 0, None, None),
         static_broadcasted_argnums=3,
         donate_argnums=0,
-        devices=self.devices,
+        devices=self.local_devices if jax.process_count() == 1 else None,
     )
 
   def fetch(self, tree: Tree) -> Tree:
     """Takes the first device's copy."""
     return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+
+
+Backend = Jit | Pmap
+
+
+def curricula(method: Any, first: int, count: int) -> Tree:
+  """What a method's curriculum hands to a call of `count` steps, on the host.
+  """
+  each = [method.curriculum(first + i) for i in range(count)]
+  return jax.tree.map(np.asarray, each[0]) if count == 1 else _stack(each)
+
+
+def calls(
+    method: Any, first: int, total: int, most: int, stops: Sequence[int]
+) -> list[tuple[int, int]]:
+  """Cuts steps first .. total - 1 into calls of at most `most` steps.
+
+  A call never crosses a change of phase nor a multiple of one of `stops` or of
+  `most` itself, so that where a run was interrupted changes no later call.
+
+  Returns:
+    (first step, number of steps) of every call.
+  """
+  result, start = [], first
+  while start < total:
+    end = min([total, *((start // s + 1) * s for s in (most, *stops))])
+    phase = method.phase(start)
+    end = next(
+        (s for s in range(start + 1, end) if method.phase(s) != phase), end
+    )
+    result.append((start, end - start))
+    start = end
+  return result

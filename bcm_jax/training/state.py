@@ -34,6 +34,8 @@ class TrainState:
 
   Attributes:
     step: number of finished steps; int32 scalar.
+    window: how far data and noise are ahead of the step, because roll-backs
+      left some out: step k takes those of position k + window; int32 scalar.
     players: trained networks by name.
     averages: moving averages of parameters by name.
     skipped: steps whose update was skipped as non-finite; int32 scalar.
@@ -43,6 +45,7 @@ class TrainState:
   """
 
   step: jax.Array
+  window: jax.Array
   players: dict[str, PlayerState]
   averages: dict[str, Any]
   skipped: jax.Array
@@ -109,9 +112,24 @@ def create(
   for name, average in method.averages.items():
     averages[name] = ema.start(players[average.player].params)
   # Distinct arrays: a donated buffer must not appear twice.
-  zero = [jnp.zeros((), jnp.int32) for _ in range(3)]
+  zero = [jnp.zeros((), jnp.int32) for _ in range(4)]
   scale = jnp.float32(_LOG2_LOSS_SCALE) if loss_scaling else None
-  return TrainState(zero[0], players, averages, zero[1], zero[2], scale)
+  return TrainState(
+      zero[0], zero[1], players, averages, zero[2], zero[3], scale
+  )
+
+
+def roll_back(good: TrainState, position: int) -> TrainState:
+  """A saved state that goes on with the data from `position` on.
+
+  Args:
+    good: what a checkpoint held.
+    position: first batch that was not tried yet.
+  """
+  return good.replace(
+      window=jnp.int32(position - int(good.step)),
+      skipped_in_row=jnp.zeros((), jnp.int32),
+  )
 
 
 def _check_fits(params: Any, fresh: Any) -> None:

@@ -94,6 +94,7 @@ def make_step(
     bad = 1 - finite.astype(jnp.int32)
     new = states.TrainState(
         step=state.step + 1,
+        window=state.window,
         players=players,
         averages=averages,
         skipped=state.skipped + bad,
@@ -121,7 +122,8 @@ def _loss(params, player, method, options, state, batch, curriculum):
   )
 
   def keys(stream):
-    return rng.example_keys(options.seed, stream, state.step, batch["index"])
+    position = state.step + state.window
+    return rng.example_keys(options.seed, stream, position, batch["index"])
 
   images, augment_labels = batch["image"], None
   if images.dtype == jnp.uint8:

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from bcm_jax import errors
 from bcm_jax.diffusion import process
 from bcm_jax.training import parallel
 from bcm_jax.training import rng
@@ -55,7 +54,7 @@ def compiled(topology, microbatches=1):
   devices = runner(topology)
   options = steps.StepOptions(
       ema_rates=(0.9,), microbatches=microbatches,
-      axis_name=parallel.AXIS if "pmap" in topology else None,
+      axis_name=devices.axis_name,
   )
   step = steps.make_step(method(), optimizers(), options)
   return devices, devices.compile(step)
@@ -80,7 +79,7 @@ def first_state():
 def train(topology, microbatches=1):
   """(state, metrics) on the host after a few steps."""
   devices, step = compiled(topology, microbatches)
-  state = devices.replicate(first_state())
+  state = devices.place(first_state())
   for k in range(STEPS):
     state, metrics = step(
         state, devices.batch(batch(k)), method().curriculum(10 * k),
@@ -113,7 +112,7 @@ def drawn(topology):
   devices = runner(topology)
   index = devices.batch({"index": batch()["index"]})["index"]
   if "pmap" in topology:
-    out = jax.pmap(draw, devices=devices.devices)(index)
+    out = jax.pmap(draw, devices=devices.local_devices)(index)
     return [np.asarray(x).reshape(B, *x.shape[2:]) for x in out]
   return [np.asarray(x) for x in jax.jit(draw)(index)]
 
@@ -155,7 +154,7 @@ def test_devices_agree_on_a_bad_step(topology):
   spoilt["image"] = spoilt["image"].copy()
   spoilt["image"][-1] = np.nan
   state, metrics = step(
-      devices.replicate(first_state()), devices.batch(spoilt),
+      devices.place(first_state()), devices.batch(spoilt),
       method().curriculum(0), ("student",),
   )
   for leaf in jax.tree.leaves(metrics["skipped"]):
@@ -181,7 +180,7 @@ def _child(tree, key):
 
 def test_the_state_is_replicated_and_the_batch_is_cut():
   devices = runner("jit-4")
-  state = devices.replicate(first_state())
+  state = devices.place(first_state())
   assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
   cut = devices.batch(batch())
   for name, value in cut.items():
@@ -193,25 +192,3 @@ def test_the_state_is_replicated_and_the_batch_is_cut():
   np.testing.assert_array_equal(pieces["index"].reshape(-1), np.arange(B))
 
 
-@pytest.mark.parametrize("batch_size,microbatches,devices", [
-    (8, 1, 1), (8, 4, 2), (24, 3, 8),
-])
-def test_batches_that_can_be_cut(batch_size, microbatches, devices):
-  parallel.check_batch(batch_size, microbatches, devices)
-
-
-@pytest.mark.parametrize("batch_size,microbatches,devices", [
-    (9, 2, 1), (8, 3, 1), (8, 4, 4), (7, 1, 4),
-])
-def test_a_batch_that_cannot_be_cut_says_so(
-    batch_size, microbatches, devices
-):
-  with pytest.raises(errors.UserError) as error:
-    parallel.check_batch(batch_size, microbatches, devices)
-  text = str(error.value)
-  for part in (
-      f"training.batch_size={batch_size}", f"{microbatches} microbatches",
-      f"{devices} devices", f"multiple of {microbatches * devices}",
-  ):
-    assert part in text
-  assert "\n" not in text

@@ -1,0 +1,300 @@
+"""The one training loop: from the newest checkpoint to the last step.
+
+It knows no method. What may go wrong on the way is decided here and told in
+docs/reliability.md: damaged checkpoints, steps that are not finite, notices to
+go, another writer, hanging.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import time
+from typing import Any
+
+from absl import logging
+import jax
+
+from bcm_jax import __version__
+from bcm_jax import config as configs
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import options
+from bcm_jax import provenance
+from bcm_jax import runs
+from bcm_jax import watch as watches
+from bcm_jax.data import pipeline
+from bcm_jax.data import source as sources
+from bcm_jax.training import checkpoint
+from bcm_jax.training import faults
+from bcm_jax.training import goodput
+from bcm_jax.training import guard
+from bcm_jax.training import hooks
+from bcm_jax.training import hosts
+from bcm_jax.training import lock
+from bcm_jax.training import parallel
+from bcm_jax.training import saver
+from bcm_jax.training import state as states
+from bcm_jax.training import step as steps
+from bcm_jax.training import watchdog
+
+
+@dataclasses.dataclass
+class Run:
+  """A run from its newest checkpoint to its last step.
+
+  Attributes:
+    experiment: what is trained.
+    workdir: of the run.
+    source: training images.
+    accounts: where the time goes.
+    notice: whether the run was told to go.
+    owner: the lock of the work directory; None on all hosts but one.
+  """
+
+  experiment: experiments.Experiment
+  workdir: str
+  source: sources.Source
+  accounts: goodput.Goodput
+  notice: hosts.Notice
+  owner: lock.Lock | None
+
+  def __post_init__(self):
+    config = self.experiment.config
+    self.training: options.Training = self.experiment.section("training")
+    self.parallel: options.Parallel = self.experiment.section("parallel")
+    self.backend = self.experiment.backend()
+    step = steps.make_step(
+        self.experiment.method, self.experiment.optimizers(),
+        self.experiment.step_options(self.backend),
+    )
+    self.step_fns = {
+        several: self.backend.compile(step, several)
+        for several in (False, True)
+    }
+    self.compiled: set[Any] = set()
+    self.calls = itertools.count()
+    self.rollbacks = 0
+    settings: options.Checkpoint = self.experiment.section("checkpoint")
+    self.saver = saver.Saver(
+        checkpoint.Checkpoints(
+            runs.checkpoint_dir(self.workdir), settings.keep,
+            settings.keep_every,
+        ),
+        {"config": configs.to_json(config), "version": __version__,
+         "data_fingerprint": sources.fingerprint(self.source)},
+        settings.max_failures, settings.retry_secs,
+    )
+
+  def train(self) -> states.TrainState:
+    """The state after the last step."""
+    total = self.training.num_steps
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(self.saver.saved)
+      self.dog = watchdog.Watchdog(
+          self.training.hang_secs,
+          os.path.join(self.workdir, guard.FOLDER,
+                       f"stacks-host{jax.process_index()}.txt"),
+      )
+      with self.accounts.part("init"):
+        state = self._start()
+      if int(self.backend.fetch(state.step)) >= total:
+        return self.backend.fetch(state)
+      stack.enter_context(self.notice.deferred())
+      stack.callback(self.dog.start().close)
+      while True:
+        try:
+          return self._until_end(state)
+        except guard.NotFinite as error:
+          with self.accounts.part("rollback"):
+            state = self._roll_back(error)
+
+  def _create(self, start_from: Any) -> states.TrainState:
+    return experiments.create_state(self.experiment, start_from)
+
+  def _start(self) -> states.TrainState:
+    """The newest good checkpoint, or a new state, on the devices."""
+    if self.saver.steps():
+      return self.backend.place(self._restore())
+    start_from = None
+    if self.training.init_from is not None:
+      start_from = {
+          self.experiment.method.sampled: runs.load_params(
+              self.training.init_from, self.training.init_average
+          )
+      }
+    try:
+      return self.backend.create(self._create, start_from)
+    except ValueError as e:
+      if start_from is None or isinstance(e, errors.UserError):
+        raise
+      raise errors.UserError(
+          f"training.init_from={self.training.init_from}: {e}; its network "
+          "must be this one, but for the second time branch"
+      ) from e
+
+  def _restore(self) -> states.TrainState:
+    """The newest good checkpoint."""
+    template = jax.eval_shape(lambda: self._create(None))
+    at, state, meta = self.saver.saved.restore(self.backend.abstract(template))
+    _check_same_images(meta, self.source)
+    logging.info("resuming at step %d", at)
+    return state
+
+  def _until_end(self, state: states.TrainState) -> states.TrainState:
+    """Runs the steps after state.step; saves, reports, and listens.
+
+    Raises:
+      NotFinite: too many steps in a row.
+      Preempted: when the notice came.
+    """
+    method, total = self.experiment.method, self.training.num_steps
+    every = self.experiment.config.checkpoint.every_steps
+    first, window = (
+        int(self.backend.fetch(x)) for x in (state.step, state.window)
+    )
+    calls = parallel.calls(
+        method, first, total, self.parallel.steps_per_call, (every,)
+    )
+    judge = guard.Guard(self.training.max_skipped_in_row)
+    self.end, self.position = first, first + window
+    self.accounts.begin(first)
+    with contextlib.ExitStack() as stack:
+      player = state.players[method.sampled]
+      watch = watches.open_watch(
+          self.experiment, self.workdir, first,
+          self.backend.fetch(player.params), stack,
+      )
+      began = time.monotonic()
+      stream = stack.enter_context(self._stream(calls, window))
+      for start, count in calls:
+        with self.accounts.part("data"):
+          inputs = next(stream)
+        end = start + count
+        state, metrics = self._call(state, inputs, start, count)
+        self.end, self.position, self.latest = end, end + window, state
+        judge.check(end, metrics, wait=end == total)
+        self.dog.progress(end)
+        watch(end, count, metrics)
+        going = self.notice.reached(next(self.calls))
+        self._check_owner()
+        if end % every == 0 or end == total or going:
+          with self.accounts.part("checkpoint"), watch.report.timed("save"):
+            self._save(end, state, last=end == total or going)
+        if going and end < total:
+          raise errors.Preempted(
+              f"step {end} of {total} is saved in {self.workdir}; the same "
+              "command goes on"
+          )
+      seconds = hooks.format_secs(time.monotonic() - began)
+      watch.progress.note(f"trained {total - first} steps in {seconds}")
+    return self.backend.fetch(state)
+
+  def _call(self, state, inputs, start: int, count: int):
+    """One call of the step; the first of a kind compiles."""
+    phase = self.experiment.method.phase(start)
+    kind = phase, count
+    part = contextlib.nullcontext()
+    if kind not in self.compiled:
+      self.compiled.add(kind)
+      part = self.accounts.part("compile")
+    with part, jax.profiler.StepTraceAnnotation("train", step_num=start + 1):
+      state, metrics = self.step_fns[count > 1](state, *inputs, phase)
+    return state, self.backend.fetch(metrics)
+
+  def _save(self, step: int, state: states.TrainState, last: bool) -> None:
+    """Saves what one copy of the state holds."""
+    before = self.saver.newest
+    save = self.saver.finish if last else self.saver.save
+    with self.dog.paused():
+      save(step, self.backend.fetch(state))
+    if self.saver.newest != before:
+      self.rollbacks = 0
+    self.accounts.save(step, self.saver.newest)
+
+  def _check_owner(self) -> None:
+    if self.owner is not None and self.owner.lost:
+      raise errors.UserError(
+          f"another job has taken over --workdir={self.workdir} while this one "
+          "gave no sign of life; this one stops"
+      )
+
+  def _batches(self) -> pipeline.Batches:
+    """This host's part of the batch at a position."""
+    config = self.experiment.config
+    return pipeline.Batches(
+        self.source, config.seed, config.training.batch_size,
+        flip=config.data.flip, process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+  def _stream(self, calls, window: int):
+    """Batches and curricula of the calls, made and put on devices ahead."""
+    backend, batches = self.backend, self._batches()
+
+    def inputs(i):
+      start, count = calls[i]
+      parts = [
+          experiments.network_inputs(self.experiment, batches(window + step))
+          for step in range(start, start + count)
+      ]
+      curriculum = parallel.curricula(self.experiment.method, start, count)
+      return backend.batch(*parts), backend.replicate(curriculum)
+
+    return contextlib.closing(pipeline.prefetch(inputs, 0, len(calls)))
+
+  def _roll_back(self, error: guard.NotFinite) -> states.TrainState:
+    """The state of a good checkpoint, going on with data not tried yet.
+
+    Raises:
+      UserError: it was tried too often; a bundle is left.
+    """
+    faults.point("before_rollback")
+    self.rollbacks += 1
+    if self.rollbacks > self.training.max_rollbacks:
+      raise self._give_up(error)
+    # Where the newest did not help, the one before: it may hold the seed.
+    stored = self.saver.steps()
+    for later in stored[len(stored) - self.rollbacks + 1 :]:
+      self.saver.saved.set_aside(later, "the steps after it were not finite")
+    if stored:
+      good = self._restore()
+    else:
+      good = self.backend.fetch(self._start())
+    logging.error(
+        "%s; going on from step %d with other data (roll-back %d of %d)",
+        error, int(good.step), self.rollbacks, self.training.max_rollbacks,
+    )
+    return self.backend.place(states.roll_back(good, self.position))
+
+  def _give_up(self, error: guard.NotFinite) -> errors.UserError:
+    batch = self._batches()(self.position - 1 - (self.end - error.step))
+    state = hosts.to_host(self.backend.fetch(self.latest))
+    folder = "that of process 0"
+    if jax.process_index() == 0:
+      folder = guard.write_bundle(
+          self.workdir, error, state, batch, {
+              "position": int(state.window) + error.step - 1,
+              "rollbacks": self.rollbacks - 1,
+              "facts": provenance.facts(self.experiment),
+          },
+      )
+    return errors.UserError(
+        f"{error}; {self.rollbacks - 1} roll-backs did not help. The metrics, "
+        f"tensors and images of that step are in {folder}. Lower "
+        "optimizer.learning_rate, set optimizer.grad_clip, or look for bad "
+        "images"
+    )
+
+
+def _check_same_images(meta: dict[str, Any], source: sources.Source) -> None:
+  """Raises UserError where data.path leads to others than the run began with.
+  """
+  found = sources.fingerprint(source)
+  if meta.get("data_fingerprint", found) != found:
+    raise errors.UserError(
+        f"{source.name} holds other images than those the run in the work "
+        f"directory was trained on (fingerprint {found}, not "
+        f"{meta['data_fingerprint']}); correct data.path, or use another "
+        "--workdir"
+    )

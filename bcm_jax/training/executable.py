@@ -1,0 +1,154 @@
+"""What a compiled step costs a device: memory, arithmetic, bytes, collectives.
+
+Read off the executable that XLA made, not estimated. Loops are the exception:
+XLA counts the body of a loop once, so a step that accumulates gradients over
+microbatches is counted for one of them, and the caller multiplies.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+
+# As they stand in the text of a module; '-start' is their asynchronous form.
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all",
+                "collective-permute")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
+_SHAPE = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(
+    rf"= (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\("
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Of one device and one step (one microbatch of it where there are several).
+
+  Attributes:
+    arguments, outputs, temporaries, code: bytes.
+    aliased: bytes of outputs that lie where donated arguments were.
+    flops: floating-point operations.
+    bytes_moved: read from and written to memory, as XLA's cost model sees it.
+    collectives: kind -> (how many, bytes of their results in all).
+  """
+
+  arguments: int
+  outputs: int
+  temporaries: int
+  code: int
+  aliased: int
+  flops: float
+  bytes_moved: float
+  collectives: Mapping[str, tuple[int, int]]
+
+  @property
+  def peak(self) -> int:
+    """Bytes that must be there at once."""
+    return (self.arguments + self.outputs - self.aliased + self.temporaries
+            + self.code)
+
+
+def cost(compiled: jax.stages.Compiled) -> Cost:
+  """Reads the cost off an executable."""
+  memory = compiled.memory_analysis()
+  numbers = compiled.cost_analysis() or {}
+  return Cost(
+      arguments=memory.argument_size_in_bytes,
+      outputs=memory.output_size_in_bytes,
+      temporaries=memory.temp_size_in_bytes,
+      code=memory.generated_code_size_in_bytes,
+      aliased=memory.alias_size_in_bytes,
+      flops=numbers.get("flops", 0.0),
+      bytes_moved=numbers.get("bytes accessed", 0.0),
+      collectives=collectives(compiled.as_text()),
+  )
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+  """Kind -> (count, bytes of the results) of the collectives in an HLO text.
+
+  The result of an asynchronous start holds operands too; of those the largest
+  part counts, which is the result.
+  """
+  found: dict[str, tuple[int, int]] = {}
+  for line in text.splitlines():
+    match = _INSTRUCTION.search(line)
+    if match is None:
+      continue
+    result, kind, started = match.groups()
+    sizes = [_bytes(*shape) for shape in _SHAPE.findall(result)]
+    if started and kind != "all-reduce":
+      size = max(sizes, default=0)
+    else:
+      size = sum(sizes)
+    count, total = found.get(kind, (0, 0))
+    found[kind] = count + 1, total + size
+  return found
+
+
+def _bytes(dtype: str, dims: str) -> int:
+  bits = _BITS.get(dtype)
+  if bits is None:
+    digits = re.search(r"\d+", dtype)
+    bits = int(digits.group()) if digits else 0
+  shape = [int(d) for d in dims.split(",") if d]
+  return math.prod(shape) * bits // 8
+
+
+def count_flops(function: Any, *args: Any, **kwargs: Any) -> int:
+  """Operations of the matrix products and convolutions of a function.
+
+  Counted in its jaxpr, loops as often as they run: two for every product that
+  is added up. This is the 'model FLOPs' that utilisation is told in; norms,
+  activations and optimisers do not count, nor does it matter how XLA splits
+  the work.
+
+  Args:
+    function: what is traced; static arguments by functools.partial.
+    *args: arrays or their shapes.
+    **kwargs: the same.
+  """
+  return _flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
+
+
+def _flops(jaxpr: Any) -> int:
+  total = 0
+  for eqn in jaxpr.eqns:
+    inner = sum(map(_flops, _inner(eqn.params)))
+    total += inner * eqn.params.get("length", 1)
+    if eqn.primitive.name == "dot_general":
+      total += _dot_flops(eqn)
+    elif eqn.primitive.name == "conv_general_dilated":
+      total += _conv_flops(eqn)
+  return total
+
+
+def _inner(params: Mapping[str, Any]):
+  """Jaxprs among the parameters of an equation."""
+  for value in params.values():
+    for item in value if isinstance(value, (tuple, list)) else [value]:
+      if hasattr(item, "jaxpr"):
+        item = item.jaxpr
+      if hasattr(item, "eqns"):
+        yield item
+
+
+def _dot_flops(eqn: Any) -> int:
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  left = eqn.invars[0].aval.shape
+  return 2 * eqn.outvars[0].aval.size * math.prod(left[i] for i in contracted)
+
+
+def _conv_flops(eqn: Any) -> int:
+  """Padding counts as if it were image, the zeros of dilation do not.
+
+  So the forward pass and its two gradients count alike.
+  """
+  numbers = eqn.params["dimension_numbers"]
+  kernel = eqn.invars[1].aval.shape
+  products = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+  zeros = math.prod(eqn.params["lhs_dilation"])
+  return 2 * eqn.outvars[0].aval.size * products // zeros

@@ -1,0 +1,96 @@
+"""All that reports on a run while it trains: metrics, progress, a profile."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from bcm_jax import config as configs
+from bcm_jax import experiment as experiments
+from bcm_jax import options
+from bcm_jax.training import hooks
+from bcm_jax.training import writers
+
+
+@dataclasses.dataclass
+class Watch:
+  """Takes the metrics of every call, read only where they are shown.
+
+  Attributes:
+    writer: metrics.jsonl and TensorBoard.
+    report: steps a second, an ETA.
+    profile: a trace of a few steps.
+    progress: a bar, or lines.
+    every_steps: between lines of metrics.
+    total: steps of the run.
+  """
+
+  writer: writers.MetricWriter
+  report: Any
+  profile: Any
+  progress: hooks.Progress
+  every_steps: int
+  total: int
+
+  def __call__(self, step: int, count: int, metrics: dict[str, Any]) -> None:
+    """Takes the metrics of the `count` steps that end with `step`."""
+    last = metrics["loss"] if count == 1 else metrics["loss"][-1]
+    self.progress.update(step, loss=last)
+    for i in range(count):
+      at = step - count + 1 + i
+      self.report(at)
+      self.profile(at)
+      if at % self.every_steps and at != self.total:
+        continue
+      self.writer.write_scalars(
+          at, {k: float(v if count == 1 else v[i]) for k, v in metrics.items()}
+      )
+
+
+def open_watch(
+    experiment: experiments.Experiment,
+    workdir: str,
+    first: int,
+    params: Any,
+    stack: contextlib.ExitStack,
+) -> Watch:
+  """Opens the writers and hooks of a run that starts after a step.
+
+  Args:
+    first: finished steps.
+    params: of the sampled player, for the table of parameters.
+    stack: closes what is opened.
+  """
+  config = experiment.config
+  training: options.Training = experiment.section("training")
+  log: options.Log = experiment.section("log")
+  writer = writers.create_writer(
+      workdir, jax.process_index() == 0, resume_step=first
+  )
+  stack.callback(writer.close)
+  if first == 0:
+    writer.write_hparams(configs.flatten(configs.to_json(config)))
+    hooks.log_parameter_overview(params)
+  progress = hooks.Progress(
+      training.num_steps, first, every_secs=log.progress_secs
+  )
+  stack.callback(progress.close)
+  size = sum(int(np.prod(np.shape(x))) for x in jax.tree.leaves(params))
+  hosts = jax.process_count()
+  progress.note(
+      f"training {config.method.name} on {config.data.name}: steps {first} to "
+      f"{training.num_steps}, batch {training.batch_size}, {size:,} "
+      f"parameters, {jax.device_count()} {jax.devices()[0].platform} device(s)"
+      f"{f' on {hosts} hosts' if hosts > 1 else ''}; compiling"
+  )
+  return Watch(
+      writer,
+      hooks.report_progress(training.num_steps, writer, every_secs=60.0),
+      hooks.profile(workdir, first_profile=first + 10) if log.profile
+      else lambda step: None,
+      progress,
+      log.every_steps,
+      training.num_steps,
+  )
