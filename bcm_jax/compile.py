@@ -122,16 +122,10 @@ def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
   )
 
 
-def lower(
-    experiment: experiments.Experiment,
-    backend: parallel.Jit,
-    phase: tuple[str, ...],
-) -> jax.stages.Lowered:
-  """The training step of the devices' backend, of shapes alone."""
-  step = steps.make_step(
-      experiment.method, experiment.optimizers(),
-      experiment.step_options(backend),
-  )
+def abstract_inputs(
+    experiment: experiments.Experiment, backend: parallel.Jit
+) -> tuple[Any, Any, Any]:
+  """Shapes of (state, batch, curriculum), and where they lie."""
   state = backend.abstract(
       jax.eval_shape(lambda: experiments.create_state(experiment))
   )
@@ -146,7 +140,22 @@ def lower(
       parallel.curricula(experiment.method, 0, 1),
       jax.NamedSharding(backend.mesh, jax.P()),
   )
-  return backend.compile(step).lower(state, batch, curriculum, phase=phase)
+  return state, batch, curriculum
+
+
+def lower(
+    experiment: experiments.Experiment,
+    backend: parallel.Jit,
+    phase: tuple[str, ...],
+) -> jax.stages.Lowered:
+  """The training step of a phase on a backend, of shapes alone."""
+  step = steps.make_step(
+      experiment.method, experiment.optimizers(),
+      experiment.step_options(backend),
+  )
+  return backend.compile(step).lower(
+      *abstract_inputs(experiment, backend), phase=phase
+  )
 
 
 def _report(experiment, backend, phase, chip: chips.Chip) -> dict[str, Any]:

@@ -9,7 +9,6 @@ One executable is compiled a phase; the curriculum enters as arguments.
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -80,16 +79,20 @@ def make_step(
       norm = optax.global_norm(grads[name])
       finite &= jnp.isfinite(norm) & jnp.isfinite(metrics[name]["loss"])
       metrics[name]["grad_norm"] = norm
-    players = dict(state.players)
-    for name in phase:
-      players[name] = _update(
-          state.players[name], grads[name], optimizers[name],
-          method.players[name].project,
-      )
-    averages = _averages(method, options, state, players, curriculum)
-    keep = functools.partial(jnp.where, finite)
-    players, averages = jax.tree.map(
-        keep, (players, averages), (state.players, state.averages)
+
+    def updated():
+      players = dict(state.players)
+      for name in phase:
+        players[name] = _update(
+            state.players[name], grads[name], optimizers[name],
+            method.players[name].project,
+        )
+      averages = _averages(method, options, state, players, curriculum)
+      return players, averages
+
+    # A branch, not a selection: XLA would read and write twice as much.
+    players, averages = jax.lax.cond(
+        finite, updated, lambda: (dict(state.players), dict(state.averages))
     )
     bad = 1 - finite.astype(jnp.int32)
     new = states.TrainState(

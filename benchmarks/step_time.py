@@ -1,0 +1,248 @@
+"""How fast a training step is, and what it costs: any config, any backend.
+
+  python benchmarks/step_time.py --config=configs/cifar10.py --out=FILE
+  python benchmarks/step_time.py --config=configs/digits.py --scaling=1,2,4,8
+
+Runs the real step on the real input pipeline (or --synthetic images, where the
+data set is not at hand) and writes JSON: milliseconds a step (median and
+spread), images a second, model FLOPs utilisation against a matrix product
+measured in the same run, memory, the share of a step that waits for data, and
+compile time. --backends=jit,pmap measures one after the other, interleaved in
+blocks, so that their ratio is of one machine in one state.
+
+--scaling compiles the step for 1, 2, ... devices with the batch of each kept,
+and tells FLOPs, bytes and collectives a device; on virtual devices of a CPU
+(the default there) times would mean nothing, so none are told.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bcm_jax import command
+from bcm_jax import compile as compilation
+from bcm_jax import config as configs
+from bcm_jax import experiment as experiments
+from bcm_jax import files
+from bcm_jax import loop
+from bcm_jax import provenance
+from bcm_jax.data import source as sources
+from bcm_jax.training import executable
+from bcm_jax.training import hosts
+from bcm_jax.training import parallel
+from bcm_jax.training import step as steps
+
+_BLOCKS = 3
+_SYNTHETIC = 4096
+
+
+def matmul_peak(dtype: str) -> float:
+  """Operations a second of one device in a large matrix product."""
+  n = 1024 if jax.default_backend() == "cpu" else 8192
+  a = jnp.ones((n, n), dtype)
+  repeats = 8
+
+  @jax.jit
+  def chain(x):
+    return jax.lax.fori_loop(0, repeats, lambda _, y: y @ a / n, x)
+
+  jax.block_until_ready(chain(a))
+  best = float("inf")
+  for _ in range(5):
+    began = time.perf_counter()
+    jax.block_until_ready(chain(a))
+    best = min(best, time.perf_counter() - began)
+  return 2 * n**3 * repeats / best
+
+
+def synthetic(experiment: experiments.Experiment) -> sources.ArraySource:
+  """Random images in memory: the pipeline without a disk and a decoder."""
+  rng = np.random.default_rng(0)
+  shape = (_SYNTHETIC, *experiment.image_shape)
+  labels = None
+  if experiment.num_classes is not None:
+    labels = rng.integers(0, experiment.num_classes, _SYNTHETIC)
+  return sources.ArraySource(
+      rng.integers(0, 256, shape, np.uint8), labels, experiment.num_classes,
+      "synthetic",
+  )
+
+
+class Bench:
+  """One backend's step, compiled and warm."""
+
+  def __init__(self, config: Any, backend: str, source: Any):
+    overrides = {"parallel.backend": backend}
+    config = configs.resolve(config.to_dict(), overrides)
+    self.experiment = experiments.build(config)
+    self.backend = self.experiment.backend()
+    self.source = source
+    self.per_call = config.parallel.steps_per_call
+    step = steps.make_step(
+        self.experiment.method, self.experiment.optimizers(),
+        self.experiment.step_options(self.backend),
+    )
+    self.step_fn = self.backend.compile(step, self.per_call > 1)
+    self.state = self.backend.create(
+        lambda: experiments.create_state(self.experiment)
+    )
+    self.done = 0
+    self.seconds: list[float] = []
+    self.waited = 0.0
+    began = time.perf_counter()
+    self.run(1)
+    self.compile_seconds = time.perf_counter() - began
+    self.seconds, self.waited = [], 0.0
+
+  def run(self, calls: int) -> None:
+    """Times calls one by one, each waited for."""
+    start, k = self.done, self.per_call
+    todo = [(start + k * i, k) for i in range(calls)]
+    self.done += k * calls
+    phase = self.experiment.method.phase(start)
+    with loop.stream(
+        self.experiment, self.source, self.backend, todo, 0
+    ) as stream:
+      for i in range(calls):
+        began = time.perf_counter()
+        inputs = next(stream)
+        if i:  # The first of a block fills the pipeline.
+          self.waited += time.perf_counter() - began
+        self.state, metrics = self.step_fn(self.state, *inputs, phase)
+        jax.block_until_ready(metrics)
+        if i or calls == 1:
+          self.seconds.append(time.perf_counter() - began)
+
+  def result(self, peak: float) -> dict[str, Any]:
+    """Numbers of all blocks so far; peak is of one device."""
+    batch = self.experiment.config.training.batch_size
+    seconds = [s / self.per_call for s in self.seconds]
+    median = statistics.median(seconds)
+    flops = model_flops(self.experiment)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "ms_a_step": 1e3 * median,
+        "ms_spread": [1e3 * min(seconds), 1e3 * max(seconds)],
+        "steps_timed": len(seconds) * self.per_call,
+        "images_per_second": batch / median,
+        "compile_seconds": self.compile_seconds,
+        "data_wait_share": self.waited / sum(self.seconds),
+        "model_tflop_a_step": flops / 1e12,
+        "mfu": flops / median / (peak * self.backend.devices),
+        "peak_bytes_in_use": stats.get("peak_bytes_in_use"),
+    }
+
+
+def model_flops(experiment: experiments.Experiment) -> int:
+  """Of the global batch's step, without what remat would compute again."""
+  overrides = {"parallel.max_examples": "0"}
+  if "remat" in experiment.config.model:
+    overrides["model.remat"] = "False"
+  config = configs.resolve(experiment.config.to_dict(), overrides)
+  plain = experiments.build(config)
+  backend = parallel.Jit(parallel.make_mesh(jax.devices()[:1]))
+  step = steps.make_step(
+      plain.method, plain.optimizers(), plain.step_options(backend)
+  )
+  state, batch, curriculum = compilation.abstract_inputs(plain, backend)
+  return executable.count_flops(
+      functools.partial(step, phase=plain.method.phase(0)),
+      state, batch, curriculum,
+  )
+
+
+def scaling(config: Any, counts: list[int]) -> list[dict[str, Any]]:
+  """What the compiled step costs a device, the batch of each kept."""
+  rows = []
+  for count in counts:
+    batch = config.training.batch_size * count
+    sized = configs.resolve(
+        config.to_dict(), {"training.batch_size": str(batch)}
+    )
+    experiment = experiments.build(sized)
+    backend = parallel.Jit(
+        parallel.make_mesh(jax.devices()[:count], config.parallel.fsdp),
+        parallel.parse_rules(config.parallel.sharding),
+    )
+    phase = experiment.method.phases()[0]
+    cost = executable.cost(
+        compilation.lower(experiment, backend, phase).compile()
+    )
+    rows.append({
+        "devices": count, "batch_size": batch, "flops": cost.flops,
+        "bytes_moved": cost.bytes_moved, "temporaries": cost.temporaries,
+        "collectives": {
+            k: {"count": n, "bytes": b}
+            for k, (n, b) in sorted(cost.collectives.items())
+        },
+    })
+    print(rows[-1], flush=True)
+  return rows
+
+
+def measure(
+    config: Any, backends: list[str], calls: int, source: Any
+) -> dict[str, Any]:
+  """Blocks of calls, the backends taking turns."""
+  benches = {name: Bench(config, name, source) for name in backends}
+  for _ in range(_BLOCKS):
+    for bench in benches.values():
+      bench.run(1 + calls // _BLOCKS)
+  dtype = config.model.dtype or "float32"
+  peak = matmul_peak(dtype)
+  return {
+      "matmul": {"dtype": dtype, "tflops_a_device": peak / 1e12},
+      "backends": {k: bench.result(peak) for k, bench in benches.items()},
+  }
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Measures, prints and writes."""
+  argv = sys.argv[1:] if argv is None else argv
+  file, overrides, rest = configs.split_overrides(argv)
+  parser = command.Parser("benchmarks/step_time.py", __doc__)
+  parser.add_argument("--out", metavar="FILE")
+  parser.add_argument("--calls", type=int, default=15, help="timed calls")
+  parser.add_argument("--backends", default="jit")
+  parser.add_argument("--synthetic", action="store_true")
+  parser.add_argument("--scaling", default="", metavar="1,2,4,8")
+  args: argparse.Namespace = parser.parse_args(rest)
+  config = configs.load(file, overrides, None, False)
+  counts = [int(n) for n in args.scaling.split(",") if n]
+  hosts.use_cores(
+      max(counts, default=config.parallel.cpu_devices),
+      config.training.batch_size,
+  )
+  experiment = experiments.build(config)
+  result: dict[str, Any] = {
+      "batch_size": config.training.batch_size,
+      "steps_per_call": config.parallel.steps_per_call,
+  }
+  if counts:
+    result["scaling"] = scaling(config, counts)
+  else:
+    source = synthetic(experiment) if args.synthetic else experiment.source(
+        "train"
+    )
+    result["source"] = source.name
+    result |= measure(config, args.backends.split(","), args.calls, source)
+  result["facts"] = provenance.facts(experiment)
+  for name, row in result.get("backends", {}).items():
+    print(name, row)
+  if args.out:
+    files.write_json(os.path.abspath(args.out), result)
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+  with contextlib.suppress(KeyboardInterrupt), command.reporting():
+    main()

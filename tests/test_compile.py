@@ -1,0 +1,134 @@
+"""Mode compile: the real step for TPUs, by TPU's own compiler."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from bcm_jax import chips
+from bcm_jax import compile as compilation
+from bcm_jax import config as configs
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax.training import executable
+from bcm_jax.training import parallel
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TINY = {
+    "model.model_channels": "48", "model.num_groups": "4",
+    "model.num_head_channels": "48", "model.channel_mult": "1,",
+    "method.s0": "4", "method.s1": "16", "data.name": "none",
+    "data.image_shape": "(8,8,1)", "data.num_classes": "10",
+}
+
+
+def tiny(**overrides):
+  texts = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
+  return configs.load("configs/digits.py", texts, None, False)
+
+
+def cost(devices, **overrides):
+  """Of the step on CPU devices, eight examples on each."""
+  config = tiny(training__batch_size=str(8 * devices), **overrides)
+  backend = parallel.Jit(
+      parallel.make_mesh(jax.devices()[:devices], config.parallel.fsdp),
+      parallel.parse_rules(config.parallel.sharding),
+  )
+  experiment = experiments.build(config)
+  phase = experiment.method.phases()[0]
+  return executable.cost(
+      compilation.lower(experiment, backend, phase).compile()
+  )
+
+
+@pytest.fixture(scope="module")
+def costs():
+  return {n: cost(n) for n in (2, 4)}
+
+
+def test_work_a_device_does_not_grow_with_devices(costs):
+  two, four = costs[2], costs[4]
+  assert four.flops == pytest.approx(two.flops, rel=0.01)
+  assert four.bytes_moved == pytest.approx(two.bytes_moved, rel=0.01)
+  assert four.temporaries == pytest.approx(two.temporaries, rel=0.01)
+  assert four.collectives == two.collectives
+  # Every gradient and a few scalars, once.
+  state = jax.eval_shape(
+      lambda: experiments.create_state(experiments.build(tiny()))
+  )
+  sizes = jax.tree.leaves(state.players["student"].params)
+  gradients = 4 * sum(x.size for x in sizes)
+  (count, size), = four.collectives.values()
+  assert gradients <= size <= gradients + 1000
+  assert count <= 3
+
+
+def test_fsdp_holds_less_and_gathers(costs):
+  cut = cost(4, parallel__fsdp="0", parallel__sharding="fsdp")
+  # Most of the arguments are the state: parameters, two moments, an average.
+  assert cut.arguments < 0.6 * costs[4].arguments
+  assert "all-gather" in cut.collectives
+  assert cut.flops == pytest.approx(costs[4].flops, rel=0.05)
+
+
+def test_the_step_is_donated(costs):
+  assert costs[2].aliased >= 0.99 * costs[2].outputs
+
+
+def run(*arguments, rc=0):
+  """Runs the command in a process of its own, for libtpu's environment."""
+  done = subprocess.run(
+      [sys.executable, "-m", "bcm_jax.main", "--config=configs/digits.py",
+       "--mode=compile", *(f"--config.{k}={v}" for k, v in TINY.items()),
+       *arguments],
+      cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+      capture_output=True, text=True, timeout=300, check=False,
+  )
+  assert done.returncode == rc, done.stderr
+  return done.stdout + done.stderr
+
+
+def test_a_report_for_tpus(tmp_path):
+  file = tmp_path / "report.json"
+  text = run("--topology=v5e:2x2", f"--out={file}",
+             "--config.training.batch_size=32", "--config.model.dtype=bfloat16")
+  report = json.loads(file.read_text())
+  assert (report["chips"], report["hosts"]) == (4, 1)
+  assert report["examples_per_chip"] == 8 and report["microbatches"] == 1
+  assert report["device_kind"] == "TPU v5 lite"
+  phase = report["phases"]["student"]
+  assert set(phase["collectives"]) == {"all-reduce"}
+  chip = chips.CHIPS["v5e"]
+  assert phase["of_hbm"] == phase["bytes"]["peak"] / chip.memory
+  roof = phase["roofline_ms"]
+  assert roof["compute"] == pytest.approx(1e3 * phase["flops"] / chip.flops)
+  assert roof["bound"] == max(roof["compute"], roof["memory"])
+  assert "f64" not in text and "all-reduce" in text and "fits" in text
+
+
+def test_too_large_a_batch_is_refused_with_what_to_do():
+  line = run("--topology=v5e:2x2", "--config.training.batch_size=8388608",
+             rc=errors.EXIT_BAD_INPUT).splitlines()[-1]
+  assert line.startswith("error: ") and "15.75G" in line
+  assert "parallel.max_examples" in line
+
+
+@pytest.mark.parametrize("topology,part", [
+    (None, "needs --topology"), ("v9:2x2", "did you mean"),
+    ("v5e:3x7", "unknown to libtpu"), ("h100:8", "known: v4"),
+])
+def test_bad_topologies_say_so(topology, part):
+  with pytest.raises(errors.UserError, match=part):
+    compilation.compile_for(tiny(), topology)
+
+
+def test_peaks_are_those_of_a_device():
+  # Both cores of a v4 chip are one device, half of its memory is neither's.
+  assert chips.CHIPS["v4"].megacore
+  for chip in chips.CHIPS.values():
+    assert 100 < chip.flops / chip.bandwidth < 1000
+    assert chip.memory < 100 * 2**30
