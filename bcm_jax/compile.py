@@ -65,10 +65,7 @@ def compile_for(
   chip = chips.find(topology)
   devices = _devices(topology, chip)
   experiment = experiments.build(config)
-  backend = parallel.Jit(
-      parallel.make_mesh(devices, config.parallel.fsdp),
-      parallel.parse_rules(config.parallel.sharding),
-  )
+  backend = experiment.mesh_backend(devices)
   phases = {}
   for phase in experiment.method.phases():
     phases["+".join(phase)] = _report(experiment, backend, phase, chip)

@@ -1,5 +1,6 @@
 """A resolved config as objects: method, sources, optimisers."""
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -80,13 +81,24 @@ class Experiment:
     settings: options.Parallel = self.section("parallel")
     rules = parallel.parse_rules(settings.sharding)
     if settings.backend == "jit":
-      return parallel.Jit(parallel.make_mesh(fsdp=settings.fsdp), rules)
+      return self.mesh_backend(jax.devices())
     if any(rule.spec != "replicate" for rule in rules):
       raise errors.UserError(
           f"parallel.sharding={settings.sharding} needs parallel.backend='jit';"
           " under pmap every device holds the whole state"
       )
     return parallel.Pmap(tuple(jax.local_devices()))
+
+  def mesh_backend(self, devices: Sequence[jax.Device]) -> parallel.Jit:
+    """Devices under jit, also of machines that are not there."""
+    settings: options.Parallel = self.section("parallel")
+    rules = parallel.parse_rules(settings.sharding)
+    mesh = parallel.make_mesh(devices, settings.fsdp)
+    several = parallel.microbatches(
+        self.config.training.batch_size, len(devices), settings.max_examples
+    ) > 1
+    whole = all(rule.spec == "replicate" for rule in rules)
+    return parallel.Jit(mesh, rules, several and whole and len(devices) > 1)
 
   def step_options(self, backend: parallel.Backend) -> steps.StepOptions:
     """Options of the training step on these devices."""

@@ -169,10 +169,7 @@ def scaling(config: Any, counts: list[int]) -> list[dict[str, Any]]:
         config.to_dict(), {"training.batch_size": str(batch)}
     )
     experiment = experiments.build(sized)
-    backend = parallel.Jit(
-        parallel.make_mesh(jax.devices()[:count], config.parallel.fsdp),
-        parallel.parse_rules(config.parallel.sharding),
-    )
+    backend = experiment.mesh_backend(jax.devices()[:count])
     phase = experiment.method.phases()[0]
     cost = executable.cost(
         compilation.lower(experiment, backend, phase).compile()

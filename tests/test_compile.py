@@ -15,7 +15,6 @@ from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax.training import executable
-from bcm_jax.training import parallel
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = {
@@ -34,11 +33,8 @@ def tiny(**overrides):
 def cost(devices, **overrides):
   """Of the step on CPU devices, eight examples on each."""
   config = tiny(training__batch_size=str(8 * devices), **overrides)
-  backend = parallel.Jit(
-      parallel.make_mesh(jax.devices()[:devices], config.parallel.fsdp),
-      parallel.parse_rules(config.parallel.sharding),
-  )
   experiment = experiments.build(config)
+  backend = experiment.mesh_backend(jax.devices()[:devices])
   phase = experiment.method.phases()[0]
   return executable.cost(
       compilation.lower(experiment, backend, phase).compile()
@@ -73,6 +69,23 @@ def test_fsdp_holds_less_and_gathers(costs):
   assert cut.arguments < 0.6 * costs[4].arguments
   assert "all-gather" in cut.collectives
   assert cut.flops == pytest.approx(costs[4].flops, rel=0.05)
+
+
+def test_gradients_of_microbatches_are_reduced_once(costs):
+  config = tiny(training__batch_size="32", parallel__max_examples="4")
+  experiment = experiments.build(config)
+  backend = experiment.mesh_backend(jax.devices()[:4])
+  assert backend.local
+  assert experiment.step_options(backend).microbatches == 2
+  compiled = compilation.lower(
+      experiment, backend, experiment.method.phases()[0]
+  ).compile()
+  in_entry = compiled.as_text().partition("\nENTRY ")[2]
+  once = executable.collectives(in_entry)
+  assert once == executable.collectives(compiled.as_text())
+  assert once["all-reduce"][1] == pytest.approx(
+      costs[4].collectives["all-reduce"][1], rel=0.01
+  )
 
 
 def test_the_step_is_donated(costs):

@@ -11,6 +11,7 @@ the devices, so that small networks do not wait for the host.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -196,14 +197,19 @@ class Jit:
   Attributes:
     mesh: see make_mesh.
     rules: where tensors of the state lie.
+    local: run the step on each device's part of the batch, so that gradients
+      of microbatches are added up there and reduced once; XLA would reduce
+      them every time. Needs a replicated state.
   """
 
   mesh: Mesh
   rules: tuple[Rule, ...] = ()
+  local: bool = False
 
   @property
-  def axis_name(self) -> None:
-    """The step is made without one: its batch is the global one."""
+  def axis_name(self) -> tuple[str, str] | None:
+    """What the step averages over; None where its batch is the global one."""
+    return (DATA, FSDP) if self.local else None
 
   @property
   def devices(self) -> int:
@@ -258,7 +264,7 @@ class Jit:
     }
 
   def compile(self, step: steps.Step, several: bool = False) -> steps.Step:
-    """Compiles a step made with axis_name=None; donates the state.
+    """Compiles a step made with this axis_name; donates the state.
 
     Args:
       step: see steps.make_step.
@@ -266,9 +272,17 @@ class Jit:
         metrics go stacked.
     """
     step = _scanned(step) if several else step
+    whole = PartitionSpec()
+    cut = self.batch_sharding(several).spec
 
     def placed(state, batch, curriculum, phase):
-      new, metrics = step(state, batch, curriculum, phase)
+      run = functools.partial(step, phase=phase)
+      if self.local:
+        run = jax.shard_map(
+            run, mesh=self.mesh, in_specs=(whole, cut, whole),
+            out_specs=whole, check_vma=False,
+        )
+      new, metrics = run(state, batch, curriculum)
       # XLA would be free to leave a part elsewhere, and compile twice.
       new = jax.lax.with_sharding_constraint(new, self.shardings(new))
       return new, metrics
@@ -338,8 +352,13 @@ class Pmap:
     )
 
   def fetch(self, tree: Tree) -> Tree:
-    """Takes the first device's copy."""
-    return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+    """Takes the first device's copy, of arrays and of what `place` made."""
+
+    def first(x):
+      local = isinstance(x, np.ndarray)
+      return x[0] if local else x.addressable_shards[0].data[0]
+
+    return jax.tree.map(first, tree)
 
 
 Backend = Jit | Pmap
