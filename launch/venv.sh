@@ -1,17 +1,13 @@
 # shellcheck shell=bash
-# Sourced by test.sh and quickstart.sh: go to the repository root, make .venv
-# there and install bcm_jax from this checkout. Does nothing the second time.
+# Sourced by test.sh, quickstart.sh and setup_vm.sh: go to the repository root,
+# make .venv there and install bcm_jax from this checkout. Does nothing the
+# second time.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+cd "$ROOT" || exit
 
 VENV_PYTHON=.venv/bin/python
-
-say() { printf '%s\n' "$*" >&2; }
-
-die() {
-  say "error: $*"
-  exit 1
-}
 
 # Prints the first Python >= 3.11 that can make virtual environments.
 find_python() {

@@ -1,4 +1,4 @@
-"""The launch scripts, with a Python that only writes down what it is asked."""
+"""Setting up and testing, with a Python that writes down what it is asked."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ import pytest
 
 PYTEST = "<-m><pytest><-n><auto><--dist><loadfile>"
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPTS = ("launch/test.sh", "launch/quickstart.sh", ".ci/run")
 TOOLS = ("bash", "dirname", "cksum", "cat", "find", "sort", "mkdir", "cp")
 
@@ -37,7 +37,7 @@ def checkout(tmp_path) -> pathlib.Path:
   """The scripts in a folder whose name has a space, and only a few tools."""
   root = tmp_path / "check out"
   for name in (
-      *(*SCRIPTS, "launch/venv.sh"),
+      *(*SCRIPTS, "launch/common.sh", "launch/venv.sh"),
       *("setup.py", "pyproject.toml", "requirements.txt"),
   ):
     (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+"""TPU slices as data: how many hosts and chips, and what the clouds call them.
+
+    python launch/accelerators.py            the table
+    python launch/accelerators.py v5e-16     one slice, by any of its names
+
+Hosts and chips agree with what libtpu says of each topology
+(tests/launch/test_accelerators.py); names never say how many hosts there are.
+Sources: Cloud TPU's and GKE's documentation of machine types and topologies.
+"""
+
+import dataclasses
+import difflib
+import sys
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """Chips that are wired together, and the hosts that drive them.
+
+  Attributes:
+    name: ours: generation and what the clouds count (chips, or TensorCores
+      where the generation is named by them).
+    generation: as libtpu names it.
+    topology: chips along each axis, as GKE and libtpu write it.
+    hosts: virtual machines; processes of a run.
+    chips_per_host: chips of a host.
+    devices_per_chip: of jax.devices().
+    hbm_gib: memory of a chip.
+    gcloud: --accelerator-type of gcloud and --tpu-type of xpk; '' where the
+      Cloud TPU API does not offer it.
+    gke: node label cloud.google.com/gke-tpu-accelerator; '' where GKE does not
+      offer it.
+    gke_machine: --machine-type of a GKE node pool.
+  """
+
+  name: str
+  generation: str
+  topology: str
+  hosts: int
+  chips_per_host: int
+  devices_per_chip: int
+  hbm_gib: int
+  gcloud: str
+  gke: str
+  gke_machine: str
+
+  @property
+  def chips(self) -> int:
+    """Chips of the slice."""
+    return self.hosts * self.chips_per_host
+
+  @property
+  def libtpu_topology(self) -> str:
+    """Name for jax.experimental.topologies and --mode=compile."""
+    return f"{self.generation}:{self.topology}"
+
+
+def _slices(
+    generation, sizes, *, devices_per_chip, hbm_gib, gcloud, gke, machine
+) -> list[Slice]:
+  """One generation; sizes is {number in the name: (topology, hosts, chips)}.
+  """
+  return [
+      Slice(
+          f"{generation}-{number}", generation, topology, hosts, chips,
+          devices_per_chip, hbm_gib, gcloud and f"{gcloud}-{number}",
+          gke if machine else "", machine and f"{machine}-{chips}t",
+      )
+      for number, (topology, hosts, chips) in sizes.items()
+  ]
+
+
+# Number in the name: TensorCores, two a chip.
+_FLAT_BY_CORES = {
+    8: ("2x2", 1, 4), 32: ("4x4", 4, 4), 128: ("8x8", 16, 4),
+    512: ("16x16", 64, 4),
+}
+_CUBE_BY_CORES = {
+    8: ("2x2x1", 1, 4), 16: ("2x2x2", 2, 4), 32: ("2x2x4", 4, 4),
+    64: ("2x4x4", 8, 4), 128: ("4x4x4", 16, 4), 256: ("4x4x8", 32, 4),
+    512: ("4x8x8", 64, 4),
+}
+# Number in the name: chips. Eight are on one machine, more on machines of four.
+_FLAT_BY_CHIPS = {
+    1: ("1x1", 1, 1), 4: ("2x2", 1, 4), 8: ("2x4", 1, 8), 16: ("4x4", 4, 4),
+    32: ("4x8", 8, 4), 64: ("8x8", 16, 4), 128: ("8x16", 32, 4),
+    256: ("16x16", 64, 4),
+}
+# GKE also has eight chips on two machines.
+_ON_TWO_HOSTS = {"8-2hosts": ("2x4", 2, 4)}
+
+SLICES = (
+    *_slices(
+        "v2", _FLAT_BY_CORES, devices_per_chip=2, hbm_gib=16,
+        gcloud="v2", gke="", machine="",
+    ),
+    *_slices(
+        "v3", _FLAT_BY_CORES, devices_per_chip=2, hbm_gib=32,
+        gcloud="v3", gke="", machine="",
+    ),
+    *_slices(
+        "v4", _CUBE_BY_CORES, devices_per_chip=1, hbm_gib=32,
+        gcloud="v4", gke="tpu-v4-podslice", machine="ct4p-hightpu",
+    ),
+    *_slices(
+        "v5e", _FLAT_BY_CHIPS, devices_per_chip=1, hbm_gib=16,
+        gcloud="v5litepod", gke="tpu-v5-lite-podslice",
+        machine="ct5lp-hightpu",
+    ),
+    *_slices(
+        "v5e", _ON_TWO_HOSTS, devices_per_chip=1, hbm_gib=16,
+        gcloud="", gke="tpu-v5-lite-podslice", machine="ct5lp-hightpu",
+    ),
+    *_slices(
+        "v5p", _CUBE_BY_CORES, devices_per_chip=1, hbm_gib=95,
+        gcloud="v5p", gke="tpu-v5p-slice", machine="ct5p-hightpu",
+    ),
+    *_slices(
+        "v6e", _FLAT_BY_CHIPS, devices_per_chip=1, hbm_gib=32,
+        gcloud="v6e", gke="tpu-v6e-slice", machine="ct6e-standard",
+    ),
+    *_slices(
+        "v6e", _ON_TWO_HOSTS, devices_per_chip=1, hbm_gib=32,
+        gcloud="", gke="tpu-v6e-slice", machine="ct6e-standard",
+    ),
+    # GKE only; there is no accelerator type of the Cloud TPU API.
+    *_slices(
+        "tpu7x", _CUBE_BY_CORES, devices_per_chip=2, hbm_gib=192,
+        gcloud="", gke="tpu7x", machine="tpu7x-standard",
+    ),
+)
+
+
+def find(name: str) -> Slice:
+  """Returns the slice of our name or gcloud's.
+
+  Raises:
+    KeyError: unknown; says which names are near.
+  """
+  names = {s.name: s for s in SLICES}
+  names |= {s.gcloud: s for s in SLICES if s.gcloud}
+  if name in names:
+    return names[name]
+  near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or list(names)
+  raise KeyError(f"unknown accelerator {name!r}; known are {', '.join(near)}")
+
+
+def table(slices=SLICES) -> str:
+  """Returns the slices as lines of text."""
+  rows = [("name", "topology", "hosts", "chips/host", "HBM GiB/chip", "gcloud",
+           "GKE accelerator", "GKE machine")]
+  rows += [
+      (s.name, s.topology, s.hosts, s.chips_per_host, s.hbm_gib,
+       s.gcloud or "-", s.gke or "-", s.gke_machine or "-")
+      for s in slices
+  ]
+  columns = zip(*rows, strict=True)
+  widths = [max(len(str(v)) for v in column) for column in columns]
+  lines = (
+      "  ".join(f"{v:<{w}}" for v, w in zip(row, widths, strict=True))
+      for row in rows
+  )
+  return "\n".join(line.rstrip() for line in lines)
+
+
+def main(argv: list[str]) -> None:
+  """The command."""
+  if argv[1:] in (["--help"], ["-h"]):
+    print(__doc__)
+    return
+  try:
+    print(table([find(name) for name in argv[1:]] or SLICES))
+  except KeyError as error:
+    print(f"error: {error.args[0]}", file=sys.stderr)
+    sys.exit(65)
+
+
+if __name__ == "__main__":
+  main(sys.argv)

@@ -1,0 +1,237 @@
+#!/usr/bin/env python3
+"""Keeps a run going on a queued resource; babysit.sh starts this.
+
+What to do is decided in babysit_policy.py; here the cloud is looked at, waited
+for and acted on, through queued_resource.sh and gcloud.
+"""
+
+import argparse
+from collections.abc import Callable
+import dataclasses
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+from babysit_policy import Action
+from babysit_policy import decide
+from babysit_policy import GONE
+from babysit_policy import Memory
+from babysit_policy import Policy
+from babysit_policy import Seen
+
+LAUNCH = pathlib.Path(__file__).resolve().parent
+EXIT_BAD_INPUT = 65
+# In a row.
+MOST_BLIND_LOOKS = 30
+MOST_FAILED_COMMANDS = 10
+
+
+class LookError(RuntimeError):
+  """The world could not be seen; says why."""
+
+
+def call(*command: str) -> subprocess.CompletedProcess:
+  """Runs a command, with its output as text; raises nothing."""
+  return subprocess.run(
+      command, capture_output=True, text=True, check=False,
+      stdin=subprocess.DEVNULL,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """The cloud, through launch/queued_resource.sh and gcloud.
+
+  Attributes:
+    marks: the work directory: gs://... or a folder of this machine.
+    arguments: of the run.
+    commit: the code that it runs, also after re-creations.
+    call: see `call`.
+  """
+
+  marks: str
+  arguments: tuple[str, ...]
+  commit: str = "HEAD"
+  call: Callable[..., subprocess.CompletedProcess] = call
+
+  def look(self) -> Seen:
+    """Raises LookError where the cloud gives no answer."""
+    state, initiator = self.resource()
+    beat, done, stopped = self.marks_seen()
+    return Seen(state, initiator, done, stopped, beat)
+
+  def resource(self) -> tuple[str | None, str]:
+    """State and initiator; raises LookError."""
+    result = self.call(str(LAUNCH / "queued_resource.sh"), "status", "--json")
+    if result.returncode:
+      if "NOT_FOUND" in result.stderr:
+        return None, ""
+      raise LookError(result.stderr.strip()[-300:])
+    try:
+      state = json.loads(result.stdout)["state"]
+      return state["state"], state.get("stateInitiator", "")
+    except (ValueError, KeyError, TypeError) as e:
+      raise LookError(f"gcloud said {result.stdout[:200]!r}") from e
+
+  def marks_seen(self) -> tuple[str | None, bool, int | None]:
+    """Heartbeat, done, and the status of a run that gave up."""
+    if not self.marks.startswith("gs://"):
+      return self._local_marks(pathlib.Path(self.marks))
+    result = self.call(
+        "gcloud", "storage", "objects", "list", f"{self.marks}/*",
+        "--format=csv[no-heading](name,generation)",
+    )
+    if result.returncode and not re.search("matched", result.stderr):
+      raise LookError(result.stderr.strip()[-300:])
+    found = {}
+    for line in result.stdout.splitlines():
+      name, _, generation = line.partition(",")
+      found[name.rpartition("/")[2]] = generation
+    stopped = None
+    if "STOPPED" in found:
+      stopped = self.call("gcloud", "storage", "cat", f"{self.marks}/STOPPED")
+      stopped = _status(stopped.stdout)
+    return found.get("lock.json"), "DONE" in found, stopped
+
+  def _local_marks(self, folder) -> tuple[str | None, bool, int | None]:
+    lock, note = folder / "lock.json", folder / "STOPPED"
+    try:
+      beat = str(lock.stat().st_mtime_ns)
+    except OSError:
+      beat = None
+    stopped = _status(note.read_text()) if note.exists() else None
+    return beat, (folder / "DONE").exists(), stopped
+
+  def command(self, action: Action) -> list[str]:
+    """The command that carries an action out."""
+    words = [str(LAUNCH / "queued_resource.sh"), action.value]
+    if action is Action.DELETE:
+      words += ["--yes"]
+    if action is Action.CREATE:
+      words += [f"--commit={self.commit}", "--", *self.arguments]
+    return words
+
+  def act(self, action: Action) -> bool:
+    """Carries out an action; says what went wrong, and whether all is well."""
+    result = self.call(*self.command(action))
+    if result.returncode:
+      say(f"{action.value} failed: {result.stderr.strip()[-1000:]}")
+    return result.returncode == 0
+
+
+def _status(text: str) -> int:
+  return int(text) if text.strip().isdigit() else 1
+
+
+def say(text: str) -> None:
+  """Prints a line with the time of day."""
+  print(time.strftime("%F %T"), text, file=sys.stderr, flush=True)
+
+
+def babysit(
+    world: World,
+    policy: Policy,
+    poll_secs: float,
+    delete_when_done: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+  """Looks and acts until the run is done or nothing more can be done.
+
+  Args:
+    world: what is looked at and acted on.
+    policy: how patient to be.
+    poll_secs: from one look to the next; nothing happens in between.
+    delete_when_done: whether the resource is deleted at the end.
+    clock, sleep: for tests.
+
+  Returns:
+    The exit status.
+  """
+  memory, said, blind, failed = Memory(), "", 0, 0
+  while True:
+    try:
+      seen = world.look()
+      action, memory, reason = decide(seen, memory, policy, clock())
+      if action is Action.DELETE and world.look().state not in GONE:
+        action, reason = Action.WAIT, "the state has changed; looking again"
+    except LookError as e:
+      action, reason = Action.WAIT, f"cannot look: {e}"
+      blind += 1
+    else:
+      blind = 0
+    line = f"{action.value}: {reason}"
+    if line != said:
+      say(line)
+      said = line
+    if action is Action.DONE:
+      if delete_when_done and seen.state is not None:
+        return 0 if world.act(Action.DELETE) else 1
+      return 0
+    if action is Action.GIVE_UP:
+      return EXIT_BAD_INPUT if seen.stopped == EXIT_BAD_INPUT else 1
+    if action is not Action.WAIT:
+      failed = 0 if world.act(action) else failed + 1
+    if blind >= MOST_BLIND_LOOKS or failed >= MOST_FAILED_COMMANDS:
+      say(f"give up: {max(blind, failed)} failures in a row")
+      return 1
+    sleep(poll_secs)
+
+
+def parser() -> argparse.ArgumentParser:
+  """The options of babysit.sh, and those that it adds."""
+  result = argparse.ArgumentParser(
+      prog="babysit.sh", description=__doc__, allow_abbrev=False
+  )
+  result.add_argument("--marks", required=True)
+  result.add_argument("--commit", required=True)
+  result.add_argument("--max-recreations", type=int, default=100)
+  result.add_argument("--max-reruns", type=int, default=5)
+  result.add_argument("--poll-secs", type=float, default=60.0)
+  result.add_argument("--silent-secs", type=float, default=900.0)
+  result.add_argument("--setup-secs", type=float, default=1800.0)
+  result.add_argument("--delete-when-done", action="store_true")
+  result.add_argument("--dry-run", action="store_true")
+  result.add_argument("arguments", nargs="*")
+  result.error = lambda message: bad_input(f"{message}; --help says more")
+  return result
+
+
+def bad_input(message: str) -> None:
+  """Ends with one line."""
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(EXIT_BAD_INPUT)
+
+
+def main(argv: list[str], **hooks) -> int:
+  """The command; `hooks` go to `babysit`."""
+  args = parser().parse_args(argv)
+  if not args.arguments:
+    bad_input("nothing to run; expected -- --config=FILE [...]")
+  if args.poll_secs < 1:
+    bad_input(f"--poll-secs={args.poll_secs}; expected 1 or more")
+  policy = Policy(
+      max_recreations=args.max_recreations, max_reruns=args.max_reruns,
+      silent_secs=args.silent_secs, setup_secs=args.setup_secs,
+  )
+  world = World(args.marks, tuple(args.arguments), args.commit)
+  if not args.dry_run:
+    return babysit(
+        world, policy, args.poll_secs, args.delete_when_done, **hooks
+    )
+  return dry_run(world)
+
+
+def dry_run(world: World) -> int:
+  """Prints the commands that a babysitter may use; runs none."""
+  for action in (Action.CREATE, Action.DELETE, Action.RERUN):
+    print(f"{action.value}:", shlex.join(world.command(action)))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

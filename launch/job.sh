@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# The run as a service of a TPU VM, so that it outlives the ssh connection and
+# gets SIGTERM when the machine goes down. tpu_vm.sh and startup.sh call this on
+# the VM, as root.
+#
+#   launch/job.sh start ARGS...   supervise.sh run.sh ARGS; ends an older job
+#   launch/job.sh stop            SIGTERM: the run saves and ends with 75
+#   launch/job.sh status
+#   launch/job.sh logs [LINES|follow]
+#   launch/job.sh --dry-run VERB...
+#
+# Settings (environment): WORKDIR and what else env.example names under "the
+# run". MAX_RESTARTS and GRACE_SECS (seconds between SIGTERM and SIGKILL).
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+if [[ ${1:-} == --dry-run ]]; then DRY_RUN=1 && shift; fi
+load_env
+unit=bcm-job.service
+
+start() {
+  local name environment=()
+  need WORKDIR
+  while IFS= read -r name; do
+    environment+=(--setenv="$name")
+  done < <(run_environment)
+  run systemctl stop "$unit" 2>/dev/null || true
+  # mixed: SIGTERM to supervise.sh, which passes it on; SIGKILL to all. What
+  # this starts after ends later, so the work directory outlives the run.
+  run systemd-run --unit="$unit" --collect \
+    --property=WorkingDirectory="$ROOT" \
+    --property=KillMode=mixed \
+    --property=TimeoutStopSec="$GRACE_SECS" \
+    --property=After=bcm-mount.service \
+    --property=RequiresMountsFor="$WORKDIR" \
+    --setenv=HOME="${HOME:-/root}" \
+    ${environment[@]+"${environment[@]}"} \
+    "$ROOT/launch/supervise.sh" --stopped-file="$WORKDIR/STOPPED" \
+    "$ROOT/launch/run.sh" "$@"
+}
+
+verb=${1:-}
+(($# == 0)) || shift
+case $verb in
+  --help) usage ;;
+  start) start "$@" ;;
+  stop) run systemctl stop "$unit" ;;
+  status) run systemctl status --no-pager "$unit" ;;
+  logs)
+    if [[ ${1:-} == follow ]]; then
+      run journalctl --unit="$unit" --lines=100 --follow
+    else
+      run journalctl --unit="$unit" --lines="${1:-100}" --no-pager
+    fi
+    ;;
+  *) unknown "$verb" start stop status logs ;;
+esac

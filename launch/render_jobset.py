@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""Prints a JobSet for GKE; gke.sh calls this.
+
+    python launch/render_jobset.py --name=NAME --accelerator=v5e-16 \\
+        --image=IMAGE --bucket=BUCKET --workdir=/mnt/bcm/runs/NAME \\
+        -- --config=configs/cifar10.py
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import string
+import sys
+
+import accelerators
+
+TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml.tmpl")
+EXIT_BAD_INPUT = 65
+# Pods are called NAME-slice-SLICE-HOST-xxxxx; such a name has 63 characters.
+LONGEST_NAME = 40
+MOUNT_OPTIONS = ",".join((
+    "implicit-dirs",
+    # Hosts wait for files of other hosts, so nothing may be remembered.
+    "metadata-cache:ttl-secs:0",
+    # A checkpoint becomes valid by renaming its folder.
+    "file-system:rename-dir-limit:200000",
+))
+
+
+def block(indent: int, *lines: str) -> str:
+  """Lines for a place in the template that is indented already."""
+  return ("\n" + " " * indent).join(lines)
+
+
+def text(value: str) -> str:
+  """A YAML string; JSON is YAML."""
+  return json.dumps(value)
+
+
+def literal(value: str) -> str:
+  """An argument in which Kubernetes is not to replace $(NAME)."""
+  return value.replace("$(", "$$(")
+
+
+def values(args: argparse.Namespace) -> dict[str, str]:
+  """What stands for each name of the template.
+
+  Raises:
+    ValueError: an argument means nothing; says what was expected.
+  """
+  tpu = accelerators.find(args.accelerator)
+  if not tpu.gke:
+    raise ValueError(f"--accelerator={args.accelerator} is not offered by GKE")
+  if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", args.name) or (
+      len(args.name) > LONGEST_NAME
+  ):
+    raise ValueError(
+        f"--name={args.name}; expected at most {LONGEST_NAME} small letters, "
+        "digits and dashes, beginning with a letter"
+    )
+  for name in ("slices", "max_restarts", "grace"):
+    if getattr(args, name) < (name == "slices"):
+      raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)}")
+  if args.bucket and not args.workdir.startswith(args.mount + "/"):
+    raise ValueError(
+        f"--workdir={args.workdir} is not under --mount={args.mount}, where "
+        "the bucket is; it would be lost with the pods"
+    )
+  env = {"WORKDIR": args.workdir} | dict(
+      pair.partition("=")[::2] for pair in args.env
+  )
+  return {
+      "name": args.name,
+      "namespace": args.namespace,
+      "max_restarts": str(args.max_restarts),
+      "slices": str(args.slices),
+      "hosts": str(tpu.hosts),
+      "chips_per_host": str(tpu.chips_per_host),
+      "grace": str(args.grace),
+      "gke_accelerator": tpu.gke,
+      "topology": text(tpu.topology),
+      "image": text(args.image),
+      "args": json.dumps([literal(a) for a in args.arguments]),
+      "env": json.dumps(
+          [{"name": k, "value": literal(v)} for k, v in env.items()]
+      ),
+      **optional(args),
+  }
+
+
+def optional(args: argparse.Namespace) -> dict[str, str]:
+  """The parts of the template that may be empty."""
+  parts = dict.fromkeys((
+      "queue", "service_account", "spot_selector", "spot_toleration",
+      "fuse_annotation", "fuse_mount", "fuse_volume",
+  ), "")
+  if args.queue:
+    label = f"kueue.x-k8s.io/queue-name: {text(args.queue)}"
+    parts["queue"] = block(2, "labels:", f"  {label}")
+  if args.service_account:
+    account = text(args.service_account)
+    parts["service_account"] = f"serviceAccountName: {account}"
+  if args.spot:
+    parts["spot_selector"] = 'cloud.google.com/gke-spot: "true"'
+    parts["spot_toleration"] = block(
+        12, "tolerations:", "- key: cloud.google.com/gke-spot",
+        '  operator: "Equal"', '  value: "true"', "  effect: NoSchedule",
+    )
+  if args.bucket:
+    parts["fuse_annotation"] = block(
+        12, "annotations:", '  gke-gcsfuse/volumes: "true"'
+    )
+    parts["fuse_mount"] = block(
+        14, "- name: bucket", f"  mountPath: {text(args.mount)}"
+    )
+    parts["fuse_volume"] = block(
+        12, "- name: bucket", "  csi:",
+        "    driver: gcsfuse.csi.storage.gke.io", "    volumeAttributes:",
+        f"      bucketName: {text(args.bucket)}",
+        f"      mountOptions: {text(MOUNT_OPTIONS)}",
+    )
+  else:
+    parts["fuse_annotation"] = "annotations: {}"
+  return parts
+
+
+def render(args: argparse.Namespace) -> str:
+  """The JobSet as YAML; raises ValueError and KeyError as `values`."""
+  filled = string.Template(TEMPLATE.read_text()).substitute(values(args))
+  return "".join(
+      line + "\n" for line in filled.splitlines() if line.strip()
+  )
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags."""
+  result = argparse.ArgumentParser(
+      description=__doc__, allow_abbrev=False,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = result.add_argument
+  add("--name", required=True, help="of the JobSet")
+  add("--accelerator", required=True, help="such as v5e-16; accelerators.py")
+  add("--image", required=True, help="see docker/Dockerfile")
+  add("--workdir", required=True, help="on a file system all pods share")
+  add("--slices", type=int, default=1)
+  add("--namespace", default="default")
+  add("--bucket", default="", help="mounted on --mount, if given")
+  add("--mount", default="/mnt/bcm")
+  add("--service-account", default="", help="with rights on the bucket")
+  add("--queue", default="", help="LocalQueue of Kueue")
+  add("--spot", action="store_true")
+  add("--max-restarts", type=int, default=5, help="after crashes")
+  add("--grace", type=int, default=120, help="seconds to save in")
+  add("--env", action="append", default=[], metavar="NAME=VALUE")
+  add("arguments", nargs="+", help="of bcm_jax.main, behind --")
+  result.error = lambda message: bad_input(f"{message}; --help says more")
+  return result
+
+
+def bad_input(message: str) -> None:
+  """Ends with one line."""
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(EXIT_BAD_INPUT)
+
+
+def main(argv: list[str]) -> None:
+  """The command."""
+  args = parser().parse_args(argv)
+  try:
+    print(render(args), end="")
+  except (KeyError, ValueError) as e:
+    bad_input(e.args[0])
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# What every host executes: sets the environment, then becomes
+# python -m bcm_jax.main, so that signals reach Python and its exit status
+# passes. The same on a laptop, a TPU VM, a GKE pod and a SLURM task.
+#
+#   launch/run.sh --config=configs/cifar10.py --workdir=DIR [--config.a.b=value]
+#   launch/run.sh --dry-run ARGS...   prints what would be executed
+#   launch/run.sh -- --help           the flags of bcm_jax.main
+#
+# Settings (environment or launch/env; see env.example): WORKDIR is the work
+# directory where --workdir is not given. JAX_COMPILATION_CACHE_DIR keeps
+# compiled programs from one start to the next; left out, it is compile_cache
+# beside the work directory. TFDS_DATA_DIR, LIBTPU_INIT_ARGS and XLA_FLAGS pass
+# as they are. PYTHON is the interpreter; left out, that of .venv, or python3.
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+case ${1:-} in
+  --help) usage && exit ;;
+  --dry-run) DRY_RUN=1 && shift ;;
+  --) shift ;;
+esac
+
+load_env
+
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON=$ROOT/.venv/bin/python
+  [[ -x $PYTHON ]] || PYTHON=$(command -v python3) ||
+    bad_input "no Python: neither $ROOT/.venv nor python3 on PATH is there;" \
+      "run launch/setup_vm.sh, or set PYTHON"
+fi
+
+workdir=""
+for word in "$@"; do
+  [[ $word != --workdir=* ]] || workdir=${word#*=}
+done
+if [[ -z $workdir && -n ${WORKDIR:-} ]]; then
+  workdir=$WORKDIR
+  set -- "$@" --workdir="$workdir"
+fi
+
+if [[ -z ${JAX_COMPILATION_CACHE_DIR:-} ]]; then
+  if [[ $workdir == */* ]]; then
+    JAX_COMPILATION_CACHE_DIR=${workdir%/}
+    JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR%/*}/compile_cache
+  else
+    JAX_COMPILATION_CACHE_DIR=${HOME:-/tmp}/.cache/bcm_jax/compile_cache
+  fi
+fi
+export JAX_COMPILATION_CACHE_DIR
+# This checkout runs, wherever it is called from and whatever is installed.
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# Logs of a process that is killed must not sit in a buffer.
+export PYTHONUNBUFFERED=1
+
+if [[ -n ${DRY_RUN:-} ]]; then
+  for name in JAX_COMPILATION_CACHE_DIR TFDS_DATA_DIR LIBTPU_INIT_ARGS \
+    XLA_FLAGS; do
+    [[ -z ${!name:-} ]] || quoted export "$name=${!name}"
+  done
+  quoted exec "$PYTHON" -m bcm_jax.main "$@"
+  exit
+fi
+exec "$PYTHON" -m bcm_jax.main "$@"
