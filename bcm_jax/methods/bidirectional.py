@@ -29,9 +29,13 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
   Attributes:
     bidirectional_weight: coefficient of L_ST; 1 in the published method, 0
       leaves it out (the negative control).
+    doubled_batch: take both jumps of an example in one pass of twice the batch.
+      Two passes give the same up to rounding; then all passes of a step have
+      one batch size, and XLA has fewer shapes to compile.
   """
 
   bidirectional_weight: float = 1.0
+  doubled_batch: bool = True
 
   def adapt(self, source, fresh):
     """Starts from a consistency model's parameters, F unchanged.
@@ -54,11 +58,16 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
   def two_jumps(
       self, params, x, t, ends, labels, dropout_keys, augment_labels=None
   ):
-    """f(x, t, u) for both of two end levels, in one pass of twice the batch.
+    """f(x, t, u) for both of two end levels, under one dropout mask.
 
-    Each example is doubled in place, so that a batch cut over devices stays
-    where it is, and takes its dropout key along: both jumps share a mask.
+    In a doubled batch each example is doubled in place, so that a batch cut
+    over devices stays where it is, and takes its dropout key along.
     """
+    if not self.doubled_batch:
+      return tuple(
+          self.f(params, x, t, u, labels, dropout_keys, augment_labels)
+          for u in ends
+      )
 
     def interleave(a, b):
       return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])

@@ -261,6 +261,20 @@ def test_two_jumps_are_two_calls(num_classes):
   )
 
 
+def test_one_doubled_pass_is_two_passes_up_to_rounding():
+  def gradients(doubled):
+    method = toys.bidirectional_toy(
+        toys.MLP(dropout=0.3), doubled_batch=doubled
+    )
+    params = toys.parameters(method, IMAGES)
+    ctx = toys.context(IMAGES, method.curriculum(0))
+    return jax.jit(jax.grad(lambda p: jnp.mean(method.loss(p, ctx)[0])))(
+        params
+    )
+
+  toys.assert_close(gradients(False), gradients(True), rtol=1e-4)
+
+
 # The loss as a whole.
 
 
