@@ -26,14 +26,16 @@ import ml_collections
 _NCSNPP = dict(name="ncsnpp", fourier_scale=0.02, dropout=0.3)
 _DDPMPP = dict(name="ddpmpp", two_time=True, dropout=0.2)
 _CURRICULUM = dict(s0=10, s1=1280)
-_FIXED = dict(name="bcm", scales="fixed", s0=320, s1=320)
+# One batch size in all passes of a step: a quarter less to compile.
+_BCM = dict(name="bcm", doubled_batch=False)
+_FIXED = _BCM | dict(scales="fixed", s0=320, s1=320)
 _TIMES = dict(times=(1.2,), zigzag_noise=(0.2,), zigzag_level=(0.8,))
 _START = "runs/start"
 
 # Variant -> (model, method, training, times of samplers).
 _DEEP = dict(num_res_blocks=8)
 VARIANTS = {
-    "bcm": (_NCSNPP | dict(two_time=True), dict(name="bcm") | _CURRICULUM, {},
+    "bcm": (_NCSNPP | dict(two_time=True), _BCM | _CURRICULUM, {},
             _TIMES),
     "ict": (_NCSNPP, dict(name="ict") | _CURRICULUM, {}, dict(times=(0.821,))),
     "ct": (dict(name="ncsnpp"),

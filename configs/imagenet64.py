@@ -35,7 +35,9 @@ _CM = dict(
     qkv_norm=False, low_res_dropout=None,
 )
 _CURRICULUM = dict(s0=10, s1=1280, huber_c=0.06)
-_FIXED = dict(name="bcm", scales="fixed", s0=320, s1=320, huber_c=0.06)
+# One batch size in all passes of a step: a quarter less to compile.
+_BCM = dict(name="bcm", doubled_batch=False)
+_FIXED = _BCM | dict(scales="fixed", s0=320, s1=320, huber_c=0.06)
 _TIMES = dict(times=(2.4,), zigzag_noise=(0.1,), zigzag_level=(1.2,))
 
 # Variant -> (model, method, training, times of samplers).
@@ -43,7 +45,7 @@ _DEEP = dict(num_res_blocks=6)
 VARIANTS = {
     "finetune": (dict(two_time=True), _FIXED, dict(init_from="runs/ict"),
                  _TIMES),
-    "bcm": (dict(two_time=True), dict(name="bcm") | _CURRICULUM, {}, _TIMES),
+    "bcm": (dict(two_time=True), _BCM | _CURRICULUM, {}, _TIMES),
     "ict": ({}, dict(name="ict") | _CURRICULUM, {}, dict(times=(0.7,))),
     "ct": (_CM, dict(name="ct", s0=2, s1=200, target_mu0=0.95),
            dict(batch_size=2048, ema_rates=(0.9999, 0.999, 0.9999432)),
