@@ -27,9 +27,8 @@ Start: finetune from a run of ict, from_edm from converted weights, both by
 
 import ml_collections
 
-_ADM = dict(
-    name="adm", num_classes=1000, low_res_dropout=0.2, dtype="bfloat16",
-)
+_ADM = dict(name="adm", num_classes=1000, low_res_dropout=0.2,
+            dtype="bfloat16")
 _CM = dict(
     use_scale_shift_norm=True, attention_resolutions=(32, 16, 8),
     qkv_norm=False, low_res_dropout=None,
@@ -72,6 +71,7 @@ def get_config(variant: str = "finetune") -> ml_collections.ConfigDict:
   config.training = dict(
       num_steps=800_000, batch_size=4096, ema_rates=(0.99997,)
   ) | training
+  config.parallel = dict(max_examples=16)  # What 16 GB hold.
   several = "ancestral" if model.get("two_time") else "cm_multistep"
   config.sample = dict(sampler=several, num_samples=50_000) | times
   config.invert = dict(times=(15.0,))
