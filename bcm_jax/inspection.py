@@ -15,6 +15,7 @@ from bcm_jax import planning
 from bcm_jax import runs
 from bcm_jax.methods import base
 from bcm_jax.training import checkpoint
+from bcm_jax.training import goodput
 from bcm_jax.training import hooks
 from bcm_jax.training import rng
 
@@ -199,7 +200,24 @@ def _run(workdir: str) -> str:
                  f"norm of parameters {_norm(player['params']):.6g}")
   for name, average in state["averages"].items():
     lines.append(f"average {name}: norm {_norm(average):.6g}")
-  return "\n".join(lines)
+  return "\n".join(lines + _accounts(workdir))
+
+
+def _accounts(workdir: str) -> list[str]:
+  """Where the time of a run went."""
+  total = goodput.total(workdir)
+  if total is None:
+    return []
+  parts = ", ".join(
+      f"{name} {hooks.format_secs(secs)}"
+      for name, secs in total["seconds"].items() if secs >= 0.5
+  )
+  return [
+      f"{total['starts']} start(s), {hooks.format_secs(total['wall'])} in all: "
+      f"{parts}",
+      f"{total['lost_steps']} step(s) done again; "
+      f"{100 * total['goodput']:.1f}% of the time in steps that count",
+  ]
 
 
 def _norm(tree: Any) -> float:

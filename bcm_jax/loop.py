@@ -33,6 +33,7 @@ from bcm_jax.training import hooks
 from bcm_jax.training import hosts
 from bcm_jax.training import lock
 from bcm_jax.training import parallel
+from bcm_jax.training import rollbacks
 from bcm_jax.training import saver
 from bcm_jax.training import state as states
 from bcm_jax.training import step as steps
@@ -96,8 +97,10 @@ class Run:
           os.path.join(self.workdir, guard.FOLDER,
                        f"stacks-host{jax.process_index()}.txt"),
       )
+      self.saver.sleep = self._sleep
       with self.accounts.part("init"):
         state = self._start()
+      self.accounts.begin(int(self.backend.fetch(state.step)))
       if int(self.backend.fetch(state.step)) >= total:
         return self.backend.fetch(state)
       stack.enter_context(self.notice.deferred())
@@ -105,17 +108,34 @@ class Run:
       while True:
         try:
           return self._until_end(state)
-        except guard.NotFinite as error:
-          with self.accounts.part("rollback"):
-            state = self._roll_back(error)
+        except guard.NotFinite as e:
+          # Its frames hold a state, whose place the next one needs.
+          error = e.with_traceback(None)
+        with self.accounts.part("rollback"):
+          state = self._roll_back(error)
+
+  def _sleep(self, seconds: float) -> None:
+    with self.dog.paused():
+      time.sleep(seconds)
 
   def _create(self, start_from: Any) -> states.TrainState:
     return experiments.create_state(self.experiment, start_from)
 
   def _start(self) -> states.TrainState:
-    """The newest good checkpoint, or a new state, on the devices."""
-    if self.saver.steps():
-      return self.backend.place(self._restore())
+    """The newest good checkpoint, or a new state, on the devices.
+
+    Where it was rolled back to before, it goes on as it did then.
+    """
+    state = self._restore() if self.saver.steps() else self._new()
+    at, window = int(state.step), int(state.window)
+    before = rollbacks.last(self.workdir, at, window)
+    if before is not None:
+      self.rollbacks = before.count
+      state = states.roll_back(state, before.position)
+    return self.backend.place(state)
+
+  def _new(self) -> states.TrainState:
+    """The state before the first step."""
     start_from = None
     if self.training.init_from is not None:
       start_from = {
@@ -124,7 +144,9 @@ class Run:
           )
       }
     try:
-      return self.backend.create(self._create, start_from)
+      return self.backend.fetch(
+          self.backend.create(self._create, start_from)
+      )
     except ValueError as e:
       if start_from is None or isinstance(e, errors.UserError):
         raise
@@ -133,10 +155,12 @@ class Run:
           "must be this one, but for the second time branch"
       ) from e
 
-  def _restore(self) -> states.TrainState:
-    """The newest good checkpoint."""
+  def _restore(self, step: int | None = None) -> states.TrainState:
+    """The newest good checkpoint, or that of a step."""
     template = jax.eval_shape(lambda: self._create(None))
-    at, state, meta = self.saver.saved.restore(self.backend.abstract(template))
+    at, state, meta = self.saver.saved.restore(
+        self.backend.abstract(template), step
+    )
     _check_same_images(meta, self.source)
     logging.info("resuming at step %d", at)
     return state
@@ -157,7 +181,7 @@ class Run:
         method, first, total, self.parallel.steps_per_call, (every,)
     )
     judge = guard.Guard(self.training.max_skipped_in_row)
-    self.end, self.position = first, first + window
+    self.first, self.window = first, window
     self.accounts.begin(first)
     with contextlib.ExitStack() as stack:
       player = state.players[method.sampled]
@@ -166,22 +190,29 @@ class Run:
           self.backend.fetch(player.params), stack,
       )
       began = time.monotonic()
-      stream = stack.enter_context(self._stream(calls, window))
+      inputs_of = stack.enter_context(
+          stream(self.experiment, self.source, self.backend, calls, window)
+      )
       for start, count in calls:
         with self.accounts.part("data"):
-          inputs = next(stream)
+          inputs = next(inputs_of)
         end = start + count
         state, metrics = self._call(state, inputs, start, count)
-        self.end, self.position, self.latest = end, end + window, state
-        judge.check(end, metrics, wait=end == total)
-        self.dog.progress(end)
+        self.latest = state
         watch(end, count, metrics)
         going = self.notice.reached(next(self.calls))
-        self._check_owner()
-        if end % every == 0 or end == total or going:
+        last = going or end == total
+        saving = last or end % every == 0
+        # What is saved was judged before: a restart knows of no other steps.
+        judge.check(end, metrics, wait=saving)
+        self.dog.progress(end)
+        self.accounts.progress(end)
+        self._check_owner(saving)
+        if saving:
           with self.accounts.part("checkpoint"), watch.report.timed("save"):
-            self._save(end, state, last=end == total or going)
-        if going and end < total:
+            watch.writer.flush()
+            self._save(end, state, last)
+        if going:
           raise errors.Preempted(
               f"step {end} of {total} is saved in {self.workdir}; the same "
               "command goes on"
@@ -198,93 +229,133 @@ class Run:
     if kind not in self.compiled:
       self.compiled.add(kind)
       part = self.accounts.part("compile")
-    with part, jax.profiler.StepTraceAnnotation("train", step_num=start + 1):
-      state, metrics = self.step_fns[count > 1](state, *inputs, phase)
+    try:
+      with part, jax.profiler.StepTraceAnnotation("train", step_num=start + 1):
+        state, metrics = self.step_fns[count > 1](state, *inputs, phase)
+    except jax.errors.JaxRuntimeError as e:
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      raise errors.UserError(
+          f"step {start + 1} does not fit the devices' memory "
+          f"({' '.join(str(e).split())[:160]}); lower parallel.max_examples "
+          f"(it is {self.parallel.max_examples}), set model.remat=True, or cut "
+          "the state by parallel.fsdp=0 and parallel.sharding=fsdp"
+      ) from e
     return state, self.backend.fetch(metrics)
 
   def _save(self, step: int, state: states.TrainState, last: bool) -> None:
     """Saves what one copy of the state holds."""
-    before = self.saver.newest
     save = self.saver.finish if last else self.saver.save
-    with self.dog.paused():
-      save(step, self.backend.fetch(state))
-    if self.saver.newest != before:
-      self.rollbacks = 0
+    save(step, self.backend.fetch(state))
+    self.dog.progress(step)
     self.accounts.save(step, self.saver.newest)
 
-  def _check_owner(self) -> None:
-    if self.owner is not None and self.owner.lost:
+  def _check_owner(self, saving: bool) -> None:
+    if self.owner is None:
+      return
+    if self.owner.lost or (saving and not self.owner.look()):
       raise errors.UserError(
           f"another job has taken over --workdir={self.workdir} while this one "
           "gave no sign of life; this one stops"
       )
 
-  def _batches(self) -> pipeline.Batches:
-    """This host's part of the batch at a position."""
-    config = self.experiment.config
-    return pipeline.Batches(
-        self.source, config.seed, config.training.batch_size,
-        flip=config.data.flip, process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-  def _stream(self, calls, window: int):
-    """Batches and curricula of the calls, made and put on devices ahead."""
-    backend, batches = self.backend, self._batches()
-
-    def inputs(i):
-      start, count = calls[i]
-      parts = [
-          experiments.network_inputs(self.experiment, batches(window + step))
-          for step in range(start, start + count)
-      ]
-      curriculum = parallel.curricula(self.experiment.method, start, count)
-      return backend.batch(*parts), backend.replicate(curriculum)
-
-    return contextlib.closing(pipeline.prefetch(inputs, 0, len(calls)))
-
   def _roll_back(self, error: guard.NotFinite) -> states.TrainState:
-    """The state of a good checkpoint, going on with data not tried yet.
+    """A saved state, going on with the data after the step that failed.
+
+    All depends on what is on disk alone, and no kill changes it.
 
     Raises:
       UserError: it was tried too often; a bundle is left.
     """
     faults.point("before_rollback")
+    stored = self.saver.steps()
+    if stored and stored[-1] > self.first:
+      self.rollbacks = 0
     self.rollbacks += 1
     if self.rollbacks > self.training.max_rollbacks:
       raise self._give_up(error)
-    # Where the newest did not help, the one before: it may hold the seed.
-    stored = self.saver.steps()
-    for later in stored[len(stored) - self.rollbacks + 1 :]:
-      self.saver.saved.set_aside(later, "the steps after it were not finite")
-    if stored:
-      good = self._restore()
-    else:
-      good = self.backend.fetch(self._start())
+    self.latest = older = None
+    if self.rollbacks > 1 and len(stored) > 1:
+      # The newest did not help and may hold the seed; the one before may not.
+      older = stored[-2]
+    good = self._restore(older) if stored else self._new()
+    position = error.step + self.window
+    rollbacks.add(self.workdir, rollbacks.Rollback(
+        int(good.step), int(good.window), position, self.rollbacks
+    ))
+    if older is not None:
+      self.saver.saved.set_aside(
+          stored[-1], "the steps after it were not finite", older
+      )
     logging.error(
         "%s; going on from step %d with other data (roll-back %d of %d)",
         error, int(good.step), self.rollbacks, self.training.max_rollbacks,
     )
-    return self.backend.place(states.roll_back(good, self.position))
+    return self.backend.place(states.roll_back(good, position))
 
   def _give_up(self, error: guard.NotFinite) -> errors.UserError:
-    batch = self._batches()(self.position - 1 - (self.end - error.step))
+    read = batches(self.experiment, self.source)
+    batch = read(self.window + error.step - 1)
     state = hosts.to_host(self.backend.fetch(self.latest))
     folder = "that of process 0"
     if jax.process_index() == 0:
-      folder = guard.write_bundle(
-          self.workdir, error, state, batch, {
-              "position": int(state.window) + error.step - 1,
-              "rollbacks": self.rollbacks - 1,
-              "facts": provenance.facts(self.experiment),
-          },
-      )
+      facts = {
+          "position": self.window + error.step - 1,
+          "rollbacks": self.rollbacks - 1,
+          "facts": provenance.facts(self.experiment),
+      }
+      try:
+        folder = guard.write_bundle(self.workdir, error, state, batch, facts)
+      except OSError as e:
+        folder = f"no file ({e.strerror})"
     return errors.UserError(
         f"{error}; {self.rollbacks - 1} roll-backs did not help. The metrics, "
         f"tensors and images of that step are in {folder}. Lower "
         "optimizer.learning_rate, set optimizer.grad_clip, or look for bad "
         "images"
     )
+
+
+def batches(
+    experiment: experiments.Experiment, source: sources.Source
+) -> pipeline.Batches:
+  """This host's part of the batch at a position."""
+  config = experiment.config
+  return pipeline.Batches(
+      source, config.seed, config.training.batch_size, flip=config.data.flip,
+      process_index=jax.process_index(), process_count=jax.process_count(),
+  )
+
+
+def stream(
+    experiment: experiments.Experiment,
+    source: sources.Source,
+    backend: parallel.Backend,
+    calls: list[tuple[int, int]],
+    window: int,
+):
+  """Batches and curricula of calls, made and put on the devices ahead.
+
+  Args:
+    calls: (first step, number of steps) of each, see parallel.calls.
+    window: how far the data is ahead of the step.
+
+  Returns:
+    A context of an iterator over (batch, curriculum), stacked in a call of
+    several steps.
+  """
+  read = batches(experiment, source)
+
+  def inputs(i):
+    start, count = calls[i]
+    parts = [
+        experiments.network_inputs(experiment, read(window + step))
+        for step in range(start, start + count)
+    ]
+    curriculum = parallel.curricula(experiment.method, start, count)
+    return backend.batch(*parts), backend.replicate(curriculum)
+
+  return contextlib.closing(pipeline.prefetch(inputs, 0, len(calls)))
 
 
 def _check_same_images(meta: dict[str, Any], source: sources.Source) -> None:

@@ -43,7 +43,7 @@ def run(file, overrides) -> None:
     return
   hosts.connect(
       args.coordinator, args.num_processes, args.process_id,
-      config.parallel.heartbeat_secs,
+      config.parallel.heartbeat_secs, workdir,
   )
   hosts.use_cores(
       config.parallel.cpu_devices, config.training.batch_size,

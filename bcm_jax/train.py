@@ -95,20 +95,22 @@ def prepare_workdir(
     UserError: another config's run or another job is there, or it cannot be
       written.
   """
-  try:
-    run = configs.of_run(workdir)
-    if run is not None:
-      configs.check_resume(run, config)
-    os.makedirs(workdir, exist_ok=True)
-    owner = lock.Lock(workdir).acquire()
-    done = os.path.join(workdir, DONE)
-    if os.path.exists(done):  # More steps, or numbers made anew.
-      os.remove(done)
-    configs.write(config, workdir)
-  except OSError as e:
-    raise errors.UserError(
-        f"cannot write to --workdir={workdir}: {e.strerror}; choose another"
-    ) from e
+  with contextlib.ExitStack() as stack:
+    try:
+      run = configs.of_run(workdir)
+      if run is not None:
+        configs.check_resume(run, config)
+      os.makedirs(workdir, exist_ok=True)
+      owner = stack.enter_context(lock.Lock(workdir))
+      done = os.path.join(workdir, DONE)
+      if os.path.exists(done):  # More steps, or numbers made anew.
+        os.remove(done)
+      configs.write(config, workdir)
+    except OSError as e:
+      raise errors.UserError(
+          f"cannot write to --workdir={workdir}: {e.strerror}; choose another"
+      ) from e
+    stack.pop_all()  # The lock is kept from here on.
   faults.point("config_written")
   return owner
 

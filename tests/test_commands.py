@@ -180,6 +180,7 @@ def test_inspect_mode(run, capsys):
   for part in ("== config", "== players and phases", "== schedule",
                "== times at the last N", "== weighting", "== parameters",
                "player student: 8 updates", "tensors equal",
+               "0 step(s) done again",
                "time_embed_align"):
     assert part in text
 
@@ -304,7 +305,7 @@ def test_nan_loss_stops_with_a_diagnosis(tmp_path, capsys):
   )
   assert "2 steps in a row were not finite" in line
   assert "optimizer.learning_rate" in line
-  assert any((tmp_path / "checkpoints").iterdir())
+  assert (tmp_path / "diagnostics" / "step-2" / "report.json").exists()
 
 
 def test_missing_and_damaged_checkpoints(run, tmp_path, capsys):

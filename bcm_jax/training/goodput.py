@@ -1,8 +1,8 @@
 """Where the time of a run went, over all its starts.
 
-Each start of a run keeps a file of its own, `goodput/NNNN.json`, so that one
-that is killed leaves its last account. Seconds that belong to nothing else are
-those of the steps; so the parts add up to the wall time.
+Each start of a run keeps a file of its own, `goodput/NNNN.json`, written every
+few seconds, so that one that is killed leaves an account. Seconds that belong
+to nothing else are those of the steps; so the parts add up to the wall time.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +18,8 @@ from bcm_jax import files
 FOLDER = "goodput"
 # What a step is not.
 PARTS = ("init", "compile", "data", "checkpoint", "rollback", "eval")
+# Between two accounts of a start: what a kill leaves unknown at most.
+_WRITE_SECS = 10.0
 
 
 class Goodput:
@@ -39,9 +41,13 @@ class Goodput:
     self._began = clock() if began is None else began
     self._seconds = dict.fromkeys(PARTS, 0.0)
     self._seconds["init"] = clock() - self._began
-    self._first = self._step = 0
-    self._inside = None
+    self._first: int | None = None
+    self._step = self._done = 0
+    self._saved: int | None = None
+    self._inside: str | None = None
+    self._since = 0.0
     self._path = None
+    self._written = self._began
     if workdir is not None:
       folder = os.path.join(workdir, FOLDER)
       number = len(list(pathlib.Path(folder).glob("*.json")))
@@ -53,16 +59,32 @@ class Goodput:
     if self._inside is not None:
       yield
       return
-    self._inside, start = name, self._clock()
+    self._inside, self._since = name, self._clock()
     try:
       yield
     finally:
-      self._seconds[name] += self._clock() - start
+      self._book()
       self._inside = None
 
+  def _book(self) -> None:
+    """Books what is inside of a part by now."""
+    if self._inside is not None:
+      now = self._clock()
+      self._seconds[self._inside] += now - self._since
+      self._since = now
+
   def begin(self, step: int) -> None:
-    """Steps start after this one."""
-    self._first = self._step = step
+    """Steps go on after this one: those of the start, or of a roll-back."""
+    self._first = step if self._first is None else self._first
+    self._step = step
+    self._write()
+
+  def progress(self, step: int) -> None:
+    """Steps up to this one are finished."""
+    self._done += step - self._step
+    self._step = step
+    if self._clock() - self._written >= _WRITE_SECS:
+      self._write()
 
   def save(self, step: int, saved: int | None = None) -> None:
     """Writes the account up to a step.
@@ -71,20 +93,33 @@ class Goodput:
       step: last finished step.
       saved: newest step that a checkpoint holds.
     """
-    self._step = step
+    self._saved = saved
+    self.progress(step)
+    self._write()
+
+  def _write(self) -> None:
+    self._written = self._clock()
     if self._path is None:
       return
     try:
-      files.write_json(self._path, self.record() | {"saved": saved})
+      files.write_json(self._path, self.record())
     except OSError:
       pass  # A full disk is the checkpoints' business.
 
   def record(self) -> dict[str, Any]:
-    """First and last step, seconds by part, 'step' being the rest."""
+    """The account: steps, and seconds by part, 'step' being the rest.
+
+    Returns:
+      'first' and 'last' step, 'steps' that were done, those that were done
+      again counted again; 'saved', the newest step that a checkpoint is known
+      to hold; 'wall' and 'seconds'.
+    """
+    self._book()
     wall = self._clock() - self._began
     step = wall - sum(self._seconds.values())
     return {
-        "first": self._first, "last": self._step, "wall": wall,
+        "first": self._first or 0, "last": self._step, "steps": self._done,
+        "saved": self._saved, "wall": wall,
         "seconds": self._seconds | {"step": step},
     }
 
@@ -93,9 +128,9 @@ def total(workdir: str) -> dict[str, Any] | None:
   """Sums over all starts of a run; None where there is no account.
 
   Returns:
-    'starts', 'wall', 'seconds' by part, 'lost_steps' (finished but not saved
-    when the run ended, and done again), 'goodput': share of the wall time in
-    steps that count.
+    'starts', 'wall', 'seconds' by part, 'lost_steps' (done, and done again
+    after a kill or a roll-back), 'goodput': share of the wall time in steps
+    that count.
   """
   records = []
   for path in sorted((pathlib.Path(workdir) / FOLDER).glob("*.json")):
@@ -109,11 +144,13 @@ def total(workdir: str) -> dict[str, Any] | None:
   for record in records:
     for name, value in record["seconds"].items():
       seconds[name] = seconds.get(name, 0.0) + value
-  lost = sum(
-      max(a["last"] - b["first"], 0)
+  # A killed start may have done more than its last account says: what the next
+  # one went on from.
+  steps = records[-1]["steps"] + sum(
+      max(a["steps"], b["first"] - a["first"])
       for a, b in zip(records, records[1:], strict=False)
   )
-  steps = sum(r["last"] - r["first"] for r in records)
+  lost = steps - (records[-1]["last"] - records[0]["first"])
   wall = sum(r["wall"] for r in records)
   useful = seconds["step"] * (1 - lost / steps) if steps else 0.0
   return {

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from bcm_jax import errors
+from bcm_jax.training import arrivals
 
 
 def connect(
@@ -24,6 +25,8 @@ def connect(
     num_processes: int | None = None,
     process_id: int | None = None,
     heartbeat_secs: int = 100,
+    workdir: str | None = None,
+    patience_secs: int = 300,
 ) -> None:
   """Joins the other processes of the run; must come before any computation.
 
@@ -36,6 +39,8 @@ def connect(
     process_id: of this one, 0 .. num_processes - 1.
     heartbeat_secs: silence after which a process counts as dead, and the
       runtime ends the others.
+    workdir: where those that wait for the others can name them.
+    patience_secs: after which the runtime ends those that wait.
 
   Raises:
     UserError: some of the three arguments are missing.
@@ -54,10 +59,15 @@ def connect(
         f"for --num_processes={num_processes}"
     )
   try:
-    jax.distributed.initialize(
-        *given, heartbeat_timeout_seconds=heartbeat_secs,
-        cluster_detection_method=None if coordinator is None else "deactivate",
-    )
+    with arrivals.watched(workdir, process_id, num_processes,
+                          min(20.0, patience_secs / 6)):
+      jax.distributed.initialize(
+          *given, initialization_timeout=patience_secs,
+          heartbeat_timeout_seconds=heartbeat_secs,
+          cluster_detection_method=(
+              None if coordinator is None else "deactivate"
+          ),
+      )
   except ValueError:
     if coordinator is not None:
       raise
@@ -144,7 +154,8 @@ class Notice:
   def reached(self, call: int) -> bool:
     """Whether to save and go after a call; ask at every one, 0, 1, 2, ..."""
     if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(call)
+      # JAX says so for one call only, after which the loop may roll back.
+      self._told |= multihost_utils.reached_preemption_sync_point(call)
     return self._told
 
   @contextlib.contextmanager
@@ -162,17 +173,22 @@ class Notice:
 
   @contextlib.contextmanager
   def deferred(self) -> Iterator[None]:
-    """Inside, a notice waits until the loop asks for it."""
+    """Inside, a notice waits until the loop asks for it, or for the end."""
     self._deferred = True
     try:
       yield
     finally:
       self._deferred = False
+    if self._told:
+      self._go()
 
   def _tell(self, number: int, frame: types.FrameType | None) -> None:
     del number, frame
     self._told = True
     if not self._deferred:
-      raise errors.Preempted(
-          "nothing to save; the same command goes on with the newest checkpoint"
-      )
+      self._go()
+
+  def _go(self) -> None:
+    raise errors.Preempted(
+        "nothing to save; the same command goes on with the newest checkpoint"
+    )

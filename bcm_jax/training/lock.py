@@ -75,12 +75,25 @@ class Lock:
     """Whether another job has taken the folder over, while this one hung."""
     return self._lost
 
+  def look(self) -> bool:
+    """Whether the folder is still this job's; looks into the file.
+
+    It is not where the file is gone: a job that took over may have finished.
+    """
+    owner = self._read()
+    if owner is None or owner and owner.get("token") != self._me["token"]:
+      self._lost = True
+    return not self._lost
+
   def acquire(self) -> "Lock":
     """Takes the folder, waiting only where the owner may be dead."""
     owner = self._read()
-    if owner is not None and not self._dead(owner):
-      self._wait_for(owner)
-    self._write()
+    if owner is None:
+      self._create()
+    else:
+      if not self._dead(owner):
+        self._wait_for(owner)
+      self._write()
     found = self._read()
     if found is None or found.get("token") != self._me["token"]:
       raise self._refusal(found or {})
@@ -145,14 +158,20 @@ class Lock:
         "writer: stop that job, or use another --workdir"
     )
 
+  def _create(self) -> None:
+    """Writes the file; of two that find none, one succeeds."""
+    try:
+      with open(self._path, "x", encoding="utf-8") as out:
+        json.dump(self._me | {"beats": 0}, out)
+    except FileExistsError as e:
+      raise self._refusal(self._read() or {}) from e
+
   def _write(self) -> None:
     files.write_json(self._path, self._me | {"beats": self._beats})
 
   def _beat(self) -> None:
     while not self._stop.wait(self._beat_secs):
-      owner = self._read()
-      if owner and owner.get("token") != self._me["token"]:
-        self._lost = True
+      if not self.look():
         return
       self._beats += 1
       try:

@@ -152,7 +152,9 @@ def spec_of(
             f"{list(shape)} by {mesh.shape[axis]}, which does not divide "
             f"{size}; cut another dimension, or replicate it"
         )
-    return PartitionSpec(*rule.spec)
+    # As XLA writes it; jit would compile anew for the same with a None more.
+    used = max((i for i, a in enumerate(rule.spec) if a), default=-1) + 1
+    return PartitionSpec(*rule.spec[:used])
   return PartitionSpec()
 
 

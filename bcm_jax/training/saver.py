@@ -30,6 +30,7 @@ class Saver:
   sleep: Callable[[float], Any] = time.sleep
   failures: int = 0
   newest: int | None = None
+  known: list[int] = dataclasses.field(default_factory=list)
 
   def save(self, step: int, state: Any) -> None:
     """Saves in the background; whether it failed is known at the next save.
@@ -38,13 +39,13 @@ class Saver:
       MachineError: too many in a row have failed.
     """
     faults.point("before_save")
-    self._attempt(self._settle)
+    self._settle()
     self._attempt(lambda: self._begin(step, state))
 
   def steps(self) -> list[int]:
     """Steps that can be read, rising, as all hosts agree."""
-    self._attempt(self._settle)
-    return self.saved.common_steps()
+    self._settle()
+    return self.known
 
   def finish(self, step: int, state: Any) -> None:
     """Saves and waits until it is there, for the run ends here.
@@ -52,22 +53,30 @@ class Saver:
     Raises:
       MachineError: it cannot be written, in as many tries as are left.
     """
-    self._attempt(self._settle)
-    while self.newest != step:
-      if not self._attempt(lambda: (self._begin(step, state), self._settle())):
+    self._settle()
+    while step not in self.known:
+      began = self._attempt(lambda: self._begin(step, state))
+      if not (self._settle() and began):
         self.sleep(self.wait_secs)
 
   def _begin(self, step: int, state: Any) -> None:
     self.saved.save(step, state, dict(self.meta))
     faults.point("mid_write")
 
-  def _settle(self) -> None:
-    """Waits for the save under way; a new step clears old failures."""
-    self.saved.wait()
-    newest = self.saved.latest_step()
-    if newest is not None and newest != self.newest:
+  def _settle(self) -> bool:
+    """Waits for the save under way, and looks what is there.
+
+    A new step clears old failures. Only process 0 can tell when a step is
+    there, so the others take its word, once it has waited.
+    """
+    if not self._attempt(self.saved.wait):
+      return False
+    self.known, before = self.saved.common_steps(), self.newest
+    self.newest = max(self.known, default=None)
+    if self.known and (before is None or self.newest > before):
       faults.point("after_commit")
-      self.newest, self.failures = newest, 0
+      self.failures = 0
+    return True
 
   def _attempt(self, action: Callable[[], Any]) -> bool:
     """Whether an action went well on all hosts; logs and counts failures."""
@@ -81,7 +90,9 @@ class Saver:
     if hosts.all_agree(problem is None):
       return True
     self.failures += 1
-    text = " ".join(str(problem or "on another host").split())[:300]
+    text = " ".join(str(problem or "on another host").split())
+    if len(text) > 300:  # The cause stands at the end, after paths.
+      text = f"{text[:60]} ... {text[-240:]}"
     logging.error(
         "a checkpoint could not be written to %s (%s); failure %d of %d",
         self.saved.directory, text, self.failures, self.most,

@@ -5,6 +5,7 @@ need TensorFlow; without it the JSONL file alone is written.
 """
 
 from collections.abc import Iterable, Mapping
+import contextlib
 import importlib
 import json
 import math
@@ -142,7 +143,8 @@ class JsonlWriter(NullWriter):
     os.makedirs(logdir, exist_ok=True)
     self.path = os.path.join(logdir, METRICS_FILE)
     _drop_partial_line(self.path)
-    self._file = open(self.path, "a", encoding="utf-8")
+    self._file = open(self.path, "ab", buffering=0)
+    self._waiting = b""
 
   def write_scalars(self, step, scalars):
     """Writes {name: scalar}; arrays must hold a single number."""
@@ -188,24 +190,37 @@ class JsonlWriter(NullWriter):
       out.flush()
       os.fsync(out.fileno())
     os.replace(temporary, self.path)
-    self._file = open(self.path, "a", encoding="utf-8")
+    self._file = open(self.path, "ab", buffering=0)
 
   def flush(self):
     """Hands all lines to the operating system's disk."""
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    self._append(b"")
+    with contextlib.suppress(OSError):
+      os.fsync(self._file.fileno())
 
   def close(self):
     """Closes the file; a second call does nothing."""
+    if not self._file.closed:
+      self._append(b"")
     self._file.close()
 
   def _write(self, record: dict[str, Any]) -> None:
-    # One flush: a killed job loses at most the line it is at.
-    line = json.dumps(record, allow_nan=False) + "\n"
-    self._file.write(line[: len(line) // 2])
-    faults.point("metrics_half", self._file.flush)
-    self._file.write(line[len(line) // 2 :])
-    self._file.flush()
+    # At once: a killed job loses at most the line it is at.
+    line = (json.dumps(record, allow_nan=False) + "\n").encode()
+    half = len(line) // 2
+    faults.point("metrics_half", lambda: self._append(line[:half]))
+    self._append(line)
+
+  def _append(self, text: bytes) -> None:
+    """Writes text; where the disk is full it waits for the next call."""
+    full = bool(self._waiting)
+    self._waiting += text
+    try:
+      while self._waiting:
+        self._waiting = self._waiting[self._file.write(self._waiting) :]
+    except OSError as e:  # A full disk is the checkpoints' business.
+      if not full:
+        logging.warning("%s cannot be written: %s", self.path, e.strerror)
 
 
 class _HostValues:
@@ -214,22 +229,33 @@ class _HostValues:
   Device arrays may be donated before the thread reads them, TensorFlow takes
   no array of shape (1,) for a scalar, and TensorBoard's plugin refuses None
   and lists as hyper-parameters: in the thread, such errors would surface at
-  some later call.
+  some later call. Those of the disk do: they end the writer, not the run.
   """
 
   def __init__(self, writer: Any):
     self._writer = writer
+    self._broken = False
 
   def __getattr__(self, name: str) -> Any:
-    return getattr(self._writer, name)
+    return lambda *args: self._pass(name, *args)
+
+  def _pass(self, name: str, *args: Any) -> None:
+    if self._broken:
+      return
+    try:
+      getattr(self._writer, name)(*args)
+    except Exception as e:
+      self._broken = True
+      logging.warning("TensorBoard's files end here: %s: %s",
+                      type(e).__name__, e)
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    self._writer.write_scalars(
-        int(step), {name: _number(x) for name, x in scalars.items()})
+    self._pass("write_scalars", int(step),
+               {name: _number(x) for name, x in scalars.items()})
 
   def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-    self._writer.write_images(
-        int(step), {name: np.array(x) for name, x in images.items()})
+    self._pass("write_images", int(step),
+               {name: np.array(x) for name, x in images.items()})
 
   def write_histograms(
       self,
@@ -238,10 +264,10 @@ class _HostValues:
       num_buckets: Mapping[str, int] | None = None,
   ) -> None:
     arrays = {name: np.array(x, np.float64) for name, x in arrays.items()}
-    self._writer.write_histograms(int(step), arrays, num_buckets)
+    self._pass("write_histograms", int(step), arrays, num_buckets)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    self._writer.write_hparams({
+    self._pass("write_hparams", {
         name: x if isinstance(x, (bool, int, float, str)) else json.dumps(x)
         for name, x in _flat(_jsonable(hparams))
     })

@@ -240,7 +240,8 @@ def test_damaged_newest_falls_back_and_is_set_aside(run, caplog, damage):
   assert not (run / "checkpoints" / "3").exists()
   assert snapshot(run / "damaged" / "3-0") == before
   (line,) = errors(caplog)
-  assert "step 3 is set aside (damaged:" in line and "falling back to step 2" in line
+  assert "step 3 is set aside (damaged:" in line
+  assert "falling back to step 2" in line
   assert str(run / "damaged" / "3-0") in line and "\n" not in line
 
 

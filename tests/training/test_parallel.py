@@ -1,91 +1,40 @@
-"""One device or four, jit or pmap: the same draws and the same training."""
+"""One device or eight, jit, fsdp or pmap: the same draws, the same training."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from bcm_jax.diffusion import process
+from bcm_jax.training import checkpoint
 from bcm_jax.training import parallel
-from bcm_jax.training import rng
-from bcm_jax.training import state as states
-from bcm_jax.training import step as steps
 from tests import toys
+from tests.training import topologies
+from tests.training.topologies import B
+from tests.training.topologies import batch
+from tests.training.topologies import compiled
+from tests.training.topologies import drawn
+from tests.training.topologies import first_state
+from tests.training.topologies import inputs
+from tests.training.topologies import runner
+from tests.training.topologies import STEPS
+from tests.training.topologies import train
 
-B = 16
-STEPS = 3
-TOPOLOGIES = ("jit-1", "jit-2", "jit-4", "pmap-4")
+TOPOLOGIES = ("jit-2", "jit-4", "pmap-4", "fsdp-2x2", "fsdp-1x4", "pattern-2x2")
+CUT = ("fsdp-2x2", "fsdp-1x4", "pattern-2x2")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quickly():
+  # The toy's tensors are smaller than what is worth cutting.
+  before, parallel._MIN_CUT_SIZE = parallel._MIN_CUT_SIZE, 16
   with toys.quick_compilation():
     yield
-
-
-def method():
-  return toys.bidirectional_toy(
-      toys.MLP(width=8, depth=1, dropout=0.3, num_classes=3)
-  )
-
-
-def batch(step=0):
-  return {
-      "image": toys.images(B, seed=step),
-      "label": np.arange(B, dtype=np.int32) % 3,
-      "index": np.arange(B, dtype=np.int32),
-  }
-
-
-def runner(topology):
-  kind, n = topology.split("-")
-  devices = jax.devices()[: int(n)]
-  assert len(devices) == int(n)
-  if kind == "pmap":
-    return parallel.Pmap(tuple(devices))
-  return parallel.Jit(parallel.make_mesh(devices))
-
-
-@functools.cache
-def compiled(topology, microbatches=1):
-  devices = runner(topology)
-  options = steps.StepOptions(
-      ema_rates=(0.9,), microbatches=microbatches,
-      axis_name=devices.axis_name,
-  )
-  step = steps.make_step(method(), optimizers(), options)
-  return devices, devices.compile(step)
-
-
-def optimizers():
-  return {"student": optax.radam(1e-2)}
-
-
-@functools.cache
-def first_state():
-  """The state before the first step, on the host."""
-  one = batch()
-  state = jax.jit(
-      lambda: states.create(
-          method(), optimizers(), (0.9,), 0, one["image"], one["label"]
-      )
-  )()
-  return jax.tree.map(np.asarray, state)
-
-
-def train(topology, microbatches=1):
-  """(state, metrics) on the host after a few steps."""
-  devices, step = compiled(topology, microbatches)
-  state = devices.place(first_state())
-  for k in range(STEPS):
-    state, metrics = step(
-        state, devices.batch(batch(k)), method().curriculum(10 * k),
-        ("student",),
-    )
-  return jax.tree.map(np.asarray, devices.fetch((state, metrics)))
+  parallel._MIN_CUT_SIZE = before
 
 
 @functools.cache
@@ -93,42 +42,18 @@ def reference():
   return train("jit-1")
 
 
-def draw(index):
-  """All that is random in a step: times, ends, noise, dropout masks."""
-  m = method()
-  ctx = toys.context(
-      jnp.zeros((len(index), 2, 2, 1)), m.curriculum(10), index=index, step=4
-  )
-  times = m.sample_times(ctx)
-  z = process.normal_like(ctx.keys("noise"), ctx.images)
-  keys = jax.random.key_data(
-      rng.example_keys(0, "dropout", jnp.int32(4), index)
-  )
-  return times.t, times.r, m.sample_end(ctx, times.index), z, keys
-
-
-@functools.cache
-def drawn(topology):
-  devices = runner(topology)
-  index = devices.batch({"index": batch()["index"]})["index"]
-  if "pmap" in topology:
-    out = jax.pmap(draw, devices=devices.local_devices)(index)
-    return [np.asarray(x).reshape(B, *x.shape[2:]) for x in out]
-  return [np.asarray(x) for x in jax.jit(draw)(index)]
-
-
-@pytest.mark.parametrize("topology", TOPOLOGIES[1:])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_draws_are_the_same_bit_for_bit(topology):
   for a, b in zip(drawn(topology), drawn("jit-1"), strict=True):
     assert len(np.unique(a, axis=0)) > 1
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES[1:])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_training_is_the_same(topology):
   state, metrics = train(topology)
   expected, expected_metrics = reference()
-  assert state.step == STEPS and np.isfinite(metrics["loss"])
+  assert state.step == STEPS and np.isfinite(metrics["loss"]).all()
   toys.assert_close(state, expected, rtol=1e-5)
   toys.assert_close(metrics, expected_metrics, rtol=1e-4)
   moved = expected.players["student"].params["out"]["kernel"]
@@ -136,12 +61,47 @@ def test_training_is_the_same(topology):
   assert np.abs(moved - start).max() > 1e-3
 
 
-def test_microbatches_on_several_devices_are_the_same():
-  state, _ = train("jit-2", microbatches=4)
+def test_eight_devices_are_the_same(tmp_path):
+  root = pathlib.Path(__file__).resolve().parents[2]
+  done = subprocess.run(
+      [sys.executable, "-m", "tests.training.topologies", tmp_path / "8.npz",
+       "jit-8"],
+      env={**os.environ, "PYTHONPATH": str(root),
+           "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+      cwd=root, capture_output=True, text=True, timeout=120, check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  with np.load(tmp_path / "8.npz") as eight:
+    found = [eight[f"arr_{i}"] for i in range(len(eight.files))]
+  expected = drawn("jit-1") + jax.tree.leaves(reference())
+  exact = len(drawn("jit-1"))
+  for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+    if i < exact:
+      np.testing.assert_array_equal(a, b)
+    else:
+      toys.assert_close(a, b, rtol=1e-4 if b.shape == (STEPS,) else 1e-5)
+
+
+def test_pmap_is_jit_on_the_same_devices():
+  toys.assert_close(train("pmap-4"), train("jit-4"), rtol=1e-6)
+
+
+@pytest.mark.parametrize("topology", ["jit-1", "jit-4", "pmap-4", "fsdp-2x2"])
+def test_steps_of_one_call_are_the_same(topology):
+  state, metrics = train(topology, at_once=True)
+  expected, expected_metrics = reference()
+  toys.assert_close(state, expected, rtol=1e-5)
+  assert metrics["loss"].shape == (STEPS,)
+  toys.assert_close(metrics, expected_metrics, rtol=1e-4)
+
+
+@pytest.mark.parametrize("topology", ["jit-2", "fsdp-2x2", "pmap-4"])
+def test_microbatches_on_several_devices_are_the_same(topology):
+  state, _ = train(topology, microbatches=4)
   toys.assert_close(state, reference()[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("topology", ["jit-4", "pmap-4"])
+@pytest.mark.parametrize("topology", ["jit-4", "pmap-4", "fsdp-2x2"])
 def test_a_second_run_is_identical(topology):
   toys.assert_equal(train(topology), train(topology))
 
@@ -155,7 +115,7 @@ def test_devices_agree_on_a_bad_step(topology):
   spoilt["image"][-1] = np.nan
   state, metrics = step(
       devices.place(first_state()), devices.batch(spoilt),
-      method().curriculum(0), ("student",),
+      topologies.method().curriculum(0), ("student",),
   )
   for leaf in jax.tree.leaves(metrics["skipped"]):
     assert np.all(np.asarray(leaf) == 1)
@@ -178,6 +138,9 @@ def _child(tree, key):
   ) else tree[name]
 
 
+# Where things lie.
+
+
 def test_the_state_is_replicated_and_the_batch_is_cut():
   devices = runner("jit-4")
   state = devices.place(first_state())
@@ -192,3 +155,112 @@ def test_the_state_is_replicated_and_the_batch_is_cut():
   np.testing.assert_array_equal(pieces["index"].reshape(-1), np.arange(B))
 
 
+@pytest.mark.parametrize("topology", ["jit-4", "fsdp-2x2"])
+def test_several_batches_are_stacked_and_cut(topology):
+  cut = runner(topology).batch(batch(0), batch(1))
+  for name, value in cut.items():
+    assert {s.data.shape[:2] for s in value.addressable_shards} == {(2, B // 4)}
+    both = np.stack([batch(0)[name], batch(1)[name]])
+    np.testing.assert_array_equal(value, both)
+  pieces = runner("pmap-4").batch(batch(0), batch(1))
+  assert pieces["image"].shape == (4, 2, B // 4, 2, 2, 1)
+  np.testing.assert_array_equal(pieces["image"][1, 1], batch(1)["image"][4:8])
+
+
+def shards(tree):
+  """Path -> shape of the parts that the devices hold."""
+  return {
+      jax.tree_util.keystr(path, simple=True, separator="/"): {
+          s.data.shape for s in leaf.addressable_shards
+      } for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+@pytest.mark.parametrize("topology, out, hidden, optimizer", [
+    # [8, 4] and [9, 8]: along the longest axis that divides evenly.
+    ("fsdp-2x2", (4, 4), (9, 4), (4, 4)),
+    ("fsdp-1x4", (2, 4), (9, 2), (2, 4)),
+    ("pattern-2x2", (4, 4), (9, 4), (4, 4)),
+])
+def test_the_state_is_really_cut(topology, out, hidden, optimizer):
+  devices, step = compiled(topology)
+  kernel = "players/student/params/out/kernel"
+  state = devices.create(topologies.create)
+  for where in (state, devices.place(first_state()),
+                step(devices.place(first_state()), *inputs(devices, 0),
+                     ("student",))[0]):
+    found = shards(where)
+    assert found[kernel] == {out}
+    assert found["players/student/params/hidden_0/kernel"] == {hidden}
+    assert found["averages/ema_0.9/out/kernel"] == {out}
+    moments = [v for k, v in found.items()
+               if k.endswith("out/kernel") and "opt_state" in k]
+    assert len(moments) == 2 and all(m == {optimizer} for m in moments)
+    assert found["step"] == {()}
+  toys.assert_equal(
+      jax.tree.map(np.asarray, state), first_state()
+  )
+
+
+# What is not done twice.
+
+
+@pytest.mark.parametrize("topology", ["jit-4", *CUT])
+def test_one_executable_no_transfer_and_no_copy(topology):
+  devices, step = compiled(topology)
+  step.clear_cache()
+  state = devices.create(topologies.create)
+  for k in range(STEPS):
+    ready = inputs(devices, k)
+    before = jax.tree.leaves(state)
+    with jax.transfer_guard("disallow"):
+      state, _ = step(state, *ready, ("student",))
+    assert all(x.is_deleted() for x in before)  # Given away.
+    assert step._cache_size() == 1
+  step(devices.place(first_state()), *inputs(devices, 0), ("student",))
+  assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("topology", ["jit-4", "fsdp-2x2"])
+def test_one_executable_for_several_steps(topology):
+  devices, step = compiled(topology, several=True)
+  step.clear_cache()
+  state = devices.create(topologies.create)
+  for _ in range(2):
+    ready = inputs(devices, 0, 1, 2)
+    with jax.transfer_guard("disallow"):
+      state, _ = step(state, *ready, ("student",))
+  assert step._cache_size() == 1
+
+
+# From one topology to another.
+
+
+def test_a_checkpoint_is_the_same_on_every_topology(tmp_path):
+  """4 -> 2 -> 1 devices, cut and uncut, pmap, and back: the same bits."""
+  way = ("jit-4", "jit-2", "jit-1", "fsdp-2x2", "pmap-4", "pattern-2x2",
+         "fsdp-1x4", "jit-4")
+  _, step = compiled("fsdp-2x2")
+  devices = runner("fsdp-2x2")
+  state, _ = step(
+      devices.place(first_state()), *inputs(devices, 0), ("student",)
+  )
+  trained = jax.tree.map(np.asarray, state)
+  template = jax.eval_shape(topologies.create)
+  records = []
+  with checkpoint.Checkpoints(str(tmp_path / "c"), keep=None) as saved:
+    for number, topology in enumerate(way):
+      saved.save(number, devices.fetch(state), {})
+      saved.wait()
+      records.append(saved.read_raw(number)[1])
+      devices = runner(topology)
+      _, restored, _ = saved.restore(devices.abstract(template))
+      state = devices.place(restored)
+      toys.assert_equal(
+          jax.tree.map(np.asarray, devices.fetch(state)), trained
+      )
+      if "pmap" not in topology:
+        wanted = jax.tree.leaves(devices.shardings(template))
+        assert [x.sharding for x in jax.tree.leaves(state)] == wanted
+  for record in records[1:]:
+    toys.assert_equal(record, records[0])

@@ -1,0 +1,133 @@
+"""Joining, sharing cores, and being told to go, on one host.
+
+What two do: test_two_processes.py.
+"""
+
+import os
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bcm_jax import errors
+from bcm_jax.training import hosts
+
+
+@pytest.mark.parametrize("given", [
+    ("h:1", None, None), (None, 2, None), (None, None, 0), ("h:1", 2, None),
+])
+def test_half_an_address_is_refused(given):
+  with pytest.raises(errors.UserError, match="belong together"):
+    hosts.connect(*given)
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_number_outside_is_refused(number):
+  with pytest.raises(errors.UserError, match="must lie in 0 .. 1"):
+    hosts.connect("127.0.0.1:1", 2, number)
+
+
+def test_without_a_cluster_it_is_one_process():
+  hosts.connect()
+  assert jax.process_count() == 1
+
+
+@pytest.mark.parametrize("asked, batch, processes, cores, devices", [
+    (3, 64, 1, 8, 3), (0, 64, 1, 8, 8), (0, 64, 1, 99, 8), (0, 6, 1, 4, 3),
+    (0, 7, 1, 4, 1), (0, 64, 16, 8, 4), (0, 2, 4, 8, 1),
+])
+def test_cores_become_devices_that_divide_the_batch(
+    monkeypatch, asked, batch, processes, cores, devices
+):
+  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setattr(
+      os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False
+  )
+  updates = []
+  monkeypatch.setattr(jax.config, "update", lambda *x: updates.append(x))
+  hosts.use_cores(asked, batch, processes)
+  assert updates == [("jax_num_cpu_devices", devices)]
+
+
+def test_a_number_of_devices_in_the_environment_wins(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+  monkeypatch.setattr(
+      jax.config, "update", lambda *x: pytest.fail(f"set {x}")
+  )
+  hosts.use_cores(2, 64)
+
+
+def test_alone_one_agrees_with_oneself():
+  assert hosts.all_agree(True) and not hosts.all_agree(False)
+  hosts.raise_everywhere(None)
+  with pytest.raises(errors.UserError, match="mine"):
+    hosts.raise_everywhere(errors.UserError("mine"))
+
+
+def test_copies_share_no_memory_and_are_whole():
+  mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+  cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+  x = jnp.arange(8.0)
+  tree = {"cut": jax.device_put(x, cut), "one": x, "host": np.arange(3)}
+  copies = hosts.to_host(tree)
+  for name, value in tree.items():
+    assert isinstance(copies[name], np.ndarray)
+    np.testing.assert_array_equal(copies[name], np.asarray(value))
+    assert not np.shares_memory(copies[name], np.asarray(value))
+
+
+def test_a_notice_waits_where_it_is_deferred():
+  notice = hosts.Notice()
+  before = signal.getsignal(signal.SIGTERM)
+  with notice.listening():
+    with pytest.raises(errors.Preempted, match="nothing to save"):
+      with notice.deferred():
+        assert not notice.reached(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert notice.reached(1) and notice.reached(2)
+      pytest.fail("went on after the end of what was deferred")
+    with pytest.raises(errors.Preempted):
+      os.kill(os.getpid(), signal.SIGTERM)
+      signal.sigtimedwait([], 1)
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_the_loop_raises_is_not_hidden_by_a_notice():
+  notice = hosts.Notice()
+  with notice.listening(), pytest.raises(KeyError):
+    with notice.deferred():
+      os.kill(os.getpid(), signal.SIGTERM)
+      raise KeyError
+
+
+def test_without_a_notice_nothing_is_raised():
+  notice = hosts.Notice()
+  with notice.listening(), notice.deferred():
+    assert not notice.reached(0)
+
+
+def test_in_a_thread_nothing_listens():
+  before, seen = signal.getsignal(signal.SIGTERM), []
+
+  def in_thread():
+    with hosts.Notice().listening():
+      seen.append(signal.getsignal(signal.SIGTERM))
+
+  thread = threading.Thread(target=in_thread)
+  thread.start()
+  thread.join()
+  assert seen == [before]
+
+
+def test_jax_tells_once_and_the_notice_remembers(monkeypatch):
+  """With several processes, the point to stop at may be rolled back over."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(
+      hosts.multihost_utils, "reached_preemption_sync_point",
+      lambda call: call == 3,
+  )
+  notice = hosts.Notice()
+  assert [notice.reached(call) for call in range(6)] == [False] * 3 + [True] * 3

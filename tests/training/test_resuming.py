@@ -1,0 +1,418 @@
+"""A run that is killed, told to go or misled ends as if nothing had happened.
+
+Every start is a process of the real command (starts.py).
+"""
+
+from concurrent import futures
+import json
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from bcm_jax import config as configs
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax.training import faults
+from bcm_jax.training import goodput
+from tests.training import starts
+from tests.training import tiny_run
+
+STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+  with starts.Server(tmp_path_factory.mktemp("starts")) as server:
+    yield server
+
+
+@pytest.fixture(scope="module")
+def unbroken(server, tmp_path_factory):
+  """A run of one start."""
+  workdir = tmp_path_factory.mktemp("unbroken")
+  server.start(workdir).wait(0)
+  return workdir
+
+
+# The lines of metrics.jsonl begin with one of hyper-parameters, so line k + 1
+# belongs to step k: N kills in the middle of a step of any number.
+def in_step(k):
+  return f"metrics_half:{k + 1}"
+
+
+def jump():
+  """A step after which the curriculum has more noise levels."""
+  tiny_run.register()
+  method = experiments.build(configs.resolve(tiny_run.get_config())).method
+  levels = [int(method.curriculum(k)["num_scales"]) for k in range(STEPS)]
+  jumps = [k for k in range(1, STEPS) if levels[k] != levels[k - 1]]
+  return next(k for k in jumps if k % EVERY not in (0, 1, EVERY - 1))
+
+
+KILLS = {
+    "config_written": "config_written",
+    "before_save": "before_save",
+    "before_second_save": "before_save:2",
+    "mid_write": "mid_write",
+    "mid_second_write": "mid_write:2",
+    "after_commit": "after_commit",
+    "after_second_commit": "after_commit:2",
+    "first_step": in_step(1),
+    "before_boundary": in_step(EVERY - 1),
+    "boundary": in_step(EVERY),
+    "after_boundary": in_step(EVERY + 1),
+    "last_step": in_step(STEPS),
+    "curriculum_jump": "jump",
+    "before_done": "before_done",
+}
+
+
+def test_every_fault_point_is_killed_at():
+  killed = {k.partition(":")[0] for k in KILLS.values()} - {"jump"}
+  # That of a roll-back is killed at in test_rolling_back.py.
+  assert killed == set(faults.POINTS) - {"before_rollback"}
+
+
+@pytest.fixture(scope="module")
+def killed(server, tmp_path_factory):
+  """Name -> run that was killed and started again; two at a time."""
+
+  def broken(name):
+    workdir = tmp_path_factory.mktemp(name)
+    fault = in_step(jump()) if KILLS[name] == "jump" else KILLS[name]
+    server.start(workdir, TRAINING_FAULT=fault).wait(faults.EXIT_KILLED)
+    assert not (workdir / "DONE").exists()
+    server.start(workdir).wait(0)
+    return workdir
+
+  with futures.ThreadPoolExecutor(2) as pool:
+    return {name: pool.submit(broken, name) for name in KILLS}
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_a_killed_run_resumes_bit_for_bit(killed, unbroken, name):
+  workdir = killed[name].result()
+  starts.assert_same_run(workdir, unbroken, STEPS)
+  assert (workdir / "DONE").exists()
+  assert not (workdir / "lock.json").exists()
+  kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+  assert kept == [EVERY, 2 * EVERY, STEPS]  # No half of a save is left.
+
+
+# Slow steps, so that what comes from outside meets one.
+SLOW = """
+import time
+from bcm_jax import watch
+report = watch.Watch.__call__
+def slowly(self, step, count, metrics):
+  report(self, step, count, metrics)
+  time.sleep(0.1)
+watch.Watch.__call__ = slowly
+"""
+
+
+def test_kills_at_any_moment_cost_nothing_but_time(
+    server, unbroken, tmp_path
+):
+  seeded = random.Random(0)
+  killed = 0
+  while not (tmp_path / "DONE").exists():
+    start = server.start(tmp_path, code=SLOW)
+    if killed < 5:
+      start.until("step ")
+      time.sleep(seeded.uniform(0.0, 0.8))
+      start.send(signal.SIGKILL)
+    # Near its end a run may be quicker.
+    killed += start.wait() == -signal.SIGKILL
+  assert killed > 1
+  starts.assert_same_run(tmp_path, unbroken, STEPS)
+  assert goodput.total(str(tmp_path))["starts"] == killed + 1
+
+
+# The process sends itself the notice when a step is done.
+TOLD = """
+import os, signal
+from bcm_jax import watch
+report = watch.Watch.__call__
+def told(self, step, count, metrics):
+  report(self, step, count, metrics)
+  if step == STEP:
+    os.kill(os.getpid(), signal.SIGTERM)
+watch.Watch.__call__ = told
+"""
+
+
+@pytest.mark.parametrize("step", [1, EVERY, EVERY + 1, STEPS])
+def test_a_notice_saves_the_step_and_the_next_start_goes_on(
+    server, unbroken, tmp_path, step
+):
+  start = server.start(tmp_path, code=TOLD.replace("STEP", str(step)))
+  start.wait(errors.EXIT_PREEMPTED)
+  assert f"preempted: step {step} of {STEPS} is saved in" in start.text
+  assert starts.leaves(tmp_path, step)
+  assert not (tmp_path / "DONE").exists()
+  start = server.start(tmp_path)
+  start.wait(0)
+  assert f"steps {step} to {STEPS}" in start.text or step == STEPS
+  starts.assert_same_run(tmp_path, unbroken, STEPS)
+  assert (tmp_path / "DONE").exists()
+
+
+def test_a_notice_before_the_first_step_ends_at_once(server, tmp_path):
+  code = """
+import os, signal
+from bcm_jax import loop
+def create(self, start_from):
+  os.kill(os.getpid(), signal.SIGTERM)
+  raise AssertionError("not told")
+loop.Run._create = create
+"""
+  start = server.start(tmp_path, code=code)
+  start.wait(errors.EXIT_PREEMPTED)
+  assert "preempted: nothing to save" in start.text
+  assert not (tmp_path / "lock.json").exists()
+
+
+def test_several_steps_a_call_resume_too(server, tmp_path):
+  several = "parallel.steps_per_call=2"
+  whole, broken = tmp_path / "whole", tmp_path / "broken"
+  a = server.start(whole, several)
+  b = server.start(broken, several, code=TOLD.replace("STEP", "6"))
+  b.wait(errors.EXIT_PREEMPTED)
+  assert f"preempted: step 6 of {STEPS} is saved" in b.text
+  server.start(broken, several, TRAINING_FAULT=in_step(2)).wait(
+      faults.EXIT_KILLED
+  )
+  server.start(broken, several).wait(0)
+  a.wait(0)
+  starts.assert_same_run(broken, whole, STEPS)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_alone(
+    server, unbroken, tmp_path
+):
+  shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+  flip_a_bit(tmp_path / "checkpoints" / str(STEPS))
+  start = server.start(tmp_path)
+  start.wait(0)
+  assert f"step {STEPS} is set aside (damaged: state: digest of" in start.text
+  assert "falling back to step 8" in start.text
+  assert (tmp_path / "damaged" / f"{STEPS}-0").is_dir()
+  starts.assert_same_run(tmp_path, unbroken, STEPS)
+
+
+def flip_a_bit(folder):
+  """Of the largest file, in the middle."""
+  files = [p for p in folder.rglob("*") if p.is_file()]
+  path = max(files, key=lambda p: p.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def test_no_good_checkpoint_is_refused(server, unbroken, tmp_path):
+  shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+  for folder in (tmp_path / "checkpoints").iterdir():
+    flip_a_bit(folder)
+  for _ in range(2):
+    start = server.start(tmp_path)
+    start.wait(errors.EXIT_BAD_INPUT)
+    assert "error: damaged checkpoints in" in start.text
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_config_drift_is_refused_with_a_difference(server, tmp_path):
+  server.start(tmp_path, TRAINING_FAULT=in_step(6)).wait(faults.EXIT_KILLED)
+  files = [tmp_path / "config.json", tmp_path / "lock.json"]
+  before = [path.read_text() for path in files]
+  start = server.start(
+      tmp_path, "optimizer.learning_rate=0.5", "model.width=16", "seed=3"
+  )
+  start.wait(errors.EXIT_BAD_INPUT)
+  for said in ("optimizer.learning_rate is 0.01 there, 0.5 here",
+               "model.width is 32 there, 16 here", "seed is 0 there, 3 here"):
+    assert said in start.text
+  assert [path.read_text() for path in files] == before
+
+
+def test_settings_of_logs_and_saves_change_no_bit(server, unbroken, tmp_path):
+  early = """
+from bcm_jax.training import hooks
+profile = hooks.profile
+hooks.profile = lambda folder, first_profile: profile(folder, 2, 2)
+"""
+  server.start(
+      tmp_path, "log.every_steps=5", "log.profile=true",
+      "log.progress_secs=0.0", "checkpoint.every_steps=5", "eval.seeds=1,2",
+      "sample.num_samples=7", code=early + TOLD.replace("STEP", "7"),
+  ).wait(errors.EXIT_PREEMPTED)
+  server.start(
+      tmp_path, "log.every_steps=3", "checkpoint.every_steps=7",
+      "checkpoint.keep=1", "eval.samplers=onestep",
+  ).wait(0)
+  assert starts.leaves(tmp_path, STEPS) == starts.leaves(unbroken, STEPS)
+  lines = {line.get("step"): line for line in starts.metrics(unbroken)}
+  logged = [line for line in starts.metrics(tmp_path) if "loss" in line]
+  assert [line["step"] for line in logged] == [5, 9, 12]
+  assert all(line == lines[line["step"]] for line in logged)
+  assert list((tmp_path / "plugins").rglob("*.xplane.pb"))
+
+
+def test_where_the_time_went_adds_up(server, tmp_path):
+  """The parts to the wall time, and that to the clock of who waits for it."""
+  began = time.time()
+  server.start(tmp_path, TRAINING_FAULT=in_step(10), code=SLOW).wait(
+      faults.EXIT_KILLED
+  )
+  server.start(tmp_path, code=SLOW).wait(0)
+  whole = time.time() - began
+  records = [
+      json.loads(path.read_text())
+      for path in sorted((tmp_path / goodput.FOLDER).iterdir())
+  ]
+  for record in records:
+    assert sum(record["seconds"].values()) == pytest.approx(record["wall"])
+    assert all(seconds >= 0 for seconds in record["seconds"].values())
+  assert [r["last"] for r in records] == [2 * EVERY, STEPS]
+  # Where the save of step 8 was not there yet, the one before it.
+  first = records[1]["first"]
+  assert first in (EVERY, 2 * EVERY)
+  # What a step takes at least is known: it sleeps.
+  assert records[1]["seconds"]["step"] > 0.09 * (STEPS - first)
+  total = goodput.total(str(tmp_path))
+  assert total["wall"] < whole
+  # All but starting Python, and what followed the last account of the first.
+  assert total["wall"] > 0.5 * whole
+  assert 0 < total["goodput"] < 1
+  assert total["lost_steps"] == 2 * EVERY - first
+
+
+# Beats of a tenth of a second instead of a quarter of a minute.
+BEATS = """
+import time
+from bcm_jax.training import lock
+lock.Lock.__init__.__defaults__ = (0.1, time.sleep)
+"""
+
+
+def test_a_second_writer_is_refused(server, unbroken, tmp_path):
+  first = server.start(tmp_path, code=BEATS + SLOW).until("step ")
+  second = server.start(tmp_path, code=BEATS)
+  second.wait(errors.EXIT_BAD_INPUT)
+  assert f"--workdir={tmp_path} is being written by process {first.pid} on" in (
+      second.text
+  )
+  first.wait(0)
+  starts.assert_same_run(tmp_path, unbroken, STEPS)
+
+
+def test_a_writer_that_was_replaced_stops_before_it_saves(server, tmp_path):
+  # It hangs, and does not beat for so long that its next beat is far away.
+  first = server.start(tmp_path, code=SLOW).until("step ")
+  first.send(signal.SIGSTOP)
+  second = server.start(tmp_path, code=BEATS)
+  second.until("taking it over").wait(0)
+  whole = starts.leaves(tmp_path, STEPS)
+  first.send(signal.SIGCONT)
+  first.wait(errors.EXIT_BAD_INPUT)
+  assert "another job has taken over" in first.text
+  assert starts.leaves(tmp_path, STEPS) == whole
+  assert (tmp_path / "DONE").exists()
+
+
+def test_an_unwritable_place_is_an_error_at_once(server, tmp_path):
+  (tmp_path / "file").write_text("")
+  began = time.monotonic()
+  start = server.start(tmp_path / "file" / "run")
+  start.wait(errors.EXIT_BAD_INPUT)
+  assert time.monotonic() - began < 5
+  assert "error: cannot write to --workdir=" in start.text
+  assert "Traceback" not in start.text
+
+
+# No file of more than 20,000 bytes can be written from step 2 on: the digits'
+# state does not fit, a line of metrics does. What is printed goes through a
+# process without the limit.
+FULL = """
+import os, resource, subprocess, time
+from bcm_jax import watch
+cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=1)
+os.dup2(cat.stdin.fileno(), 1)
+os.dup2(cat.stdin.fileno(), 2)
+report = watch.Watch.__call__
+def limited(self, step, count, metrics):
+  report(self, step, count, metrics)
+  hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+  if step == 2:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+  if step == UNTIL:
+    time.sleep(1.0)  # The save under way shall meet it.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+watch.Watch.__call__ = limited
+"""
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_save(
+    server, unbroken, tmp_path
+):
+  start = server.start(tmp_path, code=FULL.replace("UNTIL", "5"))
+  start.wait(0)
+  assert "a checkpoint could not be written" in start.text
+  assert "File too large" in start.text
+  assert not (tmp_path / "checkpoints" / str(EVERY)).exists()
+  starts.assert_same_run(tmp_path, unbroken, STEPS)
+
+
+def test_a_disk_that_stays_full_ends_the_run_as_the_machines_fault(
+    server, unbroken, tmp_path
+):
+  start = server.start(tmp_path, code=FULL.replace("UNTIL", "None"))
+  start.wait(errors.EXIT_MACHINE)
+  assert "failure 3 of 3" in start.text
+  assert "error: 3 checkpoints in a row could not be written" in start.text
+  server.start(tmp_path).wait(0)  # There is room again.
+  starts.assert_same_run(tmp_path, unbroken, STEPS)
+
+
+# Patience is cut short where it hangs, for it must last while all compiles.
+HANG = """
+import time
+from bcm_jax import watch
+from bcm_jax.training import watchdog
+dogs, begin = [], watchdog.Watchdog.start
+def start(self):
+  dogs.append(self)
+  return begin(self)
+watchdog.Watchdog.start = start
+def stuck(*args):
+  dogs[-1]._secs = 1.0
+  time.sleep(1e9)
+"""
+HUNG_LOOP = HANG + """
+watch.Watch.__call__ = stuck
+"""
+# The first save never ends; the run learns of it when it waits for it.
+HUNG_DISK = HANG + """
+from bcm_jax.training import checkpoint
+def hung(self, *args):
+  checkpoint.Checkpoints.wait = stuck
+checkpoint.Checkpoints.save = hung
+"""
+
+
+def test_a_hang_ends_with_the_stacks_of_all_threads(
+    server, tmp_path
+):
+  hanging = [
+      (tmp_path / name, server.start(
+          tmp_path / name, "training.hang_secs=12.0", code=code
+      )) for name, code in (("run", HUNG_LOOP), ("disk", HUNG_DISK))
+  ]
+  for workdir, start in hanging:
+    start.wait(errors.EXIT_HANGING)
+    stacks = (workdir / "diagnostics" / "stacks-host0.txt").read_text()
+    assert "in stuck" in stacks and "in stuck" in start.text
+    assert "error: no step went through for 1 s after step" in start.text

@@ -1,0 +1,211 @@
+"""Steps that are not finite: skipped, rolled back, given up; nothing hides.
+
+Every start is a process of the real command (starts.py).
+"""
+
+from concurrent import futures
+import json
+
+import numpy as np
+import pytest
+
+from bcm_jax import errors
+from bcm_jax.training import faults
+from tests.training import starts
+from tests.training import tiny_run
+
+STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
+# Two bad steps in a row are too many.
+TWO = "training.max_skipped_in_row=2"
+# Batches at the positions BAD hold one image with one pixel that is NaN.
+POISON = """
+import numpy as np
+from bcm_jax import loop
+batches = loop.batches
+def poisoned(experiment, source):
+  read = batches(experiment, source)
+  def one(position):
+    batch = read(position)
+    batch["image"] = batch["image"].astype(np.float32) / 127.5 - 1
+    if position in BAD:
+      batch["image"][-1, 0, 0, 0] = np.nan
+    return batch
+  return one
+loop.batches = poisoned
+"""
+
+
+def poison(*positions):
+  return POISON.replace("BAD", str(positions))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+  with starts.Server(tmp_path_factory.mktemp("starts")) as server:
+    yield server
+
+
+def state(workdir, step=STEPS):
+  """Step, window, skipped and updates of a checkpoint, and all it holds."""
+  from bcm_jax.training import checkpoint
+
+  saved = checkpoint.Checkpoints(workdir / "checkpoints")
+  _, tree, _ = saved.read_raw(step)
+  return tree
+
+
+def numbers(workdir, step=STEPS):
+  tree = state(workdir, step)
+  return [int(x) for x in (
+      tree["step"], tree["window"], tree["skipped"],
+      tree["players"]["student"]["updates"],
+  )]
+
+
+def all_finite(node):
+  if isinstance(node, dict):
+    return all(map(all_finite, node.values()))
+  return node is None or bool(np.isfinite(np.asarray(node)).all())
+
+
+def test_one_bad_step_is_skipped_and_leaves_no_trace(server, tmp_path):
+  server.start(
+      tmp_path, TWO, "checkpoint.every_steps=1", code=poison(5)
+  ).wait(0)
+  assert numbers(tmp_path) == [STEPS, 0, 1, STEPS - 1]
+  before, after = (
+      {tuple(x["path"]): x.get("sha256") for x in starts.leaves(tmp_path, k)}
+      for k in (5, 6)
+  )
+  changed = {path for path in before if before[path] != after[path]}
+  assert changed == {("step",), ("skipped",), ("skipped_in_row",)}
+  assert all_finite(state(tmp_path))
+  bad = [x for x in starts.metrics(tmp_path) if x.get("loss") == "NaN"]
+  assert [x["step"] for x in bad] == [6]
+
+
+# Name -> (bad positions, (window, skipped) of the last step, what is damaged).
+RUNS = {
+    # Steps 6 and 7 are bad: from step 4 with position 7.
+    "once": ((5, 6), (3, 0), []),
+    # Position 7 and 8 are bad too, and 4 is all that there is.
+    "twice": ((5, 6, 7, 8), (5, 0), []),
+    # Steps 10 and 11 are bad, from step 8 the positions 11 and 12 again: back
+    # to step 4.
+    "older": ((9, 10, 11, 12), (9, 0), ["8-0"]),
+    # Before the first save: the state before the first step.
+    "early": ((1, 2), (3, 0), []),
+    # The bad steps end where a save is due.
+    "at_save": ((6, 7), (4, 0), []),
+}
+ROLL_BACKS = {"once": 1, "twice": 2, "older": 2, "early": 1, "at_save": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory):
+  """Name -> (run of one start, what it printed)."""
+
+  def run(name):
+    workdir = tmp_path_factory.mktemp(name)
+    start = server.start(workdir, TWO, code=poison(*RUNS[name][0]))
+    start.wait(0)
+    return workdir, start.text
+
+  with futures.ThreadPoolExecutor(2) as pool:
+    return {name: pool.submit(run, name) for name in RUNS}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_roll_back_goes_on_with_other_data(whole, name):
+  workdir, text = whole[name].result()
+  _, (window, skipped), damaged = RUNS[name]
+  assert numbers(workdir) == [STEPS, window, skipped, STEPS]
+  assert text.count("2 steps in a row were not finite") == ROLL_BACKS[name]
+  assert f"(roll-back {ROLL_BACKS[name]} of 3)" in text
+  assert all_finite(state(workdir))
+  lines = [x for x in starts.metrics(workdir) if "loss" in x]
+  assert [x["step"] for x in lines] == list(range(1, STEPS + 1))
+  assert all(x["loss"] != "NaN" for x in lines)
+  kept = workdir / "damaged"
+  assert sorted(p.name for p in kept.iterdir() if kept.exists()) == damaged if (
+      damaged
+  ) else not kept.exists()
+
+
+# Sets a fault point when a roll-back is written down, the COUNT-th in a row.
+ARMED = """
+import os
+from bcm_jax.training import faults
+from bcm_jax.training import rollbacks
+add = rollbacks.add
+def armed(workdir, rollback):
+  add(workdir, rollback)
+  if rollback.count == COUNT:
+    os.environ[faults.ENVIRONMENT] = "POINT"
+rollbacks.add = armed
+"""
+# Name -> (which of RUNS, deaths of the starts before the last: the roll-back
+# after which, and the fault point).
+BROKEN = {
+    "before": ("once", [(0, "before_rollback")]),
+    "after": ("once", [(1, "metrics_half")]),
+    "before_second": ("older", [(0, "before_rollback:2")]),
+    "after_second": ("older", [(2, "metrics_half")]),
+    "each": ("twice", [(0, "before_rollback"), (0, "before_rollback:2"),
+                       (2, "metrics_half:2")]),
+    "save": ("at_save", [(0, "before_rollback"), (1, "before_save")]),
+    "early": ("early", [(0, "before_rollback"), (1, "metrics_half:3")]),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(server, tmp_path_factory):
+  """Name -> run that was killed around its roll-backs."""
+
+  def run(name):
+    workdir = tmp_path_factory.mktemp(name)
+    which, deaths = BROKEN[name]
+    code = poison(*RUNS[which][0])
+    for count, fault in deaths:
+      armed = ARMED.replace("COUNT", str(count)).replace("POINT", fault)
+      server.start(
+          workdir, TWO, code=code + (armed if count else ""),
+          TRAINING_FAULT="" if count else fault,
+      ).wait(faults.EXIT_KILLED)
+    server.start(workdir, TWO, code=code).wait(0)
+    return workdir
+
+  with futures.ThreadPoolExecutor(2) as pool:
+    return {name: pool.submit(run, name) for name in BROKEN}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_roll_back_that_is_killed_resumes_bit_for_bit(whole, broken, name):
+  workdir, _ = whole[BROKEN[name][0]].result()
+  starts.assert_same_run(broken[name].result(), workdir, STEPS)
+
+
+def test_what_does_not_get_better_stops_with_a_bundle(server, tmp_path):
+  code = poison(*range(5, 99))
+  start = server.start(tmp_path, TWO, "training.max_rollbacks=2", code=code)
+  start.wait(errors.EXIT_BAD_INPUT)
+  (line,) = [x for x in start.text.splitlines() if x.startswith("error: ")]
+  assert "step 6: 2 steps in a row were not finite" in line
+  assert "2 roll-backs did not help" in line
+  # From step 4 with positions 4, 7, 9: the first try had one good step.
+  folder = tmp_path / "diagnostics" / "step-6"
+  assert str(folder) in line
+  report = json.loads((folder / "report.json").read_text())
+  assert report["position"] == 10 and report["rollbacks"] == 2
+  assert report["metrics"]["skipped_in_row"] == "2.0"
+  assert report["metrics"]["loss"] == "nan"
+  assert all(x["not_finite"] == 0 for x in report["tensors"].values())
+  with np.load(folder / "batch.npz") as batch:
+    assert np.isnan(batch["image"]).sum() == 1
+    assert np.isnan(batch["image"][-1, 0, 0, 0])
+    assert len(batch["index"]) == 16
+  # A launcher that starts it again learns the same.
+  server.start(tmp_path, TWO, "training.max_rollbacks=2", code=code).wait(
+      errors.EXIT_BAD_INPUT
+  )
+  assert all_finite(state(tmp_path, EVERY))

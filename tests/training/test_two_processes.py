@@ -1,0 +1,228 @@
+"""Two processes are one run: they agree, go together, and come back together.
+
+Every start is a process of the real command (starts.py), joined by JAX's
+distributed runtime as on a pod.
+"""
+
+import signal
+import socket
+
+import numpy as np
+import pytest
+
+from bcm_jax import errors
+from bcm_jax.training import checkpoint
+from bcm_jax.training import faults
+from tests.training import starts
+from tests.training import test_rolling_back as rolling_back
+from tests.training import tiny_run
+
+STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
+# One device a process: two processes have the devices that one has else.
+EACH = "parallel.cpu_devices=1"
+FSDP = ("parallel.fsdp=2", "parallel.sharding=kernel$=- fsdp,fsdp")
+# Process 1 finds nothing in the cache of compiled programs: only process 0
+# writes there.
+QUICK = """
+import jax
+jax.config.update("jax_disable_most_optimizations", True)
+"""
+KINDS = {"jit": (), "pmap": ("parallel.backend=pmap",), "fsdp": FSDP}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+  with starts.Server(tmp_path_factory.mktemp("starts")) as server:
+    yield server
+
+
+def address():
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def pair(server, workdir, *flags, codes=("", ""), **environment):
+  """The two processes of one start."""
+  coordinator = address()
+  return [
+      server.start(
+          workdir, EACH, *flags, f"--coordinator={coordinator}",
+          "--num_processes=2", f"--process_id={i}", code=QUICK + codes[i],
+          **environment,
+      ) for i in range(2)
+  ]
+
+
+def wait(both, *statuses):
+  """Waits for both; a status counts for both where it is alone."""
+  for start, status in zip(both, statuses * 2, strict=False):
+    start.wait(status)
+
+
+@pytest.fixture(scope="module")
+def unbroken(server, tmp_path_factory):
+  """Kind -> run of two processes in one start."""
+  runs = {}
+  for kind, flags in KINDS.items():
+    runs[kind] = tmp_path_factory.mktemp(kind)
+    wait(pair(server, runs[kind], *flags), 0)
+  return runs
+
+
+@pytest.fixture(scope="module")
+def alone(server, tmp_path_factory):
+  """A run of one process with as many devices."""
+  workdir = tmp_path_factory.mktemp("alone")
+  server.start(workdir, code=QUICK).wait(0)
+  return workdir
+
+
+def tree(workdir):
+  return checkpoint.Checkpoints(workdir / "checkpoints").read_raw(STEPS)[1]
+
+
+def assert_close(a, b):
+  if isinstance(a, dict):
+    assert a.keys() == b.keys()
+    for key in a:
+      assert_close(a[key], b[key])
+  elif a is not None:
+    largest = float(np.abs(b).max(initial=0.0))
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one_does(unbroken, alone, kind):
+  assert_close(tree(unbroken[kind]), tree(alone))
+  lines = zip(
+      starts.metrics(unbroken[kind]), starts.metrics(alone), strict=True
+  )
+  for a, b in list(lines)[1:]:  # After the config.
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose(
+        list(a.values()), list(b.values()), rtol=1e-4
+    )
+
+
+# A process sends itself the notice when a step is done.
+TOLD = """
+import os, signal
+from bcm_jax import watch
+report = watch.Watch.__call__
+def told(self, step, count, metrics):
+  report(self, step, count, metrics)
+  if step == 5:
+    os.kill(os.getpid(), signal.SIGTERM)
+watch.Watch.__call__ = told
+"""
+SLOW = """
+import time
+from bcm_jax import watch
+at_once = watch.Watch.__call__
+def slowly(self, step, count, metrics):
+  at_once(self, step, count, metrics)
+  time.sleep(0.2)
+watch.Watch.__call__ = slowly
+"""
+
+
+@pytest.mark.parametrize("told, kind", [(0, "jit"), (1, "fsdp")])
+def test_a_notice_to_one_ends_both_at_the_same_step(
+    server, unbroken, tmp_path, told, kind
+):
+  codes = [SLOW, SLOW]
+  codes[told] += TOLD
+  both = pair(server, tmp_path, *KINDS[kind], codes=codes)
+  wait(both, errors.EXIT_PREEMPTED)
+  said = [
+      line for start in both for line in start.text.splitlines()
+      if line.startswith("preempted: ")
+  ]
+  assert len(said) == 2 and said[0] == said[1]
+  step = int(said[0].split()[2])
+  assert 5 < step < STEPS
+  assert starts.leaves(tmp_path, step)
+  wait(pair(server, tmp_path, *KINDS[kind]), 0)
+  starts.assert_same_run(tmp_path, unbroken[kind], STEPS)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_death_ends_the_other_and_the_next_start_goes_on(
+    server, unbroken, tmp_path, killed
+):
+  both = pair(server, tmp_path, codes=(SLOW, SLOW))
+  both[0].until("step 1/")
+  both[killed].send(signal.SIGKILL)
+  both[killed].wait(-signal.SIGKILL)
+  left = both[1 - killed].wait(secs=60)
+  # Neither done nor a status that tells launchers not to start again.
+  assert left not in (0, errors.EXIT_BAD_INPUT)
+  wait(pair(server, tmp_path), 0)
+  starts.assert_same_run(tmp_path, unbroken["jit"], STEPS)
+
+
+def test_a_kill_in_a_save_of_cut_tensors_resumes(server, unbroken, tmp_path):
+  both = pair(server, tmp_path, *FSDP, TRAINING_FAULT="mid_write:2")
+  wait(both, faults.EXIT_KILLED)
+  wait(pair(server, tmp_path, *FSDP), 0)
+  starts.assert_same_run(tmp_path, unbroken["fsdp"], STEPS)
+
+
+def test_a_bad_image_on_one_host_is_skipped_and_rolled_back_on_both(
+    server, tmp_path
+):
+  # Both read float images; those of process 1 alone are poisoned.
+  flags = (rolling_back.TWO, "training.max_rollbacks=1")
+  codes = [rolling_back.poison(), rolling_back.poison(2, 5, 6)]
+  both = pair(server, tmp_path / "a", *flags, codes=codes)
+  wait(both, 0)
+  assert rolling_back.numbers(tmp_path / "a") == [STEPS, 3, 1, STEPS - 1]
+  for start in both:
+    assert "step 7: 2 steps in a row were not finite" in start.text
+    assert "going on from step 4 with other data" in start.text
+  codes = [rolling_back.poison(), rolling_back.poison(*range(5, 99))]
+  both = pair(server, tmp_path / "b", *flags, codes=codes)
+  wait(both, errors.EXIT_BAD_INPUT)
+  for start in both:
+    assert "1 roll-backs did not help" in start.text
+  assert (tmp_path / "b" / "diagnostics" / "step-6" / "report.json").exists()
+
+
+# Three seconds of patience instead of five minutes.
+HASTY = """
+from bcm_jax.training import hosts
+hosts.connect.__defaults__ = (*hosts.connect.__defaults__[:-1], 3)
+"""
+
+
+def test_a_process_that_never_arrives_is_named(server, tmp_path):
+  alone = server.start(
+      tmp_path, EACH, f"--coordinator={address()}", "--num_processes=3",
+      "--process_id=0", code=HASTY,
+  )
+  # One that comes late is no trouble, and not named for long.
+  late = server.start(
+      tmp_path, EACH, *alone.flags[1:3], "--process_id=2", code=HASTY
+  )
+  for start in (alone, late):
+    assert start.wait() not in (0, errors.EXIT_BAD_INPUT)
+    assert "not heard of: process 1\n" in start.text
+    assert "waiting too: 0, 2;" in start.text
+  assert not (tmp_path / "config.json").exists()
+
+
+def test_a_process_that_comes_late_is_waited_for(server, unbroken, tmp_path):
+  late = "import time\ntime.sleep(4)\n"
+  slow = HASTY.replace(", 3)", ", 30)")
+  both = pair(server, tmp_path, codes=(slow, slow + late))
+  wait(both, 0)
+  starts.assert_same_run(tmp_path, unbroken["jit"], STEPS)
+  assert not (tmp_path / "arrivals").exists()
+
+
+def test_bad_input_to_one_ends_both(server, unbroken):
+  both = pair(server, unbroken["jit"], "seed=3")
+  wait(both, errors.EXIT_BAD_INPUT)
+  for start in both:
+    assert "error: the work directory holds a run with another" in start.text

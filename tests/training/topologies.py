@@ -1,0 +1,153 @@
+"""A few training steps of a toy on any devices, and all that is drawn in them.
+
+`python -m tests.training.topologies FILE NAME` writes what a topology gives to
+an .npz file, for those that need other devices than the tests have.
+"""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bcm_jax.diffusion import process
+from bcm_jax.training import parallel
+from bcm_jax.training import rng
+from bcm_jax.training import state as states
+from bcm_jax.training import step as steps
+from tests import toys
+
+B = 16
+STEPS = 3
+RULES = {
+    "jit": (),
+    "fsdp": ("fsdp",),
+    # One tensor along its first axis, all other kernels along their last; what
+    # fits no rule, and two dimensions of three, is everywhere.
+    "pattern": ("out/kernel=fsdp -", "kernel$=- fsdp", "bias=replicate",
+                "nothing=- - fsdp", ".=replicate"),
+}
+
+
+def method():
+  return toys.bidirectional_toy(
+      toys.MLP(width=8, depth=1, dropout=0.3, num_classes=3)
+  )
+
+
+def batch(step=0):
+  return {
+      "image": toys.images(B, seed=step),
+      "label": np.arange(B, dtype=np.int32) % 3,
+      "index": np.arange(B, dtype=np.int32),
+  }
+
+
+def runner(topology):
+  """The backend of 'jit-4', 'pmap-4', or, as data x fsdp, of 'fsdp-2x2'."""
+  kind, sizes = topology.split("-")
+  data, _, fsdp = sizes.partition("x")
+  n = int(data) * int(fsdp or 1)
+  devices = jax.devices()[:n]
+  assert len(devices) == n
+  if kind == "pmap":
+    return parallel.Pmap(tuple(devices))
+  mesh = parallel.make_mesh(devices, int(fsdp or 1))
+  return parallel.Jit(mesh, parallel.parse_rules(RULES[kind]))
+
+
+def optimizers():
+  return {"student": optax.radam(1e-2)}
+
+
+@functools.cache
+def compiled(topology, microbatches=1, several=False):
+  devices = runner(topology)
+  options = steps.StepOptions(
+      ema_rates=(0.9,), microbatches=microbatches,
+      axis_name=devices.axis_name,
+  )
+  step = steps.make_step(method(), optimizers(), options)
+  return devices, devices.compile(step, several)
+
+
+def create():
+  one = batch()
+  return states.create(
+      method(), optimizers(), (0.9,), 0, one["image"], one["label"]
+  )
+
+
+@functools.cache
+def first_state():
+  """The state before the first step, on the host."""
+  return jax.tree.map(np.asarray, jax.jit(create)())
+
+
+class Ramp:
+  """The toy's curriculum, ten times as fast."""
+
+  def curriculum(self, step):
+    return method().curriculum(10 * step)
+
+
+def inputs(devices, *at):
+  """Batches and curricula of steps, on the devices."""
+  return devices.batch(*map(batch, at)), devices.replicate(
+      parallel.curricula(Ramp(), at[0], len(at))
+  )
+
+
+def train(topology, microbatches=1, at_once=False):
+  """(state, metrics of each step) on the host after a few steps."""
+  devices, step = compiled(topology, microbatches, at_once)
+  state, rows = devices.place(first_state()), []
+  if at_once:
+    state, metrics = step(
+        state, *inputs(devices, *range(STEPS)), ("student",)
+    )
+  else:
+    for k in range(STEPS):
+      state, row = step(state, *inputs(devices, k), ("student",))
+      rows.append(jax.tree.map(np.asarray, devices.fetch(row)))
+    metrics = None
+  state = jax.tree.map(np.asarray, devices.fetch(state))
+  if metrics is not None:
+    return state, jax.tree.map(np.asarray, devices.fetch(metrics))
+  return state, jax.tree.map(lambda *x: np.stack(x), *rows)
+
+
+def draw(index):
+  """All that is random in a step: times, ends, noise, dropout masks."""
+  m = method()
+  ctx = toys.context(
+      jnp.zeros((len(index), 2, 2, 1)), m.curriculum(10), index=index, step=4
+  )
+  times = m.sample_times(ctx)
+  z = process.normal_like(ctx.keys("noise"), ctx.images)
+  keys = jax.random.key_data(
+      rng.example_keys(0, "dropout", jnp.int32(4), index)
+  )
+  return times.t, times.r, m.sample_end(ctx, times.index), z, keys
+
+
+@functools.cache
+def drawn(topology):
+  devices = runner(topology)
+  index = devices.batch({"index": batch()["index"]})["index"]
+  if "pmap" in topology:
+    out = jax.pmap(draw, devices=devices.local_devices)(index)
+    return [np.asarray(x).reshape(B, *x.shape[2:]) for x in out]
+  return [np.asarray(x) for x in jax.jit(draw)(index)]
+
+
+def flat(topology):
+  """Draws, state and metrics of a topology as one list of arrays."""
+  return drawn(topology) + jax.tree.leaves(train(topology))
+
+
+if __name__ == "__main__":
+  with toys.quick_compilation():  # As in test_parallel.py: the same rounding.
+    np.savez(sys.argv[1], *flat(sys.argv[2]))
