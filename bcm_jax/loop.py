@@ -75,7 +75,6 @@ class Run:
     }
     self.compiled: set[Any] = set()
     self.calls = itertools.count()
-    self.rollbacks = 0
     settings: options.Checkpoint = self.experiment.section("checkpoint")
     self.saver = saver.Saver(
         checkpoint.Checkpoints(
@@ -127,10 +126,10 @@ class Run:
     Where it was rolled back to before, it goes on as it did then.
     """
     state = self._restore() if self.saver.steps() else self._new()
-    at, window = int(state.step), int(state.window)
-    before = rollbacks.last(self.workdir, at, window)
+    before = rollbacks.of_state(
+        rollbacks.history(self.workdir), int(state.step), int(state.window)
+    )
     if before is not None:
-      self.rollbacks = before.count
       state = states.roll_back(state, before.position)
     return self.backend.place(state)
 
@@ -181,7 +180,7 @@ class Run:
         method, first, total, self.parallel.steps_per_call, (every,)
     )
     judge = guard.Guard(self.training.max_skipped_in_row)
-    self.first, self.window = first, window
+    self.window = window
     self.accounts.begin(first)
     with contextlib.ExitStack() as stack:
       player = state.players[method.sampled]
@@ -268,20 +267,20 @@ class Run:
       UserError: it was tried too often; a bundle is left.
     """
     faults.point("before_rollback")
-    stored = self.saver.steps()
-    if stored and stored[-1] > self.first:
-      self.rollbacks = 0
-    self.rollbacks += 1
-    if self.rollbacks > self.training.max_rollbacks:
+    stored, most = self.saver.steps(), self.training.max_rollbacks
+    before, reached = rollbacks.in_row(
+        rollbacks.history(self.workdir), stored[-1] if stored else 0
+    )
+    if before >= most:
       raise self._give_up(error)
     self.latest = older = None
-    if self.rollbacks > 1 and len(stored) > 1:
+    if before and len(stored) > 1:
       # The newest did not help and may hold the seed; the one before may not.
       older = stored[-2]
     good = self._restore(older) if stored else self._new()
     position = error.step + self.window
     rollbacks.add(self.workdir, rollbacks.Rollback(
-        int(good.step), int(good.window), position, self.rollbacks
+        int(good.step), int(good.window), position, reached, before + 1
     ))
     if older is not None:
       self.saver.saved.set_aside(
@@ -289,7 +288,7 @@ class Run:
       )
     logging.error(
         "%s; going on from step %d with other data (roll-back %d of %d)",
-        error, int(good.step), self.rollbacks, self.training.max_rollbacks,
+        error, int(good.step), before + 1, most,
     )
     return self.backend.place(states.roll_back(good, position))
 
@@ -301,7 +300,7 @@ class Run:
     if jax.process_index() == 0:
       facts = {
           "position": self.window + error.step - 1,
-          "rollbacks": self.rollbacks - 1,
+          "rollbacks": self.training.max_rollbacks,
           "facts": provenance.facts(self.experiment),
       }
       try:
@@ -309,8 +308,8 @@ class Run:
       except OSError as e:
         folder = f"no file ({e.strerror})"
     return errors.UserError(
-        f"{error}; {self.rollbacks - 1} roll-backs did not help. The metrics, "
-        f"tensors and images of that step are in {folder}. Lower "
+        f"{error}; {self.training.max_rollbacks} roll-backs did not help. The "
+        f"metrics, tensors and images of that step are in {folder}. Lower "
         "optimizer.learning_rate, set optimizer.grad_clip, or look for bad "
         "images"
     )

@@ -117,7 +117,8 @@ MUTATIONS = (
     Mutation(
         "lock not looked at before a save", "loop.py",
         "(saving and not self.owner.look())", "False",
-        _RESUMING + "test_a_writer_that_was_replaced_stops_before_it_saves",
+        "training/test_mishaps.py::"
+        "test_a_writer_that_was_replaced_stops_before_it_saves",
     ),
     Mutation(
         "digest not checked", "training/manifest.py",
@@ -168,6 +169,11 @@ MUTATIONS = (
         "if before is not None:", "if False:",
         _ROLLING
         + "test_a_roll_back_that_is_killed_resumes_bit_for_bit[after_second]",
+    ),
+    Mutation(
+        "roll-backs counted anew at every checkpoint", "training/rollbacks.py",
+        "newest <= rollbacks[-1].reached:", "newest <= rollbacks[-1].step:",
+        _ROLLING + "test_a_run_that_fails_at_the_same_step_for_ever_stops",
     ),
     Mutation(
         "metrics of lost steps kept", "training/writers.py",

@@ -2,8 +2,8 @@
 
 A checkpoint does not know that the steps after it were tried and failed. The
 step and window that it holds say which state it is; a record beside the
-checkpoints says where in the data that state goes on, and how often it was
-tried. Written before the steps are, so no kill lies between.
+checkpoints says where in the data that state goes on, and how often the run
+has failed to get further. Written before the steps are tried.
 """
 
 import dataclasses
@@ -27,26 +27,49 @@ class Rollback:
   Attributes:
     step, window: of the saved state.
     position: first batch to go on with.
-    count: roll-backs up to this one since a new step was saved.
+    reached: greatest step that was saved by then. A run that comes so far
+      again, from an older state, has not got further.
+    count: roll-backs up to this one since it got further.
   """
 
   step: int
   window: int
   position: int
+  reached: int
   count: int
 
 
-def last(workdir: str, step: int, window: int) -> Rollback | None:
-  """The last roll-back to a state, as process 0 reads it; None if none."""
-  found = [
-      r for r in _read(workdir) if (r.step, r.window) == (step, window)
-  ] if jax.process_index() == 0 else []
-  position, count = (found[-1].position, found[-1].count) if found else (0, 0)
-  if jax.process_count() > 1:
-    position, count = map(int, multihost_utils.broadcast_one_to_all(
-        np.array([position, count], np.int32)
-    ))
-  return Rollback(step, window, position, count) if count else None
+def history(workdir: str) -> list[Rollback]:
+  """All roll-backs, the first one first, as process 0 reads them."""
+  rows = _read(workdir) if jax.process_index() == 0 else []
+  if jax.process_count() == 1:
+    return rows
+  share = multihost_utils.broadcast_one_to_all
+  width = len(dataclasses.fields(Rollback))
+  table = np.zeros((int(share(np.int32(len(rows)))), width), np.int32)
+  for i, row in enumerate(rows):
+    table[i] = dataclasses.astuple(row)
+  return [Rollback(*map(int, row)) for row in share(table)]
+
+
+def of_state(
+    rollbacks: list[Rollback], step: int, window: int
+) -> Rollback | None:
+  """The last roll-back to a state; None if there was none."""
+  found = [r for r in rollbacks if (r.step, r.window) == (step, window)]
+  return found[-1] if found else None
+
+
+def in_row(rollbacks: list[Rollback], newest: int) -> tuple[int, int]:
+  """(roll-backs since the run got further, greatest step saved in them).
+
+  Args:
+    rollbacks: of the run.
+    newest: step that is saved, 0 for none.
+  """
+  if rollbacks and newest <= rollbacks[-1].reached:
+    return rollbacks[-1].count, rollbacks[-1].reached
+  return 0, newest
 
 
 def add(workdir: str, rollback: Rollback) -> None:

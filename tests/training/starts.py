@@ -20,6 +20,18 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 _CONFIG = pathlib.Path(__file__).with_name("tiny_run.py")
 
 
+# Code for slow steps, so that what comes from outside meets one.
+SLOW = """
+import time
+from bcm_jax import watch
+report = watch.Watch.__call__
+def slowly(self, step, count, metrics):
+  report(self, step, count, metrics)
+  time.sleep(0.1)
+watch.Watch.__call__ = slowly
+"""
+
+
 class Start:
   """A process that was started, by its number."""
 
@@ -202,16 +214,22 @@ def _serve() -> None:
   tiny_run.register()
   evaluate.finish = lambda *args: None
   replies = os.fdopen(os.dup(1), "w")
+  running = set()
   for line in sys.stdin:
     request = json.loads(line)
     if "poll" in request:
       reply = _poll(request["poll"])
+      if reply is not None:
+        running.discard(request["poll"])
     else:
       reply = os.fork()
       if not reply:
         _child(**request)
+      running.add(reply)
     replies.write(json.dumps(reply) + "\n")
     replies.flush()
+  for pid in running:  # Who asked for them is gone.
+    os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

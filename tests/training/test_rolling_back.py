@@ -39,12 +39,6 @@ def poison(*positions):
   return POISON.replace("BAD", str(positions))
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-  with starts.Server(tmp_path_factory.mktemp("starts")) as server:
-    yield server
-
-
 def state(workdir, step=STEPS):
   """Step, window, skipped and updates of a checkpoint, and all it holds."""
   from bcm_jax.training import checkpoint
@@ -172,8 +166,9 @@ def broken(server, tmp_path_factory):
           workdir, TWO, code=code + (armed if count else ""),
           TRAINING_FAULT="" if count else fault,
       ).wait(faults.EXIT_KILLED)
-    server.start(workdir, TWO, code=code).wait(0)
-    return workdir
+    start = server.start(workdir, TWO, code=code)
+    start.wait(0)
+    return workdir, start.text
 
   with futures.ThreadPoolExecutor(2) as pool:
     return {name: pool.submit(run, name) for name in BROKEN}
@@ -181,8 +176,41 @@ def broken(server, tmp_path_factory):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_roll_back_that_is_killed_resumes_bit_for_bit(whole, broken, name):
-  workdir, _ = whole[BROKEN[name][0]].result()
-  starts.assert_same_run(broken[name].result(), workdir, STEPS)
+  expected, _ = whole[BROKEN[name][0]].result()
+  workdir, text = broken[name].result()
+  starts.assert_same_run(workdir, expected, STEPS)
+  # What was rolled back is not tried again.
+  assert ("were not finite" in text) == name.startswith("before")
+
+
+# Step 10 and 11 are bad whatever the data, as where the training diverges.
+DIVERGE = """
+import numpy as np
+from bcm_jax import loop
+batches, stream, bad = loop.batches, loop.stream, []
+def by_step(experiment, source, backend, calls, window):
+  bad[:] = [window + 9, window + 10]
+  return stream(experiment, source, backend, calls, window)
+loop.stream = by_step
+""" + POISON.partition("batches = loop.batches")[2].replace("BAD", "bad")
+
+
+def test_a_run_that_fails_at_the_same_step_for_ever_stops(server, tmp_path):
+  """Though it comes as far as a new checkpoint every time."""
+  start = server.start(tmp_path, TWO, code=DIVERGE)
+  start.wait(errors.EXIT_BAD_INPUT)
+  back = [line.partition("going on from ")[2] for line in
+          start.text.splitlines() if "going on from" in line]
+  assert back == [
+      f"step {step} with other data (roll-back {i} of 3)"
+      for i, step in enumerate((8, 4, 4), start=1)
+  ]
+  assert "error: step 11" in start.text
+  assert "3 roll-backs did not help" in start.text
+  # Started again, it has no more tries than before.
+  again = server.start(tmp_path, TWO, code=DIVERGE)
+  again.wait(errors.EXIT_BAD_INPUT)
+  assert "going on from" not in again.text
 
 
 def test_what_does_not_get_better_stops_with_a_bundle(server, tmp_path):

@@ -30,12 +30,6 @@ jax.config.update("jax_disable_most_optimizations", True)
 KINDS = {"jit": (), "pmap": ("parallel.backend=pmap",), "fsdp": FSDP}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-  with starts.Server(tmp_path_factory.mktemp("starts")) as server:
-    yield server
-
-
 def address():
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))

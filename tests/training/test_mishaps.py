@@ -1,0 +1,141 @@
+"""Other writers, full disks and hangs: seen, told, and survived.
+
+Every start is a process of the real command (starts.py).
+"""
+
+import signal
+import time
+
+from bcm_jax import errors
+from tests.training import starts
+from tests.training import tiny_run
+
+STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
+
+
+# Beats of a tenth of a second instead of a quarter of a minute.
+BEATS = """
+import time
+from bcm_jax.training import lock
+lock.Lock.__init__.__defaults__ = (0.1, time.sleep)
+"""
+
+
+def test_a_second_writer_is_refused(server, unbroken, tmp_path):
+  first = server.start(tmp_path, code=BEATS + starts.SLOW).until("step ")
+  second = server.start(tmp_path, code=BEATS)
+  second.wait(errors.EXIT_BAD_INPUT)
+  assert f"--workdir={tmp_path} is being written by process {first.pid} on" in (
+      second.text
+  )
+  first.wait(0)
+  starts.assert_same_run(tmp_path, unbroken, STEPS)
+
+
+def test_a_writer_that_was_replaced_stops_before_it_saves(server, tmp_path):
+  # It hangs, and does not beat for so long that its next beat is far away.
+  first = server.start(tmp_path, code=starts.SLOW).until("step ")
+  first.send(signal.SIGSTOP)
+  second = server.start(tmp_path, code=BEATS)
+  second.until("taking it over").wait(0)
+  whole = starts.leaves(tmp_path, STEPS)
+  first.send(signal.SIGCONT)
+  first.wait(errors.EXIT_BAD_INPUT)
+  assert "another job has taken over" in first.text
+  assert starts.leaves(tmp_path, STEPS) == whole
+  assert (tmp_path / "DONE").exists()
+
+
+def test_an_unwritable_place_is_an_error_at_once(server, tmp_path):
+  (tmp_path / "file").write_text("")
+  began = time.monotonic()
+  start = server.start(tmp_path / "file" / "run")
+  start.wait(errors.EXIT_BAD_INPUT)
+  assert time.monotonic() - began < 5
+  assert "error: cannot write to --workdir=" in start.text
+  assert "Traceback" not in start.text
+
+
+# No file of more than 20,000 bytes can be written from step 2 on: the digits'
+# state does not fit, a line of metrics does. What is printed goes through a
+# process without the limit.
+FULL = """
+import os, resource, subprocess, time
+from bcm_jax import watch
+cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=1)
+os.dup2(cat.stdin.fileno(), 1)
+os.dup2(cat.stdin.fileno(), 2)
+report = watch.Watch.__call__
+def limited(self, step, count, metrics):
+  report(self, step, count, metrics)
+  hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+  if step == 2:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+  if step == UNTIL:
+    time.sleep(1.0)  # The save under way shall meet it.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+watch.Watch.__call__ = limited
+"""
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_save(
+    server, unbroken, tmp_path
+):
+  start = server.start(tmp_path, code=FULL.replace("UNTIL", "5"))
+  start.wait(0)
+  assert "a checkpoint could not be written" in start.text
+  assert "File too large" in start.text
+  assert not (tmp_path / "checkpoints" / str(EVERY)).exists()
+  starts.assert_same_run(tmp_path, unbroken, STEPS)
+
+
+def test_a_disk_that_stays_full_ends_the_run_as_the_machines_fault(
+    server, unbroken, tmp_path
+):
+  start = server.start(tmp_path, code=FULL.replace("UNTIL", "None"))
+  start.wait(errors.EXIT_MACHINE)
+  assert "failure 3 of 3" in start.text
+  assert "error: 3 checkpoints in a row could not be written" in start.text
+  server.start(tmp_path).wait(0)  # There is room again.
+  starts.assert_same_run(tmp_path, unbroken, STEPS)
+
+
+# Patience is cut short where it hangs, for it must last while all compiles.
+HANG = """
+import time
+from bcm_jax import watch
+from bcm_jax.training import watchdog
+dogs, begin = [], watchdog.Watchdog.start
+def start(self):
+  dogs.append(self)
+  return begin(self)
+watchdog.Watchdog.start = start
+def stuck(*args):
+  dogs[-1]._secs = 1.0
+  time.sleep(1e9)
+"""
+HUNG_LOOP = HANG + """
+watch.Watch.__call__ = stuck
+"""
+# The first save never ends; the run learns of it when it waits for it.
+HUNG_DISK = HANG + """
+from bcm_jax.training import checkpoint
+def hung(self, *args):
+  checkpoint.Checkpoints.wait = stuck
+checkpoint.Checkpoints.save = hung
+"""
+
+
+def test_a_hang_ends_with_the_stacks_of_all_threads(
+    server, tmp_path
+):
+  hanging = [
+      (tmp_path / name, server.start(
+          tmp_path / name, "training.hang_secs=12.0", code=code
+      )) for name, code in (("run", HUNG_LOOP), ("disk", HUNG_DISK))
+  ]
+  for workdir, start in hanging:
+    start.wait(errors.EXIT_HANGING)
+    stacks = (workdir / "diagnostics" / "stacks-host0.txt").read_text()
+    assert "in stuck" in stacks and "in stuck" in start.text
+    assert "error: no step went through for 1 s after step" in start.text
