@@ -13,6 +13,7 @@ from bcm_jax import config_files
 from bcm_jax import errors
 from bcm_jax import evaluate
 from bcm_jax import experiment as experiments
+from bcm_jax import loop
 from bcm_jax import references
 from bcm_jax import runs
 from bcm_jax import search
@@ -46,8 +47,8 @@ def experiment(**overrides: str) -> experiments.Experiment:
 def run(tmp_path_factory) -> str:
   """A run with checkpoints at steps 2 and 4, of random parameters."""
   built, folder = experiment(), str(tmp_path_factory.mktemp("run"))
-  train.prepare_workdir(built.config, folder)
-  state = jax.jit(lambda: train._create(built, None))()
+  train.prepare_workdir(built.config, folder).release()
+  state = jax.jit(lambda: experiments.create_state(built))()
   rng = np.random.default_rng(0)
   with checkpoint.Checkpoints(runs.checkpoint_dir(folder), None) as saved:
     for step in (2, 4):
@@ -249,10 +250,10 @@ def test_a_run_goes_on_with_its_own_images_alone(tmp_path):
     return built.source("train")
 
   meta = {"data_fingerprint": sources.fingerprint(source("a"))}
-  train._check_same_images(meta, source("moved"))
-  train._check_same_images({}, source("b"))
+  loop._check_same_images(meta, source("moved"))
+  loop._check_same_images({}, source("b"))
   with pytest.raises(errors.UserError, match="holds other images"):
-    train._check_same_images(meta, source("b"))
+    loop._check_same_images(meta, source("b"))
 
 
 def test_statistics_of_the_training_split_are_taken_once(copy, monkeypatch):
@@ -327,8 +328,8 @@ def test_baselines_are_the_odes_of_a_denoiser(copy, tmp_path):
       TINY | {"method.preconditioning": "bcm", "eval.samplers": "onestep,"},
   ))
   folder = str(tmp_path / "teacher")
-  train.prepare_workdir(teacher.config, folder)
-  state = jax.jit(lambda: train._create(teacher, None))()
+  train.prepare_workdir(teacher.config, folder).release()
+  state = jax.jit(lambda: experiments.create_state(teacher))()
   with checkpoint.Checkpoints(runs.checkpoint_dir(folder)) as saved:
     saved.save(1, state, {})
   evaluate.run(
