@@ -35,7 +35,7 @@ from tests.training import starts
 EVERY = 5
 # Steps of the run by cycles, more than these win, and the seconds that a step
 # is made to last in them.
-PER_CYCLE = 40
+PER_CYCLE = 20
 STEP_SECS = 0.02
 SLOW = f"""
 import time
@@ -138,7 +138,7 @@ class Soak:
 
   def finish(self) -> dict:
     """What must hold in the end; the result."""
-    self.server.start(self.whole, *self.flags).wait(0)
+    self.server.start(self.whole, *self.flags).wait(0, secs=3600)
     starts.assert_same_run(self.workdir, self.whole, self.steps)
     records = [
         json.loads(path.read_text())
