@@ -3,10 +3,8 @@
 UPDATE_GOLDENS=1 rewrites the files; the diff then shows what a change means.
 """
 
-import difflib
 import functools
 import math
-import os
 import pathlib
 
 import pytest
@@ -15,6 +13,7 @@ from bcm_jax import config as configs
 from bcm_jax import config_files
 from bcm_jax import experiment as experiments
 from bcm_jax.interop import transfer
+from tests import text_goldens
 
 TEXTS = pathlib.Path(__file__).parent / "goldens" / "texts"
 NAMES = config_files.all_variants()
@@ -38,15 +37,7 @@ def table(network, size):
 
 
 def check(file, text):
-  path = TEXTS / file
-  if os.environ.get("UPDATE_GOLDENS"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-  old = path.read_text() if path.exists() else ""
-  changes = "\n".join(
-      difflib.unified_diff(old.splitlines(), text.splitlines(), lineterm="")
-  )
-  assert not changes, f"{path} is out of date (UPDATE_GOLDENS=1):\n{changes}"
+  text_goldens.check(TEXTS / file, text)
 
 
 def file_of(name):

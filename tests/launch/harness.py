@@ -4,15 +4,15 @@ The stand-ins write down what they are asked and answer what the test says, so
 no test reaches a cloud, a cluster or the system's services.
 """
 
-import difflib
 import json
-import os
 import pathlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+
+from tests import text_goldens
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -178,15 +178,7 @@ class Clock:
 
 def check_golden(name: str, text: str) -> None:
   """Asserts that text is the golden; UPDATE_GOLDENS=1 rewrites it."""
-  path = GOLDENS / name
-  if os.environ.get("UPDATE_GOLDENS"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-  old = path.read_text() if path.exists() else ""
-  changes = "\n".join(
-      difflib.unified_diff(old.splitlines(), text.splitlines(), lineterm="")
-  )
-  assert not changes, f"{path} is out of date (UPDATE_GOLDENS=1):\n{changes}"
+  text_goldens.check(GOLDENS / name, text)
 
 
 def words(line: str) -> list[str]:
