@@ -56,21 +56,6 @@ class Slice:
     return f"{self.generation}:{self.topology}"
 
 
-def _slices(
-    generation, sizes, *, devices_per_chip, hbm_gib, gcloud, gke, machine
-) -> list[Slice]:
-  """One generation; sizes is {number in the name: (topology, hosts, chips)}.
-  """
-  return [
-      Slice(
-          f"{generation}-{number}", generation, topology, hosts, chips,
-          devices_per_chip, hbm_gib, gcloud and f"{gcloud}-{number}",
-          gke if machine else "", machine and f"{machine}-{chips}t",
-      )
-      for number, (topology, hosts, chips) in sizes.items()
-  ]
-
-
 # Number in the name: TensorCores, two a chip.
 _FLAT_BY_CORES = {
     8: ("2x2", 1, 4), 32: ("4x4", 4, 4), 128: ("8x8", 16, 4),
@@ -90,45 +75,28 @@ _FLAT_BY_CHIPS = {
 # GKE also has eight chips on two machines.
 _ON_TWO_HOSTS = {"8-2hosts": ("2x4", 2, 4)}
 
-SLICES = (
-    *_slices(
-        "v2", _FLAT_BY_CORES, devices_per_chip=2, hbm_gib=16,
-        gcloud="v2", gke="", machine="",
-    ),
-    *_slices(
-        "v3", _FLAT_BY_CORES, devices_per_chip=2, hbm_gib=32,
-        gcloud="v3", gke="", machine="",
-    ),
-    *_slices(
-        "v4", _CUBE_BY_CORES, devices_per_chip=1, hbm_gib=32,
-        gcloud="v4", gke="tpu-v4-podslice", machine="ct4p-hightpu",
-    ),
-    *_slices(
-        "v5e", _FLAT_BY_CHIPS, devices_per_chip=1, hbm_gib=16,
-        gcloud="v5litepod", gke="tpu-v5-lite-podslice",
-        machine="ct5lp-hightpu",
-    ),
-    *_slices(
-        "v5e", _ON_TWO_HOSTS, devices_per_chip=1, hbm_gib=16,
-        gcloud="", gke="tpu-v5-lite-podslice", machine="ct5lp-hightpu",
-    ),
-    *_slices(
-        "v5p", _CUBE_BY_CORES, devices_per_chip=1, hbm_gib=95,
-        gcloud="v5p", gke="tpu-v5p-slice", machine="ct5p-hightpu",
-    ),
-    *_slices(
-        "v6e", _FLAT_BY_CHIPS, devices_per_chip=1, hbm_gib=32,
-        gcloud="v6e", gke="tpu-v6e-slice", machine="ct6e-standard",
-    ),
-    *_slices(
-        "v6e", _ON_TWO_HOSTS, devices_per_chip=1, hbm_gib=32,
-        gcloud="", gke="tpu-v6e-slice", machine="ct6e-standard",
-    ),
-    # GKE only; there is no accelerator type of the Cloud TPU API.
-    *_slices(
-        "tpu7x", _CUBE_BY_CORES, devices_per_chip=2, hbm_gib=192,
-        gcloud="", gke="tpu7x", machine="tpu7x-standard",
-    ),
+# Generation, sizes, devices a chip, GiB a chip, and what the Cloud TPU API, GKE
+# and GKE's machines call it; '' where it is not offered there.
+_GENERATIONS = (
+    ("v2", _FLAT_BY_CORES, 2, 16, "v2", "", ""),
+    ("v3", _FLAT_BY_CORES, 2, 32, "v3", "", ""),
+    ("v4", _CUBE_BY_CORES, 1, 32, "v4", "tpu-v4-podslice", "ct4p-hightpu"),
+    ("v5e", _FLAT_BY_CHIPS, 1, 16, "v5litepod", "tpu-v5-lite-podslice",
+     "ct5lp-hightpu"),
+    ("v5e", _ON_TWO_HOSTS, 1, 16, "", "tpu-v5-lite-podslice", "ct5lp-hightpu"),
+    ("v5p", _CUBE_BY_CORES, 1, 95, "v5p", "tpu-v5p-slice", "ct5p-hightpu"),
+    ("v6e", _FLAT_BY_CHIPS, 1, 32, "v6e", "tpu-v6e-slice", "ct6e-standard"),
+    ("v6e", _ON_TWO_HOSTS, 1, 32, "", "tpu-v6e-slice", "ct6e-standard"),
+    ("tpu7x", _CUBE_BY_CORES, 2, 192, "", "tpu7x", "tpu7x-standard"),
+)
+SLICES = tuple(
+    Slice(
+        f"{generation}-{number}", generation, topology, hosts, chips, devices,
+        gib, gcloud and f"{gcloud}-{number}", gke,
+        machine and f"{machine}-{chips}t",
+    )
+    for generation, sizes, devices, gib, gcloud, gke, machine in _GENERATIONS
+    for number, (topology, hosts, chips) in sizes.items()
 )
 
 

@@ -20,14 +20,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 _CONFIG = pathlib.Path(__file__).with_name("tiny_run.py")
 
 
-# Code for slow steps, so that what comes from outside meets one.
-SLOW = """
+def slow(secs: float = 0.1) -> str:
+  """Code for slow steps, so that what comes from outside meets one."""
+  return f"""
 import time
 from bcm_jax import watch
-report = watch.Watch.__call__
+at_once = watch.Watch.__call__
 def slowly(self, step, count, metrics):
-  report(self, step, count, metrics)
-  time.sleep(0.1)
+  at_once(self, step, count, metrics)
+  time.sleep({secs})
 watch.Watch.__call__ = slowly
 """
 

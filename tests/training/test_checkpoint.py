@@ -1,8 +1,6 @@
 """Checkpoints: exact, atomic, verified, never lost to one bad file."""
 
 import logging
-import os
-import pathlib
 import shutil
 
 from flax import struct
@@ -15,6 +13,7 @@ import pytest
 from bcm_jax.errors import UserError
 from bcm_jax.training import manifest
 from bcm_jax.training.checkpoint import Checkpoints
+from tests.training import damages
 
 # Orbax leaves a coroutine behind when a read fails.
 pytestmark = pytest.mark.filterwarnings(
@@ -164,35 +163,6 @@ def test_template_mismatch_is_not_damage(run, caplog):
 # Damage.
 
 
-def files(folder):
-  return [p for p in pathlib.Path(folder).rglob("*") if p.is_file()]
-
-
-def largest(folder):
-  return max(files(folder), key=lambda p: p.stat().st_size)
-
-
-def truncate(folder):
-  path = largest(folder)
-  os.truncate(path, path.stat().st_size // 2)
-
-
-def flip_byte(folder):
-  path = largest(folder)
-  data = bytearray(path.read_bytes())
-  data[len(data) // 2] ^= 0xFF
-  path.write_bytes(data)
-
-
-def zero(folder):
-  path = largest(folder)
-  path.write_bytes(bytes(path.stat().st_size))
-
-
-def delete_file(folder):
-  largest(folder).unlink()
-
-
 def delete_meta(folder):
   shutil.rmtree(folder / "meta")
 
@@ -217,8 +187,9 @@ def other_step(folder):
   shutil.copytree(folder.parent / "1", folder)
 
 
-DAMAGES = (truncate, flip_byte, zero, delete_file, delete_meta, delete_state,
-           edit_meta, empty_meta)
+DAMAGES = (damages.truncate, damages.flip_bit, damages.zero,
+           damages.delete_file, delete_meta, delete_state, edit_meta,
+           empty_meta)
 
 
 def errors(caplog):
@@ -227,7 +198,8 @@ def errors(caplog):
 
 
 def snapshot(folder):
-  return {str(p.relative_to(folder)): p.read_bytes() for p in files(folder)}
+  return {str(p.relative_to(folder)): p.read_bytes()
+          for p in damages.files(folder)}
 
 
 @pytest.mark.parametrize("damage", (*DAMAGES, other_step))
@@ -262,7 +234,7 @@ def test_all_damaged_refuses_every_time(run, caplog, damage):
 
 
 def test_two_newest_damaged(run):
-  flip_byte(run / "checkpoints" / "3")
+  damages.flip_bit(run / "checkpoints" / "3")
   delete_meta(run / "checkpoints" / "2")
   assert Checkpoints(run / "checkpoints").restore(make_state())[0] == 1
   assert sorted(p.name for p in (run / "damaged").iterdir()) == ["2-0", "3-0"]
@@ -271,7 +243,7 @@ def test_two_newest_damaged(run):
 def test_no_single_lost_file_gives_wrong_values(run):
   """Any file may vanish: the same values come back, or an older step."""
   source = run / "checkpoints" / "3"
-  for path in files(source):
+  for path in damages.files(source):
     home = run / "copy" / "checkpoints"
     shutil.copytree(run / "checkpoints", home)
     (home / "3" / path.relative_to(source)).unlink()
@@ -290,7 +262,7 @@ def test_a_lost_commit_marker_costs_no_step(run):
 
 
 def test_explicit_damaged_step_has_no_fallback(run):
-  flip_byte(run / "checkpoints" / "3")
+  damages.flip_bit(run / "checkpoints" / "3")
   with pytest.raises(UserError, match="step 3: state.*another step .1, 2"):
     Checkpoints(run / "checkpoints").restore(make_state(), step=3)
   assert (run / "checkpoints" / "3").exists()
@@ -298,7 +270,7 @@ def test_explicit_damaged_step_has_no_fallback(run):
 
 
 def test_read_raw_falls_back_without_touching_the_run(run, caplog):
-  flip_byte(run / "checkpoints" / "3")
+  damages.flip_bit(run / "checkpoints" / "3")
   before = snapshot(run)
   assert Checkpoints(run / "checkpoints").read_raw()[0] == 2
   assert snapshot(run) == before
@@ -309,7 +281,7 @@ def test_read_raw_falls_back_without_touching_the_run(run, caplog):
 def test_the_same_step_can_be_saved_and_damaged_again(run):
   with Checkpoints(run / "checkpoints") as ckpt:
     for number in range(2):
-      flip_byte(run / "checkpoints" / "3")
+      damages.flip_bit(run / "checkpoints" / "3")
       assert ckpt.restore(make_state())[0] == 2
       assert (run / "damaged" / f"3-{number}").exists()
       assert ckpt.save(3, make_state(3), {"again": number})

@@ -5,7 +5,6 @@ The step, the words that are logged, and the exit status of the command.
 
 import json
 import logging
-import os
 import shutil
 
 import numpy as np
@@ -15,6 +14,7 @@ from bcm_jax import command
 from bcm_jax import errors
 from bcm_jax.training import manifest
 from bcm_jax.training.checkpoint import Checkpoints
+from tests.training import damages
 
 # Orbax leaves a coroutine behind when a read fails.
 pytestmark = pytest.mark.filterwarnings(
@@ -46,34 +46,8 @@ def run(saved, tmp_path):
   return tmp_path
 
 
-def data_file(folder):
-  files = [p for p in (folder / "state").rglob("*") if p.is_file()]
-  return max(files, key=lambda p: p.stat().st_size)
-
-
-def truncate(folder):
-  path = data_file(folder)
-  os.truncate(path, path.stat().st_size // 2)
-
-
-def flip_one_bit(folder):
-  path = data_file(folder)
-  data = bytearray(path.read_bytes())
-  data[len(data) // 3] ^= 4
-  path.write_bytes(data)
-
-
-def delete_file(folder):
-  data_file(folder).unlink()
-
-
 def delete_metadata(folder):
   (folder / "meta" / "metadata").unlink()
-
-
-def zero_file(folder):
-  path = data_file(folder)
-  path.write_bytes(bytes(path.stat().st_size))
 
 
 def swap_leaves(folder):
@@ -103,8 +77,9 @@ def stale_digest(folder):
 
 # Damage -> words of the reason.
 DAMAGES = {
-    truncate: "state: ", flip_one_bit: "state: ", delete_file: "state: ",
-    delete_metadata: "meta: ", zero_file: "state: ",
+    damages.truncate: "state: ", damages.flip_bit: "state: ",
+    damages.delete_file: "state: ", delete_metadata: "meta: ",
+    damages.zero: "state: ",
     swap_leaves: "state: digest of leaf params/a differs",
     stale_digest: "state: digest of leaf params/a differs",
 }

@@ -22,7 +22,7 @@ lock.Lock.__init__.__defaults__ = (0.1, time.sleep)
 
 
 def test_a_second_writer_is_refused(server, unbroken, tmp_path):
-  first = server.start(tmp_path, code=BEATS + starts.SLOW).until("step ")
+  first = server.start(tmp_path, code=BEATS + starts.slow()).until("step ")
   second = server.start(tmp_path, code=BEATS)
   second.wait(errors.EXIT_BAD_INPUT)
   assert f"--workdir={tmp_path} is being written by process {first.pid} on" in (
@@ -34,7 +34,7 @@ def test_a_second_writer_is_refused(server, unbroken, tmp_path):
 
 def test_a_writer_that_was_replaced_stops_before_it_saves(server, tmp_path):
   # It hangs, and does not beat for so long that its next beat is far away.
-  first = server.start(tmp_path, code=starts.SLOW).until("step ")
+  first = server.start(tmp_path, code=starts.slow()).until("step ")
   first.send(signal.SIGSTOP)
   second = server.start(tmp_path, code=BEATS)
   second.until("taking it over").wait(0)

@@ -94,7 +94,7 @@ def test_kills_at_any_moment_cost_nothing_but_time(
   seeded = random.Random(0)
   killed = 0
   while not (tmp_path / "DONE").exists():
-    start = server.start(tmp_path, code=starts.SLOW)
+    start = server.start(tmp_path, code=starts.slow())
     if killed < 5:
       start.until("step ")
       time.sleep(seeded.uniform(0.0, 0.8))
@@ -238,10 +238,10 @@ hooks.profile = lambda folder, first_profile: profile(folder, 2, 2)
 def test_where_the_time_went_adds_up(server, tmp_path):
   """The parts to the wall time, and that to the clock of who waits for it."""
   began = time.time()
-  server.start(tmp_path, TRAINING_FAULT=in_step(10), code=starts.SLOW).wait(
+  server.start(tmp_path, TRAINING_FAULT=in_step(10), code=starts.slow()).wait(
       faults.EXIT_KILLED
   )
-  server.start(tmp_path, code=starts.SLOW).wait(0)
+  server.start(tmp_path, code=starts.slow()).wait(0)
   whole = time.time() - began
   records = [
       json.loads(path.read_text())

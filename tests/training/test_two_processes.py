@@ -110,15 +110,8 @@ def told(self, step, count, metrics):
     os.kill(os.getpid(), signal.SIGTERM)
 watch.Watch.__call__ = told
 """
-SLOW = """
-import time
-from bcm_jax import watch
-at_once = watch.Watch.__call__
-def slowly(self, step, count, metrics):
-  at_once(self, step, count, metrics)
-  time.sleep(0.2)
-watch.Watch.__call__ = slowly
-"""
+# Long enough for a notice to pass from one process to the other.
+SLOW = starts.slow(0.2)
 
 
 @pytest.mark.parametrize("told, kind", [(0, "jit"), (1, "fsdp")])
