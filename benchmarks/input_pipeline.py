@@ -5,9 +5,10 @@
 PHOTOS is a folder of photographs in any size; some are written anew as 64x64
 JPEG files of quality 90, and prepared. Prints a table and writes JSON: images
 a second and core (of CPU time, all threads counted), the same for what must be
-done at least, images a second of grain and of tf.data around the same work,
-and how long a training step waits. Ways to run ahead are measured in processes
-of their own, in turns, the median of several rounds.
+done at least, and images a second of grain and of tf.data around the same work.
+Ways to run ahead are measured in processes of their own, in turns, the median
+of several rounds. How long a training step waits, benchmarks/step_time.py
+tells.
 """
 
 import json
@@ -152,49 +153,6 @@ def compare_ways(name: str, path: str) -> dict[str, float]:
   return {way: statistics.median(found) for way, found in rates.items()}
 
 
-def waiting_share(path: str) -> dict[str, float]:
-  """Share of a training step that waits for its batch, on this machine."""
-  import jax
-
-  from bcm_jax import config as configs
-  from bcm_jax import config_files
-  from bcm_jax import experiment as experiments
-  from bcm_jax import train
-  from bcm_jax.training import hosts
-  from bcm_jax.training import parallel
-  from bcm_jax.training import step as steps
-
-  config = configs.resolve(config_files.read_file("configs/cifar10_jpeg.py"), {
-      "data.path": path, "data.image_shape": f"({SIZE},{SIZE},3)",
-      "data.num_classes": "2",
-  })
-  hosts.use_cores(0, config.training.batch_size)
-  experiment = experiments.build(config)
-  runner = parallel.Jit(parallel.make_mesh())
-  step_fn = runner.compile(steps.make_step(
-      experiment.method, experiment.optimizers(), experiment.step_options()
-  ))
-  state = runner.place(
-      jax.jit(lambda: train._create(experiment, None))()
-  )
-  waited, began = 0.0, None
-  with train._batches(
-      experiment, experiment.source("train"), runner, 0, 12
-  ) as stream:
-    for k in range(12):
-      if k == 2:  # After compilation.
-        waited, began = 0.0, time.perf_counter()
-      asked = time.perf_counter()
-      batch = next(stream)
-      waited += time.perf_counter() - asked
-      state, metrics = step_fn(
-          state, batch, experiment.method.curriculum(k), ("student",)
-      )
-      jax.block_until_ready(metrics)
-  total = time.perf_counter() - began
-  return {"step_seconds": total / 10, "waiting_share": waited / total}
-
-
 def main() -> None:
   """Measures everything and writes the file."""
   photos, out = sys.argv[1:3]
@@ -223,8 +181,6 @@ def main() -> None:
           ),
       }
       print(name, json.dumps(result[name], indent=2))
-    result["training"] = waiting_share(ready)
-    print("training", result["training"])
   files.write_json(os.path.abspath(out), result | provenance.machine())
 
 
