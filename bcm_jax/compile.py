@@ -123,8 +123,9 @@ def abstract_inputs(
     experiment: experiments.Experiment, backend: parallel.Jit
 ) -> tuple[Any, Any, Any]:
   """Shapes of (state, batch, curriculum), and where they lie."""
+  state = jax.eval_shape(lambda: experiments.create_state(experiment))
   state = backend.abstract(
-      jax.eval_shape(lambda: experiments.create_state(experiment))
+      state.replace(frozen=experiments.frozen_shapes(experiment))
   )
   n, shape = experiment.config.training.batch_size, experiment.image_shape
   batch = experiments.network_inputs(experiment, {

@@ -1,4 +1,4 @@
-"""From strings to objects; the only place where a name becomes a thing.
+"""From strings to values; what names stand for is in names.py.
 
 A config file is `get_config()` returning a ConfigDict. It is resolved against
 the classes that it names: unknown keys and names are errors that say the
@@ -7,7 +7,7 @@ comes out is complete, and is written to the run's config.json.
 """
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -15,62 +15,16 @@ import os
 import pathlib
 import types
 import typing
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import ml_collections
 
 from bcm_jax import config_files
 from bcm_jax import errors
 from bcm_jax import files
+from bcm_jax import names
 from bcm_jax import options
-from bcm_jax.diffusion import preconditioning
-from bcm_jax.methods import bidirectional
-from bcm_jax.methods import consistency
-from bcm_jax.models import adm
-from bcm_jax.models import edm2
-from bcm_jax.models import song
 from bcm_jax.training import optim
-
-
-class Model(NamedTuple):
-  """A network by name.
-
-  Attributes:
-    cls: Linen module.
-    noise: conditioning value of a noise level that it expects.
-    preset: its options that differ from the class's defaults.
-  """
-
-  cls: type
-  noise: Callable[[jax.Array], jax.Array]
-  preset: Mapping[str, Any] = types.MappingProxyType({})
-
-
-MODELS = {
-    "adm": Model(adm.ADM, preconditioning.adm_noise),
-    "dhariwal": Model(adm.ADM, preconditioning.edm_noise, adm.DHARIWAL),
-    "ddpmpp": Model(song.SongUNet, preconditioning.edm_noise),
-    "ncsnpp": Model(song.SongUNet, preconditioning.edm_noise, song.NCSNPP),
-    "edm2": Model(edm2.EDM2, preconditioning.edm_noise),
-}
-
-# Method name -> (class, its options that differ from the class's defaults).
-METHODS = {
-    name: (consistency.ConsistencyTraining, preset)
-    for name, preset in consistency.PRESETS.items()
-} | {"bcm": (bidirectional.BidirectionalTraining, {})}
-
-PRECONDITIONINGS = {
-    "edm": lambda m: preconditioning.EDM(m["sigma_data"]),
-    "cm": lambda m: preconditioning.ConsistencyBoundary(
-        m["sigma_data"], m["sigma_min"]
-    ),
-    "bcm": lambda m: preconditioning.Bidirectional(m["sigma_data"]),
-    "ctm": lambda m: preconditioning.Trajectory(
-        preconditioning.EDM(m["sigma_data"])
-    ),
-}
 
 SECTIONS = {
     "data": options.Data,
@@ -90,7 +44,8 @@ _SPANS = (("method", "curriculum_steps"), ("optimizer", "schedule_steps"))
 # What may differ between a run and the config that resumes it.
 _FREE = ("parallel", "checkpoint", "log", "sample", "invert", "edit", "eval",
          "search", "training.max_skipped_in_row", "training.max_rollbacks",
-         "training.hang_secs", "data.path", "data.data_dir", "data.threads")
+         "training.hang_secs", "data.path", "data.data_dir", "data.threads",
+         "method.teacher")
 
 
 # Resolving -----------------------------------------------------------------
@@ -116,27 +71,38 @@ def resolve(
   given = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
   for path, text in (overrides or {}).items():
     _set(given, path, text)
-  known = ["seed", "model", "method", *SECTIONS]
+  known = ["seed", "model", "method", "critic", *SECTIONS]
   for section in given:
     if section not in known:
       raise errors.unknown_name("config section", section, known)
   full: dict[str, Any] = {"seed": _convert(given.get("seed", 0), int, "seed")}
   full["training"] = _fill("training", given, options.Training)
-  for section, key in _SPANS:
-    spans = given.setdefault(section, {})
-    spans.setdefault(key, full["training"]["num_steps"])
+  name, method = _look_up("method", given, names.METHODS)
+  given["method"] = {**method.preset, **given["method"]}
+  for (section, key), cls in zip(
+      _SPANS, (method.cls, optim.Optimizer), strict=True
+  ):
+    if key in _keys(cls):
+      spans = given.setdefault(section, {})
+      spans.setdefault(key, full["training"]["num_steps"])
   for section, cls in SECTIONS.items():
     full[section] = _fill(section, given, cls)
-  name, model = _look_up("model", given, MODELS)
+  if method.critic:  # What it leaves out is as for the sampled player.
+    own = given.get("critic", {})
+    given["critic"] = {**full["optimizer"], **own}
+    full["critic"] = _fill("critic", given, optim.Optimizer)
+  model_name, model = _look_up("model", given, names.MODELS)
   given["model"] = {**model.preset, **given["model"]}
-  full["model"] = {"name": name} | _fill("model", given, model.cls)
-  name, (cls, preset) = _look_up("method", given, METHODS)
-  given["method"] = {**preset, **given["method"]}
-  extra = {"preconditioning": (str, "bcm" if name == "bcm" else "cm")}
-  full["method"] = {"name": name} | _fill("method", given, cls, extra)
-  if full["method"]["preconditioning"] not in PRECONDITIONINGS:
+  full["model"] = {"name": model_name} | _fill("model", given, model.cls)
+  extra = {"preconditioning": (str, method.preconditioning)}
+  if "teacher" in {f.name for f in dataclasses.fields(method.cls)}:
+    extra |= {"teacher": (str | None, None),
+              "teacher_average": (str | None, None)}
+  full["method"] = {"name": name} | _fill("method", given, method.cls, extra)
+  if full["method"]["preconditioning"] not in names.PRECONDITIONINGS:
     raise errors.unknown_name(
-        "preconditioning", full["method"]["preconditioning"], PRECONDITIONINGS
+        "preconditioning", full["method"]["preconditioning"],
+        names.PRECONDITIONINGS,
     )
   return ml_collections.ConfigDict(full).lock()
 
@@ -341,7 +307,8 @@ def of_run(
 
 def build_section(config: ml_collections.ConfigDict, section: str) -> Any:
   """The dataclass of a section, such as options.Training."""
-  return SECTIONS[section](**config[section].to_dict())
+  cls = optim.Optimizer if section == "critic" else SECTIONS[section]
+  return cls(**config[section].to_dict())
 
 
 def split_overrides(

@@ -50,7 +50,7 @@ def curve(
   section: options.Eval = experiment.section("eval")
   usual = experiment.section("invert").noise
   result = {}
-  if not (experiment.method.two_time or section.baseline):
+  if not (experiment.method.inverts or section.baseline):
     return result
   if not experiment.has_split("test"):
     print("inversion is not measured: there is no test split; python -m "
@@ -60,7 +60,7 @@ def curve(
       experiment, experiment.section("invert").num_images
   )
   perceptual = _lpips(section)
-  if experiment.method.two_time:
+  if experiment.method.inverts:
     points = [(n, usual) for n in section.inversion_nfe] + [
         (n, e) for e in section.inversion_noise for n in section.inversion_nfe
         if e != usual
@@ -224,7 +224,7 @@ def summary(inversion: dict[str, Numbers]) -> list[str]:
 def check(experiment: experiments.Experiment) -> None:
   """Finds bad times and baselines before any work is done."""
   section: options.Eval = experiment.section("eval")
-  if experiment.method.two_time:
+  if experiment.method.inverts:
     for nfe in section.inversion_nfe:
       for noise in (None, *section.inversion_noise):
         planning.inversion_plan(experiment, nfe, noise)

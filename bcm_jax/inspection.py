@@ -40,9 +40,7 @@ def report(
   sections = [
       ("config", _config(experiment)),
       ("players and phases", _players(experiment)),
-      ("schedule", _schedule(experiment)),
-      ("times at the last N", _times(experiment)),
-      ("weighting at the last N", _weighting(experiment)),
+      *_noise_levels(experiment),
       ("plans", _plans(experiment)),
       ("parameters", _parameters(experiment)),
   ]
@@ -57,6 +55,17 @@ def report(
   return "\n\n".join(f"== {title}\n{text}" for title, text in sections)
 
 
+def _noise_levels(experiment) -> list[tuple[str, str]]:
+  """What a consistency method says of its curriculum, times and weights."""
+  if not hasattr(experiment.method, "num_scales"):
+    return []
+  return [
+      ("schedule", _schedule(experiment)),
+      ("times at the last N", _times(experiment)),
+      ("weighting at the last N", _weighting(experiment)),
+  ]
+
+
 def _config(experiment) -> str:
   flat = configs.flatten(configs.to_json(experiment.config))
   width = max(map(len, flat))
@@ -69,6 +78,8 @@ def _players(experiment) -> str:
   lines = []
   for name, player in method.players.items():
     start = experiment.config.training.init_from
+    if name != method.sampled or not start:
+      start = player.starts_from and f"the {player.starts_from}"
     start = f"starts from {start}" if start else "starts fresh"
     lines.append(f"player {name}: {type(player.network).__name__}, {start}")
   for phase in method.phases():
@@ -169,7 +180,7 @@ def _weighting(experiment) -> str:
 
 def _plans(experiment) -> str:
   parts = [str(planning.sampling_plan(experiment))]
-  if experiment.method.two_time:
+  if experiment.method.inverts:
     parts.append(str(planning.inversion_plan(experiment)))
   return "\n".join(parts)
 
@@ -227,14 +238,10 @@ def _norm(tree: Any) -> float:
 
 
 def _read(place: str, workdir: str) -> tuple[str, Any, dict[str, Any]]:
-  folder, _, step = place.partition("@")
-  if step and not step.isdigit():
-    raise errors.UserError(
-        f"--compare={place}: the step after @ must be a number"
-    )
+  folder, step = runs.split_place(place, "--compare")
   folder = folder or workdir
   saved = checkpoint.Checkpoints(runs.checkpoint_dir(folder))
-  found, state, meta = saved.read_raw(int(step) if step else None)
+  found, state, meta = saved.read_raw(step)
   return f"{folder}@{found}", state, meta
 
 

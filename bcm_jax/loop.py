@@ -32,6 +32,7 @@ from bcm_jax.training import guard
 from bcm_jax.training import hooks
 from bcm_jax.training import hosts
 from bcm_jax.training import lock
+from bcm_jax.training import manifest
 from bcm_jax.training import parallel
 from bcm_jax.training import rollbacks
 from bcm_jax.training import saver
@@ -76,13 +77,19 @@ class Run:
     self.compiled: set[Any] = set()
     self.calls = itertools.count()
     settings: options.Checkpoint = self.experiment.section("checkpoint")
+    self.frozen = runs.load_frozen(self.experiment)
+    # What a checkpoint does not hold, and a run may not change.
+    self.fixed = {
+        "data_fingerprint": sources.fingerprint(self.source),
+        "frozen": {k: manifest.tree_digest(v) for k, v in self.frozen.items()},
+    }
     self.saver = saver.Saver(
         checkpoint.Checkpoints(
             runs.checkpoint_dir(self.workdir), settings.keep,
             settings.keep_every,
         ),
         {"config": configs.to_json(config), "version": __version__,
-         "data_fingerprint": sources.fingerprint(self.source)},
+         **self.fixed},
         settings.max_failures, settings.retry_secs,
     )
 
@@ -101,7 +108,7 @@ class Run:
         state = self._start()
       self.accounts.begin(int(self.backend.fetch(state.step)))
       if int(self.backend.fetch(state.step)) >= total:
-        return self.backend.fetch(state)
+        return self.backend.fetch(state.saved())
       stack.enter_context(self.notice.deferred())
       stack.callback(self.dog.start().close)
       while True:
@@ -131,27 +138,32 @@ class Run:
     )
     if before is not None:
       state = states.roll_back(state, before.position)
-    return self.backend.place(state)
+    return self.backend.place(state.replace(frozen=self.frozen))
 
   def _new(self) -> states.TrainState:
     """The state before the first step."""
-    start_from = None
-    if self.training.init_from is not None:
-      start_from = {
-          self.experiment.method.sampled: runs.load_params(
-              self.training.init_from, self.training.init_average
-          )
-      }
+    method, init_from = self.experiment.method, self.training.init_from
+    start_from = {
+        name: self.frozen[player.starts_from]
+        for name, player in method.players.items() if player.starts_from
+    }
+    if init_from is not None:
+      start_from[method.sampled] = runs.load_params(
+          init_from, self.training.init_average
+      )
     try:
       return self.backend.fetch(
           self.backend.create(self._create, start_from)
       )
     except ValueError as e:
-      if start_from is None or isinstance(e, errors.UserError):
+      if not start_from or isinstance(e, errors.UserError):
         raise
+      source = f"training.init_from={init_from}"
+      if init_from is None:
+        source = f"method.teacher={self.experiment.config.method.teacher}"
       raise errors.UserError(
-          f"training.init_from={self.training.init_from}: {e}; its network "
-          "must be this one, but for the second time branch"
+          f"{source}: {e}; its network must be this one, but for the second "
+          "time branch"
       ) from e
 
   def _restore(self, step: int | None = None) -> states.TrainState:
@@ -160,7 +172,7 @@ class Run:
     at, state, meta = self.saver.saved.restore(
         self.backend.abstract(template), step
     )
-    _check_same_images(meta, self.source)
+    _check_unchanged(meta, self.fixed, self.source.name)
     logging.info("resuming at step %d", at)
     return state
 
@@ -218,7 +230,7 @@ class Run:
           )
       seconds = hooks.format_secs(time.monotonic() - began)
       watch.progress.note(f"trained {total - first} steps in {seconds}")
-    return self.backend.fetch(state)
+    return self.backend.fetch(state.saved())
 
   def _call(self, state, inputs, start: int, count: int):
     """One call of the step; the first of a kind compiles."""
@@ -245,7 +257,7 @@ class Run:
   def _save(self, step: int, state: states.TrainState, last: bool) -> None:
     """Saves what one copy of the state holds."""
     save = self.saver.finish if last else self.saver.save
-    save(step, self.backend.fetch(state))
+    save(step, self.backend.fetch(state.saved()))
     self.dog.progress(step)
     self.accounts.save(step, self.saver.newest)
 
@@ -290,12 +302,13 @@ class Run:
         "%s; going on from step %d with other data (roll-back %d of %d)",
         error, int(good.step), before + 1, most,
     )
-    return self.backend.place(states.roll_back(good, position))
+    again = states.roll_back(good, position)
+    return self.backend.place(again.replace(frozen=self.frozen))
 
   def _give_up(self, error: guard.NotFinite) -> errors.UserError:
     read = batches(self.experiment, self.source)
     batch = read(self.window + error.step - 1)
-    state = hosts.to_host(self.backend.fetch(self.latest))
+    state = hosts.to_host(self.backend.fetch(self.latest.saved()))
     folder = "that of process 0"
     if jax.process_index() == 0:
       facts = {
@@ -357,14 +370,21 @@ def stream(
   return contextlib.closing(pipeline.prefetch(inputs, 0, len(calls)))
 
 
-def _check_same_images(meta: dict[str, Any], source: sources.Source) -> None:
-  """Raises UserError where data.path leads to others than the run began with.
-  """
-  found = sources.fingerprint(source)
-  if meta.get("data_fingerprint", found) != found:
+def _check_unchanged(
+    meta: dict[str, Any], fixed: dict[str, Any], name: str
+) -> None:
+  """Raises UserError where a path leads to others than the run began with."""
+  began, found = (m.get("data_fingerprint") for m in (meta, fixed))
+  if began not in (None, found):
     raise errors.UserError(
-        f"{source.name} holds other images than those the run in the work "
-        f"directory was trained on (fingerprint {found}, not "
-        f"{meta['data_fingerprint']}); correct data.path, or use another "
-        "--workdir"
+        f"{name} holds other images than those the run in the work "
+        f"directory was trained on (fingerprint {found}, not {began}); correct "
+        "data.path, or use another --workdir"
+    )
+  began, found = meta.get("frozen", {}), fixed["frozen"]
+  if began != found:
+    raise errors.UserError(
+        f"method.teacher has other weights (digest {found}) than those the run "
+        f"in the work directory began with ({began}); correct method.teacher, "
+        "or use another --workdir"
     )

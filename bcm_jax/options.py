@@ -149,9 +149,20 @@ class Sample:
     sampler: see sampling.plan.
     nfe: network evaluations. Where `times` and pairs are empty it picks
       default ones; otherwise it must agree with them, or be None.
-    times: intermediate times, descending (ancestral, mixture, cm_multistep).
+    times: intermediate times, descending (ancestral, mixture, cm_multistep,
+      gamma).
     zigzag_noise: noise e added before each zigzag.
     zigzag_level: level t to which each zigzag amplifies it.
+    gamma: of sampler 'gamma', 0 (ancestral) to 1 (cm_multistep).
+    num_levels: N of samplers 'ddim' (N evaluations) and 'heun' (2 N - 1),
+      where nfe is None.
+    s_churn, s_tmin, s_tmax, s_noise: stochasticity of these two, EDM's; None
+      is no upper bound.
+    guidance: w of D_0 + w (D_1 - D_0), of networks that denoise; 1 is off.
+    guidance_interval: (low, high): levels low < t <= high are guided; empty
+      is all.
+    guide: D_0: work directory of a worse network, as DIR or DIR@STEP; None is
+      the network itself without the class.
     num_samples: images in all.
     batch_size: images at a time.
     label: class of all images; None takes all classes in equal shares.
@@ -161,12 +172,22 @@ class Sample:
   """
 
   sampler: Literal[
-      "onestep", "ancestral", "zigzag", "mixture", "cm_multistep"
+      "onestep", "ancestral", "zigzag", "mixture", "cm_multistep", "gamma",
+      "ddim", "heun",
   ] = "onestep"
   nfe: int | None = None
   times: tuple[float, ...] = ()
   zigzag_noise: tuple[float, ...] = ()
   zigzag_level: tuple[float, ...] = ()
+  gamma: float = 0.5
+  num_levels: int = 18
+  s_churn: float = 0.0
+  s_tmin: float = 0.0
+  s_tmax: float | None = None
+  s_noise: float = 1.0
+  guidance: float = 1.0
+  guidance_interval: tuple[float, ...] = ()
+  guide: str | None = None
   num_samples: int = 1000
   batch_size: int = 250
   label: int | None = None

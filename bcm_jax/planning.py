@@ -7,16 +7,21 @@ pairs 'e>t' of a zigzag).
 """
 
 from collections.abc import Sequence
+import math
 from typing import NamedTuple
 
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax import options
 from bcm_jax.diffusion import schedules
+from bcm_jax.diffusion import solvers
 from bcm_jax.sampling import plan as plans
 
-SAMPLERS = ("onestep", "ancestral", "zigzag", "mixture", "cm_multistep")
-_TAKES_TIMES = ("ancestral", "mixture", "cm_multistep")
+SAMPLERS = ("onestep", "ancestral", "zigzag", "mixture", "cm_multistep",
+            "gamma", "ddim", "heun")
+_TAKES_TIMES = ("ancestral", "mixture", "cm_multistep", "gamma")
+# Solvers of the ODE, on a grid of their own.
+_SOLVERS = ("ddim", "heun")
 _TAKES_PAIRS = ("zigzag", "mixture")
 # Published zigzag of the three-step sampler on ImageNet-64 (Li & He, 2024).
 _ZIGZAG = ((0.1, 1.2),)
@@ -136,6 +141,8 @@ def sampling_plan(
   name, nfe, given = request.name, request.nfe, sample.times
   if sampler is None or (nfe is None and name == sample.sampler):
     nfe = sample.nfe
+  if name in _SOLVERS:
+    return _guided(experiment, _solver_plan(experiment, name, nfe))
   pairs = request.pairs
   if request.times is not None:  # '@': nothing but what was written.
     nfe, given = None, request.times
@@ -154,24 +161,81 @@ def sampling_plan(
         given, inner, levels.sigma_max, levels.sigma_min,
         experiment.method.rho, "sample",
     )
-  plan = _plan(name, mid, pairs, experiment.levels)
+  plan = _plan(name, mid, pairs, sample.gamma, experiment.levels)
   if nfe is not None and plan.nfe != nfe:
     raise errors.UserError(
         f"sample.nfe={nfe}, but {name} with these times makes {plan.nfe} "
         "evaluations; leave sample.nfe out or change the times"
     )
   _check_end_levels(experiment, plan)
-  return plan
+  return _guided(experiment, plan)
 
 
-def _plan(name: str, mid, pairs: Pairs, levels: plans.Range) -> plans.Plan:
+def _plan(
+    name: str, mid, pairs: Pairs, gamma: float, levels: plans.Range
+) -> plans.Plan:
   return {
       "onestep": lambda: plans.ancestral((), levels),
       "ancestral": lambda: plans.ancestral(mid, levels),
       "zigzag": lambda: plans.zigzag(pairs, levels),
       "mixture": lambda: plans.mixture(mid, pairs, levels),
       "cm_multistep": lambda: plans.cm_multistep(mid, levels),
+      "gamma": lambda: plans.gamma_sampling(mid, gamma, levels),
   }[name]()
+
+
+def _solver_plan(
+    experiment: experiments.Experiment, name: str, nfe: int | None
+) -> plans.Plan:
+  """A solver's plan; nfe None takes sample.num_levels."""
+  sample: options.Sample = experiment.section("sample")
+  if not experiment.method.solves:
+    raise errors.UserError(
+        f"sampler {name!r} solves the ODE of a denoiser, and this network "
+        "learnt to jump; use 'onestep', 'ancestral' or 'cm_multistep'"
+    )
+  count = sample.num_levels
+  if nfe is not None:
+    count = nfe if name == "ddim" else (nfe + 1) // 2
+    if name == "heun" and nfe % 2 == 0:
+      raise errors.UserError(
+          f"sampler 'heun' makes 2 N - 1 evaluations, never {nfe}; ask for "
+          f"{nfe - 1} or {nfe + 1}"
+      )
+  if count < 2:
+    raise errors.UserError(
+        f"sampler {name!r} needs a grid of 2 levels or more, not {count}"
+    )
+  high = math.inf if sample.s_tmax is None else sample.s_tmax
+  churn = solvers.Churn(sample.s_churn, sample.s_tmin, high, sample.s_noise)
+  levels = experiment.levels
+  grid = schedules.karras_sigmas(
+      count, levels.sigma_min, levels.sigma_max, experiment.method.rho
+  )
+  sigmas = [float(s) for s in grid[::-1]]
+  sigmas[0], sigmas[-1] = levels.sigma_max, levels.sigma_min
+  return plans.ode(sigmas, churn, name == "heun", levels)
+
+
+def _guided(
+    experiment: experiments.Experiment, plan: plans.Plan
+) -> plans.Plan:
+  """The plan with the guidance that section sample asks for."""
+  sample: options.Sample = experiment.section("sample")
+  if sample.guidance == 1.0:
+    return plan
+  if not experiment.method.solves:
+    raise errors.UserError(
+        f"sample.guidance={sample.guidance} guides denoisers, and this network "
+        "learnt to jump; set sample.guidance=1"
+    )
+  interval = sample.guidance_interval
+  if interval and not (len(interval) == 2 and interval[0] < interval[1]):
+    raise errors.UserError(
+        f"sample.guidance_interval={interval} must be (low, high), levels with "
+        "low < high; empty guides all levels"
+    )
+  return plans.guide(plan, *interval)
 
 
 def inversion_plan(
@@ -196,6 +260,11 @@ def inversion_plan(
   )
   plan = plans.inversion(e, mid, levels)
   _check_end_levels(experiment, plan)
+  if not (experiment.method.inverts or experiment.method.solves):
+    raise errors.UserError(
+        "this network learnt to go from noise to images alone; inverting and "
+        "editing take one trained with method.name='bcm', or a denoiser"
+    )
   return plan
 
 

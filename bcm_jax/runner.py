@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import experiment as experiments
+from bcm_jax import guides
 from bcm_jax.data import source as sources
+from bcm_jax.sampling import guidance
 from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
 from bcm_jax.training import parallel
@@ -23,7 +25,8 @@ Params = Any
 class Runner:
   """Runs plans over many images, some at a time, on all devices.
 
-  One executable serves every plan: levels are arguments of the flow map.
+  One executable serves every plan: levels are arguments of the flow map. A
+  second one is the guided map, where section sample asks for guidance.
 
   Attributes:
     at_a_time: batch_size, rounded up so that it can be cut over the devices.
@@ -45,6 +48,19 @@ class Runner:
     object.__setattr__(
         self, "_flow_map", lambda *args: function(params, *args)
     )
+    object.__setattr__(self, "_guided_map", None)
+    guide = guides.open_guide(self.experiment)
+    if guide is not None:
+      weight = self.experiment.config.sample.guidance
+      other = params if guide.params is None else devices.place(guide.params)
+      guided = jax.jit(
+          lambda p, q, *args: guidance.guided(
+              method.flow_map(p), guide.flow_map(q), weight
+          )(*args)
+      )
+      object.__setattr__(
+          self, "_guided_map", lambda *args: guided(params, other, *args)
+      )
     object.__setattr__(self, "_params", params)
     per = mesh.devices.size
     object.__setattr__(self, "at_a_time", -(-self.batch_size // per) * per)
@@ -69,7 +85,7 @@ class Runner:
     """
     return self._in_batches(
         lambda x, labels, keys: samplers.run(
-            plan, self._flow_map, x, labels, keys
+            plan, self._flow_map, x, labels, keys, self._guided_map
         ),
         images, labels, keys,
     )

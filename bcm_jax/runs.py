@@ -8,6 +8,7 @@ import ml_collections
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
+from bcm_jax.interop import vgg_names
 from bcm_jax.training import checkpoint
 from bcm_jax.training import power_ema
 from bcm_jax.training import state as states
@@ -19,6 +20,22 @@ _POSTHOC = "posthoc_"
 def checkpoint_dir(workdir: str) -> str:
   """Where a run keeps its checkpoints."""
   return os.path.join(workdir, "checkpoints")
+
+
+def split_place(place: str, what: str) -> tuple[str, int | None]:
+  """'DIR@STEP' -> (DIR, STEP), 'DIR' -> (DIR, None).
+
+  Raises:
+    UserError: the step is no number; `what` is the flag or key to name.
+  """
+  folder, at, step = place.rpartition("@")
+  if not at:
+    return place, None
+  if not step.isdigit():
+    raise errors.UserError(
+        f"{what}={place}: the step after @ must be a number"
+    )
+  return folder, int(step)
 
 
 def config_of(workdir: str) -> ml_collections.ConfigDict:
@@ -70,8 +87,25 @@ def load_params(workdir: str, average: str | None) -> Params:
   """
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   _, state, _ = saved.read_raw()
-  (player,) = state["players"]
+  # The sampled player of every method with several.
+  player = "student"
   return choose(player, state, average, "training.init_average")[1]
+
+
+def load_frozen(experiment: experiments.Experiment) -> dict[str, Params]:
+  """Parameters of the networks that a method does not train, on the host.
+
+  Raises:
+    UserError: no good checkpoint of the teacher.
+  """
+  frozen, method = {}, experiment.config.method
+  if experiment.teacher is not None:
+    _, _, frozen["teacher"] = load_run(
+        experiment.teacher, method.teacher, method.teacher_average
+    )
+  if method.get("metric") == "lpips":
+    frozen["lpips"] = vgg_names.load_lpips(*method.lpips_path)
+  return frozen
 
 
 def load_run(

@@ -36,16 +36,21 @@ class Watch:
 
   def __call__(self, step: int, count: int, metrics: dict[str, Any]) -> None:
     """Takes the metrics of the `count` steps that end with `step`."""
-    last = metrics["loss"] if count == 1 else metrics["loss"][-1]
-    self.progress.update(step, loss=last)
+    # With several players the loss of the first one of the phase.
+    loss = next(v for k, v in metrics.items() if k.split("/")[-1] == "loss")
+    self.progress.update(step, loss=loss if count == 1 else loss[-1])
     for i in range(count):
       at = step - count + 1 + i
       self.report(at)
       self.profile(at)
+      # Players that take turns: of each what it said last.
+      self.newest |= {
+          k: v if count == 1 else v[i] for k, v in metrics.items()
+      }
       if at % self.every_steps and at != self.total:
         continue
       self.writer.write_scalars(
-          at, {k: float(v if count == 1 else v[i]) for k, v in metrics.items()}
+          at, {k: float(v) for k, v in self.newest.items()}
       )
 
 

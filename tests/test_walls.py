@@ -24,6 +24,7 @@ FLOORS = (
         "loop",
         "watch",
         "generate",
+        "guides",
         "search",
         "tables",
         "evaluate_inversion",
@@ -39,7 +40,9 @@ FLOORS = (
     },
     {"planning", "provenance"},
     {"experiment"},  # A config as objects, for the commands.
+    {"checks"},
     {"config"},
+    {"names"},  # What the names in a config stand for.
     # Settings, flags and facts alone.
     {"options", "arguments", "config_files", "published", "chips"},
     {"training"},

@@ -1,11 +1,13 @@
 """Distances between images, one number an example."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 
 import jax
 import jax.numpy as jnp
 
+# As the package `lpips` has it.
+_EPSILON = 1e-10
 Distance = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -52,6 +54,46 @@ def pseudo_huber(
   else:
     value = s / (jnp.sqrt(s + c**2) + c)
   return value / math.sqrt(d.shape[-1]) if normalise else value
+
+
+def unit(features: jax.Array) -> jax.Array:
+  """Features [..., C] of unit length over C; a vector of zeros stays zero."""
+  squared = jnp.sum(features**2, axis=-1, keepdims=True)
+  # The root has no gradient at 0, where ReLUs often put whole vectors.
+  positive = squared > 0
+  norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
+  return features / (norm + _EPSILON)
+
+
+def of_features(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
+  """Squared distance of unit features, summed over channels and levels.
+
+  Args:
+    a, b: features [B, H, W, C] of several levels.
+
+  Returns:
+    [B], means over positions.
+  """
+  total = 0.0
+  for x, y in zip(a, b, strict=True):
+    wide = jnp.promote_types(jnp.float32, x.dtype)
+    d = unit(x.astype(wide)) - unit(y.astype(wide))
+    total += jnp.sum(d**2, axis=-1).mean(axis=(1, 2))
+  return total
+
+
+def by_name(
+    metric: str, a: jax.Array, b: jax.Array, huber_c: float | None,
+    normalise: bool = True,
+) -> jax.Array:
+  """A distance [B] by its name: 'l2', 'l1' or 'pseudo_huber'.
+
+  huber_c None is iCT's constant; normalise as in pseudo_huber.
+  """
+  if metric == "pseudo_huber":
+    c = huber_constant(a[0].size) if huber_c is None else huber_c
+    return pseudo_huber(a, b, c, normalise)
+  return {"l2": l2, "l1": l1}[metric](a, b)
 
 
 def huber_constant(num_elements: int) -> float:

@@ -6,6 +6,7 @@ in `training` does gradients, accumulation, averages, sharding and metrics.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import types
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -28,6 +29,12 @@ class Context(NamedTuple):
     averages: moving averages by name, stop-gradiented.
     augment_labels: [B, 9], what data.augmentation did to the images; None
       where it did nothing.
+    index: [B] int32, positions in the global batch.
+    frozen: parameters of networks that are not trained, such as 'teacher'.
+    shared_key: stream name -> one key of (seed, stream, step), the same for all
+      examples of the global batch.
+    extra: what else an example brings, [B, ...] each, such as the noise that
+      an image was generated from.
   """
 
   images: jax.Array
@@ -37,9 +44,32 @@ class Context(NamedTuple):
   players: Mapping[str, Params]
   averages: Mapping[str, Params]
   augment_labels: jax.Array | None = None
+  index: jax.Array | None = None
+  frozen: Mapping[str, Params] = types.MappingProxyType({})
+  shared_key: Callable[[str], jax.Array] | None = None
+  extra: Mapping[str, jax.Array] = types.MappingProxyType({})
 
 
-Loss = Callable[[Params, Context], tuple[jax.Array, Metrics]]
+# Of a player with a Balance the first result is {term: loss [B]}.
+Loss = Callable[[Params, Context], tuple[Any, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+  """Weights of a loss's terms, taken from their gradients.
+
+  The norms are of gradients of the mean over the global batch, so weights do
+  not depend on devices, hosts or microbatches.
+
+  Attributes:
+    terms: names of the terms.
+    leaf: gradient of all parameters -> the tensor whose norm counts.
+    weigh: {term: norm}, scalars -> {term: weight}, scalars.
+  """
+
+  terms: tuple[str, ...]
+  leaf: Callable[[Params], jax.Array]
+  weigh: Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +82,27 @@ class Player:
     adapt: (parameters of another run's network, fresh parameters) ->
       parameters to start from; raises ValueError where they do not fit. None
       takes them unchanged.
+    starts_from: name of the frozen network that it starts from where the run
+      names no other; None starts fresh.
     project: parameters after an update -> parameters, such as forced weight
       normalisation; None leaves them.
+    balance: how the terms of its loss are weighed; None where the loss is one
+      number an example.
   """
 
   network: nn.Module
   init: Callable[[jax.Array, jax.Array, jax.Array | None], Params]
   adapt: Callable[[Params, Params], Params] | None = None
+  starts_from: str | None = None
   project: Callable[[Params], Params] | None = None
+  balance: Balance | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Average:
   """A moving average that a method itself needs.
+
+  It moves in steps that update its player, and only in those.
 
   Attributes:
     player: whose parameters are averaged.
@@ -81,10 +119,14 @@ class Method(Protocol):
   Attributes:
     players: trained networks by name.
     losses: player -> (params, context) -> (loss [B], metrics of [B] each);
-      pure, an example at a time, not averaged.
+      pure, an example at a time, not averaged. A loss with a Balance returns
+      {term: [B]} in place of the first.
     averages: moving averages that the losses read.
     sampled: the player whose parameters `flow_map` takes.
     two_time: whether the flow map takes any end level, or sigma_min alone.
+    inverts: whether it also leads from images to noise.
+    solves: whether it is Euler's step of a denoiser, which solvers may correct
+      and guides may push.
     sigma_min, sigma_max: levels between which the flow map is trained.
   """
 
@@ -93,6 +135,8 @@ class Method(Protocol):
   averages: Mapping[str, Average]
   sampled: str
   two_time: bool
+  inverts: bool
+  solves: bool
   sigma_min: float
   sigma_max: float
 
@@ -113,12 +157,14 @@ class OnePlayer:
   """Phases and players of a method that trains one network alone."""
 
   sampled = "student"
+  inverts = False
+  solves = False
 
   @property
   def players(self) -> Mapping[str, Player]:
     player = Player(
-        self.network, self.init, getattr(self, "adapt", None),
-        getattr(self.network, "project", None),
+        self.network, self.init, adapt=getattr(self, "adapt", None),
+        project=getattr(self.network, "project", None),
     )
     return {"student": player}
 

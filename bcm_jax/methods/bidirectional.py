@@ -37,6 +37,8 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
   bidirectional_weight: float = 1.0
   doubled_batch: bool = True
 
+  inverts = True
+
   def adapt(self, source, fresh):
     """Starts from a consistency model's parameters, F unchanged.
 
@@ -89,7 +91,7 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     v = self.f(
         frozen, y, u, end, ctx.labels, dropout_keys, ctx.augment_labels
     )
-    return self.weight(t, u) * self.distance(v, b)
+    return self.weight(t, u) * self.distance(v, b, ctx)
 
   def loss(self, params, ctx: base.Context):
     """L_CT + L_ST: per-example loss [B] and metrics."""
@@ -106,7 +108,7 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
         params, x_t, times.t, (end, u), ctx.labels, keys, ctx.augment_labels
     )
     b = self.target(params, ctx, z, times, keys)
-    ct = self.ct_term(a, b, times)
+    ct = self.ct_term(a, b, times, ctx)
     soft = self.soft_term(params, ctx, y, times.t, u, b, keys)
     return ct + self.bidirectional_weight * soft, {
         "loss_ct": ct,

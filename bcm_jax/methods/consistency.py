@@ -21,6 +21,7 @@ from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.methods import base
+from bcm_jax.methods import flow_maps
 
 # Options that make the three published methods of the one loss.
 PRESETS: Mapping[str, dict[str, Any]] = {
@@ -48,7 +49,7 @@ class Times(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConsistencyTraining(base.OnePlayer):
+class ConsistencyTraining(flow_maps.NetworkMap, base.OnePlayer):
   """The loss above with its options; the defaults are iCT's.
 
   Attributes:
@@ -101,11 +102,6 @@ class ConsistencyTraining(base.OnePlayer):
   target_mu0: float = 0.0
 
   @property
-  def two_time(self) -> bool:
-    """Whether the network takes an end level."""
-    return self.network.two_time
-
-  @property
   def averages(self) -> Mapping[str, base.Average]:
     """The target network, where it lags behind the online one."""
     if self.target_mu0 == 0.0:
@@ -136,33 +132,6 @@ class ConsistencyTraining(base.OnePlayer):
         "target_ema_rate": jnp.float32(rate),
     }
 
-  def init(self, key, images, labels):
-    """Fresh parameters for images [B, H, W, C] and labels [B] or None."""
-    t = jnp.ones(images.shape[:1], jnp.float32)
-    end = t if self.two_time else None
-    return self.network.init(key, images, t, end, labels)["params"]
-
-  def f(
-      self, params, x, t, u, labels, dropout_keys=None, augment_labels=None
-  ) -> jax.Array:
-    """The preconditioned network f(x, t, u): [B, ...] from level t to u."""
-    # Only networks with augment_dim take them.
-    extra = () if augment_labels is None else (augment_labels,)
-
-    def network(x, c_noise, c_noise_end):
-      end = c_noise_end if self.two_time else None
-      return self.network.apply(
-          {"params": params}, x, c_noise, end, labels, dropout_keys, *extra
-      )
-
-    return preconditioning.precondition(
-        network, self.scalings, x, t, u, self.noise
-    )
-
-  def flow_map(self, params):
-    """f(x, t, u, labels) in evaluation mode; u is sigma_min if one-time."""
-    return lambda x, t, u, labels=None: self.f(params, x, t, u, labels)
-
   def sample_times(self, ctx: base.Context) -> Times:
     """Draws levels r < t for every example."""
     if self.bins == "continuous":
@@ -178,14 +147,12 @@ class ConsistencyTraining(base.OnePlayer):
     sigmas = jnp.asarray(tables.sigmas)
     return Times(sigmas[index], sigmas[index - 1], index)
 
-  def distance(self, a, b) -> jax.Array:
+  def distance(self, a, b, ctx: base.Context) -> jax.Array:
     """d(a, b) for [B, ...] twice -> [B]."""
-    if self.metric == "pseudo_huber":
-      c = self.huber_c
-      if c is None:
-        c = distances.huber_constant(a[0].size)
-      return distances.pseudo_huber(a, b, c, self.huber_normalise)
-    return {"l2": distances.l2, "l1": distances.l1}[self.metric](a, b)
+    del ctx  # For distances that read frozen networks.
+    return distances.by_name(
+        self.metric, a, b, self.huber_c, self.huber_normalise
+    )
 
   def weight(self, t, r) -> jax.Array:
     """Weight of the distance between levels t and r: [B]."""
@@ -200,11 +167,15 @@ class ConsistencyTraining(base.OnePlayer):
         "edm": lambda: (t**2 + sd**2) / (t * sd) ** 2,
     }[self.weighting]()
 
+  def earlier(self, ctx: base.Context, z, times) -> jax.Array:
+    """x_r [B, ...], on the ODE's path through x_t: of the same noise."""
+    return process.add_noise(ctx.images, times.r, z)
+
   def target(self, params, ctx: base.Context, z, times, dropout_keys):
     """Target b [B, ...] of the consistency term, stop-gradiented."""
     frozen = jax.lax.stop_gradient(ctx.averages.get("target", params))
     end = jnp.full_like(times.r, self.sigma_min)
-    x_r = process.add_noise(ctx.images, times.r, z)
+    x_r = self.earlier(ctx, z, times)
     b = self.f(
         frozen, x_r, times.r, end, ctx.labels, dropout_keys, ctx.augment_labels
     )
@@ -213,9 +184,9 @@ class ConsistencyTraining(base.OnePlayer):
       b = jnp.where(process.expand(times.r, b.ndim) > 0, b, ctx.images)
     return jax.lax.stop_gradient(b)
 
-  def ct_term(self, a, b, times) -> jax.Array:
+  def ct_term(self, a, b, times, ctx: base.Context) -> jax.Array:
     """L_CT [B] of the online output a and the target b."""
-    return self.weight(times.t, times.r) * self.distance(a, b)
+    return self.weight(times.t, times.r) * self.distance(a, b, ctx)
 
   def loss(self, params, ctx: base.Context):
     """L_CT: per-example loss [B] and metrics."""
@@ -228,5 +199,6 @@ class ConsistencyTraining(base.OnePlayer):
     a = self.f(
         params, x_t, times.t, end, ctx.labels, keys, ctx.augment_labels
     )
-    loss = self.ct_term(a, self.target(params, ctx, z, times, keys), times)
+    b = self.target(params, ctx, z, times, keys)
+    loss = self.ct_term(a, b, times, ctx)
     return loss, {"loss_ct": loss}

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bcm_jax.diffusion import distances
 from bcm_jax.errors import UserError
 from bcm_jax.models import layers
 from bcm_jax.models import vgg
@@ -18,16 +19,6 @@ Params = Any
 # ImageNet's mean and deviation of colours, for images in [-1, 1].
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
-_EPSILON = 1e-10
-
-
-def _unit(features: jax.Array) -> jax.Array:
-  """Features of unit length over channels; a vector of zeros stays zero."""
-  squared = jnp.sum(features**2, axis=-1, keepdims=True)
-  # The root has no gradient at 0, where ReLUs often put whole vectors.
-  positive = squared > 0
-  norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
-  return features / (norm + _EPSILON)
 
 
 def _check(x: jax.Array, y: jax.Array) -> None:
@@ -74,7 +65,7 @@ def distance(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
   features = vgg.VGG16().apply({"params": params["vgg"]}, both)
   total = 0.0
   for i, both in enumerate(features):
-    a, b = jnp.split(_unit(both), 2)
+    a, b = jnp.split(distances.unit(both), 2)
     weighted = (a - b) ** 2 * params["linear"][f"lin{i}"]
     total += weighted.sum(axis=-1).mean(axis=(1, 2))
   return total

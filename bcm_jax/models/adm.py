@@ -157,6 +157,13 @@ class ADM(nn.Module):
   SECOND_TIME = {f"time_embed_end_{k}": f"time_embed_{k}" for k in "02"}
   ALIGN = "time_embed_align"
 
+  @staticmethod
+  def probe(tree):
+    """Of a tree like its parameters, the last block's second convolution."""
+    blocks = [k for k in tree if k.startswith("output_blocks_")]
+    last = max(int(k.split("_")[2]) for k in blocks)
+    return tree[f"output_blocks_{last}_0"]["out_layers_3"]["kernel"]
+
   @nn.compact
   def __call__(
       self,
@@ -279,6 +286,7 @@ class ADM(nn.Module):
         if size in self.attention_resolutions:
           h = self._attend(h, f"{name}_1")
         skips.append(h)
+      layers.sow_level(self, level, h)
       if level == len(self.channel_mult) - 1:
         break
       name = f"input_blocks_{len(skips)}_0"

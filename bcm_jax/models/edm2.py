@@ -288,6 +288,7 @@ class EDM2(nn.Module):
         skips.append(self._block(
             skips[-1], emb, keys, f"enc_block{i}", self.model_channels * mult
         ))
+      layers.sow_level(self, level, skips[-1])
     return skips
 
   def _decoder(self, skips, emb, keys):

@@ -270,3 +270,20 @@ class AttentionBlock(nn.Module):
     hidden = attention(q, k, v, self.implementation).reshape(b, h * w, c)
     out = linear(hidden, c, name="proj_out", zero=True, dtype=self.dtype)
     return x + out.reshape(b, h, w, c)
+
+
+# Collection of a U-Net's features, one tensor a level, fine to coarse.
+FEATURES = "intermediates"
+
+
+def sow_level(module: nn.Module, level: int, h: jax.Array) -> None:
+  """Hands out the encoder's last activations of a level, if they are asked for.
+  """
+  module.sow(FEATURES, f"level{level}", h)
+
+
+def sown_levels(variables: Any) -> list[jax.Array]:
+  """What `apply(..., mutable=FEATURES)` handed out: [B, H, W, C], fine first.
+  """
+  sown = variables[FEATURES]
+  return [sown[f"level{i}"][0] for i in range(len(sown))]

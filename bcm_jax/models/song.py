@@ -188,6 +188,13 @@ class SongUNet(nn.Module):
   SECOND_TIME = {f"map_layer{k}_end": f"map_layer{k}" for k in "01"}
   ALIGN = "map_align"
 
+  @staticmethod
+  def probe(tree):
+    """Of a tree like its parameters, the last convolution."""
+    heads = [k for k in tree if k.endswith("_aux_conv")]
+    sizes = {int(k.split("x")[-1].split("_")[0]): k for k in heads}
+    return tree[sizes[max(sizes)]]["kernel"]
+
   @nn.compact
   def __call__(
       self,
@@ -297,6 +304,7 @@ class SongUNet(nn.Module):
             attend=size in self.attention_resolutions,
         )
         skips.append(h)
+      layers.sow_level(self, level, h)
       size //= 2
     return skips
 

@@ -1,8 +1,9 @@
 """Plans: what a sampler will do, in sigma units, before it does it.
 
-A plan is a list of jumps x <- f(x, t, u) and noise injections x <- x + e z.
-All samplers and inversions of this package are plans; one executor runs them
-(`samplers.run`). Times are checked here, NFE is counted here.
+A plan is a list of jumps x <- f(x, t, u), corrected jumps (Heun's steps) and
+noise injections x <- x + e z. All samplers and inversions of this package are
+plans; one executor runs them (`samplers.run`). Times are checked here, NFE is
+counted here.
 """
 
 from collections.abc import Sequence
@@ -10,18 +11,39 @@ import dataclasses
 import math
 
 from bcm_jax import errors
+from bcm_jax.diffusion import solvers
 
 
 @dataclasses.dataclass(frozen=True)
 class Jump:
-  """x <- f(x, t, u): one network evaluation."""
+  """x <- f(x, t, u): one network evaluation.
+
+  Attributes:
+    t, u: levels before and after.
+    guided: take the guided map, see sampling.guidance.
+  """
 
   t: float
   u: float
+  guided: bool = False
+
+  NFE, WORD = 1, "jump "
 
   def __str__(self):
     way = "generate" if self.u < self.t else "invert"
-    return f"jump   {self.t:g} -> {self.u:g}  ({way})"
+    guided = ", guided" if self.guided else ""
+    return f"{self.WORD}  {self.t:g} -> {self.u:g}  ({way}{guided})"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeunJump(Jump):
+  """Heun's step from t to u, of a map f that is Euler's: two evaluations.
+
+  y = f(x, t, u), then x <- y + (x - f(y, u, t)) / 2: half of what the way
+  there and back misses is the trapezoidal rule's correction.
+  """
+
+  NFE, WORD = 2, "heun "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +74,14 @@ class Plan:
   @property
   def nfe(self) -> int:
     """Number of network evaluations."""
-    return sum(isinstance(s, Jump) for s in self.steps)
+    return sum(s.NFE for s in self.steps if isinstance(s, Jump))
+
+  @property
+  def guide_nfe(self) -> int:
+    """Evaluations of the network that guides, beside these."""
+    return sum(
+        s.NFE for s in self.steps if isinstance(s, Jump) and s.guided
+    )
 
   @property
   def end(self) -> float:
@@ -61,7 +90,9 @@ class Plan:
     return last.u if isinstance(last, Jump) else last.level
 
   def __str__(self):
-    lines = [f"{self.name}: {self.nfe} NFE, {self.start:g} -> {self.end:g}"]
+    guide = f" + {self.guide_nfe} of the guide" if self.guide_nfe else ""
+    lines = [f"{self.name}: {self.nfe} NFE{guide}, "
+             f"{self.start:g} -> {self.end:g}"]
     lines += [f"  {i + 1:2d}. {step}" for i, step in enumerate(self.steps)]
     return "\n".join(lines)
 
@@ -180,3 +211,65 @@ def inversion(noise: float, mid: Sequence[float], levels: Range) -> Plan:
   return Plan(
       "inversion", levels.sigma_min, (AddNoise(noise, noise), *_jumps(times))
   )
+
+
+def gamma_sampling(
+    mid: Sequence[float], gamma: float, levels: Range
+) -> Plan:
+  """Jump short of the next level by gamma, and add noise up to it.
+
+  Kim et al. (CTM, 2024), algorithm 3, as released: from t_k to s_k =
+  sqrt(1 - gamma^2) (t_k+1 - sigma_min) + sigma_min, so that the last jump ends
+  at sigma_min. gamma 0 is `ancestral`, 1 is `cm_multistep`.
+
+  Raises:
+    UserError: gamma outside [0, 1], or bad levels.
+  """
+  if not 0 <= gamma <= 1:
+    raise errors.UserError(f"gamma is {gamma}; it lies in [0, 1]")
+  times = [levels.sigma_max, *mid, levels.sigma_min]
+  levels.check(times, "gamma-sampling time")
+  _check_monotone(times, "gamma-sampling times", up=False)
+  low, rest = levels.sigma_min, math.sqrt(1 - gamma**2)
+  steps: list[Jump | AddNoise] = []
+  for t, after in zip(times, times[1:], strict=False):
+    short = rest * (after - low) + low
+    steps.append(Jump(t, short))
+    if after > low and gamma:
+      steps.append(AddNoise(math.sqrt(after**2 - short**2), after))
+  return Plan("gamma", levels.sigma_max, tuple(steps))
+
+
+def ode(
+    sigmas: Sequence[float], churn: solvers.Churn, heun: bool, levels: Range
+) -> Plan:
+  """A solver of the ODE on a grid, of a map that is Euler's step.
+
+  Karras et al. (EDM, 2022), algorithms 1 and 2: N levels and then 0, which
+  Euler's step reaches; N NFE, or 2 N - 1 by Heun's rule. Churn adds noise
+  before a step.
+  """
+  levels.check(sigmas, "grid level")
+  _check_monotone(sigmas, "grid levels", up=False)
+  steps: list[Jump | AddNoise] = []
+  for t, after in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+    raised = t * (1 + churn.gamma(t, len(sigmas)))
+    if raised > t:
+      scale = churn.s_noise * math.sqrt(raised**2 - t**2)
+      steps.append(AddNoise(scale, raised))
+    steps.append((HeunJump if heun and after else Jump)(raised, after))
+  name = "heun" if heun else "ddim"
+  return Plan(name + ("_churn" if churn.s_churn else ""), sigmas[0],
+              tuple(steps))
+
+
+def guide(plan: Plan, low: float = 0.0, high: float = math.inf) -> Plan:
+  """The plan with guidance in the jumps that start at low < t <= high.
+
+  Kynkaanniemi et al. (2024); both evaluations of a Heun step go by its start.
+  """
+  return dataclasses.replace(plan, steps=tuple(
+      dataclasses.replace(s, guided=True)
+      if isinstance(s, Jump) and low < s.t <= high else s
+      for s in plan.steps
+  ))

@@ -25,6 +25,7 @@ def run(
     x: jax.Array,
     labels: jax.Array | None = None,
     keys: jax.Array | None = None,
+    guided_map: FlowMap | None = None,
 ) -> jax.Array:
   """Executes a plan.
 
@@ -35,13 +36,17 @@ def run(
     labels: [B] int or None.
     keys: [B] keys for the noise that the plan adds, one an example; step i of
       the plan uses fold_in(key, i).
+    guided_map: for the plan's guided jumps, see sampling.guidance.
 
   Returns:
     [B, ...] at level plan.end, not clipped.
 
   Raises:
-    ValueError: if the plan adds noise and there are no keys.
+    ValueError: if the plan adds noise and there are no keys, or is guided and
+      there is no guided map.
   """
+  if plan.guide_nfe and guided_map is None:
+    raise ValueError(f"{plan.name} is guided and needs a guided map")
   batch, wide = x.shape[:1], jnp.promote_types(jnp.float32, x.dtype)
   for i, step in enumerate(plan.steps):
     if isinstance(step, plans.AddNoise):
@@ -50,7 +55,11 @@ def run(
       fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
       x = x + step.scale * process.normal_like(fold(keys, i), x)
     else:
+      f = guided_map if step.guided else flow_map
       t = jnp.full(batch, step.t, wide)
       u = jnp.full(batch, step.u, wide)
-      x = flow_map(x, t, u, labels)
+      y = f(x, t, u, labels)
+      if isinstance(step, plans.HeunJump):
+        y = y + (x - f(y, u, t, labels)) / 2
+      x = y
   return x

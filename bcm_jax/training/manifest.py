@@ -111,6 +111,12 @@ def make_record(
   return {**record, "sha256": json_digest(record)}
 
 
+def tree_digest(tree: Any) -> str:
+  """Twelve hex digits that name all tensors of a tree."""
+  leaves = {path: to_host(path, leaf) for path, leaf in flatten(tree).items()}
+  return json_digest(make_record(0, leaves, {}))[:12]
+
+
 def json_digest(record: dict[str, Any]) -> str:
   """SHA-256 of a record, whatever the order of its keys."""
   text = json.dumps(record, sort_keys=True)

@@ -42,6 +42,8 @@ class TrainState:
     skipped_in_row: such steps since the last good one; int32 scalar.
     log2_loss_scale: losses are multiplied by 2 to this before they are
       differentiated; float32 scalar, None where float16 plays no part.
+    frozen: parameters of networks that are not trained, by name; no checkpoint
+      holds them.
   """
 
   step: jax.Array
@@ -51,6 +53,11 @@ class TrainState:
   skipped: jax.Array
   skipped_in_row: jax.Array
   log2_loss_scale: jax.Array | None = None
+  frozen: dict[str, Any] = struct.field(default_factory=dict)
+
+  def saved(self) -> "TrainState":
+    """What a checkpoint holds."""
+    return self.replace(frozen={})
 
 
 # First scale; it falls by half at every overflow and grows slowly.

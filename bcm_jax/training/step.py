@@ -28,6 +28,8 @@ Batch = dict[str, jax.Array]
 # Floats of the 256 grey levels, looked up: XLA divides by a constant in other
 # ways than NumPy, and images would depend on where they were converted.
 _GREY = sources.to_float(np.arange(256, dtype=np.uint8))
+# Fields of a batch that a loss finds in its context by another name.
+_KNOWN = ("image", "label", "index")
 Step = Callable[..., tuple[states.TrainState, dict[str, jax.Array]]]
 
 
@@ -64,8 +66,9 @@ def make_step(
   """Returns step(state, batch, curriculum, phase) -> (state, metrics).
 
   batch: 'image' [B, H, W, C] uint8 or float in [-1, 1], 'label' [B] int32
-  (optional), 'index' [B] int32 positions in the global batch. phase is static.
-  metrics are scalars, means over the global batch.
+  (optional), 'index' [B] int32 positions in the global batch, and what else the
+  method's losses read. phase is static. metrics are scalars, means over the
+  global batch.
   """
 
   def step(state, batch, curriculum, phase):
@@ -87,7 +90,9 @@ def make_step(
             state.players[name], grads[name], optimizers[name],
             method.players[name].project,
         )
-      averages = _averages(method, options, state, players, curriculum)
+      averages = _averages(
+          method, options, state, players, curriculum, phase
+      )
       return players, averages
 
     # A branch, not a selection: XLA would read and write twice as much.
@@ -103,29 +108,36 @@ def make_step(
         skipped=state.skipped + bad,
         skipped_in_row=(state.skipped_in_row + 1) * bad,
         log2_loss_scale=_next_loss_scale(state.log2_loss_scale, finite),
+        frozen=state.frozen,
     )
-    flat = {
-        (k if len(method.players) == 1 else f"{name}/{k}"): v
-        for name in phase
-        for k, v in metrics[name].items()
-    }
-    flat["skipped"] = new.skipped
-    flat["skipped_in_row"] = new.skipped_in_row
-    if new.log2_loss_scale is not None:
-      flat["log2_loss_scale"] = new.log2_loss_scale
-    return new, flat
+    return new, _reported(method, new, metrics)
 
   return step
 
 
-def _loss(params, player, method, options, state, batch, curriculum):
-  """Mean loss and metrics of a player over a (micro)batch."""
-  frozen = jax.lax.stop_gradient(
-      ({n: p.params for n, p in state.players.items()}, state.averages)
-  )
+def _reported(method, new: states.TrainState, metrics) -> dict[str, Any]:
+  """Metrics of all players of the phase, and what the state counts."""
+  flat = {
+      (k if len(method.players) == 1 else f"{name}/{k}"): v
+      for name in metrics
+      for k, v in metrics[name].items()
+  }
+  flat["skipped"] = new.skipped
+  flat["skipped_in_row"] = new.skipped_in_row
+  if new.log2_loss_scale is not None:
+    flat["log2_loss_scale"] = new.log2_loss_scale
+  return flat
+
+
+def _loss(params, term, player, method, options, state, batch, curriculum):
+  """Mean of a term of a player's loss over a (micro)batch, and metrics."""
+  players, averages, frozen = jax.lax.stop_gradient((
+      {n: p.params for n, p in state.players.items()}, state.averages,
+      state.frozen,
+  ))
+  position = state.step + state.window
 
   def keys(stream):
-    position = state.step + state.window
     return rng.example_keys(options.seed, stream, position, batch["index"])
 
   images, augment_labels = batch["image"], None
@@ -141,13 +153,20 @@ def _loss(params, player, method, options, state, batch, curriculum):
       augment_labels=augment_labels,
       keys=keys,
       curriculum=curriculum,
-      players=frozen[0],
-      averages=frozen[1],
+      players=players,
+      averages=averages,
+      index=batch["index"],
+      frozen=frozen,
+      shared_key=lambda stream: rng.step_key(options.seed, stream, position),
+      extra={k: v for k, v in batch.items() if k not in _KNOWN},
   )
   loss, metrics = method.losses[player](params, context)
   means = {k: jnp.mean(v) for k, v in metrics.items()}
-  mean = jnp.mean(loss)
-  return mean * _loss_scale(state), {"loss": mean} | means
+  if term is None:
+    mean = means["loss"] = jnp.mean(loss)
+  else:
+    mean = means[f"loss_{term}"] = jnp.mean(loss[term])
+  return mean * _loss_scale(state), means
 
 
 def _loss_scale(state) -> jax.Array | float:
@@ -171,14 +190,20 @@ def _next_loss_scale(log2_scale, finite):
 def _gradients(method, options, state, batch, curriculum, player):
   """Gradient of a player's mean loss over the global batch, and metrics."""
   params = state.players[player].params
+  balance = method.players[player].balance
+  terms = (None,) if balance is None else balance.terms
 
   def one(batch):
-    grad, metrics = jax.grad(_loss, has_aux=True)(
-        params, player, method, options, state, batch, curriculum
-    )
-    if state.log2_loss_scale is not None:
-      grad = jax.tree.map(lambda g: g / _loss_scale(state), grad)
-    return grad, metrics
+    grads, metrics = [], {}
+    for term in terms:  # XLA computes once what they have in common.
+      grad, found = jax.grad(_loss, has_aux=True)(
+          params, term, player, method, options, state, batch, curriculum
+      )
+      if state.log2_loss_scale is not None:
+        grad = jax.tree.map(lambda g: g / _loss_scale(state), grad)
+      grads.append(grad)
+      metrics |= found
+    return grads, metrics
 
   m = options.microbatches
   if m == 1:
@@ -199,7 +224,31 @@ def _gradients(method, options, state, batch, curriculum, player):
     result, _ = jax.lax.scan(accumulate, zeros, parts)
   if options.axis_name is not None:
     result = jax.lax.pmean(result, options.axis_name)
-  return result
+  grads, metrics = result
+  if balance is None:
+    return grads[0], metrics
+  return _balanced(balance, grads, metrics)
+
+
+def _balanced(balance: base.Balance, grads, metrics):
+  """The sum of the terms' gradients by the weights that a method gives them.
+  """
+  norms = {
+      term: jnp.linalg.norm(balance.leaf(grad).ravel())
+      for term, grad in zip(balance.terms, grads, strict=True)
+  }
+  weights = jax.lax.stop_gradient(balance.weigh(norms))
+  factors = [weights[term] for term in balance.terms]
+  total = jax.tree.map(
+      lambda *leaves: sum(
+          w * leaf for w, leaf in zip(factors, leaves, strict=True)
+      ), *grads,
+  )
+  metrics = metrics | {f"weight_{t}": w for t, w in weights.items()}
+  metrics["loss"] = sum(
+      weights[term] * metrics[f"loss_{term}"] for term in balance.terms
+  )
+  return total, metrics
 
 
 def _update(player, grads, optimizer, project):
@@ -213,25 +262,35 @@ def _update(player, grads, optimizer, project):
 
 
 def _averages(
-    method, options, state, players, curriculum
+    method, options, state, players, curriculum, phase
 ) -> dict[str, Any]:
-  """Moving averages after the players' updates."""
+  """Moving averages after the updates, of the players of the phase."""
   averages = dict(state.averages)
-  sampled = players[method.sampled]
+  if method.sampled in phase:
+    averages |= _sampled_averages(
+        options, averages, players[method.sampled]
+    )
+  for name, average in method.averages.items():
+    if average.player in phase:
+      averages[name] = ema.update(
+          averages[name],
+          players[average.player].params,
+          curriculum[average.rate],
+      )
+  return averages
+
+
+def _sampled_averages(options, old, sampled) -> dict[str, Any]:
+  """The sampled player's averages after its update."""
+  averages = {}
   for rate in options.ema_rates:
     name = states.average_name(rate)
     if options.ema_warmup:
       rate = ema.warmed_rate(rate, sampled.updates)
-    averages[name] = ema.update(averages[name], sampled.params, rate)
+    averages[name] = ema.update(old[name], sampled.params, rate)
   for std in options.ema_stds:
     name = states.power_name(std)
     averages[name] = power_ema.update(
-        averages[name], sampled.params, std, sampled.updates, 1
-    )
-  for name, average in method.averages.items():
-    averages[name] = ema.update(
-        averages[name],
-        players[average.player].params,
-        curriculum[average.rate],
+        old[name], sampled.params, std, sampled.updates, 1
     )
   return averages

@@ -238,7 +238,7 @@ def test_equal_levels_cost_nothing_under_a_shared_mask():
       params, process.add_noise(IMAGES, T, z), T, (jnp.full(B, 0.002), U),
       None, ctx.keys("dropout"),
   )
-  assert np.all(method.distance(a, b) > 1e-4)
+  assert np.all(method.distance(a, b, None) > 1e-4)
 
 
 @pytest.mark.parametrize("num_classes", [None, 3])

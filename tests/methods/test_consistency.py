@@ -114,7 +114,7 @@ def test_distances_by_name():
   }
   for (metric, c), expected in options.items():
     method = toys.consistency_toy(metric=metric, huber_c=c)
-    np.testing.assert_allclose(method.distance(a, b), expected, rtol=1e-6)
+    np.testing.assert_allclose(method.distance(a, b, None), expected, rtol=1e-6)
 
 
 # Times.
@@ -254,7 +254,7 @@ def test_equal_levels_cost_nothing_under_a_shared_mask():
   b = method.target(params, ctx, z, times, ctx.keys("another"))
   x_t = process.add_noise(IMAGES, t, z)
   a = method.f(params, x_t, t, t, None, ctx.keys("dropout"))
-  assert np.all(method.distance(a, b) > 0)
+  assert np.all(method.distance(a, b, None) > 0)
 
 
 def test_no_gradient_reaches_the_target():

@@ -160,7 +160,7 @@ def cm_losses(params, target, images, labels, z, times):
     """Takes each method's loss of the same two outputs."""
 
     def ct_term(self, a, b, times):
-      return {k: m.ct_term(a, b, times) for k, m in methods.items()}
+      return {k: m.ct_term(a, b, times, None) for k, m in methods.items()}
 
   def mean(params):
     ctx = toys.context(images, None, labels, {"target": target})

@@ -113,7 +113,7 @@ def _weighted(make, metric: str, weighting: str):
   one = jnp.ones(1)
   try:
     method.weight(one, one)
-    method.distance(one[None], one[None])
+    method.distance(one[None], one[None], None)
   except KeyError as error:
     return None, f"methods.consistency has no metric or weighting {error}"
   return method, None

@@ -29,12 +29,12 @@ def batch():
   }
 
 
-def begin(method):
+def begin(method, microbatches=1):
   """(state, jitted step) of a method under SGD."""
   optimizers = {name: optax.sgd(0.1) for name in method.players}
   images = batch()["image"]
   state = states.create(method, optimizers, (0.9,), 0, images, None)
-  options = steps.StepOptions(ema_rates=(0.9,))
+  options = steps.StepOptions(ema_rates=(0.9,), microbatches=microbatches)
   step = steps.make_step(method, optimizers, options)
   return state, jax.jit(step, static_argnames="phase")
 
@@ -121,7 +121,7 @@ def test_a_loss_reaches_its_own_player_alone(name, expected):
     }
     changed = dataclasses.replace(state, players=players)
     value, _ = steps._loss(
-        {"w": params[name]}, name, method, steps.StepOptions(), changed,
+        {"w": params[name]}, None, name, method, steps.StepOptions(), changed,
         batch(), {},
     )
     return value
@@ -144,3 +144,85 @@ def test_one_bad_player_stops_both():
   toys.assert_equal(new.players, state.players)
   toys.assert_equal(new.averages, state.averages)
   assert new.skipped == 1
+
+
+def test_averages_of_the_sampled_player_move_in_its_own_turns():
+  method = Duel()
+  state, step = begin(method)
+  moved = []
+  for k in range(4):
+    new, _ = step(state, batch(), method.curriculum(k), method.phase(k))
+    moved.append(
+        float(new.averages["ema_0.9"]["w"])
+        != float(state.averages["ema_0.9"]["w"])
+    )
+    state = new
+  assert moved == [True, False, False, True]
+
+
+@dataclasses.dataclass(frozen=True)
+class Balanced(base.OnePlayer):
+  """|a|^2 of the images and c times |b|^2 of noise, of which b is weighed."""
+
+  factor: float = 1.0
+  averages = {}
+
+  @property
+  def players(self):
+    def weigh(norms):
+      return {"a": jnp.ones(()), "b": norms["a"] / norms["b"]}
+
+    player = toys.scale_player(2.0)
+    balance = base.Balance(("a", "b"), lambda g: g["w"], weigh)
+    return {"student": dataclasses.replace(player, balance=balance)}
+
+  def loss(self, params, ctx):
+    x = ctx.images[:, 0, 0, 0]
+    shared = jax.random.uniform(ctx.shared_key("shared"))
+    own = jax.vmap(jax.random.uniform)(ctx.keys("own"))
+    terms = {
+        "a": (params["w"] * x) ** 2,
+        "b": self.factor * (params["w"] * own) ** 2,
+    }
+    return terms, {
+        "shared": jnp.full(len(x), shared), "own": own,
+        "teacher": jnp.full(len(x), ctx.frozen["teacher"]["w"]),
+    }
+
+  def curriculum(self, step):
+    return {}
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+@pytest.mark.parametrize("factor", [1.0, 7.0])
+def test_terms_are_weighed_by_gradients_of_the_global_batch(
+    factor, microbatches
+):
+  method = Balanced(factor)
+  state, step = begin(method, microbatches)
+  state = state.replace(frozen={"teacher": {"w": jnp.float32(0.25)}})
+  data = batch() | {
+      "image": np.arange(1, B + 1, dtype=np.float32).reshape(B, 1, 1, 1)
+  }
+  new, metrics = step(state, data, {}, ("student",))
+  gradient = 2 * 2.0 * np.mean(np.arange(1, B + 1) ** 2.0)
+  # Weighed, the second term pulls as the first one, whatever its factor.
+  np.testing.assert_allclose(
+      new.players["student"].params["w"], 2.0 - 0.1 * 2 * gradient, rtol=1e-5
+  )
+  for name in ("shared", "own"):
+    np.testing.assert_allclose(metrics[name], _drawn(method)[name], rtol=1e-6)
+  np.testing.assert_allclose(
+      metrics["weight_b"] * metrics["loss_b"] + metrics["loss_a"],
+      metrics["loss"], rtol=1e-6,
+  )
+  assert metrics["teacher"] == 0.25
+  toys.assert_equal(new.frozen, state.frozen)
+  assert not new.saved().frozen
+
+
+def _drawn(method):
+  """Means of the draws of the first step, in one batch."""
+  state, step = begin(method)
+  state = state.replace(frozen={"teacher": {"w": jnp.float32(0.25)}})
+  return step(state, batch(), {}, ("student",))[1]

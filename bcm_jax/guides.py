@@ -1,0 +1,64 @@
+"""What a config's sample.guide stands for: the network that guides."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import options
+from bcm_jax import runs
+from bcm_jax.sampling import guidance
+
+Params = Any
+
+
+class Guide(NamedTuple):
+  """A guiding network.
+
+  Attributes:
+    flow_map: parameters -> its map.
+    params: its own parameters; None takes those of the guided network.
+  """
+
+  flow_map: Callable[[Params], Callable]
+  params: Params | None
+
+
+def open_guide(experiment: experiments.Experiment) -> Guide | None:
+  """The guide that section sample asks for, None for none.
+
+  Raises:
+    UserError: it cannot guide this network.
+  """
+  sample: options.Sample = experiment.section("sample")
+  if sample.guidance == 1.0:
+    return None
+  method = experiment.method
+  if sample.guide is None:
+    hidden = getattr(method, "label_dropout", 0.0)
+    if experiment.num_classes is None or not hidden:
+      raise errors.UserError(
+          f"sample.guidance={sample.guidance} without sample.guide takes the "
+          "network without its class, which it has not learnt: train with "
+          "method.label_dropout=0.1, or name another run by sample.guide"
+      )
+    return Guide(
+        lambda p: guidance.without_class(method.flow_map(p)), None
+    )
+  workdir, step = runs.split_place(sample.guide, "sample.guide")
+  other = experiments.build(runs.config_of(workdir))
+  if not other.method.solves:
+    raise errors.UserError(
+        f"sample.guide={workdir} is no denoiser; give a worse network of the "
+        "same kind, such as an early checkpoint DIR@STEP"
+    )
+  mine, its = (
+      (e.image_shape, e.num_classes) for e in (experiment, other)
+  )
+  if mine != its:
+    raise errors.UserError(
+        f"sample.guide={workdir} makes images {its[0]} of {its[1]} classes, "
+        f"not {mine[0]} of {mine[1]}; give a network of the same data"
+    )
+  _, _, params = runs.load_run(other, workdir, step=step)
+  return Guide(other.method.flow_map, params)

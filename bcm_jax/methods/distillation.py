@@ -1,0 +1,105 @@
+"""Consistency distillation: the path that f follows is a teacher's.
+
+  L_CD = w(t) d( f_theta(x_t, t), f_target(x_r, r) ),
+  x_r = one step of the teacher's ODE solver from x_t = x_0 + t z down to r
+
+for adjacent levels r < t of a fixed grid (Song et al., 2023, algorithm 2). The
+distance may be LPIPS, or, where no ImageNet features are wanted or at hand, one
+between the teacher's own features.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from bcm_jax.diffusion import distances
+from bcm_jax.diffusion import process
+from bcm_jax.diffusion import solvers
+from bcm_jax.methods import base
+from bcm_jax.methods import consistency
+from bcm_jax.methods import diffusion
+from bcm_jax.metrics import lpips
+
+# Song et al.'s on CIFAR-10, but for the distance: 18 levels, a target network.
+PRESET: Mapping[str, Any] = dict(
+    scales="fixed", s0=17, s1=17, bins="uniform", metric="features",
+    weighting="uniform", target_mu0=0.95,
+)
+# LPIPS knows images of this size.
+_LPIPS_SIZE = 224
+
+
+def perceptual_distance(
+    metric: str, a, b, ctx: base.Context, teacher, feature_sigma: float
+) -> jax.Array:
+  """Distance [B] between images [B, H, W, C] in features.
+
+  Args:
+    metric: 'features', of the teacher's encoder, told that the images are at
+      level feature_sigma; or 'lpips'.
+    a, b: images in [-1, 1].
+    ctx: holds the frozen networks.
+    teacher: a Diffusion.
+    feature_sigma: see above.
+  """
+  if metric == "lpips":
+    size = max(a.shape[1], _LPIPS_SIZE)
+    a, b = (
+        jax.image.resize(v, (len(v), size, size, v.shape[-1]), "bilinear")
+        for v in (a, b)
+    )
+    return lpips.distance(ctx.frozen["lpips"], a, b)
+  sigma = jnp.full(a.shape[:1], feature_sigma, a.dtype)
+  params = ctx.frozen["teacher"]
+  return distances.of_features(*(
+      teacher.features(params, v, sigma, ctx.labels) for v in (a, b)
+  ))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencyDistillation(consistency.ConsistencyTraining):
+  """The loss above; its other options are consistency training's.
+
+  Attributes:
+    teacher: the frozen denoiser that the network starts from.
+    solver: of the teacher's step, 'heun' or 'euler'.
+    metric: besides consistency training's: 'features' of the teacher, 'lpips'.
+    feature_sigma: level that the teacher is told for 'features'.
+    lpips_path: weights of LPIPS, as eval.lpips_path.
+  """
+
+  teacher: diffusion.Diffusion = dataclasses.field(kw_only=True)
+  solver: Literal["heun", "euler"] = "heun"
+  metric: Literal["pseudo_huber", "l2", "l1", "features", "lpips"] = "features"
+  feature_sigma: float = 0.05
+  lpips_path: tuple[str, ...] = ()
+
+  @property
+  def players(self) -> Mapping[str, base.Player]:
+    """The student, which starts from the teacher."""
+    player = super().players["student"]
+    return {"student": dataclasses.replace(player, starts_from="teacher")}
+
+  def earlier(self, ctx: base.Context, z, times):
+    """x_r by one step of the teacher's solver from x_t."""
+    x_t = process.add_noise(ctx.images, times.t, z)
+    t, r = (process.expand(s, x_t.ndim) for s in (times.t, times.r))
+
+    def denoiser(x, s):
+      return self.teacher.denoise(
+          ctx.frozen["teacher"], x, s.reshape(-1), ctx.labels
+      )
+
+    step = {"heun": solvers.heun_step, "euler": solvers.euler_step}
+    return jax.lax.stop_gradient(step[self.solver](denoiser, x_t, t, r))
+
+  def distance(self, a, b, ctx: base.Context):
+    """d(a, b) for [B, ...] twice -> [B]."""
+    if self.metric in ("features", "lpips"):
+      return perceptual_distance(
+          self.metric, a, b, ctx, self.teacher, self.feature_sigma
+      )
+    return super().distance(a, b, ctx)

@@ -1,0 +1,85 @@
+"""What a name in a config stands for: networks, methods, preconditionings."""
+
+from collections.abc import Callable, Mapping
+import types
+from typing import Any, NamedTuple
+
+import jax
+
+from bcm_jax.diffusion import preconditioning
+from bcm_jax.methods import bidirectional
+from bcm_jax.methods import consistency
+from bcm_jax.methods import diffusion
+from bcm_jax.methods import distillation
+from bcm_jax.methods import trajectory
+from bcm_jax.models import adm
+from bcm_jax.models import edm2
+from bcm_jax.models import song
+
+_NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+
+
+class Model(NamedTuple):
+  """A network by name.
+
+  Attributes:
+    cls: Linen module.
+    noise: conditioning value of a noise level that it expects.
+    preset: its options that differ from the class's defaults.
+  """
+
+  cls: type
+  noise: Callable[[jax.Array], jax.Array]
+  preset: Mapping[str, Any] = _NOTHING
+
+
+class Method(NamedTuple):
+  """A method by name.
+
+  Attributes:
+    cls: its class.
+    preset: its options that differ from the class's defaults.
+    preconditioning: the usual one.
+    critic: whether it trains other networks beside the one that is sampled;
+      section critic is their optimiser.
+  """
+
+  cls: type
+  preset: Mapping[str, Any] = _NOTHING
+  preconditioning: str = "cm"
+  critic: bool = False
+
+
+MODELS = {
+    "adm": Model(adm.ADM, preconditioning.adm_noise),
+    "dhariwal": Model(adm.ADM, preconditioning.edm_noise, adm.DHARIWAL),
+    "ddpmpp": Model(song.SongUNet, preconditioning.edm_noise),
+    "ncsnpp": Model(song.SongUNet, preconditioning.edm_noise, song.NCSNPP),
+    "edm2": Model(edm2.EDM2, preconditioning.edm_noise),
+}
+
+METHODS = {
+    name: Method(consistency.ConsistencyTraining, preset)
+    for name, preset in consistency.PRESETS.items()
+} | {
+    "bcm": Method(bidirectional.BidirectionalTraining, preconditioning="bcm"),
+    "edm": Method(diffusion.Diffusion, preconditioning="edm"),
+    "ctm": Method(
+        trajectory.TrajectoryDistillation, preconditioning="ctm", critic=True
+    ),
+    "cd": Method(distillation.ConsistencyDistillation, distillation.PRESET),
+}
+
+# Methods that are nothing without method.teacher.
+NEED_TEACHER = ("cd", "dmd", "dmd2")
+
+PRECONDITIONINGS = {
+    "edm": lambda m: preconditioning.EDM(m["sigma_data"]),
+    "cm": lambda m: preconditioning.ConsistencyBoundary(
+        m["sigma_data"], m["sigma_min"]
+    ),
+    "bcm": lambda m: preconditioning.Bidirectional(m["sigma_data"]),
+    "ctm": lambda m: preconditioning.Trajectory(
+        preconditioning.EDM(m["sigma_data"])
+    ),
+}
