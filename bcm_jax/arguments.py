@@ -8,7 +8,7 @@ from absl import flags
 from bcm_jax import errors
 
 MODES = ("train", "sample", "invert", "edit", "eval", "search", "reference",
-         "table", "inspect", "compile")
+         "table", "inspect", "compile", "pairs")
 # What needs no directory of a run.
 _WITHOUT_WORKDIR = ("inspect", "compile")
 

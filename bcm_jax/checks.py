@@ -94,15 +94,33 @@ def method(config: ml_collections.ConfigDict) -> None:
   section, two_time = config.method, config.model.get("two_time")
   if section.name == "bcm":
     _check_end_levels(section, two_time)
-  if section.name == "edm" and two_time:
+  if section.name in ("edm", "dmd", "dmd2") and two_time:
     raise errors.UserError(
-        "method.name='edm' trains a denoiser, which takes no end level; set "
-        "model.two_time=False"
+        f"method.name={section.name!r} trains a denoiser, which takes no end "
+        "level; set model.two_time=False"
+    )
+  if section.name == "ctm" and not (
+      two_time and config.model.end_branch == "blocks"
+  ):
+    raise errors.UserError(
+        "method.name='ctm' needs a network with an end level in every block; "
+        "set model.two_time=True and model.end_branch='blocks'"
     )
   if section.get("metric") == "lpips" and not section.lpips_path:
     raise errors.UserError(
         "method.metric='lpips' needs weights: set method.lpips_path as "
         "docs/evaluation.md says, or method.metric='features'"
+    )
+  data = config.data
+  if section.get("regression_weight") and not data.pairs:
+    raise errors.UserError(
+        "method.name='dmd' regresses on pairs of the teacher; set data.pairs "
+        "to a file of mode pairs, or method.regression_weight=0"
+    )
+  if data.pairs and (data.flip or data.augment):
+    raise errors.UserError(
+        "data.pairs brings images with their noise, which data.flip and "
+        "data.augment would tear apart; set both to 0"
     )
   if not 0 < section.sigma_min < section.sigma_max:
     raise errors.UserError(
@@ -161,6 +179,11 @@ def teacher(
           f"method.name={numbers.name!r} learns from a teacher; name the work "
           "directory of one by method.teacher (train it with "
           "method.name='edm', or convert published weights)"
+      )
+    if numbers.get("gan"):
+      raise errors.UserError(
+          "method.gan=True judges by a teacher's features; name the work "
+          "directory of a denoiser by method.teacher"
       )
     return
   what = f"method.teacher={numbers.teacher}"

@@ -128,11 +128,14 @@ def abstract_inputs(
       state.replace(frozen=experiments.frozen_shapes(experiment))
   )
   n, shape = experiment.config.training.batch_size, experiment.image_shape
+  fields = {"image": (shape, np.uint8), "index": ((), np.int32),
+            "label": ((), np.int32)}
+  if experiment.config.data.pairs is not None:
+    fields["noise"] = (shape, np.float16)
   batch = experiments.network_inputs(experiment, {
-      k: jax.ShapeDtypeStruct((n, *rest), dtype,
-                              sharding=backend.batch_sharding())
-      for k, rest, dtype in (("image", shape, np.uint8),
-                             ("index", (), np.int32), ("label", (), np.int32))
+      k: jax.ShapeDtypeStruct(
+          (n, *rest), dtype, sharding=backend.batch_sharding()
+      ) for k, (rest, dtype) in fields.items()
   })
   curriculum = _abstract(
       parallel.curricula(experiment.method, 0, 1),

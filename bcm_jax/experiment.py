@@ -15,6 +15,7 @@ from bcm_jax import errors
 from bcm_jax import names
 from bcm_jax import options
 from bcm_jax.data import augmentation
+from bcm_jax.data import pairs
 from bcm_jax.data import registry
 from bcm_jax.data import source as sources
 from bcm_jax.methods import base
@@ -54,6 +55,13 @@ class Experiment:
   def source(self, split: str) -> sources.Source:
     """The images of a split, 'train' or 'test'."""
     return _data_set(self.config).open(split, self.config.data.data_dir)
+
+  def training_source(self) -> sources.Source:
+    """What training reads: the train split, or data.pairs in its place."""
+    data = self.config.data
+    if data.pairs is None:
+      return self.source("train")
+    return pairs.PairSource(data.pairs, self.image_shape, self.num_classes)
 
   def has_split(self, split: str) -> bool:
     """Whether the data set has a split; nothing is read."""
@@ -194,11 +202,11 @@ def example_batch(experiment: Experiment) -> tuple[Any, Any]:
 def network_inputs(
     experiment: Experiment, batch: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """What of a batch the step takes: image, index, and label if conditional."""
-  keys = ["image", "index"]
-  if experiment.num_classes is not None:
-    keys.append("label")
-  return {k: batch[k] for k in keys}
+  """What of a batch the step takes: no example ids, labels if conditional."""
+  unused = ["example"]
+  if experiment.num_classes is None:
+    unused.append("label")
+  return {k: v for k, v in batch.items() if k not in unused}
 
 
 def frozen_shapes(experiment: Experiment) -> dict[str, Any]:

@@ -33,6 +33,7 @@ def run(file, overrides) -> None:
   from bcm_jax import experiment
   from bcm_jax import generate
   from bcm_jax import inspection
+  from bcm_jax import pairs
   from bcm_jax import references
   from bcm_jax import search
   from bcm_jax import train
@@ -53,8 +54,10 @@ def run(file, overrides) -> None:
     train.train_and_evaluate(config, workdir)
   elif mode == "inspect":
     print(inspection.report(config, workdir, args.compare))
-  elif mode in ("eval", "search", "reference"):
-    room = dict(eval=evaluate, search=search, reference=references)[mode]
+  elif mode in ("eval", "search", "reference", "pairs"):
+    room = dict(
+        eval=evaluate, search=search, reference=references, pairs=pairs
+    )[mode]
     room.run(experiment.build(config), workdir)
   else:
     for folder in generate.run(experiment.build(config), workdir, mode):

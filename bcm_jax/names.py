@@ -11,6 +11,7 @@ from bcm_jax.methods import bidirectional
 from bcm_jax.methods import consistency
 from bcm_jax.methods import diffusion
 from bcm_jax.methods import distillation
+from bcm_jax.methods import distribution_matching
 from bcm_jax.methods import trajectory
 from bcm_jax.models import adm
 from bcm_jax.models import edm2
@@ -66,6 +67,14 @@ METHODS = {
     "edm": Method(diffusion.Diffusion, preconditioning="edm"),
     "ctm": Method(
         trajectory.TrajectoryDistillation, preconditioning="ctm", critic=True
+    ),
+    "dmd": Method(
+        distribution_matching.DistributionMatching, distribution_matching.DMD,
+        "edm", critic=True,
+    ),
+    "dmd2": Method(
+        distribution_matching.DistributionMatching, distribution_matching.DMD2,
+        "edm", critic=True,
     ),
     "cd": Method(distillation.ConsistencyDistillation, distillation.PRESET),
 }

@@ -27,6 +27,8 @@ class Data:
     augment: p of EDM's augmentation pipe, done on the devices and told the
       network by labels (model.augment_dim=9); 0 does nothing.
     threads: that decode images; 0 is one a usable core.
+    pairs: file of (noise, image) pairs of mode pairs, which training reads in
+      place of the data set; evaluation does not.
     image_shape, num_classes: (height, width, channels), and classes if there
       are any. Of 'none'; filled in by the data where it is read from
       data.path, so that a run can be sampled where its data is not.
@@ -42,6 +44,7 @@ class Data:
   flip: bool = False
   augment: float = 0.0
   threads: int = 0
+  pairs: str | None = None
   image_shape: tuple[int, ...] = ()
   num_classes: int | None = None
 

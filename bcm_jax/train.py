@@ -54,7 +54,7 @@ def train_and_evaluate(
   experiment = experiments.build(config)
   # First of all: what is missing stops it before it writes.
   evaluate.check_before_training(experiment)
-  source = experiment.source("train")
+  source = experiment.training_source()
   with contextlib.ExitStack() as stack:
     owner = _take(experiment.config, workdir, stack)
     accounts = goodput.Goodput(

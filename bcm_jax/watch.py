@@ -25,6 +25,7 @@ class Watch:
     progress: a bar, or lines.
     every_steps: between lines of metrics.
     total: steps of the run.
+    newest: metric -> (its last values, the one of them that is the newest).
   """
 
   writer: writers.MetricWriter
@@ -33,6 +34,7 @@ class Watch:
   progress: hooks.Progress
   every_steps: int
   total: int
+  newest: dict[str, tuple[Any, int]] = dataclasses.field(default_factory=dict)
 
   def __call__(self, step: int, count: int, metrics: dict[str, Any]) -> None:
     """Takes the metrics of the `count` steps that end with `step`."""
@@ -44,13 +46,12 @@ class Watch:
       self.report(at)
       self.profile(at)
       # Players that take turns: of each what it said last.
-      self.newest |= {
-          k: v if count == 1 else v[i] for k, v in metrics.items()
-      }
+      self.newest |= {k: (v, i) for k, v in metrics.items()}
       if at % self.every_steps and at != self.total:
         continue
       self.writer.write_scalars(
-          at, {k: float(v) for k, v in self.newest.items()}
+          at, {k: float(np.reshape(v, -1)[i])
+               for k, (v, i) in self.newest.items()}
       )
 
 

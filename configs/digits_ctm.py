@@ -15,7 +15,6 @@ import ml_collections
 
 from bcm_jax import config_files
 
-
 VARIANTS = ("dsm", "gan")
 
 

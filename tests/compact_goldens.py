@@ -25,10 +25,10 @@ FILES = (
     "sched_karras", "sched_scalings", "uint8_quantise",
 )
 
-# Losses of EDM, CTM and CD, the largest of 26 gradients of BCM's and of the
-# covariances.
+# Images among the outputs of CTM's losses, EDM's losses by pixel, gradients,
+# the largest of 26 of BCM's and of the covariances.
 LEFT_OUT = re.compile(
-    r"(edm_|ctm).* out(64)?/(self_learn|grad|loss_map)"
+    r"(edm_|ctm).* out(64)?/(self_learn.*(estimate|target)$|grad|loss_map)"
     r"|cm_loss out/grad_cd"
     r"|bcm_loss out/grad_loss_ct/time_embed_align"
     r"|fid_frechet (in|out)/d48_"

@@ -9,6 +9,7 @@ from bcm_jax import config as configs
 from bcm_jax import config_files
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
+from tests import teachers
 
 SHIPPED = config_files.shipped_configs()
 
@@ -23,7 +24,8 @@ def digits(**overrides: str):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_shipped_configs_resolve_and_build(path):
   config = configs.resolve(config_files.read_file(str(path)))
-  experiment = experiments.build(config)
+  with teachers.there():
+    experiment = experiments.build(config)
   assert experiment.method.sigma_min == config.method.sigma_min
   assert experiment.method.network.model_channels == (
       config.model.model_channels

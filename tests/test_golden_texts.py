@@ -13,6 +13,7 @@ from bcm_jax import config as configs
 from bcm_jax import config_files
 from bcm_jax import experiment as experiments
 from bcm_jax.interop import transfer
+from tests import teachers
 from tests import text_goldens
 
 TEXTS = pathlib.Path(__file__).parent / "goldens" / "texts"
@@ -21,7 +22,8 @@ NAMES = config_files.all_variants()
 
 @functools.cache
 def experiment(name):
-  return experiments.build(configs.resolve(config_files.read_file(name)))
+  with teachers.there():
+    return experiments.build(configs.resolve(config_files.read_file(name)))
 
 
 @functools.cache

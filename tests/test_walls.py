@@ -25,6 +25,7 @@ FLOORS = (
         "watch",
         "generate",
         "guides",
+        "pairs",
         "search",
         "tables",
         "evaluate_inversion",

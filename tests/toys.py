@@ -12,6 +12,7 @@ from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import base
 from bcm_jax.methods import bidirectional
 from bcm_jax.methods import consistency
+from bcm_jax.methods import diffusion
 from bcm_jax.models import layers
 from bcm_jax.training import rng
 
@@ -68,6 +69,11 @@ class GaussianFlow(nn.Module):
 
   two_time: bool = True
 
+  @staticmethod
+  def probe(tree):
+    """What stands for a convolution near the output."""
+    return tree["scale"]
+
   @nn.compact
   def __call__(
       self, x, c_noise, c_noise_end, labels=None, dropout_keys=None
@@ -81,6 +87,31 @@ class GaussianFlow(nn.Module):
     sd = SIGMA_DATA
     root = jnp.sqrt((t**2 + sd**2) * (u**2 + sd**2))
     return scale * x * sd * (t - u) / (root + t * u + sd**2)
+
+
+class GaussianDenoiser(nn.Module):
+  """F = scale x; 0, the start, is the optimum for N(0, sigma_data^2 I)."""
+
+  two_time: bool = False
+  num_classes: int | None = None
+
+  @nn.compact
+  def __call__(
+      self, x, c_noise, c_noise_end=None, labels=None, dropout_keys=None
+  ):
+    assert c_noise_end is None
+    scale = self.param("scale", nn.initializers.zeros, ())
+    for level in range(2):
+      layers.sow_level(self, level, x[:, :: level + 1, :: level + 1])
+    return scale * x
+
+
+def gaussian_teacher(**options):
+  """(Diffusion with the exact denoiser of such images, its parameters)."""
+  method = diffusion.Diffusion(
+      GaussianDenoiser(), preconditioning.EDM(SIGMA_DATA), **options
+  )
+  return method, {"scale": jnp.zeros(())}
 
 
 class Scale(nn.Module):
@@ -116,6 +147,8 @@ def context(
     seed=0,
     step=0,
     index=None,
+    frozen=None,
+    extra=None,
 ) -> base.Context:
   """What the engine would hand to a loss at a step."""
   index = np.arange(len(images)) if index is None else index
@@ -124,7 +157,9 @@ def context(
     return rng.example_keys(seed, stream, step, index)
 
   return base.Context(
-      images, labels, keys, curriculum or {}, players or {}, averages or {}
+      images, labels, keys, curriculum or {}, players or {}, averages or {},
+      index=jnp.asarray(index), frozen=frozen or {}, extra=extra or {},
+      shared_key=lambda stream: rng.step_key(seed, stream, step),
   )
 
 

@@ -158,7 +158,7 @@ def get_batch(
     image uint8 [B, H, W, C], which the devices turn into floats (a quarter of
     the bytes to carry there); label int32 [B]; index int32 [B], the position in
     the global batch, by which training noise is keyed; example int32 [B], the
-    example id in the source.
+    example id in the source; and what else the source brings.
 
   Raises:
     UserError: batch_size not in [1, len(source)] or not a multiple of
@@ -177,7 +177,7 @@ def get_batch(
   )
   image = fetched["image"]
   image[part["mirrored"]] = image[part["mirrored"]][:, :, ::-1]
-  return dict(
+  return fetched | dict(
       image=image,
       label=np.asarray(fetched["label"], np.int32),
       index=part["index"].astype(np.int32),

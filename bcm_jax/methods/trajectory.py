@@ -76,7 +76,7 @@ class TrajectoryDistillation(flow_maps.NetworkMap):
       G_theta-(x_t, t, u).
     target_mu: rate of theta-.
     target_inner: the target's first jump by 'online' (released) or 'average'
-      parameters (paper).
+      parameters (paper), or 'none': one jump of theta- from x_u.
     metric, huber_c, feature_sigma, lpips_path: d, as in distillation.
     dsm_weight: of L_DSM; 0 leaves it out.
     p_mean, p_std, dsm_high_share: levels of L_DSM: log-normal for one half of
@@ -108,7 +108,7 @@ class TrajectoryDistillation(flow_maps.NetworkMap):
   solver_steps_law: Literal["weighted", "uniform", "fixed"] = "weighted"
   end_law: Literal["uniform", "smallest"] = "uniform"
   target_mu: float = 0.999
-  target_inner: Literal["online", "average"] = "online"
+  target_inner: Literal["online", "average", "none"] = "online"
   metric: Literal["pseudo_huber", "l2", "l1", "features", "lpips"] = "features"
   huber_c: float | None = None
   feature_sigma: float = 0.05
@@ -311,8 +311,10 @@ class TrajectoryDistillation(flow_maps.NetworkMap):
 
   def target(self, params, ctx: base.Context, x_t, times) -> jax.Array:
     """G_theta-(G(x_u, u, s), s, 0), stop-gradiented."""
-    inner = params if self.target_inner == "online" else ctx.averages["target"]
     x_u = jax.lax.stop_gradient(self.solve(ctx, x_t, times))
+    if self.target_inner == "none":
+      return self.to_end(ctx, x_u, times.u, "target_end")
+    inner = params if self.target_inner == "online" else ctx.averages["target"]
     y = self.f(
         jax.lax.stop_gradient(inner), x_u, times.u, times.s, ctx.labels,
         ctx.keys("dropout/target"),

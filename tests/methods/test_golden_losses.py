@@ -17,6 +17,8 @@ from bcm_jax.methods import bidirectional
 from bcm_jax.methods import consistency
 from tests import golden
 from tests import toys
+from tests.parity import files
+from tests.parity import runner
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -159,7 +161,7 @@ def cm_losses(params, target, images, labels, z, times):
   class Each(cls):
     """Takes each method's loss of the same two outputs."""
 
-    def ct_term(self, a, b, times):
+    def ct_term(self, a, b, times, ctx):
       return {k: m.ct_term(a, b, times, None) for k, m in methods.items()}
 
   def mean(params):
@@ -188,3 +190,28 @@ def test_consistency_losses_are_the_official_ones():
   for name, loss in losses.items():
     check_values(case, name, loss, np.float64)
   check_gradients(case, "grad_ct", grad)
+
+
+@pytest.mark.parametrize("name, outputs", [
+    ("cm_loss", {
+        "loss_cd_l2_uniform", "loss_cd_l2_karras", "loss_cd_l1_uniform",
+        "edm_mse", "edm_xs_mse",
+    }),
+    ("ctm_songunet", {
+        f"self_learn_{mode}_{term}"
+        for mode in ("model_sg", "target_model_sg", "no", "iterative_model_sg")
+        for term in ("consistency", "dsm")
+    }),
+])
+def test_students_and_teachers_losses_are_the_official_ones(name, outputs):
+  """By the runner of docs/checkpoints.md, in float64."""
+  path = golden.path(name)
+  file = files.load(path)
+  assert outputs <= set(file.outputs)
+  found = [
+      line for line in runner.lines(path, "float64")
+      if line.precision == "float64"
+  ]
+  assert found and all(line.passed for line in found), "\n".join(
+      map(str, found)
+  )

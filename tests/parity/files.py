@@ -122,6 +122,8 @@ class Reference:
       return online
 
     def move(key, value):
+      if key.endswith("resample_filter"):  # A buffer, no parameter.
+        return value
       seed = zlib.crc32((recipe["prefix"] + key).encode())
       noise = np.random.default_rng(seed).standard_normal(value.shape)
       return (np.float64(value) + recipe["scale"] * noise).astype(np.float32)

@@ -12,14 +12,29 @@ from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.methods import bidirectional
 from bcm_jax.methods import consistency
+from bcm_jax.methods import diffusion
+from bcm_jax.methods import distillation
+from bcm_jax.models import edm2
 from tests import toys
 from tests.parity import files
 from tests.parity import report
 from tests.parity import weights
 
-_DISTILLATION = "consistency distillation is still to come"
-_EDM = "the loss of EDM is still to come"
 _BOUNDARY = ("sigma_data", "sigma_min")
+
+
+class AtLevels(diffusion.Diffusion):
+  """Diffusion training at recorded levels."""
+
+  recorded = None
+
+  def sample_levels(self, ctx):
+    return self.recorded
+
+
+def at_levels(sigma) -> type[diffusion.Diffusion]:
+  """A class of diffusion training whose levels are these [B]."""
+  return type("AtLevels", (AtLevels,), {"recorded": sigma})
 
 
 class Batch:
@@ -139,21 +154,58 @@ def openai_losses(file, precision):
         sigma_data=sigma_data, sigma_min=low, **options,
     )
 
+  distil = _distillation(file, precision, model, times, batch, low)
   for name in file.outputs:
-    if name.startswith(("loss_cd_", "grad_cd/")):
-      yield report.Pending(name, _DISTILLATION)
-    elif name.startswith("edm_"):
-      yield report.Pending(name, _EDM)
-    elif name.startswith("loss_ct_"):
-      method, lack = _weighted(make, *name.split("_", 3)[2:])
+    kind = {"loss_ct": make, "loss_cd": distil}.get(name[:7])
+    if kind is not None:
+      method, lack = _weighted(kind, *name.split("_", 3)[2:])
       if method is None:
         yield report.Missing(name, lack)
       else:
         yield file.check(name, batch.loss(method, params)[0], precision)
-  plain = make(metric="l2", weighting="uniform")
+  plain = {"metric": "l2", "weighting": "uniform"}
   yield from _gradients(file, precision, model, {
-      "grad_ct": lambda p: jnp.mean(batch.loss(plain, p)[0]),
+      "grad_ct": lambda p: jnp.mean(batch.loss(make(**plain), p)[0]),
+      "grad_cd": lambda p: jnp.mean(batch.loss(distil(**plain), p)[0]),
   }, params)
+  yield from _denoising(file, precision, model, batch, params)
+
+
+def _distillation(
+    file, precision, model, times, batch, low, recipe="teacher_recipe"
+):
+  """Maker of the distillation at recorded times; gives the batch a teacher."""
+  sigma_data = file.setting("sigma_data", file.setting("data_std", 0.5))
+  teacher = diffusion.Diffusion(
+      model.compiled, pre.EDM(sigma_data), model.noise, sigma_data
+  )
+  frozen = weights.model(file, recipe).weights(precision)
+  batch.context = batch.context._replace(frozen={"teacher": frozen})
+
+  def make(**options):
+    cls = toys.at_times(distillation.ConsistencyDistillation, *times)
+    return cls(
+        model.compiled, pre.ConsistencyBoundary(sigma_data, low), model.noise,
+        teacher=teacher, sigma_data=sigma_data, sigma_min=low, **options,
+    )
+
+  return make
+
+
+def _denoising(file, precision, model, batch, params):
+  """Diffusion training by the same code, with and without its weight."""
+  if "edm_mse" not in file.outputs:
+    return
+  sigma = jnp.asarray(file["in/edm_sigmas"], precision)
+  sigma_data = file.setting("sigma_data", 0.5)
+  method = at_levels(sigma)(
+      model.compiled, pre.EDM(sigma_data), model.noise, sigma_data
+  )
+  loss = batch.loss(method, params)[0]
+  for name, value in (
+      ("edm_mse", loss), ("edm_xs_mse", loss / method.weight(sigma))
+  ):
+    yield file.check(name, value, precision, files.ROUNDED)
 
 
 def ect(file, precision):
@@ -229,12 +281,15 @@ def jcm_losses(file, precision):
   def mean(method):
     return lambda p: jnp.mean(batch.loss(method, p)[0])
 
+  # The teacher is the target network here.
+  distil = _distillation(
+      file, precision, model, times, batch, low, "target_recipe"
+  )
   for name in file.outputs:
     weighting = name.rpartition("_")[2].replace("snrp1", "snr+1")
-    if name.startswith("loss_cd_"):
-      yield report.Pending(name, _DISTILLATION)
-    elif name.startswith("loss_ct_"):
-      method, lack = _weighted(make, "l2", weighting)
+    kind = {"loss_ct": make, "loss_cd": distil}.get(name[:7])
+    if kind is not None:
+      method, lack = _weighted(kind, "l2", weighting)
       if method is None:
         yield report.Missing(name, lack)
         continue
@@ -245,11 +300,69 @@ def jcm_losses(file, precision):
   }, params)
 
 
+def _squares(method, params, batch, sigma):
+  """The loss by pixel, as EDM writes it down."""
+  ctx = batch.context
+  d = method.denoise(
+      params, process.add_noise(batch.images, sigma, batch.noise), sigma,
+      ctx.labels,
+  )
+  weight = process.expand(method.weight(sigma), d.ndim)
+  squares = weight * jnp.square(d - batch.images)
+  if method.uncertainty:
+    u = method.network.apply(
+        {"params": params}, method.noise(sigma), method="logvar"
+    )
+    u = process.expand(u, d.ndim)
+    squares = squares / jnp.exp(u) + u
+  return squares
+
+
+def edm(file, precision):
+  """EDM's loss, and EDM2's with its log-variance."""
+  model = weights.model(file)
+  params = model.weights(precision)
+  second = file.source.endswith("edm2")
+  mean, std = (-0.4, 1.0) if second else (-1.2, 1.2)
+  z = jnp.asarray(file["in/rnd_normal"].reshape(-1), precision)
+  sigma = jnp.exp(mean + std * z)
+  sigma_data = file.setting("sigma_data", 0.5)
+  method = at_levels(sigma)(
+      model.compiled, pre.EDM(sigma_data), model.noise, sigma_data,
+      uncertainty=second,
+  )
+  batch = Batch(file, precision, model)
+  outputs = {"loss_map": params}
+  if second:
+    outputs["loss_map_trainmode"] = edm2.normalize_weights(params)
+  for name, tree in outputs.items():
+    if name in file.outputs:
+      squares = _squares(method, tree, batch, sigma)
+      yield file.check(name, squares, precision)
+      # The loss itself is their mean.
+      yield report.Check(
+          f"{name} mean", batch.loss(method, tree)[0],
+          np.asarray(squares, np.float64).mean((1, 2, 3)),
+          1e-5 if precision == "float32" else 1e-9,
+      )
+  pixels = batch.images[0].size
+  yield from _gradients(file, precision, model, {
+      "grad_loss": lambda p: pixels * jnp.mean(batch.loss(method, p)[0]),
+  }, params)
+
+
+def _edm_file(file):
+  return file.source.endswith(("NVlabs/edm", "NVlabs/edm2")) and any(
+      name.startswith("loss_map") for name in file.outputs
+  )
+
+
 def _bound(file):
   return "in/indices" in file and "in/x_start" in file
 
 
 RUNNERS = [
+    (_edm_file, edm),
     (lambda f: _bound(f) and "in/t3_idx" in f, bidirectional_loss),
     (lambda f: _bound(f) and f.source.endswith("openai/consistency_models"),
      openai_losses),

@@ -12,7 +12,6 @@ from tests.parity import files
 from tests.parity import report
 from tests.parity import weights
 
-_LATER = "the loss of EDM is still to come"
 # What attention in half precision leaves of F.
 HALF = 2e-3
 
@@ -142,13 +141,6 @@ def edm(file, precision):
       "D_noaug": lambda: denoise(y, None if aug is None else 0 * aug),
       "D_nolabel": lambda: denoise(model.labels(file, none=True), aug),
   }, precision)
-  yield from _later(file)
-
-
-def _later(file):
-  for name in file.outputs:
-    if name.startswith(("loss_map", "grad_loss/")):
-      yield report.Pending(name, _LATER)
 
 
 def edm2_network(file, precision):
@@ -176,7 +168,6 @@ def edm2_network(file, precision):
   if precision == "float64":
     normal = model.named(edm2.normalize_weights(w))
     yield from file.tensors("renormalised", normal, precision)
-  yield from _later(file)
 
 
 def jcm(file, precision):
@@ -241,9 +232,6 @@ def ctm(file, precision):
       "G_tt": lambda: model.map(w, outer, xs, t, t, y),
       "chain": chain,
   }, precision)
-  for name in file.outputs:
-    if name.startswith(("self_learn", "grad/")):
-      yield report.Pending(name, "the loss of CTM is still to come")
 
 
 def _from(*sources):

@@ -19,6 +19,7 @@ from tests.parity import networks
 from tests.parity import report
 from tests.parity import samplers
 from tests.parity import schedules
+from tests.parity import trajectories
 
 Item = report.Check | report.Missing | report.Pending
 Run = Callable[[files.Reference, str], Iterator[Item]]
@@ -40,8 +41,8 @@ class Runner(NamedTuple):
 RUNNERS = [
     Runner(*pair)
     for module in (
-        networks, losses, samplers, schedules, averages, augment, features,
-        metrics,
+        networks, losses, trajectories, samplers, schedules, averages,
+        augment, features, metrics,
     )
     for pair in module.RUNNERS
 ]

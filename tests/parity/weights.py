@@ -78,11 +78,13 @@ class Compiled:
     return getattr(self.network, "two_time", False)
 
   def apply(
-      self, variables, x, c_noise, c_noise_end=None, labels=None,
-      dropout_keys=None, augment_labels=None,
+      self, variables, x, c_noise=None, c_noise_end=None, labels=None,
+      dropout_keys=None, augment_labels=None, method=None,
   ):
     """Evaluates F as the network's own `apply` does."""
     del dropout_keys
+    if method is not None:
+      return self.network.apply(variables, x, method=method)
     rest = (c_noise, c_noise_end, labels, augment_labels)
     out = []
     for i in range(0, len(x), self.batch):

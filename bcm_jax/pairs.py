@@ -1,0 +1,80 @@
+"""Mode pairs: what a teacher's solver makes of noises, for DMD's regression.
+
+  python -m bcm_jax.main --workdir=runs/edm --mode=pairs \\
+      --config.sample.num_samples=10000
+
+writes runs/edm/pairs.npz, which --config.data.pairs takes. Sampler, guidance,
+number and seed are those of section sample; classes come in equal shares.
+"""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import files
+from bcm_jax import generate
+from bcm_jax import options
+from bcm_jax import planning
+from bcm_jax import provenance
+from bcm_jax import runner as runners
+from bcm_jax import runs
+from bcm_jax.data import source as sources
+from bcm_jax.sampling import plan as plans
+from bcm_jax.training import rng
+
+
+def run(experiment: experiments.Experiment, workdir: str) -> str:
+  """Writes the file; returns its path.
+
+  Raises:
+    UserError: no deterministic solver, or no checkpoint.
+  """
+  section: options.Sample = experiment.section("sample")
+  plan = planning.sampling_plan(experiment)
+  if not experiment.method.solves or any(
+      isinstance(step, plans.AddNoise) for step in plan.steps
+  ):
+    raise errors.UserError(
+        "mode pairs needs a denoiser and a sampler that adds no noise, so that "
+        "an image follows from its noise: sample.sampler=heun, s_churn=0"
+    )
+  labels = generate.asked_labels(experiment, section)
+  step, average, params = runs.load_run(experiment, workdir)
+  runner = runners.Runner(experiment, params, section.batch_size)
+  print(plan)
+
+  def rows(index):
+    noise = _noise(experiment, section.seed, index)
+    start = noise.astype(np.float32) * np.float32(plan.start)
+    asked = None if labels is None else labels[index]
+    images = runner(plan, start, asked, _keys(section.seed, index))
+    return noise, sources.to_uint8(images)
+
+  noise, images = runners.on_all_hosts(section.num_samples, rows)
+  path = os.path.join(workdir, "pairs.npz")
+  facts = provenance.facts(experiment) | {
+      "step": step, "average": average, "plan": str(plan).splitlines(),
+  }
+  if labels is None:
+    labels = np.zeros(len(images), np.int32)
+  if jax.process_index() == 0:
+    files.write_npz(
+        path, noise=noise, image=images, label=labels, facts=json.dumps(facts)
+    )
+  print(f"written: {path}, {len(images)} pairs")
+  return path
+
+
+def _keys(seed: int, index: np.ndarray) -> jax.Array:
+  return rng.example_keys(seed, "pairs", 0, jnp.asarray(index))
+
+
+def _noise(experiment, seed: int, index: np.ndarray) -> np.ndarray:
+  """float16 noise of the images number `index`; rounded before it is used."""
+  draw = jax.vmap(lambda k: jax.random.normal(k, experiment.image_shape))
+  return np.asarray(draw(_keys(seed, index)), np.float16)
