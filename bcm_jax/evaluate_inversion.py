@@ -192,8 +192,11 @@ def _open_baseline(experiment, workdir: str):
   """The denoiser's own experiment and its parameters."""
   config = runs.config_of(workdir)
   teacher = experiments.build(config)
-  forms = ("edm", "bcm")
-  if teacher.method.two_time or config.method.preconditioning not in forms:
+  # The form that BCM shares with EDM makes a denoiser of a one-time network.
+  shared = not teacher.method.two_time and (
+      config.method.preconditioning in ("edm", "bcm")
+  )
+  if not (teacher.method.solves or shared):
     raise errors.UserError(
         f"eval.baseline={workdir} is no denoiser (it holds a "
         f"{config.method.name!r} with preconditioning "

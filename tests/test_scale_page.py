@@ -86,11 +86,9 @@ def test_a_pod_of_256_costs_a_chip_what_16_do():
   assert (small["chips"], large["chips"]) == (16, 256)
   assert large["batch_size"] == 4096
   assert small["examples_per_chip"] == large["examples_per_chip"]
-  for key in ("flops", "bytes_moved"):
-    assert many[key] == pytest.approx(few[key], rel=0.02), key
-  assert many["collectives"]["all-reduce"]["bytes"] == pytest.approx(
-      few["collectives"]["all-reduce"]["bytes"], rel=0.02
-  )
+  assert many["flops"] == pytest.approx(few["flops"], rel=1e-3)
+  assert many["bytes_moved"] <= few["bytes_moved"]
+  assert many["collectives"]["all-reduce"] == few["collectives"]["all-reduce"]
 
 
 @pytest.mark.parametrize("name", STEP_TIMES)

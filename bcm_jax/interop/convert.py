@@ -44,19 +44,16 @@ _GROUPS = ("ema", "params_ema", "model_ema", "", "params", "model", "net")
 
 
 def method_of(kind: str, model: dict[str, Any]) -> dict[str, Any]:
-  """The method under which a converted network is sampled.
-
-  EDM's denoiser becomes a flow map by the form that BCM shares with it: a
-  jump is then one Euler step, which samples badly in few steps but is the
-  start for fine-tuning.
-  """
+  """The sections under which a converted network is sampled."""
   if model.get("two_time"):
-    scalings = "ctm" if model["end_branch"] == "blocks" else "bcm"
-    return {"name": "bcm", "preconditioning": scalings}
-  return {
-      "name": "ict",
-      "preconditioning": "bcm" if kind.startswith("edm") else "cm",
-  }
+    name = "ctm" if model["end_branch"] == "blocks" else "bcm"
+    return {"method": {"name": name}}
+  if kind.startswith("edm"):
+    return {
+        "method": {"name": "edm"}, "sample": {"sampler": "heun"},
+        "eval": {"samplers": ("heun",)},
+    }
+  return {"method": {"name": "ict"}}
 
 
 def data_of(model: dict[str, Any], image_size: int) -> dict[str, Any]:
@@ -156,7 +153,7 @@ def _config(found, kind, image_size, overrides) -> ml_collections.ConfigDict:
   return configs.resolve(
       {
           "model": model,
-          "method": method_of(kind, model),
+          **method_of(kind, model),
           "data": data_of(model, image_size),
           "training": {"ema_rates": ()},
       },

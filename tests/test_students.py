@@ -1,0 +1,293 @@
+"""Teachers and students end to end: named, refused, frozen, resumed."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from bcm_jax import config as configs
+from bcm_jax import config_files
+from bcm_jax import errors
+from bcm_jax import evaluate
+from bcm_jax import experiment as experiments
+from bcm_jax import generate
+from bcm_jax import inspection
+from bcm_jax import pairs
+from bcm_jax import planning
+from bcm_jax import runner as runners
+from bcm_jax import runs
+from bcm_jax import train
+from bcm_jax.data import pairs as pair_files
+from bcm_jax.data import source as sources
+from bcm_jax.sampling import plan as plans
+from bcm_jax.training import checkpoint
+from tests import toys
+
+TINY = {
+    "model.model_channels": "8", "model.num_groups": "4",
+    "model.num_head_channels": "8", "model.channel_mult": "1,",
+    "training.num_steps": "4", "training.batch_size": "16",
+    "training.ema_rates": "0.5,", "checkpoint.every_steps": "2",
+    "checkpoint.keep": "none", "sample.batch_size": "32",
+    "eval.num_samples": "24", "eval.num_reference": "50",
+    "optimizer.schedule": "constant", "optimizer.warmup_steps": "0",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+  with toys.quick_compilation(), pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluate, "finish", lambda *args: None)
+    yield
+
+
+def resolve(file, **overrides):
+  values = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
+  return configs.resolve(config_files.read_file(file), values)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("edm")
+  config = resolve("digits_edm.py", method__label_dropout="0.2",
+                   sample__num_levels="4")
+  train.train_and_evaluate(config, str(folder))
+  pairs.run(
+      experiments.build(
+          configs.of_run(str(folder), {"sample.num_samples": "40"})
+      ), str(folder),
+  )
+  return folder
+
+
+def student(file, teacher, **overrides):
+  settings = dict(method__teacher=str(teacher))
+  if file.endswith(":dmd"):
+    settings["data__pairs"] = str(teacher / "pairs.npz")
+  if file.endswith(":gan"):
+    settings |= dict(training__init_from="none", method__gan_features="4")
+  if file.endswith(":dmd2"):
+    settings["method__gan_features"] = "4"
+  return resolve(file, **(settings | overrides))
+
+
+def tree(folder, step):
+  _, state, meta = checkpoint.Checkpoints(
+      pathlib.Path(folder) / "checkpoints"
+  ).read_raw(step)
+  return state, meta
+
+
+def snapshot(folder):
+  return {p: p.read_bytes() for p in sorted(pathlib.Path(folder).rglob("*"))
+          if p.is_file()}
+
+
+UPDATES = {
+    "digits_cd.py": {"student": 4}, "digits_ctm.py:dsm": {"student": 4},
+    "digits_ctm.py:gan": {"student": 2, "discriminator": 2},
+    "digits_dmd.py:dmd2": {"student": 1, "fake_score": 4},
+    "digits_dmd.py:dmd": {"student": 4, "fake_score": 4},
+}
+
+
+@pytest.mark.parametrize("file", UPDATES)
+def test_a_student_trains(teacher, tmp_path, file):
+  before = snapshot(teacher)
+  config = student(file, teacher)
+  final = train.train_and_evaluate(config, str(tmp_path))
+  state, meta = tree(tmp_path, 4)
+  assert not final.frozen and not state.get("frozen")
+  assert list(meta["frozen"]) == ["teacher"]
+  assert snapshot(teacher) == before
+  updates = {k: int(p["updates"]) for k, p in state["players"].items()}
+  assert updates == UPDATES[file]
+  last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+  numbers = json.loads(last)
+  many = len(updates) > 1
+  for name in updates:  # What took turns is told of each.
+    assert np.isfinite(numbers[f"{name}/loss" if many else "loss"])
+  text = inspection.report(config, str(tmp_path), None)
+  assert "starts from the teacher" in text
+  if "gan" in file:  # Started again in its last turn but one.
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    train.train_and_evaluate(config, str(tmp_path))
+    toys.assert_equal(tree(tmp_path, 4)[0], state)
+
+
+def test_students_start_as_their_teacher(teacher, tmp_path):
+  config = student(
+      "digits_dmd.py:dmd2", teacher, training__num_steps="1",
+      optimizer__learning_rate="0.0", critic__learning_rate="0.0",
+      optimizer__weight_decay="0.0", critic__weight_decay="0.0",
+  )
+  train.train_and_evaluate(config, str(tmp_path))
+  state, _ = tree(tmp_path, 1)
+  expected = tree(teacher, 4)[0]["averages"]["ema_0.5"]
+  players = state["players"]
+  toys.assert_close(players["student"]["params"], expected, rtol=1e-6)
+  toys.assert_close(
+      players["fake_score"]["params"]["network"], expected, rtol=1e-6
+  )
+
+
+def test_another_teacher_stops_a_run_that_goes_on(teacher, tmp_path):
+  config = student("digits_cd.py", teacher)
+  train.train_and_evaluate(config, str(tmp_path / "run"))
+  # Moved is fine, of other weights is not.
+  shutil.copytree(teacher, tmp_path / "moved")
+  more = dict(training__num_steps="5", method__curriculum_steps="4",
+              optimizer__schedule_steps="4")
+  train.train_and_evaluate(
+      student("digits_cd.py", tmp_path / "moved", **more),
+      str(tmp_path / "run"),
+  )
+  shutil.rmtree(tmp_path / "moved" / "checkpoints" / "4")
+  more["training__num_steps"] = "6"
+  with pytest.raises(errors.UserError, match="has other weights"):
+    train.train_and_evaluate(
+        student("digits_cd.py", tmp_path / "moved", **more),
+        str(tmp_path / "run"),
+    )
+
+
+@pytest.mark.parametrize("file, overrides, said", [
+    ("digits_cd.py", {"method__teacher": "none"}, "learns from a teacher"),
+    ("digits_cd.py", {"method__teacher": "/nowhere"}, "holds no run"),
+    ("digits_cd.py", {"model__num_classes": "none"}, "classes 10, and this"),
+    ("digits_cd.py", {"method__sigma_data": "0.5"}, "sigma_data 0.75, and"),
+    ("digits_ctm.py:gan", {"method__teacher": "none"}, "judges by a teacher"),
+    ("digits_ctm.py:dsm", {"model__end_branch": "align"}, "in every block"),
+    ("digits_dmd.py:dmd", {"data__pairs": "none"}, "regresses on pairs"),
+    ("digits_dmd.py:dmd", {"data__flip": "true"}, "tear apart"),
+    ("digits_dmd.py:dmd2", {"model__two_time": "true"}, "takes no end level"),
+])
+def test_what_does_not_fit_is_refused(teacher, file, overrides, said):
+  with pytest.raises(errors.UserError, match=said):
+    experiments.build(student(file, teacher, **overrides))
+
+
+def test_a_network_of_another_width_is_refused(teacher, tmp_path):
+  config = student("digits_cd.py", teacher, model__model_channels="16")
+  with pytest.raises(errors.UserError, match=r"method.teacher=.*do not fit"):
+    train.train_and_evaluate(config, str(tmp_path))
+
+
+def test_a_student_is_no_teacher(teacher, tmp_path):
+  config = student("digits_cd.py", teacher)
+  train.prepare_workdir(config, str(tmp_path)).release()
+  with pytest.raises(errors.UserError, match="is no denoiser"):
+    experiments.build(student("digits_cd.py", tmp_path))
+
+
+# Pairs ------------------------------------------------------------------------
+
+
+def test_pairs_are_what_the_solver_makes_of_their_noise(teacher):
+  source = pair_files.PairSource(
+      str(teacher / "pairs.npz"), (8, 8, 1), 10
+  )
+  assert len(source) == 40 and source.facts["plan"][0].startswith("heun: 7 NFE")
+  examples = source.fetch(np.array([3, 17]))
+  assert examples["noise"].dtype == np.float16
+  built = experiments.build(configs.of_run(str(teacher)))
+  _, _, params = runs.load_run(built, str(teacher))
+  runner = runners.Runner(built, params, 8)
+  plan = planning.sampling_plan(built)
+  out = runner(
+      plan, examples["noise"].astype(np.float32) * 40, examples["label"], None
+  )
+  difference = np.abs(
+      sources.to_uint8(out).astype(int) - examples["image"].astype(int)
+  )
+  assert difference.max() <= 1
+  noise = source.fetch(np.arange(40))["noise"].astype(float)
+  assert np.std(noise) == pytest.approx(1, abs=0.05)
+
+
+def test_files_that_hold_no_pairs(teacher, tmp_path):
+  np.savez(tmp_path / "other.npz", arr_0=np.zeros(3))
+  for path in (tmp_path / "none.npz", tmp_path / "other.npz"):
+    with pytest.raises(errors.UserError, match="is no file of pairs"):
+      pair_files.PairSource(str(path), (8, 8, 1), 10)
+  with pytest.raises(errors.UserError, match="of the same data"):
+    pair_files.PairSource(str(teacher / "pairs.npz"), (16, 16, 1), 10)
+
+
+def test_pairs_need_a_solver_that_adds_no_noise(teacher):
+  built = experiments.build(
+      configs.of_run(str(teacher), {"sample.s_churn": "10"})
+  )
+  with pytest.raises(errors.UserError, match="adds no noise"):
+    pairs.run(built, str(teacher))
+
+
+# Guidance ---------------------------------------------------------------------
+
+
+def images(teacher, **overrides):
+  values = {k.replace("__", "."): v for k, v in overrides.items()}
+  built = experiments.build(
+      configs.of_run(str(teacher), {"sample.num_samples": "20"} | values)
+  )
+  _, _, params = runs.load_run(built, str(teacher))
+  runner = runners.Runner(built, params, 32)
+  folder = generate.sample(built, str(teacher / "guided"), runner)
+  return np.load(pathlib.Path(folder) / "samples.npz")["arr_0"]
+
+
+def test_guidance_by_the_network_itself_and_by_a_worse_one(teacher):
+  plain = images(teacher)
+  by_class = images(teacher, sample__guidance="3.0")
+  assert np.any(by_class != plain)
+  nowhere = images(
+      teacher, sample__guidance="3.0", sample__guidance_interval="(50.,60.)"
+  )
+  np.testing.assert_array_equal(nowhere, plain)
+  by_itself = images(
+      teacher, sample__guidance="3.0", sample__guide=str(teacher)
+  )
+  assert np.abs(by_itself.astype(int) - plain).max() <= 1
+  early = images(
+      teacher, sample__guidance="3.0", sample__guide=f"{teacher}@2"
+  )
+  assert np.any(early != plain)
+
+
+@pytest.mark.parametrize("overrides, said", [
+    ({"method.label_dropout": "0.0"}, "has not learnt"),
+    ({"sample.guide": "/nowhere"}, "holds no run"),
+    ({"sample.guide": "RUN@x"}, "must be a number"),
+])
+def test_guides_that_cannot(teacher, overrides, said):
+  built = experiments.build(configs.of_run(
+      str(teacher), {"sample.guidance": "2.0"} | overrides
+  ))
+  _, _, params = runs.load_run(built, str(teacher))
+  with pytest.raises(errors.UserError, match=said):
+    runners.Runner(built, params, 8)
+
+
+def test_samplers_of_a_denoiser(teacher):
+  built = experiments.build(configs.of_run(str(teacher)))
+  for text, name, nfe in (
+      ("heun:5", "heun", 5), ("ddim:6", "ddim", 6), ("heun", "heun", 7),
+  ):
+    plan = planning.sampling_plan(built, text)
+    assert (plan.name, plan.nfe, plan.end) == (name, nfe, 0.0)
+  with pytest.raises(errors.UserError, match="never 6"):
+    planning.sampling_plan(built, "heun:6")
+  cm = experiments.build(resolve("digits_ict.py"))
+  for sampler in ("heun", "ddim"):
+    with pytest.raises(errors.UserError, match="learnt to jump"):
+      planning.sampling_plan(cm, sampler)
+  with pytest.raises(errors.UserError, match="guides denoisers"):
+    planning.sampling_plan(
+        experiments.build(resolve("digits_ict.py", sample__guidance="2.0")),
+        "onestep",
+    )
+  assert isinstance(
+      planning.sampling_plan(built, "heun").steps[0], plans.HeunJump
+  )
