@@ -6,19 +6,25 @@ from unittest import mock
 from bcm_jax import config as configs
 from bcm_jax import config_files
 
-# Work directory in a config -> config file of the run that would be there.
-_SHIPPED = {"runs/edm": "digits_edm.py"}
+# Where shipped students look for their teacher.
+WORKDIR = "runs/edm"
+# Students whose teacher is not the default variant of its file.
+_VARIANTS = {
+    "cifar10_cd.py": "uncond_ve", "cifar10_dmd.py:dmd_uncond": "uncond",
+}
 
 
 @contextlib.contextmanager
-def there():
-  """Within it the work directories of these teachers have a config."""
+def there(student: str):
+  """Within it the teacher of a shipped config has a config in WORKDIR."""
   find = configs.of_run
+  file = student.partition("_")[0] + "_edm.py"
+  if student in _VARIANTS:
+    file += ":" + _VARIANTS[student]
 
   def of_run(workdir, overrides=None):
-    if workdir in _SHIPPED:
-      file = config_files.read_file(_SHIPPED[workdir])
-      return configs.resolve(file, overrides)
+    if workdir == WORKDIR:
+      return configs.resolve(config_files.read_file(file), overrides)
     return find(workdir, overrides)
 
   with mock.patch.object(configs, "of_run", of_run):

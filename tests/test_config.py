@@ -24,7 +24,7 @@ def digits(**overrides: str):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_shipped_configs_resolve_and_build(path):
   config = configs.resolve(config_files.read_file(str(path)))
-  with teachers.there():
+  with teachers.there(path.name):
     experiment = experiments.build(config)
   assert experiment.method.sigma_min == config.method.sigma_min
   assert experiment.method.network.model_channels == (

@@ -22,7 +22,7 @@ NAMES = config_files.all_variants()
 
 @functools.cache
 def experiment(name):
-  with teachers.there():
+  with teachers.there(name):
     return experiments.build(configs.resolve(config_files.read_file(name)))
 
 
