@@ -78,6 +78,12 @@ def test_no_text_without_its_config():
     ("cifar10.py:ict_deep", 97_610_627, None),
     ("cifar10.py:bcm", 57_314_307 - 128, None),
     ("cifar10.py:bcm_deep", 98_529_283 - 128, None),
+    ("cifar10_edm.py:cond", 55_735_299, 419),
+    ("cifar10_edm.py:uncond", 55_733_891, 417),
+    ("cifar10_edm.py:cond_ve", 56_400_643 + 128, None),
+    ("cifar10_ctm.py:dsm", 60_396_675, None),
+    ("imagenet64_edm.py", 295_899_267, 541),
+    ("imagenet64_ctm.py:dsm", 324_100_611, 617),
 ])
 def test_published_parameter_counts(name, count, tensors):
   e = experiment(name)
