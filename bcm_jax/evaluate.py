@@ -16,6 +16,7 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax import evaluate_inversion
+from bcm_jax import evaluate_likelihood
 from bcm_jax import experiment as experiments
 from bcm_jax import files
 from bcm_jax import generate
@@ -24,6 +25,7 @@ from bcm_jax import planning
 from bcm_jax import plots
 from bcm_jax import provenance
 from bcm_jax import references
+from bcm_jax import rejection
 from bcm_jax import runner as runners
 from bcm_jax import runs
 from bcm_jax.metrics import frechet
@@ -99,6 +101,8 @@ class Evaluation:
         key += "@" + sampler.partition("@")[2]
       result["samplers"][key] = self._sampler(runner, plan)
     result["inversion"] = evaluate_inversion.curve(experiment, runner)
+    if section.likelihood_images:
+      result["likelihood"] = evaluate_likelihood.measure(experiment, params)
     return result | {"protocol": self.facts}
 
   def _sampler(self, runner, plan) -> dict[str, Any]:
@@ -120,6 +124,11 @@ class Evaluation:
   def _draw(self, runner, plan, count: int, seed: int):
     """(images, activations, labels) of samples, all classes equally."""
     labels = None
+    if self.experiment.config.sample.rejection:
+      images, labels = rejection.generate(
+          self.experiment, runner, plan, count, seed
+      )
+      return images, self.features(images), labels
     if self.experiment.num_classes is not None:
       labels = np.arange(count) % self.experiment.num_classes
       labels = labels.astype(np.int32)
@@ -184,6 +193,11 @@ class Evaluation:
         "compared_one_by_one": 0 if real is None else len(real),
         "neighbours_k": section.k,
     }
+    sample: options.Sample = self.experiment.section("sample")
+    if sample.rejection:
+      facts["rejection"] = f"{sample.rejection:g} more were drawn a class"
+    if sample.guidance != 1:
+      facts["guidance"] = sample.guidance
     if section.num_samples < PROTOCOL_SAMPLES:
       facts["few_samples"] = (
           f"{section.num_samples} of the protocol's {PROTOCOL_SAMPLES}"
@@ -207,6 +221,8 @@ def summary(result: dict[str, Any]) -> str:
   for name, r in result["samplers"].items():
     lines.append(f"{name}: " + "  ".join(_written(r)))
   lines += evaluate_inversion.summary(result["inversion"])
+  if "likelihood" in result:
+    lines.append(evaluate_likelihood.summary(result["likelihood"]))
   few = result["protocol"].get("few_samples")
   if few:
     lines.append(f"few samples: {few}; no number to compare with papers")
@@ -326,6 +342,8 @@ def check_outputs(experiment: experiments.Experiment) -> None:
     planning.sampling_plan(experiment, sampler)
   generate.asked_labels(experiment, experiment.section("sample"))
   evaluate_inversion.check(experiment)
+  evaluate_likelihood.check(experiment)
+  rejection.check(experiment)
 
 
 def check_protocol(section: options.Eval) -> None:

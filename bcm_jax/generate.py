@@ -12,6 +12,7 @@ from bcm_jax import experiment as experiments
 from bcm_jax import files
 from bcm_jax import options
 from bcm_jax import planning
+from bcm_jax import rejection
 from bcm_jax import runner as runners
 from bcm_jax import runs
 from bcm_jax.data import source as sources
@@ -62,11 +63,17 @@ def sample(
   section: options.Sample = experiment.section("sample")
   plan = planning.sampling_plan(experiment, sampler)
   labels = asked_labels(experiment, section)
+  rejection.check(experiment)
   print(plan)
-  images = runners.generate(
-      experiment, runner, plan, labels, np.arange(section.num_samples),
-      section.seed,
-  )
+  if section.rejection:
+    images, labels = rejection.generate(
+        experiment, runner, plan, section.num_samples, section.seed
+    )
+  else:
+    images = runners.generate(
+        experiment, runner, plan, labels, np.arange(section.num_samples),
+        section.seed,
+    )
   folder = os.path.join(workdir, "samples", f"{plan.name}_nfe{plan.nfe}")
   arrays = {"arr_0": images}
   if labels is not None:

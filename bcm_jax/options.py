@@ -166,6 +166,9 @@ class Sample:
       is all.
     guide: D_0: work directory of a worse network, as DIR or DIR@STEP; None is
       the network itself without the class.
+    rejection: share of images that are drawn in addition, to keep those of
+      which a classifier is surest; 0 keeps all.
+    rejection_classifier: folder of it, see bcm_jax.train_classifier.
     num_samples: images in all.
     batch_size: images at a time.
     label: class of all images; None takes all classes in equal shares.
@@ -191,6 +194,8 @@ class Sample:
   guidance: float = 1.0
   guidance_interval: tuple[float, ...] = ()
   guide: str | None = None
+  rejection: float = 0.0
+  rejection_classifier: str | None = None
   num_samples: int = 1000
   batch_size: int = 250
   label: int | None = None
@@ -265,6 +270,9 @@ class Eval:
     inversion_nfe: evaluations of each inversion whose error is measured; the
       times of section invert serve where their number fits, else defaults.
     inversion_noise: initial noises of the curve; empty is invert.noise alone.
+    likelihood_images: test images whose bits a dimension are measured, of
+      networks that denoise (edm, ctm); 0 measures none.
+    likelihood_legacy: reproduce the two errors of CTM's released code.
     baseline: work directory of a denoiser whose DDIM and Heun inversions are
       measured beside.
     baseline_nfe: evaluations of each of these.
@@ -286,6 +294,8 @@ class Eval:
   lpips_path: tuple[str, ...] = ()
   inversion_nfe: tuple[int, ...] = (1, 2)
   inversion_noise: tuple[float, ...] = ()
+  likelihood_images: int = 0
+  likelihood_legacy: bool = False
   baseline: str | None = None
   baseline_nfe: tuple[int, ...] = (1, 2, 4, 8, 16)
 

@@ -21,7 +21,7 @@ not reduced, so that every device trained its own.
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -30,13 +30,13 @@ import jax.numpy as jnp
 from bcm_jax.diffusion import distances
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
-from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
 from bcm_jax.methods import adversarial
 from bcm_jax.methods import base
 from bcm_jax.methods import diffusion
 from bcm_jax.methods import distillation
 from bcm_jax.methods import flow_maps
+from bcm_jax.methods import trajectory_levels
 from bcm_jax.models import discriminator
 from bcm_jax.models import second_time
 
@@ -44,24 +44,10 @@ from bcm_jax.models import second_time
 _EPSILON, _MOST, _GAN_BOUNDS = 1e-4, 1e4, (0.01, 10.0)
 
 
-class Times(NamedTuple):
-  """Levels s <= u < t of a batch, [B] each, and how they came about.
-
-  Attributes:
-    t, u, s: where the student starts, where the target does, where both end.
-    index: t's place in the grid, 0 the noisiest.
-    solver_steps: h, grid steps from t to u; a scalar, one for all examples.
-  """
-
-  t: jax.Array
-  u: jax.Array
-  s: jax.Array
-  index: jax.Array
-  solver_steps: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
-class TrajectoryDistillation(flow_maps.NetworkMap):
+class TrajectoryDistillation(
+    trajectory_levels.TrajectoryLevels, flow_maps.NetworkMap
+):
   """The losses above; the defaults are the released CIFAR-10 settings.
 
   Attributes:
@@ -214,49 +200,6 @@ class TrajectoryDistillation(flow_maps.NetworkMap):
           weights[name] *= jnp.clip(ratio, *bounds[name])
     return {name: jnp.asarray(weights[name]) for name in norms}
 
-  # Levels ---------------------------------------------------------------------
-
-  @property
-  def grid(self) -> jax.Array:
-    """[N] levels, the noisiest first."""
-    ascending = schedules.karras_sigmas(
-        self.num_levels, self.sigma_min, self.sigma_max, self.rho
-    )
-    return jnp.asarray(ascending[::-1])
-
-  def sample_times(self, ctx: base.Context, gan: bool = False) -> Times:
-    """Draws h for all, and t, u, s for every example."""
-    stream = "gan/" if gan else ""
-    law = "uniform" if gan else self.solver_steps_law
-    most = self.gan_max_solver_steps if gan else self.max_solver_steps
-    n = self.num_levels
-    most = min(most, n - 1)
-    v = jax.random.uniform(ctx.shared_key(f"{stream}solver_steps"))
-    if law == "weighted":  # Inverts h (h + 1) / (M (M + 1)).
-      h = jnp.ceil((jnp.sqrt(1 + 4 * v * most * (most + 1)) - 1) / 2)
-    else:
-      h = jnp.ceil(v * most) if law == "uniform" else jnp.asarray(most)
-    h = jnp.clip(h, 1, most).astype(jnp.int32)
-    draw = jax.vmap(jax.random.uniform)
-    i = _uniform_index(draw(ctx.keys(f"{stream}t")), 0, n - 1 - h)
-    j = jnp.full_like(i, n - 1)
-    if self.end_law == "uniform":
-      j = _uniform_index(draw(ctx.keys(f"{stream}s")), i + h, n - 1)
-    grid = self.grid.astype(ctx.images.dtype)
-    return Times(grid[i], grid[i + h], grid[j], i, h)
-
-  def dsm_levels(self, ctx: base.Context) -> jax.Array:
-    """Levels of L_DSM: two laws, in turns along the global batch."""
-    z = jax.vmap(jax.random.normal)(ctx.keys("dsm/normal"))
-    v = self.dsm_high_share * jax.vmap(jax.random.uniform)(
-        ctx.keys("dsm/uniform")
-    )
-    high, low = (s ** (1 / self.rho) for s in (self.sigma_max, self.sigma_min))
-    return jnp.where(
-        ctx.index % 2 == 0, jnp.exp(self.p_mean + self.p_std * z),
-        (high + v * (low - high)) ** self.rho,
-    )
-
   # Jumps ----------------------------------------------------------------------
 
   def denoise(self, params, x, sigma, labels, dropout_keys=None) -> jax.Array:
@@ -273,7 +216,7 @@ class TrajectoryDistillation(flow_maps.NetworkMap):
         self.noise,
     )
 
-  def solve(self, ctx: base.Context, x_t, times: Times) -> jax.Array:
+  def solve(self, ctx: base.Context, x_t, times) -> jax.Array:
     """x_u [B, ...]: h Heun steps of the teacher, or theta-'s own jump."""
     if self.teacher is None:
       return self.f(
@@ -388,11 +331,3 @@ class TrajectoryDistillation(flow_maps.NetworkMap):
     }
     loss = adversarial.hinge_discriminator(**judged)
     return loss, {f"logit_{k}": v.mean(axis=-1) for k, v in judged.items()}
-
-
-def _uniform_index(uniform, low, high) -> jax.Array:
-  """Integers low .. high [B] from draws in [0, 1)."""
-  count = high - low + 1
-  return low + jnp.minimum(jnp.floor(uniform * count), count - 1).astype(
-      jnp.int32
-  )

@@ -130,7 +130,7 @@ def _integrate(denoise, params, start, labels, probe, settings):
   shape, size = start.shape, start.size
 
   @jax.jit
-  def velocity(x, sigma):
+  def velocity(params, x, sigma):
     t = jnp.full(shape[0], sigma, jnp.float32)
     d, along = jax.jvp(
         lambda x: denoise(params, x, t, labels), (x,), (probe,)
@@ -141,7 +141,7 @@ def _integrate(denoise, params, start, labels, probe, settings):
   def derivative(tau, y):
     sigma, speed = settings.sigma(tau), settings.speed(tau)
     x = jnp.asarray(y[:size].reshape(shape), jnp.float32)
-    v, divergence = velocity(x, jnp.float32(sigma))
+    v, divergence = velocity(params, x, jnp.float32(sigma))
     flat = np.concatenate([np.ravel(v), np.ravel(divergence)])
     return speed * flat.astype(np.float64)
 

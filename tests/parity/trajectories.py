@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from bcm_jax.diffusion import preconditioning as pre
 from bcm_jax.diffusion import process
 from bcm_jax.methods import trajectory
+from bcm_jax.methods import trajectory_levels
 from tests import toys
 from tests.parity import files
 from tests.parity import weights
@@ -72,7 +73,7 @@ def ctm(file: files.Reference, precision: str):
     i = jnp.asarray(file["in/t_idx"])
     grid = method.grid.astype(precision)
     cls.recorded = {
-        "times": trajectory.Times(
+        "times": trajectory_levels.Times(
             grid[i], grid[i + steps], grid[jnp.asarray(file["in/s_idx"])], i,
             jnp.asarray(steps),
         ),
