@@ -34,7 +34,7 @@ _CM = dict(
     qkv_norm=False, low_res_dropout=None,
 )
 _CURRICULUM = dict(s0=10, s1=1280, huber_c=0.06)
-# One batch size in all passes of a step: a quarter less to compile.
+# One batch size in all passes of a step: fewer shapes to compile.
 _BCM = dict(name="bcm", doubled_batch=False)
 _FIXED = _BCM | dict(scales="fixed", s0=320, s1=320, huber_c=0.06)
 _TIMES = dict(times=(2.4,), zigzag_noise=(0.1,), zigzag_level=(1.2,))

@@ -1,5 +1,6 @@
 """Teachers and students end to end: named, refused, frozen, resumed."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -87,71 +88,78 @@ def snapshot(folder):
 
 
 UPDATES = {
-    "digits_cd.py": {"student": 4}, "digits_ctm.py:dsm": {"student": 4},
+    "digits_cd.py": {"student": 4},
     "digits_ctm.py:gan": {"student": 2, "discriminator": 2},
     "digits_dmd.py:dmd2": {"student": 1, "fake_score": 4},
     "digits_dmd.py:dmd": {"student": 4, "fake_score": 4},
 }
+# At rate 0, so that what it started from is seen.
+STILL = dict(
+    optimizer__learning_rate="0.0", critic__learning_rate="0.0",
+    optimizer__weight_decay="0.0",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(teacher, tmp_path_factory):
+  """File -> (config, work directory) of a run from the teacher, made once."""
+  @functools.cache
+  def run(file):
+    config = student(file, teacher, **(STILL if "dmd2" in file else {}))
+    folder = tmp_path_factory.mktemp("student")
+    assert not train.train_and_evaluate(config, str(folder)).frozen
+    return config, folder
+
+  return run
 
 
 @pytest.mark.parametrize("file", UPDATES)
-def test_a_student_trains(teacher, tmp_path, file):
+def test_a_student_trains(teacher, trained, file):
   before = snapshot(teacher)
-  config = student(file, teacher)
-  final = train.train_and_evaluate(config, str(tmp_path))
-  state, meta = tree(tmp_path, 4)
-  assert not final.frozen and not state.get("frozen")
-  assert list(meta["frozen"]) == ["teacher"]
+  config, folder = trained(file)
+  state, meta = tree(folder, 4)
+  assert not state.get("frozen") and list(meta["frozen"]) == ["teacher"]
   assert snapshot(teacher) == before
   updates = {k: int(p["updates"]) for k, p in state["players"].items()}
   assert updates == UPDATES[file]
-  last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+  last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
   numbers = json.loads(last)
   many = len(updates) > 1
   for name in updates:  # What took turns is told of each.
     assert np.isfinite(numbers[f"{name}/loss" if many else "loss"])
-  text = inspection.report(config, str(tmp_path), None)
+  text = inspection.report(config, str(folder), None)
   assert "starts from the teacher" in text
-  if "gan" in file:  # Started again in its last turn but one.
-    shutil.rmtree(tmp_path / "checkpoints" / "4")
-    train.train_and_evaluate(config, str(tmp_path))
-    toys.assert_equal(tree(tmp_path, 4)[0], state)
 
 
-def test_students_start_as_their_teacher(teacher, tmp_path):
-  config = student(
-      "digits_dmd.py:dmd2", teacher, training__num_steps="1",
-      optimizer__learning_rate="0.0", critic__learning_rate="0.0",
-      optimizer__weight_decay="0.0", critic__weight_decay="0.0",
-  )
-  train.train_and_evaluate(config, str(tmp_path))
-  state, _ = tree(tmp_path, 1)
+def test_turns_go_on_where_they_were(trained, tmp_path):
+  config, folder = trained("digits_ctm.py:gan")
+  shutil.copytree(folder, tmp_path / "again")
+  shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+  train.train_and_evaluate(config, str(tmp_path / "again"))
+  toys.assert_equal(tree(tmp_path / "again", 4)[0], tree(folder, 4)[0])
+
+
+def test_students_start_as_their_teacher(teacher, trained):
+  players = tree(trained("digits_dmd.py:dmd2")[1], 4)[0]["players"]
   expected = tree(teacher, 4)[0]["averages"]["ema_0.5"]
-  players = state["players"]
   toys.assert_close(players["student"]["params"], expected, rtol=1e-6)
   toys.assert_close(
       players["fake_score"]["params"]["network"], expected, rtol=1e-6
   )
 
 
-def test_another_teacher_stops_a_run_that_goes_on(teacher, tmp_path):
-  config = student("digits_cd.py", teacher)
-  train.train_and_evaluate(config, str(tmp_path / "run"))
+def test_another_teacher_stops_a_run_that_goes_on(
+    teacher, trained, tmp_path
+):
+  _, folder = trained("digits_cd.py")
+  shutil.copytree(folder, tmp_path / "run")
   # Moved is fine, of other weights is not.
   shutil.copytree(teacher, tmp_path / "moved")
-  more = dict(training__num_steps="5", method__curriculum_steps="4",
-              optimizer__schedule_steps="4")
-  train.train_and_evaluate(
-      student("digits_cd.py", tmp_path / "moved", **more),
-      str(tmp_path / "run"),
-  )
+  config = student("digits_cd.py", tmp_path / "moved")
+  train.train_and_evaluate(config, str(tmp_path / "run"))
   shutil.rmtree(tmp_path / "moved" / "checkpoints" / "4")
-  more["training__num_steps"] = "6"
   with pytest.raises(errors.UserError, match="has other weights"):
-    train.train_and_evaluate(
-        student("digits_cd.py", tmp_path / "moved", **more),
-        str(tmp_path / "run"),
-    )
+    train.train_and_evaluate(config, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("file, overrides, said", [
@@ -176,11 +184,10 @@ def test_a_network_of_another_width_is_refused(teacher, tmp_path):
     train.train_and_evaluate(config, str(tmp_path))
 
 
-def test_a_student_is_no_teacher(teacher, tmp_path):
-  config = student("digits_cd.py", teacher)
-  train.prepare_workdir(config, str(tmp_path)).release()
+def test_a_student_is_no_teacher(trained):
+  _, folder = trained("digits_cd.py")
   with pytest.raises(errors.UserError, match="is no denoiser"):
-    experiments.build(student("digits_cd.py", tmp_path))
+    experiments.build(student("digits_cd.py", folder))
 
 
 # Pairs ------------------------------------------------------------------------
