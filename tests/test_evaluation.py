@@ -249,11 +249,14 @@ def test_a_run_goes_on_with_its_own_images_alone(tmp_path):
     )
     return built.source("train")
 
-  meta = {"data_fingerprint": sources.fingerprint(source("a"))}
-  loop._check_same_images(meta, source("moved"))
-  loop._check_same_images({}, source("b"))
+  def fixed(name):
+    found = sources.fingerprint(source(name))
+    return {"data_fingerprint": found, "frozen": {}}
+
+  loop._check_unchanged(fixed("a"), fixed("moved"), "npz")
+  loop._check_unchanged({}, fixed("b"), "npz")
   with pytest.raises(errors.UserError, match="holds other images"):
-    loop._check_same_images(meta, source("b"))
+    loop._check_unchanged(fixed("a"), fixed("b"), "npz")
 
 
 def test_statistics_of_the_training_split_are_taken_once(copy, monkeypatch):
