@@ -79,14 +79,18 @@ def resolve(
   full["training"] = _fill("training", given, options.Training)
   name, method = _look_up("method", given, names.METHODS)
   given["method"] = {**method.preset, **given["method"]}
-  for (section, key), cls in zip(
-      _SPANS, (method.cls, optim.Optimizer), strict=True
-  ):
-    if key in _keys(cls):
+  classes = SECTIONS | {"method": method.cls}
+  for section, key in _SPANS:
+    if key in _keys(classes[section]):
       spans = given.setdefault(section, {})
       spans.setdefault(key, full["training"]["num_steps"])
   for section, cls in SECTIONS.items():
     full[section] = _fill(section, given, cls)
+  if "critic" in given and not method.critic:
+    raise errors.UserError(
+        "config.critic is the optimiser of a method's other networks, and "
+        f"method.name={name!r} has none; leave it out"
+    )
   if method.critic:  # What it leaves out is as for the sampled player.
     own = given.get("critic", {})
     given["critic"] = {**full["optimizer"], **own}

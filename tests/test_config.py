@@ -32,6 +32,15 @@ def test_shipped_configs_resolve_and_build(path):
   )
 
 
+def test_a_critic_is_as_the_student_but_for_what_it_says():
+  raw = config_files.read_file("configs/digits_dmd.py")
+  config = configs.resolve(raw, {"critic.learning_rate": "0.5"})
+  student = config.optimizer.to_dict()
+  assert config.critic.to_dict() == student | {"learning_rate": 0.5}
+  with pytest.raises(errors.UserError, match="'bcm' has none; leave it out"):
+    digits(critic__learning_rate="0.5")
+
+
 def test_resolved_config_survives_json():
   config = digits()
   again = configs.resolve(json.loads(json.dumps(configs.to_json(config))))
