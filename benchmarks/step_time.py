@@ -35,6 +35,7 @@ from bcm_jax import experiment as experiments
 from bcm_jax import files
 from bcm_jax import loop
 from bcm_jax import provenance
+from bcm_jax import runs
 from bcm_jax.data import source as sources
 from bcm_jax.training import executable
 from bcm_jax.training import hosts
@@ -95,20 +96,31 @@ class Bench:
     self.state = self.backend.create(
         lambda: experiments.create_state(self.experiment)
     )
+    self.state = self.state.replace(
+        frozen=self.backend.place(runs.load_frozen(self.experiment))
+    )
     self.done = 0
     self.seconds: list[float] = []
     self.waited = 0.0
     began = time.perf_counter()
-    self.run(1)
+    self.run(self._round())
     self.compile_seconds = time.perf_counter() - began
     self.seconds, self.waited = [], 0.0
+
+  def _round(self) -> int:
+    """Calls until every phase has had its turn."""
+    method, seen, calls = self.experiment.method, set(), 0
+    while seen != set(method.phases()):
+      seen.add(method.phase(calls * self.per_call))
+      calls += 1
+    return calls
 
   def run(self, calls: int) -> None:
     """Times calls one by one, each waited for."""
     start, k = self.done, self.per_call
     todo = [(start + k * i, k) for i in range(calls)]
     self.done += k * calls
-    phase = self.experiment.method.phase(start)
+    method = self.experiment.method
     with loop.stream(
         self.experiment, self.source, self.backend, todo, 0
     ) as stream:
@@ -117,6 +129,7 @@ class Bench:
         inputs = next(stream)
         if i:  # The first of a block fills the pipeline.
           self.waited += time.perf_counter() - began
+        phase = method.phase(todo[i][0])
         self.state, metrics = self.step_fn(self.state, *inputs, phase)
         jax.block_until_ready(metrics)
         if i or calls == 1:
@@ -227,8 +240,8 @@ def main(argv: list[str] | None = None) -> None:
   if counts:
     result["scaling"] = scaling(config, counts)
   else:
-    source = synthetic(experiment) if args.synthetic else experiment.source(
-        "train"
+    source = synthetic(experiment) if args.synthetic else (
+        experiment.training_source()
     )
     result["source"] = source.name
     result |= measure(config, args.backends.split(","), args.calls, source)

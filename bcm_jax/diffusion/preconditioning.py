@@ -102,6 +102,11 @@ class Trajectory:
     return Scalings(u / t + rest * c_skip, rest * c_out, c_in)
 
 
+def edm_weight(t: jax.Array, sigma_data: float) -> jax.Array:
+  """EDM's weight of a denoising loss, 1 / c_out^2: levels [B] -> [B]."""
+  return (t**2 + sigma_data**2) / (t * sigma_data) ** 2
+
+
 def adm_noise(t: jax.Array) -> jax.Array:
   """ADM's conditioning value 250 ln t; t is floored at 1e-20, never 0."""
   return 250 * jnp.log(jnp.maximum(_wide(t), 1e-20))

@@ -164,7 +164,7 @@ class ConsistencyTraining(flow_maps.NetworkMap, base.OnePlayer):
         "snr": lambda: 1 / t**2,
         "snr+1": lambda: 1 / t**2 + 1,
         "truncated-snr": lambda: jnp.maximum(1 / t**2, 1),
-        "edm": lambda: (t**2 + sd**2) / (t * sd) ** 2,
+        "edm": lambda: preconditioning.edm_weight(t, sd),
     }[self.weighting]()
 
   def earlier(self, ctx: base.Context, z, times) -> jax.Array:

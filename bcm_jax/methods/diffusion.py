@@ -105,8 +105,7 @@ class Diffusion(base.OnePlayer):
 
   def weight(self, sigma) -> jax.Array:
     """EDM's weight (sigma^2 + sd^2) / (sigma sd)^2: [B]."""
-    sd = self.sigma_data
-    return (sigma**2 + sd**2) / (sigma * sd) ** 2
+    return preconditioning.edm_weight(sigma, self.sigma_data)
 
   def sample_levels(self, ctx: base.Context) -> jax.Array:
     """Draws a level for every example: [B]."""

@@ -32,31 +32,30 @@ PRESET: Mapping[str, Any] = dict(
 _LPIPS_SIZE = 224
 
 
-def perceptual_distance(
-    metric: str, a, b, ctx: base.Context, teacher, feature_sigma: float
-) -> jax.Array:
-  """Distance [B] between images [B, H, W, C] in features.
+def distance(method, a, b, ctx: base.Context) -> jax.Array:
+  """Distance [B] between images [B, H, W, C] in [-1, 1], by a method's metric.
 
   Args:
-    metric: 'features', of the teacher's encoder, told that the images are at
-      level feature_sigma; or 'lpips'.
-    a, b: images in [-1, 1].
-    ctx: holds the frozen networks.
-    teacher: a Diffusion.
-    feature_sigma: see above.
+    method: gives metric and huber_c, and for 'features' its teacher, which is
+      told that the images are at level feature_sigma.
+    a, b: images.
+    ctx: holds the frozen networks, the teacher or LPIPS'.
   """
-  if metric == "lpips":
+  if method.metric == "lpips":
     size = max(a.shape[1], _LPIPS_SIZE)
     a, b = (
         jax.image.resize(v, (len(v), size, size, v.shape[-1]), "bilinear")
         for v in (a, b)
     )
     return lpips.distance(ctx.frozen["lpips"], a, b)
-  sigma = jnp.full(a.shape[:1], feature_sigma, a.dtype)
-  params = ctx.frozen["teacher"]
-  return distances.of_features(*(
-      teacher.features(params, v, sigma, ctx.labels) for v in (a, b)
-  ))
+  if method.metric == "features":
+    sigma = jnp.full(a.shape[:1], method.feature_sigma, a.dtype)
+    params = ctx.frozen["teacher"]
+    return distances.of_features(*(
+        method.teacher.features(params, v, sigma, ctx.labels) for v in (a, b)
+    ))
+  normalise = getattr(method, "huber_normalise", True)
+  return distances.by_name(method.metric, a, b, method.huber_c, normalise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +97,4 @@ class ConsistencyDistillation(consistency.ConsistencyTraining):
 
   def distance(self, a, b, ctx: base.Context):
     """d(a, b) for [B, ...] twice -> [B]."""
-    if self.metric in ("features", "lpips"):
-      return perceptual_distance(
-          self.metric, a, b, ctx, self.teacher, self.feature_sigma
-      )
-    return super().distance(a, b, ctx)
+    return distance(self, a, b, ctx)

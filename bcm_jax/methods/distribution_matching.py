@@ -256,11 +256,7 @@ class DistributionMatching:
     start = self.sigma_max * ctx.extra["noise"].astype(ctx.images.dtype)
     sigma = jnp.full(len(start), self.sigma_max, start.dtype)
     x = self.denoiser.denoise(params, start, sigma, ctx.labels)
-    if self.metric in ("features", "lpips"):
-      return distillation.perceptual_distance(
-          self.metric, x, ctx.images, ctx, self.teacher, self.feature_sigma
-      )
-    return distances.by_name(self.metric, x, ctx.images, self.huber_c)
+    return distillation.distance(self, x, ctx.images, ctx)
 
   # mu_fake --------------------------------------------------------------------
 

@@ -266,11 +266,7 @@ class TrajectoryDistillation(
 
   def distance(self, a, b, ctx: base.Context) -> jax.Array:
     """d(a, b) for [B, ...] twice -> [B]."""
-    if self.metric in ("features", "lpips"):
-      return distillation.perceptual_distance(
-          self.metric, a, b, ctx, self.teacher, self.feature_sigma
-      )
-    return distances.by_name(self.metric, a, b, self.huber_c)
+    return distillation.distance(self, a, b, ctx)
 
   # Losses ---------------------------------------------------------------------
 
@@ -286,8 +282,7 @@ class TrajectoryDistillation(
         params, self.noisy(ctx, sigma, "dsm/noise"), sigma, ctx.labels,
         ctx.keys("dropout/dsm"),
     )
-    sd = self.sigma_data
-    weight = (sigma**2 + sd**2) / (sigma * sd) ** 2
+    weight = preconditioning.edm_weight(sigma, self.sigma_data)
     return weight * distances.l2(d, ctx.images)
 
   def student_loss(self, params, ctx: base.Context):

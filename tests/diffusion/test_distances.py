@@ -87,3 +87,12 @@ def test_dtypes_are_promoted_and_never_cast_down():
 def test_huber_constants_of_the_literature():
   assert distances.huber_constant(64 * 64 * 3) == pytest.approx(0.0599, 1e-3)
   assert distances.huber_constant(32 * 32 * 3) == pytest.approx(0.02993, 1e-3)
+
+
+def test_unit_vectors_have_gradients_at_zero():
+  x = jnp.asarray([[3.0, -4.0], [0.0, 0.0]])
+  unit, pull = jax.vjp(distances.unit, x)
+  np.testing.assert_allclose(unit, [[0.6, -0.8], [0, 0]], rtol=1e-6)
+  gradient, = pull(jnp.asarray([[1.0, 0.0], [0.0, 0.0]]))
+  # (1 - 0.6^2) / 5 and 0.6 * 0.8 / 5.
+  np.testing.assert_allclose(gradient, [[0.128, 0.096], [0, 0]], rtol=1e-5)
