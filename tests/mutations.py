@@ -66,7 +66,8 @@ MUTATIONS = (
     Mutation(
         "averages late by one", "training/step.py",
         "averages = _averages(\n          method, options, state, players,",
-        "averages = _averages(\n          method, options, state, state.players,",
+        "averages = _averages(\n"
+        "          method, options, state, state.players,",
         "training/test_step.py::"
         "test_averages_take_the_updated_parameters_at_their_own_rates",
     ),
