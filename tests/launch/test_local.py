@@ -68,12 +68,18 @@ def run(local, script, *args, plan="0", **more):
   return result
 
 
+def _hear_interrupts():
+  # Shells let what they start in the background ignore them, tests included,
+  # and a script cannot take that back.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(local, script, *args, plan, count=1, **more):
   """Starts a script and waits until `count` processes wait for a signal."""
   process = subprocess.Popen(
       local.command(script, *args), cwd=local.folder,
       env=env(local, plan, **more), text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
+      stderr=subprocess.STDOUT, preexec_fn=_hear_interrupts,
   )
   seen = ""
   while seen.count("waiting") < count:

@@ -73,13 +73,24 @@ def test_eight_devices_are_the_same(tmp_path):
   assert done.returncode == 0, done.stderr
   with np.load(tmp_path / "8.npz") as eight:
     found = [eight[f"arr_{i}"] for i in range(len(eight.files))]
-  expected = drawn("jit-1") + jax.tree.leaves(reference())
+  expected = topologies.flat("jit-1")
   exact = len(drawn("jit-1"))
   for i, (a, b) in enumerate(zip(found, expected, strict=True)):
     if i < exact:
       np.testing.assert_array_equal(a, b)
     else:
       toys.assert_close(a, b, rtol=1e-4 if b.shape == (STEPS,) else 1e-5)
+
+
+@pytest.mark.parametrize("topology", ["jit-4", "pmap-4", "fsdp-2x2"])
+def test_terms_are_weighed_over_all_devices(topology):
+  params, weights = topologies.weighed(topology)
+  expected, expected_weights = topologies.weighed("jit-1")
+  toys.assert_close(params, expected, rtol=1e-5)
+  np.testing.assert_allclose(weights, expected_weights, rtol=1e-4)
+  # ctm, dsm and gan, in two turns of the student; nothing is at a bound.
+  assert weights.shape == (6,) and list(weights[::3]) == [1, 1]
+  assert np.ptp(weights) > 0.1 and 0.01 < weights.min() < weights.max() < 10
 
 
 def test_pmap_is_jit_on_the_same_devices():

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
+from bcm_jax.methods import trajectory
 from bcm_jax.training import parallel
 from bcm_jax.training import rng
 from bcm_jax.training import state as states
@@ -119,6 +121,42 @@ def train(topology, microbatches=1, at_once=False):
   return state, jax.tree.map(lambda *x: np.stack(x), *rows)
 
 
+@functools.cache
+def weighed(topology):
+  """CTM's parameters after two rounds, and the weights of its terms in each.
+
+  Its discriminator has its turns, too.
+  """
+  ctm = trajectory.TrajectoryDistillation(
+      network=toys.GaussianFlow(), noise=preconditioning.adm_noise,
+      scalings=preconditioning.Trajectory(preconditioning.EDM()),
+      teacher=toys.gaussian_teacher()[0], metric="l2", gan=True,
+      gan_features=4, gan_sigma_max=1.0,
+  )
+  optimizer = {name: optax.sgd(1e-2) for name in ctm.players}
+  devices = runner(topology)
+  step = devices.compile(steps.make_step(
+      ctm, optimizer, steps.StepOptions(axis_name=devices.axis_name)
+  ))
+  images = toys.images(B, 4)
+  state = states.create(ctm, optimizer, (), 0, images, None)
+  # Away from the optimum, where there is nothing to weigh.
+  state.players["student"].params["scale"] = jnp.float32(0.7)
+  state = devices.place(state.replace(
+      frozen={"teacher": {"scale": jnp.zeros(())}}
+  ))
+  rows = []
+  for k in range(4):
+    data = devices.batch({"image": images, "index": batch()["index"]})
+    state, row = step(
+        state, data, devices.replicate(ctm.curriculum(k)), ctm.phase(k)
+    )
+    row = devices.fetch(row)
+    rows += [np.asarray(v) for n, v in sorted(row.items()) if "weight" in n]
+  params = {n: p.params for n, p in devices.fetch(state).players.items()}
+  return jax.tree.map(np.asarray, params), np.stack(rows)
+
+
 def draw(index):
   """All that is random in a step: times, ends, noise, dropout masks."""
   m = method()
@@ -144,8 +182,10 @@ def drawn(topology):
 
 
 def flat(topology):
-  """Draws, state and metrics of a topology as one list of arrays."""
-  return drawn(topology) + jax.tree.leaves(train(topology))
+  """Draws, then states and metrics of a topology, as one list of arrays."""
+  return drawn(topology) + jax.tree.leaves(
+      (train(topology), weighed(topology))
+  )
 
 
 if __name__ == "__main__":
