@@ -180,10 +180,11 @@ def teacher(
           "directory of one by method.teacher (train it with "
           "method.name='edm', or convert published weights)"
       )
-    if numbers.get("gan"):
+    if numbers.get("gan") and numbers.gan_encoder == "teacher":
       raise errors.UserError(
           "method.gan=True judges by a teacher's features; name the work "
-          "directory of a denoiser by method.teacher"
+          "directory of a denoiser by method.teacher, or another network by "
+          "method.gan_encoder"
       )
     return
   what = f"method.teacher={numbers.teacher}"

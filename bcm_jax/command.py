@@ -13,13 +13,15 @@ class Parser(argparse.ArgumentParser):
   """Describes a module's command by its docstring; wrong flags are UserErrors.
 
   Args:
-    module: dotted name, as in python -m NAME.
+    module: dotted name, as in python -m NAME, or path of a script.
     doc: the module's docstring, shown by --help.
   """
 
   def __init__(self, module: str, doc: str):
+    script = module.endswith(".py")
     super().__init__(
-        prog=f"python -m {module}", description=doc, allow_abbrev=False,
+        prog=f"python {module}" if script else f"python -m {module}",
+        description=doc, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

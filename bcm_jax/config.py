@@ -98,17 +98,30 @@ def resolve(
   model_name, model = _look_up("model", given, names.MODELS)
   given["model"] = {**model.preset, **given["model"]}
   full["model"] = {"name": model_name} | _fill("model", given, model.cls)
-  extra = {"preconditioning": (str, method.preconditioning)}
-  if "teacher" in {f.name for f in dataclasses.fields(method.cls)}:
-    extra |= {"teacher": (str | None, None),
-              "teacher_average": (str | None, None)}
-  full["method"] = {"name": name} | _fill("method", given, method.cls, extra)
+  full["method"] = {"name": name} | _fill(
+      "method", given, method.cls, _named(method)
+  )
   if full["method"]["preconditioning"] not in names.PRECONDITIONINGS:
     raise errors.unknown_name(
         "preconditioning", full["method"]["preconditioning"],
         names.PRECONDITIONINGS,
     )
   return ml_collections.ConfigDict(full).lock()
+
+
+def _named(method: names.Method) -> dict[str, tuple[Any, Any]]:
+  """Keys of a method whose values are names of what the method is made of."""
+  keys: dict[str, tuple[Any, Any]] = {
+      "preconditioning": (str, method.preconditioning)
+  }
+  fields = {f.name for f in dataclasses.fields(method.cls)}
+  if "teacher" in fields:
+    keys |= {"teacher": (str | None, None),
+             "teacher_average": (str | None, None)}
+  if "gan_encoder" in fields:
+    keys |= {"gan_encoder": (str, "teacher"),
+             "gan_encoder_path": (tuple[str, ...], ())}
+  return keys
 
 
 def _set(given: dict[str, Any], path: str, text: str) -> None:

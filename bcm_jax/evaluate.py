@@ -34,6 +34,7 @@ from bcm_jax.metrics import moments
 from bcm_jax.metrics import neighbours
 from bcm_jax.metrics import quality
 from bcm_jax.training import checkpoint
+from bcm_jax.training import goodput
 
 # Samples that published numbers are taken of.
 PROTOCOL_SAMPLES = 50_000
@@ -283,8 +284,22 @@ def _steps(experiment, workdir: str, which: str) -> Iterator[int | None]:
     time.sleep(_POLL_SECS)
 
 
+def _training(experiment, workdir: str, step: int) -> dict[str, Any]:
+  """Images that were trained on up to a step, and how long it took."""
+  found: dict[str, Any] = {
+      "images": step * experiment.config.training.batch_size
+  }
+  account = goodput.total(workdir)
+  if account is not None and account["last"] == step:
+    found["seconds"] = account["wall"] - account["seconds"]["eval"]
+  return found
+
+
 def _evaluate_and_write(evaluation, step, average, params) -> dict[str, Any]:
   result = evaluation(step, average, params)
+  result["training"] = _training(
+      evaluation.experiment, evaluation.workdir, step
+  )
   name = f"{step}.json"
   if len(evaluation.section.averages) > 1:
     name = f"{step}_{average}.json"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from bcm_jax.data import augmentation
 from bcm_jax.data import pairs
 from bcm_jax.data import registry
 from bcm_jax.data import source as sources
+from bcm_jax.interop import vgg_names
 from bcm_jax.methods import base
+from bcm_jax.methods import projected
 from bcm_jax.sampling import plan as plans
 from bcm_jax.training import parallel
 from bcm_jax.training import state as states
@@ -185,6 +188,11 @@ def _method(
   if "teacher" in numbers:
     del numbers["teacher"], numbers["teacher_average"]
     numbers["teacher"] = None if teacher is None else teacher.method
+  if "gan_encoder" in numbers:
+    name, path = numbers["gan_encoder"], numbers.pop("gan_encoder_path")
+    numbers["gan_encoder"] = (
+        projected.by_name(name, tuple(path)) if name != "teacher" else None
+    )
   return cls(
       network=module(**model), scalings=scalings, noise=noise, **numbers
   )
@@ -210,14 +218,24 @@ def network_inputs(
 
 
 def frozen_shapes(experiment: Experiment) -> dict[str, Any]:
-  """Shapes of the networks that are not trained, without reading them."""
-  if experiment.teacher is None:
-    return {}
-  images, labels = example_batch(experiment.teacher)
-  player = experiment.teacher.method.players[experiment.teacher.method.sampled]
-  return {"teacher": jax.eval_shape(
-      lambda: player.init(jax.random.key(0), images, labels)
-  )}
+  """Shapes of the networks that are not trained, without a teacher's weights.
+  """
+  frozen, images_and_labels = {}, example_batch(experiment)
+  if experiment.teacher is not None:
+    method = experiment.teacher.method
+    frozen["teacher"] = method.players[method.sampled].init
+  if experiment.config.method.get("metric") == "lpips":
+    frozen["lpips"] = lambda *_: vgg_names.load_lpips(
+        *experiment.config.method.lpips_path
+    )
+  encoder = getattr(experiment.method, "gan_encoder", None)
+  if encoder is not None:
+    frozen["gan_encoder"] = encoder.init
+  key = jax.random.key(0)
+  return {
+      name: jax.eval_shape(functools.partial(init, key, *images_and_labels))
+      for name, init in frozen.items()
+  }
 
 
 def create_state(

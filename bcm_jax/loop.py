@@ -382,9 +382,12 @@ def _check_unchanged(
         "data.path, or use another --workdir"
     )
   began, found = meta.get("frozen", {}), fixed["frozen"]
-  if began != found:
-    raise errors.UserError(
-        f"method.teacher has other weights (digest {found}) than those the run "
-        f"in the work directory began with ({began}); correct method.teacher, "
-        "or use another --workdir"
-    )
+  for which in sorted(began.keys() | found.keys()):
+    if began.get(which) != found.get(which):
+      key = {"lpips": "lpips_path"}.get(which, which)
+      raise errors.UserError(
+          f"method.{key} has other weights (digest {found.get(which)}) than "
+          "those the run in the work directory began with "
+          f"({began.get(which)}); correct method.{key}, or use another "
+          "--workdir"
+      )

@@ -3,7 +3,9 @@
 import os
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 
 from bcm_jax import config as configs
 from bcm_jax import errors
@@ -105,6 +107,12 @@ def load_frozen(experiment: experiments.Experiment) -> dict[str, Params]:
     )
   if method.get("metric") == "lpips":
     frozen["lpips"] = vgg_names.load_lpips(*method.lpips_path)
+  encoder = getattr(experiment.method, "gan_encoder", None)
+  if encoder is not None:
+    images, labels = experiments.example_batch(experiment)
+    # The same mixing at every start, of any seed: it is not saved.
+    params = encoder.init(jax.random.key(0), images, labels)
+    frozen["gan_encoder"] = jax.tree.map(np.asarray, params)
   return frozen
 
 

@@ -16,6 +16,7 @@ and tells FLOPs, bytes and collectives a device; on virtual devices of a CPU
 """
 
 import argparse
+from collections.abc import Callable
 import contextlib
 import functools
 import os
@@ -41,6 +42,8 @@ from bcm_jax.training import executable
 from bcm_jax.training import hosts
 from bcm_jax.training import parallel
 from bcm_jax.training import step as steps
+
+Phase = tuple[str, ...]
 
 _BLOCKS = 3
 _SYNTHETIC = 4096
@@ -100,12 +103,12 @@ class Bench:
         frozen=self.backend.place(runs.load_frozen(self.experiment))
     )
     self.done = 0
-    self.seconds: list[float] = []
     self.waited = 0.0
+    self.seconds: dict[Phase, list[float]] = {}
     began = time.perf_counter()
     self.run(self._round())
     self.compile_seconds = time.perf_counter() - began
-    self.seconds, self.waited = [], 0.0
+    self.seconds, self.waited = {}, 0.0
 
   def _round(self) -> int:
     """Calls until every phase has had its turn."""
@@ -133,14 +136,26 @@ class Bench:
         self.state, metrics = self.step_fn(self.state, *inputs, phase)
         jax.block_until_ready(metrics)
         if i or calls == 1:
-          self.seconds.append(time.perf_counter() - began)
+          seconds = (time.perf_counter() - began) / self.per_call
+          self.seconds.setdefault(phase, []).append(seconds)
+
+  def mean(self, of_phase: Callable[[Phase], float]) -> float:
+    """A number a step of each phase, averaged as the phases took turns."""
+    timed = sum(map(len, self.seconds.values()))
+    return sum(
+        len(s) / timed * of_phase(phase) for phase, s in self.seconds.items()
+    )
+
+  def median(self) -> float:
+    """Seconds a step: the median of each phase, averaged."""
+    return self.mean(lambda phase: statistics.median(self.seconds[phase]))
 
   def result(self, peak: float) -> dict[str, Any]:
     """Numbers of all blocks so far; peak is of one device."""
     batch = self.experiment.config.training.batch_size
-    seconds = [s / self.per_call for s in self.seconds]
-    median = statistics.median(seconds)
-    flops = model_flops(self.experiment)
+    seconds = [s for each in self.seconds.values() for s in each]
+    median = self.median()
+    flops = self.mean(functools.partial(model_flops, self.experiment))
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "ms_a_step": 1e3 * median,
@@ -148,15 +163,18 @@ class Bench:
         "steps_timed": len(seconds) * self.per_call,
         "images_per_second": batch / median,
         "compile_seconds": self.compile_seconds,
-        "data_wait_share": self.waited / sum(self.seconds),
+        "data_wait_share": self.waited / (sum(seconds) * self.per_call),
         "model_tflop_a_step": flops / 1e12,
         "mfu": flops / median / (peak * self.backend.devices),
         "peak_bytes_in_use": stats.get("peak_bytes_in_use"),
     }
 
 
-def model_flops(experiment: experiments.Experiment) -> int:
-  """Of the global batch's step, without what remat would compute again."""
+def model_flops(experiment: experiments.Experiment, phase: Phase) -> int:
+  """Of the global batch's step, without what remat would compute again.
+
+  Loops whose length is drawn, such as CTM's solver, count once.
+  """
   overrides = {"parallel.max_examples": "0"}
   if "remat" in experiment.config.model:
     overrides["model.remat"] = "False"
@@ -168,7 +186,7 @@ def model_flops(experiment: experiments.Experiment) -> int:
   )
   state, batch, curriculum = compilation.abstract_inputs(plain, backend)
   return executable.count_flops(
-      functools.partial(step, phase=plain.method.phase(0)),
+      functools.partial(step, phase=phase),
       state, batch, curriculum,
   )
 

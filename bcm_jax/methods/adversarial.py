@@ -2,8 +2,9 @@
 
 Images are augmented and noised to a random low level (Wang et al., 2023,
 Diffusion-GAN), a denoiser's encoder turns them into features, and trained heads
-into logits. No network of ImageNet takes part, so what is measured with such
-features later was not trained on. One discriminator serves all devices.
+into logits. No network of ImageNet takes part unless a user brings it
+(projected), so what is measured with such features later was not trained on.
+One discriminator serves all devices.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from bcm_jax.diffusion import process
 from bcm_jax.methods import base
 from bcm_jax.methods import diff_augment
 from bcm_jax.methods import diffusion
+from bcm_jax.methods import projected
 from bcm_jax.models import discriminator
 
 
@@ -24,16 +26,16 @@ class Critic:
   """Logits of images.
 
   Attributes:
-    teacher: the denoiser whose encoder gives the features.
+    encoder: gives the features: a denoiser, or projected.Projected.
     heads: the trained part.
     sigma_max: highest level of the noise; levels are uniform in
-      sigma^(1 / rho).
+      sigma^(1 / rho). None leaves images as they are.
     augment: whether images go through DiffAugment first.
   """
 
-  teacher: diffusion.Diffusion
+  encoder: diffusion.Diffusion | projected.Projected
   heads: discriminator.Heads
-  sigma_max: float = 80.0
+  sigma_max: float | None = 80.0
   augment: bool = True
 
   def init(self, key, images, labels):
@@ -41,21 +43,21 @@ class Critic:
     sigma = jnp.ones(images.shape[:1], jnp.float32)
 
     def features():
-      params = self.teacher.init(key, images, labels)
-      return self.teacher.features(params, images, sigma, labels)
+      params = self.encoder.init(key, images, labels)
+      return self.encoder.features(params, images, sigma, labels)
 
     shapes = jax.eval_shape(features)
     zeros = [jnp.zeros(s.shape, s.dtype) for s in shapes]
     return self.heads.init(key, zeros)["params"]
 
   def __call__(
-      self, params, encoder: Any, images, labels, ctx: base.Context, stream: str
+      self, params, frozen: Any, images, labels, ctx: base.Context, stream: str
   ) -> jax.Array:
     """Logits [B, heads] of images [B, H, W, C].
 
     Args:
       params: of the heads.
-      encoder: parameters of the teacher, or of a network like it.
+      frozen: parameters of the encoder, or of a network like it.
       images: in [-1, 1].
       labels: [B] or None.
       ctx: gives keys.
@@ -63,18 +65,19 @@ class Critic:
     """
     if self.augment:
       images = diff_augment.augment(images, ctx.keys(f"{stream}/augment"))
-    sigma = self.levels(ctx.keys(f"{stream}/sigma"))
-    z = process.normal_like(ctx.keys(f"{stream}/noise"), images)
-    features = self.teacher.features(
-        encoder, process.add_noise(images, sigma, z), sigma, labels
-    )
+    sigma = None
+    if self.sigma_max is not None:
+      sigma = self.levels(ctx.keys(f"{stream}/sigma"))
+      z = process.normal_like(ctx.keys(f"{stream}/noise"), images)
+      images = process.add_noise(images, sigma, z)
+    features = self.encoder.features(frozen, images, sigma, labels)
     return self.heads.apply({"params": params}, features)
 
   def levels(self, keys) -> jax.Array:
-    """Levels [B] between the teacher's sigma_min and sigma_max."""
-    rho = self.teacher.rho
+    """Levels [B] between the denoiser's sigma_min and sigma_max."""
+    rho = self.encoder.rho
     low, high = (
-        s ** (1 / rho) for s in (self.teacher.sigma_min, self.sigma_max)
+        s ** (1 / rho) for s in (self.encoder.sigma_min, self.sigma_max)
     )
     return (low + (high - low) * jax.vmap(jax.random.uniform)(keys)) ** rho
 

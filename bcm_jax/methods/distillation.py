@@ -47,7 +47,9 @@ def distance(method, a, b, ctx: base.Context) -> jax.Array:
         jax.image.resize(v, (len(v), size, size, v.shape[-1]), "bilinear")
         for v in (a, b)
     )
-    return lpips.distance(ctx.frozen["lpips"], a, b)
+    return lpips.distance(
+        ctx.frozen["lpips"], a, b, method.lpips_pooling
+    )
   if method.metric == "features":
     sigma = jnp.full(a.shape[:1], method.feature_sigma, a.dtype)
     params = ctx.frozen["teacher"]
@@ -68,6 +70,7 @@ class ConsistencyDistillation(consistency.ConsistencyTraining):
     metric: besides consistency training's: 'features' of the teacher, 'lpips'.
     feature_sigma: level that the teacher is told for 'features'.
     lpips_path: weights of LPIPS, as eval.lpips_path.
+    lpips_pooling: in its network; released is 'average', published 'max'.
   """
 
   teacher: diffusion.Diffusion = dataclasses.field(kw_only=True)
@@ -75,6 +78,7 @@ class ConsistencyDistillation(consistency.ConsistencyTraining):
   metric: Literal["pseudo_huber", "l2", "l1", "features", "lpips"] = "features"
   feature_sigma: float = 0.05
   lpips_path: tuple[str, ...] = ()
+  lpips_pooling: Literal["max", "average"] = "average"
 
   @property
   def players(self) -> Mapping[str, base.Player]:

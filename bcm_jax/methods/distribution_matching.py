@@ -59,7 +59,8 @@ class DistributionMatching:
     dm_weight: how the difference of the denoisers is scaled: 'normalised' as
       above, or by 'sigma', 'sigma3' or 'none' times the difference of scores.
     regression_weight: of d(G(z), y) over pairs (z, y); 0 leaves it out.
-    metric, huber_c, feature_sigma, lpips_path: d, as in distillation.
+    metric, huber_c, feature_sigma, lpips_path, lpips_pooling: d, as in
+      distillation.
     fake_updates: updates of mu_fake to one of the generator.
     gan_weight: of the generator's adversarial loss; 0 leaves the head out.
     gan_fake_weight: of mu_fake's.
@@ -81,6 +82,7 @@ class DistributionMatching:
   huber_c: float | None = None
   feature_sigma: float = 0.05
   lpips_path: tuple[str, ...] = ()
+  lpips_pooling: Literal["max", "average"] = "max"
   fake_updates: int = 1
   gan_weight: float = 0.0
   gan_fake_weight: float = 1e-2

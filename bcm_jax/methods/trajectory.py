@@ -36,6 +36,7 @@ from bcm_jax.methods import base
 from bcm_jax.methods import diffusion
 from bcm_jax.methods import distillation
 from bcm_jax.methods import flow_maps
+from bcm_jax.methods import projected
 from bcm_jax.methods import trajectory_levels
 from bcm_jax.models import discriminator
 from bcm_jax.models import second_time
@@ -63,7 +64,8 @@ class TrajectoryDistillation(
     target_mu: rate of theta-.
     target_inner: the target's first jump by 'online' (released) or 'average'
       parameters (paper), or 'none': one jump of theta- from x_u.
-    metric, huber_c, feature_sigma, lpips_path: d, as in distillation.
+    metric, huber_c, feature_sigma, lpips_path, lpips_pooling: d, as in
+      distillation.
     dsm_weight: of L_DSM; 0 leaves it out.
     p_mean, p_std, dsm_high_share: levels of L_DSM: log-normal for one half of
       the batch; the other's are uniform in sigma^(1 / rho), over this share of
@@ -75,8 +77,9 @@ class TrajectoryDistillation(
     gan_period: steps of a round: in the last one the discriminator's turn.
     gan_own_times: draw new levels for L_GAN (released on ImageNet-64).
     gan_max_solver_steps: M of these.
-    gan_sigma_max, gan_levels, gan_features, gan_augment: see adversarial and
-      discriminator.
+    gan_encoder: whose features are judged; None is the teacher's encoder.
+    gan_sigma_max: of a denoiser's encoder; others see images without noise.
+    gan_levels, gan_features, gan_augment: see adversarial and discriminator.
     end_init: the second time branch starts at 'zero' (G starts as the teacher's
       Euler step) or 'random' (released).
   """
@@ -99,6 +102,7 @@ class TrajectoryDistillation(
   huber_c: float | None = None
   feature_sigma: float = 0.05
   lpips_path: tuple[str, ...] = ()
+  lpips_pooling: Literal["max", "average"] = "average"
   dsm_weight: float = 1.0
   p_mean: float = -1.2
   p_std: float = 1.2
@@ -110,6 +114,9 @@ class TrajectoryDistillation(
   gan_period: int = 2
   gan_own_times: bool = False
   gan_max_solver_steps: int = 17
+  gan_encoder: projected.Projected | None = dataclasses.field(
+      default_factory=lambda: None  # No default: no number of a config.
+  )
   gan_sigma_max: float = 80.0
   gan_levels: tuple[int, ...] = ()
   gan_features: int | None = None
@@ -147,10 +154,21 @@ class TrajectoryDistillation(
 
   @property
   def critic(self) -> adversarial.Critic:
-    """The discriminator, of the teacher's features."""
+    """The discriminator."""
     heads = discriminator.Heads(self.gan_levels, self.gan_features)
+    if self.gan_encoder is not None:
+      return adversarial.Critic(
+          self.gan_encoder, heads, None, self.gan_augment
+      )
     return adversarial.Critic(
         self.teacher, heads, self.gan_sigma_max, self.gan_augment
+    )
+
+  def judge(self, params, images, ctx: base.Context, stream: str) -> jax.Array:
+    """Logits [B, heads] of images by the discriminator's parameters."""
+    encoder = "teacher" if self.gan_encoder is None else "gan_encoder"
+    return self.critic(
+        params, ctx.frozen[encoder], images, ctx.labels, ctx, stream
     )
 
   @property
@@ -298,9 +316,8 @@ class TrajectoryDistillation(
       fake = estimate
       if self.gan_own_times:
         fake = self._fake(params, ctx)
-      logits = self.critic(
-          ctx.players["discriminator"], ctx.frozen["teacher"], fake,
-          ctx.labels, ctx, "generator",
+      logits = self.judge(
+          ctx.players["discriminator"], fake, ctx, "generator"
       )
       terms["gan"] = (
           ctx.curriculum["gan"] * adversarial.hinge_generator(logits)
@@ -318,10 +335,9 @@ class TrajectoryDistillation(
 
   def discriminator_loss(self, params, ctx: base.Context):
     """Hinge loss [B] of the discriminator, and its logits."""
-    encoder = ctx.frozen["teacher"]
     fake = jax.lax.stop_gradient(self._fake(ctx.players["student"], ctx))
     judged = {
-        name: self.critic(params, encoder, images, ctx.labels, ctx, name)
+        name: self.judge(params, images, ctx, name)
         for name, images in (("fake", fake), ("real", ctx.images))
     }
     loss = adversarial.hinge_discriminator(**judged)

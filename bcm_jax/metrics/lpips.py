@@ -4,6 +4,7 @@ Zhang et al. (2018), "The Unreasonable Effectiveness of Deep Features as a
 Perceptual Metric", equation 1, as the package `lpips` computes it.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -41,14 +42,26 @@ def _check(x: jax.Array, y: jax.Array) -> None:
       )
 
 
-@jax.jit
-def distance(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+def features(
+    params: Params, images: jax.Array, pooling: vgg.Pooling = "max"
+) -> list[jax.Array]:
+  """VGG16's features of images [B, H, W, C] in [-1, 1], one tensor a block."""
+  images = images.astype(layers.at_least_float32(images.dtype))
+  shift, scale = (jnp.asarray(v, images.dtype) for v in (_SHIFT, _SCALE))
+  return vgg.VGG16(pooling).apply({"params": params}, (images - shift) / scale)
+
+
+@functools.partial(jax.jit, static_argnames="pooling")
+def distance(
+    params: Params, x: jax.Array, y: jax.Array, pooling: vgg.Pooling = "max"
+) -> jax.Array:
   """LPIPS between two images, of every pair; differentiable.
 
   Args:
     params: as `interop.vgg_names.load_lpips` reads them.
     x: [B, H, W, C] in [-1, 1]; C = 3, or 1 for grey; H, W >= 16.
     y: the same shape.
+    pooling: of the network, 'max' for LPIPS as published.
 
   Returns:
     [B], at least 0, of no unit; float32 or wider.
@@ -57,14 +70,9 @@ def distance(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
     UserError: other shapes, images too small, or integers.
   """
   _check(x, y)
-  both = jnp.concatenate([x, y])
-  both = both.astype(layers.at_least_float32(both.dtype))
-  both = (both - jnp.asarray(_SHIFT, both.dtype)) / jnp.asarray(
-      _SCALE, both.dtype
-  )
-  features = vgg.VGG16().apply({"params": params["vgg"]}, both)
+  pairs = features(params["vgg"], jnp.concatenate([x, y]), pooling)
   total = 0.0
-  for i, both in enumerate(features):
+  for i, both in enumerate(pairs):
     a, b = jnp.split(distances.unit(both), 2)
     weighted = (a - b) ** 2 * params["linear"][f"lin{i}"]
     total += weighted.sum(axis=-1).mean(axis=(1, 2))

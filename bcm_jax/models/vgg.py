@@ -5,6 +5,7 @@ numbers (`features.28` is `features_28` here); its classifier is left out.
 """
 
 import functools
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -25,12 +26,17 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 SMALLEST = 2 ** (len(BLOCKS) - 1)
 
 
-def _halve(x: jax.Array) -> jax.Array:
-  """Maxima over 2x2; an odd last row or column is dropped."""
+Pooling = Literal["max", "average"]
+
+
+def _halve(x: jax.Array, pooling: Pooling) -> jax.Array:
+  """Maxima or means of 2x2; an odd last row or column is dropped."""
   rows, columns = (size // 2 * 2 for size in x.shape[1:3])
   corners = [
       x[:, i:rows:2, j:columns:2] for i in range(2) for j in range(2)
   ]
+  if pooling == "average":
+    return sum(corners) / len(corners)
   return functools.reduce(jnp.maximum, corners)
 
 
@@ -70,7 +76,14 @@ class Conv(nn.Module):
 
 
 class VGG16(nn.Module):
-  """The five blocks of convolutions."""
+  """The five blocks of convolutions.
+
+  Attributes:
+    pooling: between blocks; the weights were trained with 'max', consistency
+      models' released LPIPS takes the 'average'.
+  """
+
+  pooling: Pooling = "max"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> list[jax.Array]:
@@ -87,7 +100,7 @@ class VGG16(nn.Module):
     x = x.astype(layers.at_least_float32(x.dtype))
     features = []
     for numbers, channels in BLOCKS:
-      x = _halve(x) if features else x
+      x = _halve(x, self.pooling) if features else x
       for number in numbers:
         x = nn.relu(Conv(channels, name=f"features_{number}")(x))
       features.append(x)

@@ -128,9 +128,9 @@ def total(workdir: str) -> dict[str, Any] | None:
   """Sums over all starts of a run; None where there is no account.
 
   Returns:
-    'starts', 'wall', 'seconds' by part, 'lost_steps' (done, and done again
-    after a kill or a roll-back), 'goodput': share of the wall time in steps
-    that count.
+    'starts', 'last' step, 'wall', 'seconds' by part, 'lost_steps' (done, and
+    done again after a kill or a roll-back), 'goodput': share of the wall time
+    in steps that count.
   """
   records = []
   for path in sorted((pathlib.Path(workdir) / FOLDER).glob("*.json")):
@@ -154,6 +154,7 @@ def total(workdir: str) -> dict[str, Any] | None:
   wall = sum(r["wall"] for r in records)
   useful = seconds["step"] * (1 - lost / steps) if steps else 0.0
   return {
-      "starts": len(records), "wall": wall, "seconds": seconds,
-      "lost_steps": lost, "goodput": useful / wall if wall else 0.0,
+      "starts": len(records), "last": records[-1]["last"], "wall": wall,
+      "seconds": seconds, "lost_steps": lost,
+      "goodput": useful / wall if wall else 0.0,
   }

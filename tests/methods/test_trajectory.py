@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from bcm_jax.diffusion import preconditioning
+from bcm_jax.methods import distillation
 from bcm_jax.methods import trajectory
 from bcm_jax.models import adm
 from bcm_jax.models import second_time
@@ -152,6 +153,22 @@ def test_the_exact_map_loses_nothing():
   assert losses[1] < losses[0] / 4 and losses[0] < 1e-2
   wrong, _ = make().student_loss({"scale": jnp.float32(0.7)}, context())
   assert np.mean(wrong["ctm"]) > 10 * losses[0]
+
+
+@pytest.mark.parametrize("pooling", ["average", "max"])
+def test_lpips_sees_enlarged_images(monkeypatch, pooling):
+  def distance(params, a, b, pooling):
+    seen.append((params, a.shape, b.shape, pooling))
+    return jnp.mean((a - b) ** 2, axis=(1, 2, 3))
+
+  seen = []
+  monkeypatch.setattr(distillation.lpips, "distance", distance)
+  method = make(metric="lpips", lpips_pooling=pooling)
+  a, b = (jnp.full((2, 8, 8, 1), v) for v in (0.5, 0.25))
+  ctx = context(a)._replace(frozen={"lpips": "weights"})
+  np.testing.assert_allclose(method.distance(a, b, ctx), 1 / 16)
+  shape = (2, 224, 224, 1)
+  assert seen == [("weights", shape, shape, pooling)]
 
 
 def test_from_scratch_the_average_takes_the_teachers_place():

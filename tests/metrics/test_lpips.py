@@ -13,6 +13,7 @@ import pytest
 from bcm_jax.errors import UserError
 from bcm_jax.interop import vgg_names
 from bcm_jax.metrics import lpips
+from bcm_jax.models import vgg
 from tests.metrics import lpips_recipe
 
 REFERENCE = pathlib.Path(__file__).with_name("lpips.npz")
@@ -58,6 +59,26 @@ def test_reproduces_the_package(params, derived):
     np.testing.assert_allclose(
         ours[i], theirs[i], atol=1e-10 * np.abs(theirs[i]).max()
     )
+
+
+def test_pooling_may_be_of_means(params):
+  x, y = lpips_recipe.images()
+  shift, scale = np.array(lpips._SHIFT), np.array(lpips._SCALE)
+  total = 0.0
+  features = [
+      vgg.VGG16("average").apply({"params": params["vgg"]}, (v - shift) / scale)
+      for v in (x, y)
+  ]
+  for i, (a, b) in enumerate(zip(*features, strict=True)):
+    a, b = (
+        v / np.linalg.norm(v, axis=-1, keepdims=True).clip(1e-10)
+        for v in (np.asarray(a), np.asarray(b))
+    )
+    weighted = (a - b) ** 2 @ np.asarray(params["linear"][f"lin{i}"])
+    total += weighted.mean(axis=(1, 2))
+  found = lpips.distance(params, x, y, "average")
+  np.testing.assert_allclose(found, total, rtol=1e-4)
+  assert np.all(np.abs(found / lpips.distance(params, x, y) - 1) > 1e-3)
 
 
 def test_black_features_are_no_difference(params, derived):

@@ -40,6 +40,9 @@ def test_convolution_of_small_maps(size):
   np.testing.assert_allclose(vgg.Conv(7).apply(params, x), expected, atol=3e-5)
 
 
-def test_maxima_drop_an_odd_edge():
+@pytest.mark.parametrize("pooling, expected", [
+    ("max", [[-1, -3]]), ("average", [[-4, -6]]),
+])
+def test_pooling_drops_an_odd_edge(pooling, expected):
   x = -np.arange(1.0, 16.0, dtype=np.float32).reshape(1, 3, 5, 1)
-  np.testing.assert_array_equal(vgg._halve(x)[0, ..., 0], [[-1, -3]])
+  np.testing.assert_array_equal(vgg._halve(x, pooling)[0, ..., 0], expected)

@@ -82,15 +82,16 @@ def test_eight_devices_are_the_same(tmp_path):
       toys.assert_close(a, b, rtol=1e-4 if b.shape == (STEPS,) else 1e-5)
 
 
-@pytest.mark.parametrize("topology", ["jit-4", "pmap-4", "fsdp-2x2"])
-def test_terms_are_weighed_over_all_devices(topology):
-  params, weights = topologies.weighed(topology)
+def test_terms_are_weighed_over_all_devices():
+  params, weights = topologies.weighed("pmap-4")
   expected, expected_weights = topologies.weighed("jit-1")
   toys.assert_close(params, expected, rtol=1e-5)
   np.testing.assert_allclose(weights, expected_weights, rtol=1e-4)
-  # ctm, dsm and gan, in two turns of the student; nothing is at a bound.
-  assert weights.shape == (6,) and list(weights[::3]) == [1, 1]
-  assert np.ptp(weights) > 0.1 and 0.01 < weights.min() < weights.max() < 10
+  # ctm, dsm and gan, in two turns of the student.
+  ctm, dsm, gan = weights.reshape(2, 3).T
+  assert list(ctm) == [1, 1]
+  assert 1 < dsm.min() < dsm.max() < 1e4  # Neither is at its bound.
+  assert 0.01 < gan[0] < 10
 
 
 def test_pmap_is_jit_on_the_same_devices():

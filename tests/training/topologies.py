@@ -136,7 +136,8 @@ def weighed(topology):
   optimizer = {name: optax.sgd(1e-2) for name in ctm.players}
   devices = runner(topology)
   step = devices.compile(steps.make_step(
-      ctm, optimizer, steps.StepOptions(axis_name=devices.axis_name)
+      ctm, optimizer,
+      steps.StepOptions(ema_rates=(), axis_name=devices.axis_name),
   ))
   images = toys.images(B, 4)
   state = states.create(ctm, optimizer, (), 0, images, None)

@@ -1,0 +1,206 @@
+"""Every method on the digits under one protocol: trains, evaluates, tables.
+
+  python benchmarks/methods_digits.py runs/methods            # all, hours
+  python benchmarks/methods_digits.py runs/methods --only=cd --seeds=0
+  python benchmarks/methods_digits.py --table                 # the page again
+
+Trains the teacher and every method from it, for every seed, by the commands
+that docs/methods.md names; measures all with the features of one classifier,
+1,437 samples, three seeds of noise; keeps what mode eval wrote in
+docs/results/methods_digits and writes the table into docs/methods.md. What is
+there already is kept: a run goes on where it stopped, and a result of a
+finished run is not made again.
+"""
+
+import argparse
+from collections.abc import Iterable, Mapping
+import contextlib
+import json
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+from bcm_jax import command
+from bcm_jax import files
+from bcm_jax import tables
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results" / "methods_digits"
+PAGE = ROOT / "docs" / "methods.md"
+MARKS = ("<!-- methods_digits -->", "<!-- end -->")
+FEATURES = "FD (digits ResNet)"
+
+
+class Run(NamedTuple):
+  """A method's run.
+
+  Attributes:
+    config: file in configs/.
+    samplers: that are measured.
+    needs: flag of the config -> place below the run of another method.
+  """
+
+  config: str
+  samplers: str
+  needs: Mapping[str, str] = {}
+
+
+_TEACHER = {"method.teacher": "edm"}
+_MULTISTEP = "onestep,cm_multistep:2,cm_multistep:4,cm_multistep:8"
+_JUMPS = "ancestral:2,ancestral:4,ancestral:8"
+RUNS = {
+    "edm": Run("digits_edm.py", "heun,heun:7,ddim:8"),
+    "ict": Run("digits_ict.py", _MULTISTEP),
+    "bcm": Run("digits.py", f"onestep,{_JUMPS}"),
+    "cd": Run("digits_cd.py", _MULTISTEP, _TEACHER),
+    "ctm": Run("digits_ctm.py", f"{_MULTISTEP},{_JUMPS}", _TEACHER),
+    "ctm_gan": Run(
+        "digits_ctm.py:gan", f"{_MULTISTEP},{_JUMPS}",
+        _TEACHER | {"training.init_from": "ctm"},
+    ),
+    "dmd": Run(
+        "digits_dmd.py:dmd", "onestep",
+        _TEACHER | {"data.pairs": "edm/pairs.npz"},
+    ),
+    "dmd2_no_gan": Run("digits_dmd.py:no_gan", "onestep", _TEACHER),
+    "dmd2": Run("digits_dmd.py", "onestep", _TEACHER),
+}
+# Made once, whatever the seed: all students share a teacher.
+_ONCE = ("edm",)
+
+
+def _do(*arguments: str | pathlib.Path) -> None:
+  print("$ python -m", *arguments, flush=True)
+  subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True,
+                 cwd=ROOT)
+
+
+def folder(work: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+  """Work directory of a run."""
+  return work / (name if name in _ONCE else f"{name}-seed{seed}")
+
+
+def train(work: pathlib.Path, name: str, seed: int) -> None:
+  """Trains a method, if that is not done, and measures it."""
+  run, place = RUNS[name], folder(work, name, seed)
+  result = RESULTS / f"{place.name}.json"
+  if result.exists():
+    return
+  needs = []
+  for flag, other in run.needs.items():
+    first, _, rest = other.partition("/")
+    path = folder(work, first, seed) / rest
+    needs.append(f"--config.{flag}={path}")
+  _do("bcm_jax.main", f"--config=configs/{run.config}", f"--workdir={place}",
+      f"--config.seed={seed}", "--config.eval.at_end=False", *needs)
+  if name == "edm" and not (place / "pairs.npz").exists():
+    _do("bcm_jax.main", f"--workdir={place}", "--mode=pairs",
+        "--config.sample.num_samples=10000")
+  _do("bcm_jax.main", f"--workdir={place}", "--mode=eval", *needs,
+      f"--config.eval.samplers={run.samplers}",
+      "--config.eval.features=classifier",
+      f"--config.eval.features_path={work / 'classifier'}",
+      "--config.eval.num_samples=1437", "--config.eval.seeds=0,1,2",
+      "--config.eval.num_reference=None", "--config.eval.inversion_nfe=")
+  newest = max(place.glob("eval/*.json"), key=lambda p: int(p.stem))
+  RESULTS.mkdir(parents=True, exist_ok=True)
+  shutil.copy(newest, result)
+
+
+# The table ------------------------------------------------------------------
+
+
+def read() -> dict[str, list[dict[str, Any]]]:
+  """Results by method, one of every seed of training."""
+  found = {}
+  for name in RUNS:
+    paths = sorted(
+        [*RESULTS.glob(f"{name}.json"), *RESULTS.glob(f"{name}-seed*.json")]
+    )
+    if paths:
+      found[name] = [json.loads(p.read_text()) for p in paths]
+  return found
+
+
+def numbers(
+    results: Iterable[Mapping[str, Any]], sampler: str, metric: str
+) -> tuple[float, float]:
+  """Mean and spread of a metric over seeds: of training, or else of noise."""
+  runs = [r["samplers"][sampler] for r in results]
+  if len(runs) == 1:
+    return runs[0][metric], runs[0]["std"][metric]
+  values = [r[metric] for r in runs]
+  return statistics.fmean(values), statistics.stdev(values)
+
+
+def rows(found: Mapping[str, list[dict[str, Any]]]) -> Iterable[list[str]]:
+  """Lines of the table."""
+  teacher = None
+  if "edm" in found:
+    full = next(iter(found["edm"][0]["samplers"]))
+    teacher, _ = numbers(found["edm"], full, FEATURES)
+  for name, results in found.items():
+    for key, sampler in results[0]["samplers"].items():
+      mean, std = numbers(results, key, FEATURES)
+      share, precision, recall = (
+          numbers(results, key, m)[0]
+          for m in ("recognised", "precision", "recall")
+      )
+      yield [
+          f"`{name}`", key.rpartition("_nfe")[0], str(sampler["nfe"]),
+          f"{mean:.2f} ± {std:.2f}",
+          tables.NOT_RUN if teacher is None else f"{mean / teacher:.2f}",
+          f"{share:.1%}", f"{precision:.2f}", f"{recall:.2f}",
+          f"{results[0]['training']['images']:,}",
+          f"{statistics.fmean(_minutes(results)):.1f}", str(len(results)),
+      ]
+
+
+def _minutes(results) -> Iterable[float]:
+  return [r["training"]["seconds"] / 60 for r in results]
+
+
+def table() -> str:
+  """The table of all results that are there."""
+  head = ["run", "sampler", "NFE", FEATURES, "of the teacher's", "recognised",
+          "P", "R", "images", "minutes", "seeds"]
+  return tables.markdown(head, rows(read()))
+
+
+def write_page() -> None:
+  """Puts the table between its marks in docs/methods.md."""
+  text = PAGE.read_text(encoding="utf-8")
+  before, _, rest = text.partition(MARKS[0])
+  _, _, after = rest.partition(MARKS[1])
+  text = f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}"
+  files.write_bytes(str(PAGE), text.encode())
+  print(f"written: {PAGE}")
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Trains, measures and writes what is missing."""
+  parser = command.Parser("benchmarks/methods_digits.py", __doc__)
+  parser.add_argument("work", nargs="?", default="runs/methods")
+  parser.add_argument("--only", default=",".join(RUNS), metavar="cd,ctm")
+  parser.add_argument("--seeds", default="0,1,2", metavar="0,1,2")
+  parser.add_argument("--table", action="store_true")
+  args: argparse.Namespace = parser.parse_args(
+      sys.argv[1:] if argv is None else argv
+  )
+  work = pathlib.Path(args.work).resolve()
+  if not args.table:
+    if not (work / "classifier" / "classifier.json").exists():
+      _do("bcm_jax.train_classifier", "--config=configs/digits.py",
+          f"--out={work / 'classifier'}")
+    for seed in map(int, args.seeds.split(",")):
+      for name in args.only.split(","):
+        train(work, name, seed)
+  write_page()
+
+
+if __name__ == "__main__":
+  with contextlib.suppress(KeyboardInterrupt), command.reporting():
+    main()

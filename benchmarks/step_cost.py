@@ -1,0 +1,98 @@
+"""What a step of each method costs beside one of iCT.
+
+  python benchmarks/step_cost.py --teacher=runs/edm --pairs=runs/edm/pairs.npz \
+      --out=docs/results/step_cost_digits.json
+
+Times the real steps of the digits' configs, one after the other in blocks, so
+that ratios are of one machine in one state. A method whose players take turns
+is averaged over a round. All have the same network and, here, the same batch.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import sys
+from typing import Any
+
+import step_time
+
+from bcm_jax import command
+from bcm_jax import config as configs
+from bcm_jax import experiment as experiments
+from bcm_jax import files
+from bcm_jax import provenance
+from bcm_jax.training import hosts
+
+# The first is what the others are compared with.
+CONFIGS = {
+    "ict": "digits_ict.py", "bcm": "digits.py", "edm": "digits_edm.py",
+    "cd": "digits_cd.py", "ctm": "digits_ctm.py",
+    "ctm_gan": "digits_ctm.py:gan", "dmd": "digits_dmd.py:dmd",
+    "dmd2_no_gan": "digits_dmd.py:no_gan", "dmd2": "digits_dmd.py",
+}
+_BATCH, _BLOCKS = 64, 5
+_ROUND = 10  # Steps of a block: whole rounds of every method's turns.
+
+
+def _config(file: str, teacher: str, pairs: str) -> Any:
+  overrides = {
+      "training.batch_size": str(_BATCH), "training.init_from": "none",
+      "optimizer.schedule": "constant",
+  }
+  plain = configs.load(f"configs/{file}", overrides, None, False)
+  if "teacher" in plain.method:
+    overrides["method.teacher"] = teacher
+  if plain.data.pairs is not None:
+    overrides["data.pairs"] = pairs
+  return configs.load(f"configs/{file}", overrides, None, False)
+
+
+def _mean(bench: step_time.Bench) -> float:
+  """Seconds a step. No median: how often CTM's solver steps is drawn."""
+  return bench.mean(lambda phase: statistics.fmean(bench.seconds[phase]))
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Measures, prints and writes."""
+  parser = command.Parser("benchmarks/step_cost.py", __doc__)
+  parser.add_argument("--teacher", default="runs/edm")
+  parser.add_argument("--pairs", default="runs/edm/pairs.npz")
+  parser.add_argument("--only", default="", metavar="ict,bcm")
+  parser.add_argument("--out", metavar="FILE")
+  args: argparse.Namespace = parser.parse_args(
+      sys.argv[1:] if argv is None else argv
+  )
+  hosts.use_cores(0, _BATCH)
+  names = args.only.split(",") if args.only else list(CONFIGS)
+  benches = {}
+  for name in names:
+    config = _config(CONFIGS[name], args.teacher, args.pairs)
+    source = experiments.build(config).training_source()
+    benches[name] = step_time.Bench(config, "jit", source)
+    print(f"{name}: compiled", flush=True)
+  for _ in range(_BLOCKS):
+    for bench in benches.values():
+      bench.run(1 + _ROUND)
+  seconds = {name: _mean(bench) for name, bench in benches.items()}
+  rows = {
+      name: {
+          "ms_a_step": 1e3 * seconds[name],
+          "ratio": seconds[name] / seconds[names[0]],
+          "compile_seconds": bench.compile_seconds,
+      } for name, bench in benches.items()
+  }
+  for name, row in rows.items():
+    print(name, row)
+  result = {
+      "batch_size": _BATCH, "steps": _BLOCKS * _ROUND, "beside": names[0],
+      "methods": rows, "facts": provenance.machine(),
+  }
+  if args.out:
+    files.write_json(os.path.abspath(args.out), result)
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+  with contextlib.suppress(KeyboardInterrupt), command.reporting():
+    main()
