@@ -20,6 +20,8 @@ from bcm_jax.training import hooks
 from bcm_jax.training import rng
 
 _DRAWS = 20_000
+# Of these; some draws are one for all examples of a step.
+_STEPS = 200
 _ROWS = 12
 
 
@@ -56,9 +58,9 @@ def report(
 
 
 def _noise_levels(experiment) -> list[tuple[str, str]]:
-  """What a consistency method says of its curriculum, times and weights."""
+  """What a method says of its curriculum, levels and weights."""
   if not hasattr(experiment.method, "num_scales"):
-    return []
+    return [("levels", _levels(experiment))]
   return [
       ("schedule", _schedule(experiment)),
       ("times at the last N", _times(experiment)),
@@ -131,6 +133,30 @@ def _draw(experiment) -> tuple[Any, np.ndarray | None]:
   if hasattr(method, "sample_end"):
     ends = np.asarray(method.sample_end(context, times.index))
   return times, ends
+
+
+def _levels(experiment) -> str:
+  """Levels that a method draws, over many steps of few examples."""
+  method = experiment.method
+  curriculum = method.curriculum(experiment.config.training.num_steps - 1)
+  index = jnp.arange(_DRAWS // _STEPS)
+
+  def draw(step):
+    return method.drawn_levels(base.Context(
+        images=jnp.zeros((len(index), 1, 1, 1)), labels=None,
+        keys=lambda stream: rng.example_keys(0, stream, step, index),
+        curriculum=curriculum, players={}, averages={}, index=index,
+        shared_key=lambda stream: rng.step_key(0, stream, step),
+    ))
+
+  drawn = jax.vmap(draw)(jnp.arange(_STEPS))
+  edges = np.geomspace(
+      method.sigma_min * 0.9999, method.sigma_max * 1.0001, _ROWS + 1
+  )
+  lines = []
+  for name, values in drawn.items():
+    lines += [f"{name} ({_DRAWS} draws)", *_bars(np.ravel(values), edges)]
+  return "\n".join(lines)
 
 
 def _bars(values: np.ndarray, edges: np.ndarray) -> list[str]:

@@ -129,6 +129,9 @@ def test_a_student_trains(teacher, trained, file):
     assert np.isfinite(numbers[f"{name}/loss" if many else "loss"])
   text = inspection.report(config, str(folder), None)
   assert "starts from the teacher" in text
+  levels = {"cd": "start level t", "ctm": "sigma of L_DSM",
+            "dmd": "sigma of the fake score"}
+  assert levels[config.method.name.rstrip("2")] in text
 
 
 def test_turns_go_on_where_they_were(trained, tmp_path):

@@ -112,6 +112,10 @@ class Diffusion(base.OnePlayer):
     z = jax.vmap(jax.random.normal)(ctx.keys("t"))
     return jnp.exp(self.p_mean + self.p_std * z)
 
+  def drawn_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
+    """What mode inspect tells of the levels."""
+    return {"sigma": self.sample_levels(ctx)}
+
   def loss(self, params, ctx: base.Context):
     """L: per-example loss [B], a mean over pixels, and metrics."""
     sigma = self.sample_levels(ctx)

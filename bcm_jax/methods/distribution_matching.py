@@ -214,6 +214,13 @@ class DistributionMatching:
     v = jax.vmap(jax.random.uniform)(ctx.keys(f"{stream}/sigma"))
     return _karras(1 - (low + v * (high - low)), self).astype(ctx.images.dtype)
 
+  def drawn_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
+    """What mode inspect tells of the levels."""
+    return {
+        "sigma of the gradient": self.levels(ctx, "dm", _LOW, _HIGH),
+        "sigma of the fake score": self.levels(ctx, "fake", 0.0, 1.0),
+    }
+
   def gradient(self, ctx: base.Context, x, labels) -> jax.Array:
     """grad [B, H, W, C] of images x, of no gradient itself."""
     sigma = self.levels(ctx, "dm", _LOW, _HIGH)

@@ -57,6 +57,16 @@ class TrajectoryLevels:
     grid = self.grid.astype(ctx.images.dtype)
     return Times(grid[i], grid[i + h], grid[j], i, h)
 
+  def drawn_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
+    """What mode inspect tells of the levels."""
+    times = self.sample_times(ctx)
+    return {
+        "t, where the student starts": times.t,
+        "u, where the teacher stops": times.u,
+        "s, where both jump": times.s,
+        "sigma of L_DSM": self.dsm_levels(ctx),
+    }
+
   def dsm_levels(self, ctx: base.Context) -> jax.Array:
     """Levels of L_DSM: two laws, in turns along the global batch."""
     z = jax.vmap(jax.random.normal)(ctx.keys("dsm/normal"))
