@@ -7,9 +7,9 @@
 Trains the teacher and every method from it, for every seed, by the commands
 that docs/methods.md names; measures all with the features of one classifier,
 1,437 samples, three seeds of noise; keeps what mode eval wrote in
-docs/results/methods_digits and writes the table into docs/methods.md. What is
+docs/results/methods_digits and writes the tables into docs/methods.md. What is
 there already is kept: a run goes on where it stopped, and a result of a
-finished run is not made again.
+finished run is not made again. What a step costs is benchmarks/step_cost.py's.
 """
 
 import argparse
@@ -17,20 +17,25 @@ from collections.abc import Iterable, Mapping
 import contextlib
 import json
 import pathlib
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 from typing import Any, NamedTuple
 
 from bcm_jax import command
 from bcm_jax import files
+from bcm_jax import published
 from bcm_jax import tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "methods_digits"
+COST = ROOT / "docs" / "results" / "step_cost_digits.json"
 PAGE = ROOT / "docs" / "methods.md"
-MARKS = ("<!-- methods_digits -->", "<!-- end -->")
+# What stands between such marks is written here.
+MARKED = re.compile(r"(<!-- digits: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FEATURES = "FD (digits ResNet)"
 
 
@@ -170,12 +175,63 @@ def table() -> str:
   return tables.markdown(head, rows(read()))
 
 
+def costs() -> Mapping[str, float]:
+  """Time of a step over iCT's, by method."""
+  if not COST.exists():
+    return {}
+  methods = json.loads(COST.read_text())["methods"]
+  return {name: row["ratio"] for name, row in methods.items()}
+
+
+def sentence(name: str) -> str:
+  """A method's numbers in words."""
+  found, cost = read(), costs().get(name)
+  parts = []
+  if name in found:
+    parts += [
+        f"{FEATURES} {mean:.2f} ± {std:.2f} in {sampler['nfe']} "
+        f"({key.rpartition('_nfe')[0]})"
+        for key, sampler in found[name][0]["samplers"].items()
+        for mean, std in [numbers(found[name], key, FEATURES)]
+    ]
+  reached = ", ".join(parts) or tables.NOT_RUN
+  step = tables.NOT_RUN if cost is None else f"{cost:.2f}"
+  return (
+      f"Digits, `{name}`, what evaluations reach: {reached}. A step costs "
+      f"{step} times one of iCT.{_published(name)}"
+  )
+
+
+def _published(name: str) -> str:
+  """Papers' FIDs of a method; '' if there are none."""
+  found: dict[tuple[str, str, str], list[published.Published]] = {}
+  for row in published.ROWS:
+    if row.ours == name:
+      found.setdefault((row.data, row.method, row.source), []).append(row)
+  parts = [
+      f"{method} on {data} "
+      + " / ".join(f"{r.numbers['FID']:.2f}" for r in rows) + " in "
+      + " / ".join(str(r.nfe) for r in rows)
+      + f" ({source}{'' if rows[0].verified else ', recalled'})"
+      for (data, method, source), rows in found.items()
+  ]
+  return f" Published FID: {'; '.join(parts)}." if parts else ""
+
+
+def page(text: str) -> str:
+  """docs/methods.md with what is between its marks made anew."""
+
+  def fill(match: re.Match) -> str:
+    name = match[2]
+    made = table() if name == "table" else textwrap.fill(sentence(name), 80)
+    return f"{match[1]}{made}\n{match[3]}"
+
+  return MARKED.sub(fill, text)
+
+
 def write_page() -> None:
-  """Puts the table between its marks in docs/methods.md."""
-  text = PAGE.read_text(encoding="utf-8")
-  before, _, rest = text.partition(MARKS[0])
-  _, _, after = rest.partition(MARKS[1])
-  text = f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}"
+  """Writes docs/methods.md."""
+  text = page(PAGE.read_text(encoding="utf-8"))
   files.write_bytes(str(PAGE), text.encode())
   print(f"written: {PAGE}")
 

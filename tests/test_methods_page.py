@@ -1,0 +1,58 @@
+"""docs/methods.md says what the committed results say."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def benchmark():
+  path = ROOT / "benchmarks" / "methods_digits.py"
+  spec = importlib.util.spec_from_file_location("methods_digits", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_the_page_is_what_the_benchmark_writes(benchmark):
+  text = benchmark.PAGE.read_text(encoding="utf-8")
+  assert benchmark.page(text) == text
+  marks = {match[2] for match in benchmark.MARKED.finditer(text)}
+  assert marks == {"table", *benchmark.RUNS}
+
+
+def write(folder, name, fid, std=0.25):
+  numbers = {"nfe": 1, "FD (digits ResNet)": fid, "recognised": 0.9,
+             "precision": 0.8, "recall": 0.7}
+  result = {
+      "samplers": {"onestep_nfe1": numbers
+                   | {"std": dict.fromkeys(numbers, std)}},
+      "training": {"images": 64_000, "seconds": 90},
+  }
+  (folder / f"{name}.json").write_text(json.dumps(result))
+
+
+def test_rows_are_means_over_seeds_and_told_beside_the_teachers(
+    benchmark, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+  monkeypatch.setattr(benchmark, "COST", tmp_path / "cost.json")
+  write(tmp_path, "edm", 2.0)
+  for seed, fid in enumerate((2.0, 3.0, 4.0)):
+    write(tmp_path, f"dmd2-seed{seed}", fid)
+    write(tmp_path, f"dmd2_no_gan-seed{seed}", 10.0)
+  table = benchmark.table()
+  one = "| onestep | 1 | {} | {} | 90.0% | 0.80 | 0.70 | 64,000 | 1.5 | {} |"
+  assert "| `edm` " + one.format("2.00 ± 0.25", "1.00", 1) in table
+  assert "| `dmd2` " + one.format("3.00 ± 1.00", "1.50", 3) in table
+  assert "| `dmd2_no_gan` " + one.format("10.00 ± 0.00", "5.00", 3) in table
+  assert "not run times one of iCT" in benchmark.sentence("dmd2")
+  (tmp_path / "cost.json").write_text('{"methods": {"dmd2": {"ratio": 2.5}}}')
+  said = benchmark.sentence("dmd2")
+  assert "FD (digits ResNet) 3.00 ± 1.00 in 1 (onestep)" in said
+  assert "A step costs 2.50 times one of iCT." in said
+  assert "DMD2 on imagenet64 1.28 in 1 (Lu & Song" in said
