@@ -1,8 +1,9 @@
 """What all commands share: foreseen ends are one line and an exit status."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
+import importlib
 import os
 import sys
 
@@ -50,3 +51,24 @@ def quiet_tensorflow() -> None:
   """TensorFlow's start-up chatter is no news to anybody."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def named_function(key: str, name: str, what: str) -> Callable:
+  """The function that a user names as 'module:function'.
+
+  Args:
+    key: of the config, for the error.
+    name: the module must be on PYTHONPATH.
+    what: what the function must be, for the error.
+
+  Raises:
+    UserError: it cannot be imported.
+  """
+  module, _, function = name.partition(":")
+  try:
+    return getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError) as e:
+    raise errors.UserError(
+        f"{key}={name!r} cannot be imported ({e}); give a module on PYTHONPATH "
+        f"and a function {what} in it"
+    ) from e

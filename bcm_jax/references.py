@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 import dataclasses
 import hashlib
-import importlib
 import inspect
 import os
 
@@ -12,6 +11,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import tqdm
 
+from bcm_jax import command
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax import options
@@ -60,14 +60,9 @@ def open_features(section: options.Eval) -> feature_lib.Features:
 
 
 def _users_function(name: str) -> feature_lib.Features:
-  module, _, function = name.partition(":")
-  try:
-    found = getattr(importlib.import_module(module), function)
-  except (ImportError, AttributeError) as e:
-    raise errors.UserError(
-        f"eval.features={name!r} cannot be imported ({e}); give a module on "
-        "PYTHONPATH and a function of uint8 images [n, H, W, C] in it"
-    ) from e
+  found = command.named_function(
+      "eval.features", name, "of uint8 images [n, H, W, C]"
+  )
   try:
     code = inspect.getsource(found)
   except (OSError, TypeError):  # Compiled, or no plain function.

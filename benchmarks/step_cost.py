@@ -10,7 +10,6 @@ is averaged over a round. All have the same network and, here, the same batch.
 
 import argparse
 import contextlib
-import os
 import statistics
 import sys
 from typing import Any
@@ -20,7 +19,6 @@ import step_time
 from bcm_jax import command
 from bcm_jax import config as configs
 from bcm_jax import experiment as experiments
-from bcm_jax import files
 from bcm_jax import provenance
 from bcm_jax.training import hosts
 
@@ -82,15 +80,10 @@ def main(argv: list[str] | None = None) -> None:
           "compile_seconds": bench.compile_seconds,
       } for name, bench in benches.items()
   }
-  for name, row in rows.items():
-    print(name, row)
-  result = {
+  step_time.write({
       "batch_size": _BATCH, "steps": _BLOCKS * _ROUND, "beside": names[0],
       "methods": rows, "facts": provenance.machine(),
-  }
-  if args.out:
-    files.write_json(os.path.abspath(args.out), result)
-    print(f"written: {args.out}")
+  }, rows, args.out)
 
 
 if __name__ == "__main__":

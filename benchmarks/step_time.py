@@ -233,6 +233,15 @@ def measure(
   }
 
 
+def write(result: dict[str, Any], rows: dict[str, Any], out: str | None):
+  """Prints the rows of a result, and writes all of it where asked."""
+  for name, row in rows.items():
+    print(name, row)
+  if out:
+    files.write_json(os.path.abspath(out), result)
+    print(f"written: {out}")
+
+
 def main(argv: list[str] | None = None) -> None:
   """Measures, prints and writes."""
   argv = sys.argv[1:] if argv is None else argv
@@ -264,11 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     result["source"] = source.name
     result |= measure(config, args.backends.split(","), args.calls, source)
   result["facts"] = provenance.facts(experiment)
-  for name, row in result.get("backends", {}).items():
-    print(name, row)
-  if args.out:
-    files.write_json(os.path.abspath(args.out), result)
-    print(f"written: {args.out}")
+  write(result, result.get("backends", {}), args.out)
 
 
 if __name__ == "__main__":

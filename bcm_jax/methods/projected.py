@@ -9,11 +9,11 @@ are then no longer independent of the training.
 from collections.abc import Callable
 import dataclasses
 import functools
-import importlib
 from typing import Any
 
 import jax
 
+from bcm_jax import command
 from bcm_jax import errors
 from bcm_jax.interop import vgg_names
 from bcm_jax.metrics import lpips
@@ -80,17 +80,11 @@ def by_name(name: str, path: tuple[str, ...]) -> Projected:
           "as docs/evaluation.md says of eval.lpips_path"
       )
     return Projected(_vgg, lambda: vgg_names.load_lpips(*path)["vgg"])
-  module, colon, function = name.partition(":")
-  if not colon:
+  if ":" not in name:
     raise errors.unknown_name(
         "method.gan_encoder", name, ["teacher", "vgg", "module:function"]
     )
-  try:
-    found = getattr(importlib.import_module(module), function)
-  except (ImportError, AttributeError) as e:
-    raise errors.UserError(
-        f"method.gan_encoder={name!r} cannot be imported ({e}); give a module "
-        "on PYTHONPATH and a function in it that returns (backbone, parameters)"
-    ) from e
-  backbone, params = found()
+  backbone, params = command.named_function(
+      "method.gan_encoder", name, "that returns (backbone, parameters)"
+  )()
   return Projected(backbone, lambda: params)
