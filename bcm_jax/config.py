@@ -211,7 +211,7 @@ def _cast(value: Any, hint: Any) -> Any:
     return value
   if origin is tuple:
     if isinstance(value, str):
-      literal = value[:1] in ("(", "[") or args[0] is not str
+      literal = value[:1] in ("(", "[") or (args[0] is not str and value)
       value = ast.literal_eval(value) if literal else tuple(
           v.strip() for v in value.split(",") if v.strip()
       )

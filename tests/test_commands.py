@@ -12,6 +12,7 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax import main as main_lib
+from tests import toys
 
 STEPS = 8
 EVERY = 4
@@ -57,6 +58,14 @@ def fails(capsys, *arguments: str) -> str:
 
 def train(workdir, *, config="configs/digits.py", **overrides: str) -> None:
   main(f"--config={config}", f"--workdir={workdir}", *flags(**overrides))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+  """Compiles fast what runs a few times, here and in processes started here."""
+  with toys.quick_compilation(), pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +239,7 @@ def test_fine_tuning_starts_from_a_consistency_model(tmp_path, capsys):
   assert "inversion" not in out
   train(target, config="configs/digits_bcm_finetune.py",
         training__init_from=str(source), training__num_steps="1",
-        optimizer__learning_rate="0.0")
+        optimizer__learning_rate="0.0", eval__at_end="False")
   capsys.readouterr()
   main("--mode=inspect", f"--workdir={target}", f"--compare={source}")
   text = capsys.readouterr().out

@@ -59,6 +59,7 @@ def test_resolved_config_survives_json():
         ("model.channel_mult", "(1, 2)", (1, 2)),
         ("model.attention_resolutions", "4", (4,)),
         ("model.attention_resolutions", "()", ()),
+        ("model.attention_resolutions", "", ()),
         ("model.qkv_norm", "false", False),
         ("training.num_steps", "12", 12),
         ("eval.samplers", "onestep,zigzag", ("onestep", "zigzag")),

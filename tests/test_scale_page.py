@@ -9,7 +9,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
 # Report -> what the page calls its config.
 COMPILED = {
-    "cifar10_v5e": "cifar10.py", "imagenet64_v5e_16": "imagenet64.py",
+    "cifar10_v5e": "cifar10.py", "cifar10_v6e": "cifar10.py",
+    "imagenet64_v5e_16": "imagenet64.py",
     "imagenet64_v5e_256": "imagenet64.py",
 }
 STEP_TIMES = {"digits": "digits.py", "cifar10_jpeg": "cifar10_jpeg.py"}
