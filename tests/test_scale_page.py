@@ -9,7 +9,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
 # Report -> what the page calls its config.
 COMPILED = {
-    "cifar10_v5e": "cifar10.py", "cifar10_v6e": "cifar10.py",
+    "cifar10_v4": "cifar10.py", "cifar10_v5e": "cifar10.py",
+    "cifar10_v6e": "cifar10.py",
     "imagenet64_v5e_16": "imagenet64.py",
     "imagenet64_v5e_256": "imagenet64.py",
 }
@@ -106,3 +107,15 @@ def test_a_device_of_eight_costs_what_one_of_two_does(name):
 def test_no_step_waits_for_its_data(name):
   for result in read(f"step_time_{name}")["backends"].values():
     assert result["data_wait_share"] < 0.01
+
+
+def test_seconds_before_and_after_are_on_the_page():
+  found = []
+  for kind in ("doubled_batch", "two_passes"):
+    seconds = compiled(f"small_{kind}")[1]["seconds"]
+    found.append((seconds["compile"], seconds["cpu"]))
+  (one, cpu_one), (two, cpu_two) = found
+  assert (
+      f"{one:.0f} s in one pass ({cpu_one:.0f} s of CPU), {two:.0f} s in two "
+      f"({cpu_two:.0f} s)"
+  ) in " ".join(PAGE.split())
