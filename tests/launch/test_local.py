@@ -68,18 +68,21 @@ def run(local, script, *args, plan="0", **more):
   return result
 
 
-def _hear_interrupts():
-  # Shells let what they start in the background ignore them, tests included,
-  # and a script cannot take that back.
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Shells let what they start in the background ignore interrupts, tests
+# included, and a script cannot take that back.
+_HEARING = (sys.executable, "-c", """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+""")
 
 
 def start(local, script, *args, plan, count=1, **more):
   """Starts a script and waits until `count` processes wait for a signal."""
   process = subprocess.Popen(
-      local.command(script, *args), cwd=local.folder,
+      [*_HEARING, *map(str, local.command(script, *args))], cwd=local.folder,
       env=env(local, plan, **more), text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT, preexec_fn=_hear_interrupts,
+      stderr=subprocess.STDOUT,
   )
   seen = ""
   while seen.count("waiting") < count:
