@@ -45,7 +45,8 @@ _SPANS = (("method", "curriculum_steps"), ("optimizer", "schedule_steps"))
 _FREE = ("parallel", "checkpoint", "log", "sample", "invert", "edit", "eval",
          "search", "training.max_skipped_in_row", "training.max_rollbacks",
          "training.hang_secs", "data.path", "data.data_dir", "data.threads",
-         "data.pairs", "method.teacher")
+         "data.pairs", "method.teacher", "method.lpips_path",
+         "method.gan_encoder_path")
 
 
 # Resolving -----------------------------------------------------------------

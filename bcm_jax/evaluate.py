@@ -285,12 +285,16 @@ def _steps(experiment, workdir: str, which: str) -> Iterator[int | None]:
 
 
 def _training(experiment, workdir: str, step: int) -> dict[str, Any]:
-  """Images that were trained on up to a step, and how long it took."""
-  found: dict[str, Any] = {
-      "images": step * experiment.config.training.batch_size
-  }
+  """'images' that a run saw up to a step; 'seconds', if it is the last one.
+
+  Seconds are of all starts, but for evaluation. {} for converted weights.
+  """
   account = goodput.total(workdir)
-  if account is not None and account["last"] == step:
+  if account is None:
+    return {}
+  images = step * experiment.config.training.batch_size
+  found: dict[str, Any] = {"images": images}
+  if account["last"] == step:
     found["seconds"] = account["wall"] - account["seconds"]["eval"]
   return found
 

@@ -59,8 +59,10 @@ def report(
 
 def _noise_levels(experiment) -> list[tuple[str, str]]:
   """What a method says of its curriculum, levels and weights."""
-  if not hasattr(experiment.method, "num_scales"):
+  if hasattr(experiment.method, "drawn_levels"):
     return [("levels", _levels(experiment))]
+  if not hasattr(experiment.method, "num_scales"):
+    return []
   return [
       ("schedule", _schedule(experiment)),
       ("times at the last N", _times(experiment)),

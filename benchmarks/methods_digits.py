@@ -7,9 +7,10 @@
 Trains the teacher and every method from it, for every seed, by the commands
 that docs/methods.md names; measures all with the features of one classifier,
 1,437 samples, three seeds of noise; keeps what mode eval wrote in
-docs/results/methods_digits and writes the tables into docs/methods.md. What is
-there already is kept: a run goes on where it stopped, and a result of a
-finished run is not made again. What a step costs is benchmarks/step_cost.py's.
+docs/results/methods_digits and writes the tables into docs/methods.md. What
+the work directory holds is kept: a run goes on where it stopped, and one that
+was measured is not measured again. What a step costs is
+benchmarks/step_cost.py's.
 """
 
 import argparse
@@ -89,30 +90,29 @@ def folder(work: pathlib.Path, name: str, seed: int) -> pathlib.Path:
 
 
 def train(work: pathlib.Path, name: str, seed: int) -> None:
-  """Trains a method, if that is not done, and measures it."""
+  """Trains a method and measures it, as far as that is not done."""
   run, place = RUNS[name], folder(work, name, seed)
-  result = RESULTS / f"{place.name}.json"
-  if result.exists():
-    return
   needs = []
   for flag, other in run.needs.items():
     first, _, rest = other.partition("/")
     path = folder(work, first, seed) / rest
     needs.append(f"--config.{flag}={path}")
-  _do("bcm_jax.main", f"--config=configs/{run.config}", f"--workdir={place}",
-      f"--config.seed={seed}", "--config.eval.at_end=False", *needs)
+  if not (place / "DONE").exists():
+    _do("bcm_jax.main", f"--config=configs/{run.config}", f"--workdir={place}",
+        f"--config.seed={seed}", "--config.eval.at_end=False", *needs)
   if name == "edm" and not (place / "pairs.npz").exists():
     _do("bcm_jax.main", f"--workdir={place}", "--mode=pairs",
         "--config.sample.num_samples=10000")
-  _do("bcm_jax.main", f"--workdir={place}", "--mode=eval", *needs,
-      f"--config.eval.samplers={run.samplers}",
-      "--config.eval.features=classifier",
-      f"--config.eval.features_path={work / 'classifier'}",
-      "--config.eval.num_samples=1437", "--config.eval.seeds=0,1,2",
-      "--config.eval.num_reference=None", "--config.eval.inversion_nfe=")
+  if not list(place.glob("eval/*.json")):
+    _do("bcm_jax.main", f"--workdir={place}", "--mode=eval", *needs,
+        f"--config.eval.samplers={run.samplers}",
+        "--config.eval.features=classifier",
+        f"--config.eval.features_path={work / 'classifier'}",
+        "--config.eval.num_samples=1437", "--config.eval.seeds=0,1,2",
+        "--config.eval.num_reference=None", "--config.eval.inversion_nfe=")
   newest = max(place.glob("eval/*.json"), key=lambda p: int(p.stem))
   RESULTS.mkdir(parents=True, exist_ok=True)
-  shutil.copy(newest, result)
+  shutil.copy(newest, RESULTS / f"{place.name}.json")
 
 
 # The table ------------------------------------------------------------------
@@ -156,7 +156,7 @@ def rows(found: Mapping[str, list[dict[str, Any]]]) -> Iterable[list[str]]:
       )
       yield [
           f"`{name}`", key.rpartition("_nfe")[0], str(sampler["nfe"]),
-          f"{mean:.2f} ± {std:.2f}",
+          f"{mean:.3f} ± {std:.3f}",
           tables.NOT_RUN if teacher is None else f"{mean / teacher:.2f}",
           f"{share:.1%}", f"{precision:.2f}", f"{recall:.2f}",
           f"{results[0]['training']['images']:,}",
@@ -172,7 +172,8 @@ def table() -> str:
   """The table of all results that are there."""
   head = ["run", "sampler", "NFE", FEATURES, "of the teacher's", "recognised",
           "P", "R", "images", "minutes", "seeds"]
-  return tables.markdown(head, rows(read()))
+  found = read()
+  return tables.markdown(head, rows(found)) if found else "Not run yet."
 
 
 def costs() -> Mapping[str, float]:
@@ -189,7 +190,7 @@ def sentence(name: str) -> str:
   parts = []
   if name in found:
     parts += [
-        f"{FEATURES} {mean:.2f} ± {std:.2f} in {sampler['nfe']} "
+        f"{FEATURES} {mean:.3f} ± {std:.3f} in {sampler['nfe']} "
         f"({key.rpartition('_nfe')[0]})"
         for key, sampler in found[name][0]["samplers"].items()
         for mean, std in [numbers(found[name], key, FEATURES)]
@@ -251,9 +252,11 @@ def main(argv: list[str] | None = None) -> None:
     if not (work / "classifier" / "classifier.json").exists():
       _do("bcm_jax.train_classifier", "--config=configs/digits.py",
           f"--out={work / 'classifier'}")
-    for seed in map(int, args.seeds.split(",")):
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    for seed in seeds:
       for name in args.only.split(","):
-        train(work, name, seed)
+        if seed == seeds[0] or name not in _ONCE:
+          train(work, name, seed)
   write_page()
 
 

@@ -6,8 +6,7 @@
 Two CPU cores; time and numbers: docs/methods.md. Another teacher by
 --config.method.teacher=DIR. Song et al.'s CIFAR-10 settings but for the rate
 and the rates of averages, which a shorter run wants higher, and the distance:
-LPIPS knows no images of 8x8, and the pseudo-Huber one came out a little better
-than one of the teacher's features after as many steps.
+iCT's, for LPIPS knows no images of 8x8.
 """
 
 import pathlib

@@ -27,7 +27,7 @@ def get_config(variant: str = "dsm") -> ml_collections.ConfigDict:
       name="ctm", teacher="runs/edm", sigma_data=0.75, sigma_max=40.0,
       p_mean=-0.8, p_std=1.4,
   )
-  config.training.num_steps = 1800  # Steps are long: the solver's 12, mostly.
+  config.training.num_steps = 1800  # Each with 12 of the solver on average.
   config.eval.samplers = ("onestep", "ancestral", "cm_multistep")
   if variant == "gan":
     config.method.gan = True

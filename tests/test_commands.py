@@ -122,6 +122,8 @@ def test_evaluation_holds_every_number(run):
   assert result["protocol"]["few_samples"] == "20 of the protocol's 50000"
   assert result["protocol"]["reference_images"] == 1437
   assert result["protocol"]["config_digest"]
+  assert result["training"]["images"] == STEPS * 16
+  assert 0 < result["training"]["seconds"] < 600
 
 
 def test_sample_files(run):

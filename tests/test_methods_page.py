@@ -41,18 +41,19 @@ def test_rows_are_means_over_seeds_and_told_beside_the_teachers(
 ):
   monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
   monkeypatch.setattr(benchmark, "COST", tmp_path / "cost.json")
+  assert benchmark.table() == "Not run yet."
   write(tmp_path, "edm", 2.0)
   for seed, fid in enumerate((2.0, 3.0, 4.0)):
     write(tmp_path, f"dmd2-seed{seed}", fid)
     write(tmp_path, f"dmd2_no_gan-seed{seed}", 10.0)
   table = benchmark.table()
   one = "| onestep | 1 | {} | {} | 90.0% | 0.80 | 0.70 | 64,000 | 1.5 | {} |"
-  assert "| `edm` " + one.format("2.00 ± 0.25", "1.00", 1) in table
-  assert "| `dmd2` " + one.format("3.00 ± 1.00", "1.50", 3) in table
-  assert "| `dmd2_no_gan` " + one.format("10.00 ± 0.00", "5.00", 3) in table
+  assert "| `edm` " + one.format("2.000 ± 0.250", "1.00", 1) in table
+  assert "| `dmd2` " + one.format("3.000 ± 1.000", "1.50", 3) in table
+  assert "| `dmd2_no_gan` " + one.format("10.000 ± 0.000", "5.00", 3) in table
   assert "not run times one of iCT" in benchmark.sentence("dmd2")
   (tmp_path / "cost.json").write_text('{"methods": {"dmd2": {"ratio": 2.5}}}')
   said = benchmark.sentence("dmd2")
-  assert "FD (digits ResNet) 3.00 ± 1.00 in 1 (onestep)" in said
+  assert "FD (digits ResNet) 3.000 ± 1.000 in 1 (onestep)" in said
   assert "A step costs 2.50 times one of iCT." in said
   assert "DMD2 on imagenet64 1.28 in 1 (Lu & Song" in said

@@ -136,6 +136,17 @@ def test_a_student_trains(teacher, trained, file):
   assert levels[config.method.name.rstrip("2")] in text
 
 
+def test_inspection_tells_the_levels_of_a_denoiser():
+  text = inspection.report(resolve("digits_edm.py"), None, None)
+  levels = text.partition("== levels\n")[2].partition("\n\n==")[0]
+  head, *rows = levels.splitlines()
+  assert head == "sigma (20000 draws)" and len(rows) == 12
+  # Log-normal about exp(-0.8): below 0.29 in a share of Phi(-0.33) = 0.37.
+  shares = [float(row.split("%")[0].split()[-1]) for row in rows]
+  assert sum(shares) == pytest.approx(100, abs=1)
+  assert sum(shares[:6]) == pytest.approx(37, abs=2)
+
+
 def test_turns_go_on_where_they_were(trained, tmp_path):
   config, folder = trained("digits_ctm.py:gan")
   shutil.copytree(folder, tmp_path / "again")

@@ -28,11 +28,11 @@ PRESET: Mapping[str, Any] = dict(
     scales="fixed", s0=17, s1=17, bins="uniform", metric="features",
     weighting="uniform", target_mu0=0.95,
 )
-# LPIPS knows images of this size.
-_LPIPS_SIZE = 224
 
 
-def distance(method, a, b, ctx: base.Context) -> jax.Array:
+def distance(
+    method, a, b, ctx: base.Context, normalise: bool = True
+) -> jax.Array:
   """Distance [B] between images [B, H, W, C] in [-1, 1], by a method's metric.
 
   Args:
@@ -40,23 +40,17 @@ def distance(method, a, b, ctx: base.Context) -> jax.Array:
       told that the images are at level feature_sigma.
     a, b: images.
     ctx: holds the frozen networks, the teacher or LPIPS'.
+    normalise: of the pseudo-Huber distance, see distances.
   """
   if method.metric == "lpips":
-    size = max(a.shape[1], _LPIPS_SIZE)
-    a, b = (
-        jax.image.resize(v, (len(v), size, size, v.shape[-1]), "bilinear")
-        for v in (a, b)
-    )
-    return lpips.distance(
-        ctx.frozen["lpips"], a, b, method.lpips_pooling
-    )
+    a, b = map(lpips.enlarge, (a, b))
+    return lpips.distance(ctx.frozen["lpips"], a, b, method.lpips_pooling)
   if method.metric == "features":
     sigma = jnp.full(a.shape[:1], method.feature_sigma, a.dtype)
     params = ctx.frozen["teacher"]
     return distances.of_features(*(
         method.teacher.features(params, v, sigma, ctx.labels) for v in (a, b)
     ))
-  normalise = getattr(method, "huber_normalise", True)
   return distances.by_name(method.metric, a, b, method.huber_c, normalise)
 
 
@@ -101,4 +95,4 @@ class ConsistencyDistillation(consistency.ConsistencyTraining):
 
   def distance(self, a, b, ctx: base.Context):
     """d(a, b) for [B, ...] twice -> [B]."""
-    return distance(self, a, b, ctx)
+    return distance(self, a, b, ctx, self.huber_normalise)

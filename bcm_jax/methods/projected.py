@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bcm_jax import command
 from bcm_jax import errors
@@ -20,8 +21,6 @@ from bcm_jax.metrics import lpips
 from bcm_jax.models import projection
 
 Params = Any
-# ImageNet's networks know images of this size.
-_SIZE = 224
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +38,20 @@ class Projected:
   mixing = projection.Projection()
 
   def init(self, key, images, labels) -> Params:
-    """Parameters: the network's own, and those of the mixing."""
+    """The network's parameters and the mixing's, for images [B, H, W, C]."""
     del labels
     params = self.load()
     shapes = jax.eval_shape(self.backbone, params, images)
     mixing = self.mixing.init(
-        key, [jax.numpy.zeros(s.shape, s.dtype) for s in shapes]
+        key, [jnp.zeros(s.shape, s.dtype) for s in shapes]
     )
     return {"backbone": params, "mixing": mixing["params"]}
 
   def features(self, params, images, sigma, labels) -> list[jax.Array]:
-    """Mixed features; a level and a class mean nothing to the network."""
+    """Mixed features [B, H, W, C], one tensor a level, fine to coarse.
+
+    A noise level and a class mean nothing to the network.
+    """
     del sigma, labels
     found = self.backbone(params["backbone"], images)
     return self.mixing.apply({"params": params["mixing"]}, found)
@@ -57,8 +59,7 @@ class Projected:
 
 def _vgg(params: Params, images: jax.Array) -> list[jax.Array]:
   """Features of VGG16 after blocks two to five."""
-  shape = (len(images), _SIZE, _SIZE, images.shape[-1])
-  return lpips.features(params, jax.image.resize(images, shape, "bilinear"))[1:]
+  return lpips.features(params, lpips.enlarge(images))[1:]
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from bcm_jax.models import vgg
 
 Params = Any
 
+_TRAINED_SIZE = 224
 # ImageNet's mean and deviation of colours, for images in [-1, 1].
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
@@ -40,6 +41,17 @@ def _check(x: jax.Array, y: jax.Array) -> None:
           f"LPIPS got images of {images.dtype}, expected floats in [-1, 1]; "
           "convert both with bcm_jax.data.source.to_float"
       )
+
+
+def enlarge(images: jax.Array) -> jax.Array:
+  """Images [B, H, W, C], bilinearly, of the size that VGG16 was trained on.
+
+  Those that are larger stay as they are.
+  """
+  if max(images.shape[1:3]) >= _TRAINED_SIZE:
+    return images
+  shape = (len(images), _TRAINED_SIZE, _TRAINED_SIZE, images.shape[-1])
+  return jax.image.resize(images, shape, "bilinear")
 
 
 def features(

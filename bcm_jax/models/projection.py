@@ -3,7 +3,8 @@
 The feature mixing of projected GANs (Sauer et al., 2021), as in CTM's released
 discriminator: a random 1x1 convolution on every level, and, from coarse to
 fine, the sum with what comes from below, enlarged, through another one. A
-discriminator then cannot live on a few channels alone.
+discriminator then cannot live on a few channels alone. There every level is
+enlarged once more at the end; here it keeps its size.
 """
 
 from collections.abc import Sequence

@@ -128,3 +128,9 @@ def test_integers_are_refused(params):
   x = jnp.zeros((1, 16, 16, 3), jnp.uint8)
   with pytest.raises(UserError, match=r"uint8, expected floats in \[-1, 1\]"):
     lpips.distance(params, x, x)
+
+
+def test_small_images_are_enlarged_and_others_are_not():
+  assert lpips.enlarge(jnp.zeros((2, 32, 16, 3))).shape == (2, 224, 224, 3)
+  large = jnp.zeros((1, 224, 100, 3))
+  assert lpips.enlarge(large) is large
