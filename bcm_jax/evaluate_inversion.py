@@ -191,7 +191,7 @@ def _noisy(experiment, images: np.ndarray, noise: float) -> np.ndarray:
 def _open_baseline(experiment, workdir: str):
   """The denoiser's own experiment and its parameters."""
   config = runs.config_of(workdir)
-  teacher = experiments.build(config)
+  teacher = experiments.build(config, to_train=False)
   # The form that BCM shares with EDM makes a denoiser of a one-time network.
   shared = not teacher.method.two_time and (
       config.method.preconditioning in ("edm", "bcm")

@@ -125,19 +125,28 @@ class Experiment:
     )
 
 
-def build(config: ml_collections.ConfigDict) -> Experiment:
+def build(
+    config: ml_collections.ConfigDict, to_train: bool = True
+) -> Experiment:
   """Makes an experiment and checks that its parts fit together.
+
+  Args:
+    config: resolved.
+    to_train: False where networks are only used, as by samplers: those that
+      training alone needs (a teacher, a discriminator's encoder) are left
+      out, and may be gone.
 
   Raises:
     UserError: for a config whose parts contradict one another.
   """
-  teacher = _teacher(config)
-  method = _method(config, teacher)
+  teacher = _teacher(config) if to_train else None
+  method = _method(config, teacher, to_train)
   data = _data_set(config)
   config = _described(config, data)
   checks.model(config, data)
   checks.method(config)
-  checks.teacher(config, data, teacher)
+  if to_train:
+    checks.teacher(config, data, teacher)
   return Experiment(
       config, method, data.image_shape, config.model.num_classes, teacher
   )
@@ -174,11 +183,13 @@ def _teacher(config: ml_collections.ConfigDict) -> Experiment | None:
         f"method.teacher={workdir} holds no run (no config.json); train one "
         "with method.name='edm', or convert published weights"
     )
-  return build(found)
+  return build(found, to_train=False)
 
 
 def _method(
-    config: ml_collections.ConfigDict, teacher: Experiment | None
+    config: ml_collections.ConfigDict,
+    teacher: Experiment | None,
+    to_train: bool,
 ) -> base.Method:
   model = config.model.to_dict()
   module, noise, _ = names.MODELS[model.pop("name")]
@@ -191,7 +202,8 @@ def _method(
   if "gan_encoder" in numbers:
     name, path = numbers["gan_encoder"], numbers.pop("gan_encoder_path")
     numbers["gan_encoder"] = (
-        projected.by_name(name, tuple(path)) if name != "teacher" else None
+        projected.by_name(name, tuple(path))
+        if to_train and name != "teacher" else None
     )
   return cls(
       network=module(**model), scalings=scalings, noise=noise, **numbers

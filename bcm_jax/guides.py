@@ -46,7 +46,7 @@ def open_guide(experiment: experiments.Experiment) -> Guide | None:
         lambda p: guidance.without_class(method.flow_map(p)), None
     )
   workdir, step = runs.split_place(sample.guide, "sample.guide")
-  other = experiments.build(runs.config_of(workdir))
+  other = experiments.build(runs.config_of(workdir), to_train=False)
   if not other.method.solves:
     raise errors.UserError(
         f"sample.guide={workdir} is no denoiser; give a worse network of the "

@@ -52,15 +52,18 @@ def run(file, overrides) -> None:
   )
   if mode == "train":
     train.train_and_evaluate(config, workdir)
-  elif mode == "inspect":
+    return
+  if mode == "inspect":
     print(inspection.report(config, workdir, args.compare))
-  elif mode in ("eval", "search", "reference", "pairs"):
+    return
+  built = experiment.build(config, to_train=False)
+  if mode in ("eval", "search", "reference", "pairs"):
     room = dict(
         eval=evaluate, search=search, reference=references, pairs=pairs
     )[mode]
-    room.run(experiment.build(config), workdir)
+    room.run(built, workdir)
   else:
-    for folder in generate.run(experiment.build(config), workdir, mode):
+    for folder in generate.run(built, workdir, mode):
       print(f"written: {folder}")
 
 

@@ -230,7 +230,7 @@ def train_classifier(
       data set, a folder that cannot be written or holds a classifier.
   """
   _check_out(out, overwrite)
-  experiment = experiments.build(config)
+  experiment = experiments.build(config, to_train=False)
   train, test = experiment.source("train"), _test_source(experiment)
   _check_source(train)
   settings = settings.for_images(len(train))

@@ -136,6 +136,26 @@ def test_a_student_trains(teacher, trained, file):
   assert levels[config.method.name.rstrip("2")] in text
 
 
+@pytest.mark.parametrize("file", UPDATES)
+def test_a_student_is_used_without_its_teacher(trained, tmp_path, file):
+  config, folder = trained(file)
+  gone = {"method.teacher": str(tmp_path / "gone"), "sample.num_samples": "4"}
+  config = configs.resolve(config.to_dict(), gone)
+  with pytest.raises(errors.UserError, match="gone holds no run"):
+    experiments.build(config)
+  built = experiments.build(config, to_train=False)
+  _, _, params = runs.load_run(built, str(folder))
+  with_it = experiments.build(trained(file)[0])
+  images = [
+      runners.generate(
+          e, runners.Runner(e, params, 4), planning.sampling_plan(e, "onestep"),
+          np.arange(4), np.arange(4), seed=0,
+      )
+      for e in (built, with_it)
+  ]
+  np.testing.assert_array_equal(*images)
+
+
 def test_inspection_tells_the_levels_of_a_denoiser():
   text = inspection.report(resolve("digits_edm.py"), None, None)
   levels = text.partition("== levels\n")[2].partition("\n\n==")[0]

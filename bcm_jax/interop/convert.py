@@ -221,7 +221,7 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
         f"{workdir} holds no run (no config.json); SOURCE must be a work "
         "directory with --reverse"
     )
-  experiment = experiments.build(config)
+  experiment = experiments.build(config, to_train=False)
   step, _, params = runs.load_run(experiment, workdir, average)
   family = transfer.FAMILIES[_FAMILIES[config.model.name]]
   tensors = transfer.write_tensors(
