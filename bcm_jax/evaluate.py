@@ -14,10 +14,12 @@ from absl import logging
 import jax
 import numpy as np
 
+from bcm_jax import edit
 from bcm_jax import errors
 from bcm_jax import evaluate_inversion
 from bcm_jax import evaluate_likelihood
 from bcm_jax import experiment as experiments
+from bcm_jax import facade
 from bcm_jax import files
 from bcm_jax import generate
 from bcm_jax import options
@@ -337,7 +339,7 @@ def finish(
   if experiment.method.inverts and experiment.has_split("test"):
     for nfe in section.inversion_nfe:
       folders.append(generate.invert(experiment, workdir, runner, nfe))
-    folders.append(generate.interpolate(experiment, workdir, runner))
+    folders.append(edit.interpolate(facade.Model(runner), workdir))
   print("pictures: " + ", ".join(f"{f}/grid.png" for f in folders))
   print(f"all at a glance: {plots.overview(experiment, workdir)}")
   if not section.at_end:

@@ -14,6 +14,7 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
+from bcm_jax import fidelity
 from bcm_jax import options
 from bcm_jax import planning
 from bcm_jax import runner as runners
@@ -21,18 +22,12 @@ from bcm_jax import runs
 from bcm_jax.data import source as sources
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
-from bcm_jax.interop import vgg_names
-from bcm_jax.metrics import lpips
-from bcm_jax.metrics import reconstruction
-from bcm_jax.metrics import structural_similarity
 from bcm_jax.sampling import samplers
 from bcm_jax.training import rng
 
 # Solver -> evaluations a step.
 _BASELINES = {"euler": 1, "heun": 2}
 _NAMES = {"euler": "DDIM", "heun": "EDM Heun"}
-_SMALLEST_SSIM = 11
-_LPIPS_BLOCK = 50
 
 Numbers = dict[str, Any]
 
@@ -59,7 +54,7 @@ def curve(
   batch = runners.test_images(
       experiment, experiment.section("invert").num_images
   )
-  perceptual = _lpips(section)
+  measure = fidelity.perceptual(section.lpips_path)
   if experiment.method.inverts:
     points = [(n, usual) for n in section.inversion_nfe] + [
         (n, e) for e in section.inversion_noise for n in section.inversion_nfe
@@ -67,56 +62,27 @@ def curve(
     ]
     for nfe, noise in points:
       name = f"nfe{nfe}" + ("" if noise == usual else f"_noise{noise:g}")
-      result[name] = _own(experiment, runner, nfe, noise, batch, perceptual)
+      result[name] = _own(experiment, runner, nfe, noise, batch, measure)
   if section.baseline:
-    result |= _baselines(experiment, batch, perceptual)
+    result |= _baselines(experiment, batch, measure)
   return result
 
 
-def _lpips(section: options.Eval) -> Callable | None:
-  if not section.lpips_path:
-    return None
-  params = vgg_names.load_lpips(*section.lpips_path)
-
-  def perceptual(originals, images):
-    blocks = range(0, len(images), _LPIPS_BLOCK)
-    parts = [slice(i, i + _LPIPS_BLOCK) for i in blocks]
-    return np.concatenate([
-        lpips.distance(
-            params, sources.to_float(originals[p]), sources.to_float(images[p])
-        )
-        for p in parts
-    ])
-
-  return perceptual
-
-
-def _own(experiment, runner, nfe, noise, batch, perceptual) -> Numbers:
+def _own(experiment, runner, nfe, noise, batch, measure) -> Numbers:
   """The network's own inversion in nfe evaluations, back in one."""
   plan = planning.inversion_plan(experiment, nfe, noise)
   latents, images = runners.invert_and_reconstruct(
       experiment, runner, plan, batch, experiment.section("invert").seed
   )
   return {"nfe": nfe, "noise": noise, "plan": str(plan).splitlines()} | _errors(
-      batch["image"], images, latents, perceptual
+      batch["image"], images, latents, measure
   )
 
 
-def _errors(originals, images, latents, perceptual) -> Numbers:
-  mse = reconstruction.per_pixel_mse(originals, images)
-  numbers = {
-      "images": len(mse),
-      "mse": float(np.mean(mse)),
-      "mse_worst_image": float(np.max(mse)),
-      "psnr_of_mean_mse": float(reconstruction.psnr(np.mean(mse))),
-      "latent_std": float(np.std(latents)),
+def _errors(originals, images, latents, measure) -> Numbers:
+  return fidelity.errors(originals, images, measure) | {
+      "latent_std": float(np.std(latents))
   }
-  if min(originals.shape[1:3]) >= _SMALLEST_SSIM:
-    ssim = structural_similarity.structural_similarity(originals, images)
-    numbers["ssim"] = float(np.mean(ssim))
-  if perceptual is not None:
-    numbers["lpips"] = float(np.mean(perceptual(originals, images)))
-  return numbers
 
 
 # Baselines -----------------------------------------------------------------
@@ -146,7 +112,7 @@ def ode_round_trip(
   return latents, solvers.solve(denoise, latents, down, solver)
 
 
-def _baselines(experiment, batch, perceptual) -> dict[str, Numbers]:
+def _baselines(experiment, batch, measure) -> dict[str, Numbers]:
   section: options.Eval = experiment.section("eval")
   teacher, params = _open_baseline(experiment, section.baseline)
   runner = runners.Runner(
@@ -172,7 +138,7 @@ def _baselines(experiment, batch, perceptual) -> dict[str, Numbers]:
         result[f"{_NAMES[solver]}_nfe{nfe}_noise{noise:g}"] = {
             "nfe": nfe, "noise": noise, "solver": _NAMES[solver],
             **_errors(
-                batch["image"], sources.to_uint8(images), latents, perceptual
+                batch["image"], sources.to_uint8(images), latents, measure
             ),
         }
   return result

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 import os
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from bcm_jax import edit
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax import files
@@ -18,9 +18,6 @@ from bcm_jax import runs
 from bcm_jax.data import source as sources
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
-from bcm_jax.sampling import editing
-from bcm_jax.sampling import plan as plans
-from bcm_jax.training import rng
 
 Params = Any
 
@@ -136,67 +133,13 @@ def visible(latents: np.ndarray, sigma_max: float) -> np.ndarray:
   return sources.to_uint8(latents / (3 * sigma_max))
 
 
-def interpolate(
-    experiment: experiments.Experiment, workdir: str, runner: runners.Runner
-) -> str:
-  """Mode edit, task interpolate: rows between pairs of real images.
-
-  Both ends of a pair get the same small noise before they are inverted, and
-  the row takes the class of the nearer end.
-  """
-  section: options.Edit = experiment.section("edit")
-  source = experiment.source("test")
-  if not 1 <= section.pairs <= len(source) // 2 or section.points < 2:
-    raise errors.UserError(
-        f"edit.pairs={section.pairs} and edit.points={section.points}: give "
-        f"1 to {len(source) // 2} pairs and at least 2 points"
-    )
-  order = np.random.default_rng(section.seed).permutation(len(source))
-  ends = [
-      source.fetch(order[i * section.pairs : (i + 1) * section.pairs])
-      for i in range(2)
-  ]
-  keys = rng.example_keys(
-      section.seed, "edit/added", 0, jnp.arange(section.pairs)
-  )
-  plan = planning.inversion_plan(experiment)
-  print(plan)
-  latents = [
-      runner(plan, sources.to_float(e["image"]), e["label"], keys)
-      for e in ends
-  ]
-  back = plans.ancestral((), experiment.levels)
-  columns = [ends[0]["image"]]
-  for weight in np.linspace(0, 1, section.points):
-    mixed = editing.slerp(
-        jnp.asarray(latents[0]), jnp.asarray(latents[1]),
-        jnp.full(section.pairs, weight, jnp.float32),
-    )
-    labels = ends[int(weight > 0.5)]["label"]
-    images = runner(back, np.asarray(mixed), labels, keys)
-    columns.append(sources.to_uint8(images))
-  columns.append(ends[1]["image"])
-  images = np.stack(columns, axis=1)
-  folder = os.path.join(workdir, "edits", "interpolate")
-  files.write_npz(
-      os.path.join(folder, "interpolation.npz"), images=images,
-      labels=np.stack([e["label"] for e in ends], axis=1),
-  )
-  image_grid.save_png(
-      os.path.join(folder, "grid.png"),
-      image_grid.image_grid(
-          images.reshape(-1, *images.shape[2:]), images.shape[1],
-          scale=scale(experiment),
-      ),
-  )
-  return folder
-
-
 def run(
     experiment: experiments.Experiment, workdir: str, mode: str
 ) -> Sequence[str]:
   """Loads the run in workdir and runs a mode; returns the folders written."""
   section: options.Sample = experiment.section("sample")
+  if mode == "edit":
+    return edit.run(experiment, workdir)
   if mode == "sample":
     # Bad times and labels are found before the checkpoint is read.
     planning.sampling_plan(experiment)
@@ -207,6 +150,4 @@ def run(
   runner = runners.Runner(experiment, params, section.batch_size)
   if mode == "sample":
     return [sample(experiment, workdir, runner)]
-  if mode == "invert":
-    return [invert(experiment, workdir, runner)]
-  return [interpolate(experiment, workdir, runner)]
+  return [invert(experiment, workdir, runner)]

@@ -232,11 +232,16 @@ def _run(workdir: str) -> str:
       f"checkpoints at steps {', '.join(map(str, saved.all_steps()))}",
       f"newest good one: step {step}, written by bcm_jax "
       f"{meta.get('version')}",
-      f"skipped steps: {int(state['skipped'])}",
   ]
+  if "skipped" in state:  # Converted and pulled networks have no such counts.
+    lines.append(f"skipped steps: {int(state['skipped'])}")
   for name, player in state["players"].items():
-    lines.append(f"player {name}: {int(player['updates'])} updates, "
-                 f"norm of parameters {_norm(player['params']):.6g}")
+    known = "updates" in player
+    updates = f"{int(player['updates'])} updates, " if known else ""
+    lines.append(
+        f"player {name}: {updates}"
+        f"norm of parameters {_norm(player['params']):.6g}"
+    )
   for name, average in state["averages"].items():
     lines.append(f"average {name}: norm {_norm(average):.6g}")
   return "\n".join(lines + _accounts(workdir))

@@ -226,16 +226,53 @@ class Invert:
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-  """Editing of real images.
+  """Editing of real images: mode edit; docs/editing.md has every task.
 
   Attributes:
-    task: 'interpolate' goes between pairs of test images through latents.
-    pairs: number of pairs.
-    points: images a row, both ends included.
-    seed: of the choice of pairs and of the added noise.
+    task: what is done, see recipes.TASKS.
+    input: an image file or a folder of them; None takes images of the test
+      split and does to them what the task undoes.
+    second: the other ends of 'interpolate', as `input`.
+    mask: of 'inpaint': an image, or a folder of one an image, white in the
+      holes; None is a square in the middle, of half the height and width.
+    reference: the images as they should come out, as `input`; PSNR, SSIM and
+      LPIPS (eval.lpips_path) are measured against them.
+    present, absent: folders of images with and without a property, of
+      'attribute'; None are training images of new_label and of label.
+    resize: whether images of other sizes or channels are made to fit.
+    label: classes of the images, one or as many as images.
+    new_label: class to make, of 'relabel'.
+    noise, level, nfe, times: of the recipe; None and () take its defaults.
+    factor: of 'super_resolve'; `input` has that part of the height and width.
+    strength: of 'attribute'; 1 goes all the way from absent to present.
+    quality: of the JPEG files that 'restore' makes of test images.
+    num_images: test images.
+    pairs: pairs of them, of 'interpolate'.
+    points: images a row of 'interpolate', both ends included.
+    seed: of the choice of test images and of the added noise.
   """
 
-  task: Literal["interpolate"] = "interpolate"
+  task: Literal[
+      "interpolate", "inpaint", "inpaint_cm", "colorize", "super_resolve",
+      "denoise", "restore", "stroke", "relabel", "attribute", "purify",
+  ] = "interpolate"
+  input: str | None = None
+  second: str | None = None
+  mask: str | None = None
+  reference: str | None = None
+  present: str | None = None
+  absent: str | None = None
+  resize: bool = False
+  label: tuple[int, ...] = ()
+  new_label: int | None = None
+  noise: float | None = None
+  level: float | None = None
+  nfe: int | None = None
+  times: tuple[float, ...] = ()
+  factor: int = 2
+  strength: float = 1.0
+  quality: int = 20
+  num_images: int = 16
   pairs: int = 8
   points: int = 9
   seed: int = 0

@@ -242,15 +242,18 @@ def inversion_plan(
     experiment: experiments.Experiment,
     nfe: int | None = None,
     noise: float | None = None,
+    times: tuple[float, ...] = (),
 ) -> plans.Plan:
-  """The plan of section invert, or one of another NFE or initial noise.
+  """The plan of section invert, or one of another NFE, initial noise or times.
 
-  Intermediate times are those of section invert where they fit, else default
-  ones.
+  Intermediate times are those given, those of section invert where they fit,
+  or default ones.
   """
   section: options.Invert = experiment.section("invert")
   given, e = section.times, section.noise if noise is None else noise
-  if nfe is None:
+  if times:
+    given = times
+  elif nfe is None:
     nfe = section.nfe
   elif nfe != len(given) + 1:
     given = ()

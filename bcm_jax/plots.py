@@ -1,15 +1,26 @@
-"""Pictures of what a run can do, and of what was measured."""
+"""Figures of what runs wrote: python -m bcm_jax.plots RUN [RUN ...].
+
+Training curves, quality over NFE, inversion error over the initial noise,
+reconstructions, interpolations and trajectories: each that there is something
+for, as a PNG (docs/plots.md). Exit status: 0 for one figure or more, 65 for
+none and for bad input.
+"""
 
 import collections
-import io
+from collections.abc import Callable, Sequence
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
+from absl import logging
 import numpy as np
 
+from bcm_jax import command
+from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import files
+from bcm_jax import figures
 from bcm_jax import generate
+from bcm_jax import plot_data
+from bcm_jax import strips
 from bcm_jax.metrics import image_grid
 
 _COLUMNS = 20
@@ -53,18 +64,13 @@ def search(record: dict[str, Any], path: str) -> None:
   Candidates that differ from the best one in their last time alone are drawn
   as a curve over that time, one panel a time.
   """
-  # Slow to import, and not needed by most commands.
-  from matplotlib import figure
-
   stages = collections.defaultdict(list)
   for sampler, cost in record["costs"].items():
     last = sampler.replace("@", "/").rpartition("/")[2]
     e, _, t = last.rpartition(">")
     varied = sampler.removesuffix(last) + ("e>t" if e else "t")
     stages[varied].append((float(e) if e else None, float(t), cost))
-  picture = figure.Figure(
-      figsize=(4 * len(stages), 3), layout="constrained"
-  )
+  picture = figures.blank(4 * len(stages), 3)
   axes = picture.subplots(1, len(stages), squeeze=False)[0]
   for axis, (varied, points) in zip(axes, stages.items(), strict=True):
     for e in sorted({p[0] for p in points}, key=lambda e: e or 0):
@@ -74,10 +80,10 @@ def search(record: dict[str, Any], path: str) -> None:
     if points[0][0] is not None:
       axis.legend(fontsize="small")
     axis.set(xscale="log", xlabel="t (sigma)", title=varied)
-    _mark(axis, {p[1] for p in points})
+    figures.mark(axis, {p[1] for p in points})
   axes[0].set_ylabel(record["distance"])
   picture.suptitle(f"best: {record['best']}")
-  _save(picture, path)
+  figures.save(picture, path)
 
 
 def inversion(numbers: dict[str, dict[str, Any]], path: str) -> None:
@@ -87,36 +93,123 @@ def inversion(numbers: dict[str, dict[str, Any]], path: str) -> None:
     numbers: 'inversion' of a result.
     path: of the PNG.
   """
-  from matplotlib import figure
-
-  curves = collections.defaultdict(list)
-  for r in numbers.values():
-    way = f"{r.get('solver', 'one network')}, NFE {r['nfe']}"
-    curves[way].append((r["noise"], r["mse"]))
-  picture = figure.Figure(figsize=(6, 4), layout="constrained")
-  axis = picture.subplots()
-  for way, points in sorted(curves.items()):
-    axis.plot(*zip(*sorted(points), strict=True), "o-", label=way)
-  axis.set(
-      xscale="log", yscale="log", xlabel="initial noise e (sigma)",
-      ylabel="reconstruction MSE on [0, 1]",
-  )
-  axis.yaxis.set_major_formatter("{x:g}")
-  axis.yaxis.set_minor_formatter("{x:g}")
-  _mark(axis, {r["noise"] for r in numbers.values()})
-  axis.legend(fontsize="small")
-  _save(picture, path)
+  figures.inversion({"": plot_data.inversion_curves(numbers)}, path)
 
 
-def _mark(axis, values: set[float]) -> None:
-  """Ticks at the values themselves, as far as they are few."""
-  if len(values) <= 8:  # The usual ticks are powers of ten.
-    axis.set_xticks(sorted(values), [f"{v:g}" for v in sorted(values)])
-    axis.set_xticks([], minor=True)
+# The command ----------------------------------------------------------------
 
 
-def _save(picture, path: str) -> None:
-  """Writes a PNG whole or not at all."""
-  content = io.BytesIO()
-  picture.savefig(content, dpi=120, format="png")
-  files.write_bytes(path, content.getvalue())
+class Kind(NamedTuple):
+  """A kind of figure.
+
+  Attributes:
+    read: run -> what is drawn of it; raises UserError where there is nothing.
+    draw: {name of a run: what was read}, path of the PNG -> None.
+    together: one figure of all runs, or one each.
+  """
+
+  read: Callable[[plot_data.Run], Any]
+  draw: Callable[[dict[str, Any], str], None]
+  together: bool
+
+
+KINDS = {
+    "curves": Kind(plot_data.scalars, figures.curves, True),
+    "quality": Kind(plot_data.quality, figures.quality, True),
+    "inversion": Kind(plot_data.inversions, figures.all_inversions, True),
+    "reconstruction": Kind(
+        plot_data.reconstruction, figures.image_rows, False
+    ),
+    "interpolation": Kind(plot_data.interpolation, figures.image_rows, False),
+    "trajectory": Kind(strips.trajectory, figures.image_rows, False),
+}
+
+
+def make(
+    runs: Sequence[plot_data.Run], out: str, names: Sequence[str]
+) -> list[str]:
+  """Draws figures of these kinds; says what was written and what was not, why.
+
+  Returns:
+    Paths of the PNGs.
+  """
+  written = []
+  for name in names:
+    kind = KINDS[name]
+    groups = {"": runs} if kind.together else {
+        "_" + run.label.replace("/", "_"): [run] for run in runs
+    }
+    for suffix, group in groups.items():
+      found = {}
+      for run in group:
+        try:
+          found[run.label] = kind.read(run)
+        except errors.UserError as e:
+          print(f"no {name} of {run.label}: {e}")
+      if found:
+        written.append(os.path.join(out, f"{name}{suffix}.png"))
+        kind.draw(found, written[-1])
+        print(f"written: {written[-1]}")
+  return written
+
+
+def _names(asked: str) -> list[str]:
+  """The kinds of figures in a list with commas."""
+  names = [name for name in asked.split(",") if name]
+  for name in names:
+    if name not in KINDS:
+      raise errors.unknown_name("figure in --only", name, KINDS)
+  return names
+
+
+def _parser() -> command.Parser:
+  parser = command.Parser("bcm_jax.plots", __doc__)
+  parser.add_argument("runs", nargs="+", metavar="RUN",
+                      help="work directory, or a result file of mode eval")
+  parser.add_argument("--out", metavar="DIR",
+                      help="where figures go; plots/ beside the first RUN's "
+                      "files without it")
+  parser.add_argument("--only", default=",".join(KINDS), metavar="NAMES",
+                      help=f"some of {','.join(KINDS)}")
+  return parser
+
+
+def run(paths: Sequence[str], out: str | None, only: str) -> list[str]:
+  """The command; returns paths of the PNGs.
+
+  Raises:
+    UserError: unknown figures, no runs, a folder that cannot be written, or
+      nothing to draw.
+  """
+  names, runs = _names(only), plot_data.open_runs(paths)
+  if out is None:
+    first = runs[0].path
+    out = os.path.join(
+        first if os.path.isdir(first) else os.path.dirname(first), "plots"
+    )
+  try:
+    os.makedirs(out, exist_ok=True)
+  except OSError as e:
+    raise errors.UserError(
+        f"cannot write to {out}: {e.strerror}; choose another --out"
+    ) from e
+  written = make(runs, out, names)
+  if not written:
+    raise errors.UserError(
+        f"there is nothing to draw in {', '.join(paths)}; the lines above say "
+        "what would write it"
+    )
+  return written
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Entry point; exits with 65 and one line on bad input."""
+  logging.set_verbosity(logging.WARNING)
+  with command.reporting():
+    flags = _parser().parse_args(argv)
+    run(flags.runs, flags.out, flags.only)
+
+
+if __name__ == "__main__":
+  command.quiet_tensorflow()
+  main()

@@ -90,6 +90,32 @@ class Runner:
         images, labels, keys,
     )
 
+  def apply(
+      self,
+      function: Callable[..., Any],
+      arrays: Any,
+      labels: np.ndarray | None,
+      keys: np.ndarray,
+  ) -> Any:
+    """Runs function(flow map, arrays, labels, keys) over some images at a time.
+
+    Only the flow map is jitted: a function may call it many times and compile
+    nothing of its own.
+
+    Args:
+      function: of what stands above, to a tree of arrays [b, ...].
+      arrays: tree of arrays [n, ...].
+      labels: [n] int32; None is handed on to an unconditional network.
+      keys: [n].
+
+    Returns:
+      The function's tree, of arrays [n, ...].
+    """
+    return self._in_batches(
+        lambda x, labels, keys: function(self._flow_map, x, labels, keys),
+        arrays, labels, keys,
+    )
+
   def transform(
       self,
       function: Callable[..., Any],
@@ -108,25 +134,32 @@ class Runner:
         lambda x, labels, keys: jitted(self._params, x, labels), images, labels
     )
 
-  def _in_batches(self, function, images, labels, keys=None) -> Any:
-    """function(x, labels, keys) over parts of the arrays, on all devices."""
-    if self.experiment.num_classes is None:
-      labels = None
+  def _in_batches(self, function, arrays, labels, keys=None) -> Any:
+    """function(arrays, labels, keys) over parts of them, on all devices."""
+    leaves, tree = jax.tree.flatten(arrays)
+    given = {f"x{i}": leaf for i, leaf in enumerate(leaves)}
+    if keys is not None:
+      given["keys"] = jax.random.key_data(keys)
+    if labels is not None and self.experiment.num_classes is not None:
+      given["labels"] = labels
     results = []
-    for first in range(0, len(images), self.at_a_time):
-      part = {"x": images[first : first + self.at_a_time]}
-      count = len(part["x"])
-      if keys is not None:
-        part["keys"] = jax.random.key_data(keys[first : first + count])
-      if labels is not None:
-        part["labels"] = labels[first : first + count]
+    for first in range(0, len(leaves[0]), self.at_a_time):
+      part = {
+          k: np.asarray(v[first : first + self.at_a_time])
+          for k, v in given.items()
+      }
+      count = len(part["x0"])
       # The last batch is filled up, so that nothing compiles twice.
-      part = {k: _fill(np.asarray(v), self.at_a_time) for k, v in part.items()}
-      part = self._devices.batch(part)
+      part = self._devices.batch(
+          {k: _fill(v, self.at_a_time) for k, v in part.items()}
+      )
       wrapped = None
       if keys is not None:
         wrapped = jax.random.wrap_key_data(part["keys"])
-      x = function(part["x"], part.get("labels"), wrapped)
+      x = function(
+          tree.unflatten([part[f"x{i}"] for i in range(len(leaves))]),
+          part.get("labels"), wrapped,
+      )
       results.append(
           jax.tree.map(lambda a, count=count: np.asarray(a)[:count], x)
       )

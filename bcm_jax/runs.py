@@ -1,5 +1,6 @@
 """What a work directory holds: checkpoints, and parameters out of them."""
 
+from collections.abc import Mapping
 import os
 from typing import Any
 
@@ -7,9 +8,11 @@ import jax
 import ml_collections
 import numpy as np
 
+from bcm_jax import __version__
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
+from bcm_jax import files
 from bcm_jax.interop import vgg_names
 from bcm_jax.training import checkpoint
 from bcm_jax.training import power_ema
@@ -40,19 +43,55 @@ def split_place(place: str, what: str) -> tuple[str, int | None]:
   return folder, int(step)
 
 
-def config_of(workdir: str) -> ml_collections.ConfigDict:
-  """The config of the run in a work directory.
+def config_of(
+    workdir: str, overrides: Mapping[str, str] | None = None
+) -> ml_collections.ConfigDict:
+  """The config of the run in a work directory, with 'section.key' -> text.
 
   Raises:
     UserError: no run there.
   """
-  config = configs.of_run(workdir)
+  config = configs.of_run(workdir, overrides)
   if config is None:
     raise errors.UserError(
         f"{workdir} holds no run (no config.json); give the work directory of "
         "one, trained or converted"
     )
   return config
+
+
+def write(
+    workdir: str,
+    experiment: experiments.Experiment,
+    params: Params,
+    step: int,
+    facts: dict[str, Any],
+) -> None:
+  """Makes a work directory of one network, whole or not at all.
+
+  It can be sampled, evaluated and started from (training.init_from); a run
+  cannot go on in it, since it has no optimiser's state.
+
+  Args:
+    workdir: must not hold anything yet.
+    experiment: that the network belongs to; its config becomes the run's.
+    params: of the sampled player; there are no averages beside them.
+    step: of the checkpoint.
+    facts: JSON values, where the network comes from.
+
+  Raises:
+    UserError: something is there already.
+  """
+  config = experiment.config
+  state = {
+      "players": {experiment.method.sampled: {"params": params}},
+      "averages": {},
+  }
+  meta = {"config": configs.to_json(config), "version": __version__, **facts}
+  with files.new_folder(workdir) as made:
+    configs.write(config, made)
+    with checkpoint.Checkpoints(checkpoint_dir(made)) as saved:
+      saved.save(step, state, meta)
 
 
 def choose(

@@ -39,8 +39,23 @@ FLOORS = (
         "inspection",
         "compile",
         "convert",
+        "edit",
+        "edit_inputs",
+        "facade",
+        "fidelity",
+        "pretrained",
+        "studio",
+        "studio_actions",
         "plots",
+        "figures",
+        "plot_data",
+        "strips",
+        "packing",
+        "hub",
+        "export",
+        "exported",
     },
+    {"recipes"},
     {"planning", "provenance"},
     {"experiment"},  # A config as objects, for the commands.
     {"checks"},
@@ -58,8 +73,10 @@ FLOORS = (
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # Beneath all: rooms may import these, models excepted.
 FOUNDATION = ("errors", "files", "command")
-# The package's own __init__.py holds the version and imports no room.
+# The package's own __init__.py holds the version, and imports, late, what
+# bcm_jax.load is of.
 FACADE = "__init__"
+FACADE_IMPORTS = ("facade",)
 
 # Names of methods that the engine must not know. The files of methods/ add
 # theirs.
@@ -145,6 +162,8 @@ def may_import(room: str, target: str) -> bool:
     return room not in ("models", *FOUNDATION)
   if below in FOUNDATION:
     return room != "models"
+  if room == FACADE:
+    return below in FACADE_IMPORTS
   if room not in FLOOR_OF or below not in FLOOR_OF:
     return False
   if room == below:

@@ -12,24 +12,21 @@ What tensors do not tell is assumed as published, printed, and can be set:
 import os
 import pathlib
 import re
-import shutil
 import sys
-import tempfile
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from bcm_jax import __version__
 from bcm_jax import command
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
+from bcm_jax import files
 from bcm_jax import runs
 from bcm_jax.interop import transfer
 from bcm_jax.interop import weight_files
-from bcm_jax.training import checkpoint
 
 # Name in the config of a family's network.
 _MODELS = {
@@ -119,7 +116,7 @@ def to_workdir(
   Raises:
     UserError: a file that cannot be read or does not fit its network.
   """
-  _check_free(out)
+  files.check_free(out)
   file = weight_files.read(source)
   group = _choose_group(file.groups, group)
   metadata = dict(file.metadata)
@@ -130,12 +127,15 @@ def to_workdir(
   )
   size = found.pop("image_size")
   config = _config(found, family.NAME, size, overrides or {})
-  network = experiments.build(config).method.network
-  params = transfer.read_params(family, network, size, tensors)
+  experiment = experiments.build(config)
+  params = transfer.read_params(
+      family, experiment.method.network, size, tensors
+  )
   params = jax.tree.map(lambda v: np.asarray(v, np.float32), params)
   if step is None:
     step = step_of(source)
-  _write(config, params, step, out, source, family.NAME)
+  facts = {"converted_from": os.path.basename(source), "kind": family.NAME}
+  runs.write(out, experiment, params, step, facts)
   count = sum(v.size for v in jax.tree.leaves(params))
   shown = ", ".join(f"{k}={v}" for k, v in sorted(found.items()))
   return (
@@ -170,36 +170,6 @@ def step_of(source: str) -> int:
   stem = re.sub(r"\.[a-zA-Z]\w*$", "", pathlib.Path(source).name)
   numbers = re.findall(r"(?:^|[-_]|model)(\d+)(?=$|[-_])", stem)
   return int(numbers[-1]) if numbers else 0
-
-
-def _check_free(out: str) -> None:
-  path = pathlib.Path(out)
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise errors.UserError(f"{out} is there already; choose another OUT")
-
-
-def _write(config, params, step, out, source, kind) -> None:
-  """Makes the work directory beside its place, then moves it there."""
-  parent = pathlib.Path(out).resolve().parent
-  parent.mkdir(parents=True, exist_ok=True)
-  made = tempfile.mkdtemp(prefix=".converting-", dir=parent)
-  try:
-    configs.write(config, made)
-    player = {"params": params}
-    with checkpoint.Checkpoints(runs.checkpoint_dir(made)) as saved:
-      saved.save(
-          step,
-          {"players": {"student": player}, "averages": {}},
-          {
-              "config": configs.to_json(config), "bcm_jax": __version__,
-              "converted_from": os.path.basename(source), "kind": kind,
-          },
-      )
-    os.chmod(made, 0o755)
-    os.replace(made, out)
-  except BaseException:
-    shutil.rmtree(made, ignore_errors=True)
-    raise
 
 
 def to_file(workdir: str, out: str, average: str | None = None) -> str:

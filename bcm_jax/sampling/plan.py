@@ -183,20 +183,29 @@ def mixture(
   )
 
 
-def cm_multistep(mid: Sequence[float], levels: Range) -> Plan:
+def zigzags(pairs: Sequence[tuple[float, float]], levels: Range) -> Plan:
+  """From an image: for each (e, t) add e z, jump e -> t -> sigma_min."""
+  if not pairs:
+    raise errors.UserError("zigzags need at least one pair (noise, level)")
+  return Plan("zigzags", levels.sigma_min, _zigzag_steps(pairs, levels))
+
+
+def cm_multistep(
+    mid: Sequence[float], levels: Range, start: float | None = None
+) -> Plan:
   """Denoise, add fresh noise to the next level, denoise, ...
 
   Song et al. (CM, 2023), algorithm 1: sqrt(t^2 - sigma_min^2) z is added to
-  reach level t.
+  reach level t. The first level is sigma_max, or `start`.
   """
-  times = [levels.sigma_max, *mid]
+  times = [levels.sigma_max if start is None else start, *mid]
   levels.check(times, "multistep time")
   _check_monotone(times, "multistep times", up=False)
   steps: list[Jump | AddNoise] = [Jump(times[0], levels.sigma_min)]
   for t in times[1:]:
     scale = math.sqrt(t**2 - levels.sigma_min**2)
     steps += [AddNoise(scale, t), Jump(t, levels.sigma_min)]
-  return Plan("cm_multistep", levels.sigma_max, tuple(steps))
+  return Plan("cm_multistep", times[0], tuple(steps))
 
 
 def inversion(noise: float, mid: Sequence[float], levels: Range) -> Plan:

@@ -26,6 +26,7 @@ def run(
     labels: jax.Array | None = None,
     keys: jax.Array | None = None,
     guided_map: FlowMap | None = None,
+    at_image: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
   """Executes a plan.
 
@@ -37,6 +38,7 @@ def run(
     keys: [B] keys for the noise that the plan adds, one an example; step i of
       the plan uses fold_in(key, i).
     guided_map: for the plan's guided jumps, see sampling.guidance.
+    at_image: applied wherever a jump reaches plan.end, as editing wants.
 
   Returns:
     [B, ...] at level plan.end, not clipped.
@@ -61,5 +63,5 @@ def run(
       y = f(x, t, u, labels)
       if isinstance(step, plans.HeunJump):
         y = y + (x - f(y, u, t, labels)) / 2
-      x = y
+      x = y if at_image is None or step.u != plan.end else at_image(y)
   return x

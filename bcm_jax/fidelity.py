@@ -1,0 +1,65 @@
+"""How far images are from those they should be: MSE, PSNR, SSIM, LPIPS."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from bcm_jax.data import source as sources
+from bcm_jax.interop import vgg_names
+from bcm_jax.metrics import lpips
+from bcm_jax.metrics import reconstruction
+from bcm_jax.metrics import structural_similarity
+
+Perceptual = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+_LPIPS_BLOCK = 64
+
+
+def perceptual(paths: Sequence[str]) -> Perceptual | None:
+  """LPIPS between uint8 images, by the weights in files; None without files.
+
+  Args:
+    paths: see vgg_names.load_lpips.
+
+  Returns:
+    A function of two uint8 [n, H, W, C] to [n].
+  """
+  if not paths:
+    return None
+  params = vgg_names.load_lpips(*paths)
+
+  def measure(originals, images):
+    blocks = range(0, len(images), _LPIPS_BLOCK)
+    parts = [slice(i, i + _LPIPS_BLOCK) for i in blocks]
+    return np.concatenate([
+        lpips.distance(
+            params, sources.to_float(originals[p]), sources.to_float(images[p])
+        )
+        for p in parts
+    ])
+
+  return measure
+
+
+def errors(
+    originals: np.ndarray, images: np.ndarray, measure: Perceptual | None
+) -> dict[str, float]:
+  """Numbers of images beside their originals, uint8 [n, H, W, C].
+
+  Returns:
+    'mse' on the [0, 1] scale, 'psnr_of_mean_mse' in dB, 'ssim' where its
+    window fits, 'lpips' where there is a `measure`.
+  """
+  mse = reconstruction.per_pixel_mse(originals, images)
+  numbers = {
+      "images": len(mse),
+      "mse": float(np.mean(mse)),
+      "mse_worst_image": float(np.max(mse)),
+      "psnr_of_mean_mse": float(reconstruction.psnr(np.mean(mse))),
+  }
+  if min(originals.shape[1:3]) >= structural_similarity.WINDOW:
+    ssim = structural_similarity.structural_similarity(originals, images)
+    numbers["ssim"] = float(np.mean(ssim))
+  if measure is not None:
+    numbers["lpips"] = float(np.mean(measure(originals, images)))
+  return numbers

@@ -1,0 +1,318 @@
+"""How well a checkpoint edits real images, beside simple ways to do the same.
+
+  python benchmarks/editing.py runs/digits --classifier=runs/classifier \
+      --out=docs/results/editing_digits.json
+  python benchmarks/editing.py --table       # docs/editing.md again
+
+On the odd half of the test split (constants of recipes.py were chosen on the
+even half): holes, JPEG, noise, small images, other classes, and an attack
+against a classifier that does not know of the defence. Classes are the true
+ones, which a conditional network is told.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+import contextlib
+import json
+import pathlib
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bcm_jax
+from bcm_jax import command
+from bcm_jax import edit_inputs
+from bcm_jax import fidelity
+from bcm_jax import files
+from bcm_jax import provenance
+from bcm_jax import tables
+from bcm_jax.data import source as sources
+from bcm_jax.metrics import classifier as classifiers
+from bcm_jax.metrics import reconstruction
+from bcm_jax.sampling import operators
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "editing.md"
+MARKED = re.compile(r"(<!-- editing: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DRAWS = 8
+QUALITIES = (5, 10, 20, 40)
+NOISES = (0.1, 0.3, 0.6, 1.0)
+# L_inf of the attack, in units of [-1, 1]; its steps are a fifth as long.
+ATTACKS = (0.1, 0.2, 0.4)
+
+
+class Bench:
+  """A model, the images that it edits, and a judge of classes."""
+
+  def __init__(self, workdir: str, classifier: str, count: int | None):
+    self.workdir, self.model = workdir, bcm_jax.load(workdir)
+    source = self.model.experiment.source("test")
+    odd = np.arange(1, len(source), 2)[:count]
+    batch = source.fetch(odd)
+    self.images, self.classes = batch["image"], batch["label"]
+    self.labels = None if self.model.num_classes is None else self.classes
+    train = self.model.experiment.source("train")
+    self.train = train.fetch(np.arange(min(len(train), 10_000)))
+    self.judge = classifiers.load_classifier(classifier)
+
+  def told(self, images: np.ndarray, hole: np.ndarray | None = None) -> dict:
+    """PSNR against the originals, and the share whose class is recognised."""
+    mse = fidelity.errors(self.images, images, None)["mse"]
+    if hole is not None:  # The rest is equal.
+      mse /= hole.mean()
+    return {
+        "psnr": float(reconstruction.psnr(mse)),
+        "recognised": float(
+            np.mean(self.judge.classify(images) == self.classes)
+        ),
+    }
+
+
+# Tasks ----------------------------------------------------------------------
+
+
+def holes(bench: Bench) -> Iterator[tuple[str, dict]]:
+  """A square in the middle, of half the height and width."""
+  height, width = bench.model.image_shape[:2]
+  hole = np.zeros((height, width), bool)
+  hole[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
+  put = lambda x: np.where(hole[..., None], x, bench.images)  # noqa: E731
+  yield "mean of training images", bench.told(
+      put(bench.train["image"].mean(0).astype(np.uint8)), hole
+  )
+  yield "nearest training image", bench.told(
+      put(_nearest(bench, ~hole, None)), hole
+  )
+  yield "nearest of the class", bench.told(
+      put(_nearest(bench, ~hole, bench.classes)), hole
+  )
+  for task in ("inpaint", "inpaint_cm"):
+    draws = [
+        bench.model.inpaint(bench.images, hole, bench.labels, seed, task)
+        for seed in range(DRAWS)
+    ]
+    yield f"`{task}`", bench.told(draws[0], hole)
+    mean = np.mean(draws, axis=0).round().astype(np.uint8)
+    yield f"`{task}`, mean of {DRAWS} seeds", bench.told(mean, hole)
+
+
+def _nearest(bench: Bench, known: np.ndarray, classes) -> np.ndarray:
+  """For each image, the training image that is most like what is known."""
+  mine, theirs = (
+      x[:, known].reshape(len(x), -1).astype(np.float32)
+      for x in (bench.images, bench.train["image"])
+  )
+  distance = (
+      (mine**2).sum(1)[:, None] + (theirs**2).sum(1) - 2 * mine @ theirs.T
+  )
+  if classes is not None:
+    other = classes[:, None] != bench.train["label"]
+    distance = np.where(other, np.inf, distance)
+  return bench.train["image"][distance.argmin(axis=1)]
+
+
+def jpeg(bench: Bench) -> Iterator[tuple[str, dict]]:
+  """Files of several qualities, and what is restored of them."""
+  for quality in QUALITIES:
+    given = np.stack([edit_inputs.compress(i, quality) for i in bench.images])
+    yield f"JPEG of quality {quality}", bench.told(given)
+    yield f"`restore` of quality {quality}", bench.told(
+        bench.model.restore(given, bench.labels)
+    )
+
+
+def noise(bench: Bench) -> Iterator[tuple[str, dict]]:
+  """White noise of known and of measured level."""
+  rng = np.random.default_rng(0)
+  clean = sources.to_float(bench.images)
+  for level in NOISES:
+    noisy = clean + level * rng.standard_normal(clean.shape)
+    noisy = noisy.astype(np.float32)
+    yield f"noise of {level:g}", bench.told(sources.to_uint8(noisy))
+    out, _ = bench.model.denoise(noisy, level, bench.labels)
+    yield f"`denoise` of {level:g}", bench.told(out)
+    out, found = bench.model.denoise(noisy, None, bench.labels)
+    measured = f"{found.mean():.3f} ± {found.std():.3f}"
+    yield f"`denoise`, level measured as {measured}", bench.told(out)
+
+
+def small(bench: Bench) -> Iterator[tuple[str, dict]]:
+  """Half the height and width."""
+  given = sources.to_uint8(
+      np.asarray(operators.shrink(sources.to_float(bench.images), 2))
+  )
+  yield "half the size, pixels repeated", bench.told(
+      given.repeat(2, 1).repeat(2, 2)
+  )
+  yield "`super_resolve`", bench.told(
+      bench.model.super_resolve(given, 2, bench.labels)
+  )
+
+
+def colours(bench: Bench) -> Iterator[tuple[str, dict]]:
+  """Grey images."""
+  if bench.model.image_shape[-1] != 3:
+    return
+  grey = sources.to_uint8(
+      np.asarray(operators.to_grey(sources.to_float(bench.images)))
+  )
+  yield "grey", bench.told(grey)
+  yield "`colorize`", bench.told(bench.model.colorize(grey, bench.labels))
+
+
+def classes(bench: Bench) -> Iterator[tuple[str, dict]]:
+  """The next class, of the same latent."""
+  if bench.labels is None:
+    return
+  new = (bench.classes + 1) % bench.model.num_classes
+  out = bench.model.relabel(bench.images, bench.labels, new)
+  yield "`relabel` to the next class: that one", {
+      "recognised": float(np.mean(bench.judge.classify(out) == new))
+  }
+
+
+def attack(bench: Bench) -> Iterator[tuple[str, dict]]:
+  """Projected gradient ascent of a classifier's loss (Madry et al., 2018)."""
+  clean = jnp.asarray(sources.to_float(bench.images))
+  yield "no attack", bench.told(bench.images)
+  yield "no attack, `purify`", bench.told(_purified(bench, bench.images))
+  for size in ATTACKS:
+    perturbed = sources.to_uint8(np.asarray(_perturb(bench, clean, size)))
+    yield f"attack of {size:g}", bench.told(perturbed)
+    yield f"attack of {size:g}, `purify`", bench.told(
+        _purified(bench, perturbed)
+    )
+
+
+def _purified(bench: Bench, images: np.ndarray) -> np.ndarray:
+  """Of the class that the classifier believes to see: no other is known."""
+  seen = None
+  if bench.labels is not None:
+    seen = bench.judge.classify(images)
+  return bench.model.purify(images, seen)
+
+
+def _perturb(bench: Bench, clean: jax.Array, size: float) -> jax.Array:
+  network, params = bench.judge.network, bench.judge.params
+
+  @jax.jit
+  def ascend(x):
+    def loss(x):
+      _, logits = network.apply({"params": params}, x)
+      return optax.softmax_cross_entropy_with_integer_labels(
+          logits, bench.classes
+      ).sum()
+
+    x = x + size / 5 * jnp.sign(jax.grad(loss)(x))
+    return jnp.clip(jnp.clip(x, clean - size, clean + size), -1.0, 1.0)
+
+  x = clean
+  for _ in range(20):
+    x = ascend(x)
+  return x
+
+
+TASKS: dict[str, Callable[[Bench], Iterator[tuple[str, dict]]]] = {
+    "holes": holes, "jpeg": jpeg, "noise": noise, "small": small,
+    "colours": colours, "classes": classes, "attack": attack,
+}
+
+
+def latency(bench: Bench) -> dict[str, float]:
+  """Milliseconds of edits of one image, after the first."""
+  model = bcm_jax.load(bench.workdir, batch_size=1)
+  label = None if bench.labels is None else int(bench.classes[0])
+  times = {}
+  for name, edit in {
+      "reconstruct": lambda x: model.reconstruct(x, label, nfe=1),
+      "restore": lambda x: model.restore(x, label),
+      "inpaint": lambda x: model.inpaint(x, _corner(x), label),
+  }.items():
+    seconds = []
+    for i in range(12):
+      began = time.perf_counter()
+      edit(bench.images[i : i + 1])
+      seconds.append(time.perf_counter() - began)
+    times[name] = 1e3 * sorted(seconds[2:])[len(seconds[2:]) // 2]
+  return times
+
+
+def _corner(images: np.ndarray) -> np.ndarray:
+  mask = np.zeros(images.shape[1:3], bool)
+  mask[:2, :2] = True
+  return mask
+
+
+# The page -------------------------------------------------------------------
+
+
+def table(record: dict[str, Any], task: str) -> str:
+  """A task's rows as Markdown."""
+  rows = [
+      [name, *(
+          tables.NOT_RUN if key not in n else form.format(n[key])
+          for key, form in (("psnr", "{:.2f}"), ("recognised", "{:.1%}"))
+      )]
+      for name, n in record["tasks"][task].items()
+  ]
+  return tables.markdown(["", "PSNR, dB", "class recognised"], rows)
+
+
+def write_page() -> None:
+  """Puts the committed numbers into docs/editing.md."""
+  text = PAGE.read_text()
+
+  def fill(match: re.Match) -> str:
+    name, _, task = match[2].partition("_")
+    path = RESULTS / f"editing_{name}.json"
+    body = "Not run yet."
+    if path.exists():
+      body = table(json.loads(path.read_text()), task)
+    return f"{match[1]}{body}\n{match[3]}"
+
+  files.write_bytes(str(PAGE), MARKED.sub(fill, text).encode())
+  print(f"written: {PAGE}")
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Measures, prints and writes."""
+  parser = command.Parser("benchmarks/editing.py", __doc__)
+  parser.add_argument("workdir", nargs="?")
+  parser.add_argument("--classifier", help="see bcm_jax.train_classifier")
+  parser.add_argument("--count", type=int, help="test images at most")
+  parser.add_argument("--only", default=",".join(TASKS))
+  parser.add_argument("--out", metavar="FILE")
+  parser.add_argument("--table", action="store_true")
+  with command.reporting():
+    args: argparse.Namespace = parser.parse_args(
+        sys.argv[1:] if argv is None else argv
+    )
+    if args.workdir:
+      bench = Bench(args.workdir, args.classifier, args.count)
+      record: dict[str, Any] = {"images": len(bench.images), "tasks": {}}
+      for task in args.only.split(","):
+        rows = record["tasks"][task] = {}
+        for name, numbers in TASKS[task](bench):
+          rows[name] = numbers
+          print(f"{name}: " + ", ".join(
+              f"{k} {v:.3f}" for k, v in numbers.items()
+          ), flush=True)
+      record["milliseconds"] = latency(bench)
+      print(record["milliseconds"])
+      record["run"] = provenance.facts(bench.model.experiment)
+      if args.out:
+        files.write_json(args.out, record)
+    if args.table or args.out:
+      with contextlib.suppress(FileNotFoundError):
+        write_page()
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,377 @@
+"""The folder in which a network is given away: what is written is read back."""
+
+import json
+import os
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import yaml
+
+from bcm_jax import config as configs
+from bcm_jax import config_files
+from bcm_jax import errors
+from bcm_jax import names
+from bcm_jax.interop import model_card
+from bcm_jax.interop import released
+from bcm_jax.interop import weight_files
+from tests import toys
+
+CONFIG = configs.to_json(
+    configs.resolve(config_files.read_file("digits.py"))
+)
+ABOUT = {
+    "step": 1900, "average": "ema_0.999", "data": "digits",
+    "image_shape": (8, 8, 1),
+}
+RESULT = {
+    "step": 1900, "average": "ema_0.999",
+    "samplers": {
+        "onestep_nfe1": {
+            "plan": ["onestep"], "nfe": 1, "KID": 0.000648305406783396,
+            "FD (raw pixels)": 0.10337547460476232, "ratio": None,
+            "std": {"KID": 1.3e-5, "FD (raw pixels)": None},
+            "seeds": {"0": {"KID": 1.0}},
+        },
+        "ancestral_nfe2": {
+            "plan": ["ancestral"], "nfe": 2, "KID": 0.000448877,
+            "FD (raw pixels)": 0.07063960384780862, "std": {}, "seeds": {},
+        },
+    },
+    "inversion": {"nfe1": {"nfe": 1, "noise": 0.07, "mse": 0.0123456}},
+    "likelihood": {"images": 20, "bits_per_dim": 3.14159, "legacy": False},
+    "protocol": {
+        "samples": 1000, "seeds": [0, 1], "few_samples": "1000 of 50000",
+        "features": "raw pixels", "reference": "digits/train: 1437 images",
+        "commit": "abc", "hardware": "2 x cpu",
+    },
+    "training": {"images": 121600, "seconds": 431.7},
+}
+
+
+def tree(seed=0):
+  """Nested parameters of several shapes; one has no dimension."""
+  draw = np.random.default_rng(seed).standard_normal
+  return {
+      "conv": {"kernel": np.float32(draw((3, 3, 2, 5))),
+               "bias": np.float32(draw(5))},
+      "deep": {"block_0": {"norm": {"scale": np.float32(draw(7))}}},
+      "gain": np.array(draw(), np.float32),
+  }
+
+
+def written(folder, **options):
+  released.write(str(folder), CONFIG, tree(), ABOUT, **options)
+  return folder
+
+
+def fails(folder):
+  """The one line that reading a folder ends with."""
+  with pytest.raises(errors.UserError) as caught:
+    released.read(str(folder))
+    released.read_result(str(folder))
+  assert "\n" not in str(caught.value)
+  return str(caught.value)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+  folder = written(tmp_path / "a", result=RESULT)
+  config, params, metadata = released.read(str(folder))
+  assert config == CONFIG
+  toys.assert_equal(params, tree())
+  assert {k: metadata[k] for k in ("step", "average", "data")} == {
+      k: ABOUT[k] for k in ("step", "average", "data")
+  }
+  assert metadata["image_shape"] == [8, 8, 1]
+  assert metadata["format"] == released.FORMAT
+  assert metadata["config_digest"] == configs.digest(configs.resolve(config))
+  assert released.read_result(str(folder)) == RESULT
+  assert sorted(os.listdir(folder)) == sorted(released.FILES)
+  assert sorted(os.listdir(tmp_path)) == ["a"]
+  # What is read can be written to.
+  params["conv"]["bias"] += 1
+
+
+def test_a_result_is_optional(tmp_path):
+  folder = written(tmp_path / "a")
+  assert released.read_result(str(folder)) is None
+  assert released.RESULT not in os.listdir(folder)
+
+
+@pytest.mark.parametrize("dtype, epsilon", [
+    ("bfloat16", 2.0**-8), ("float16", 2.0**-11),
+])
+def test_smaller_dtypes_round_to_nearest(tmp_path, dtype, epsilon):
+  folder = written(tmp_path / "a", dtype=dtype)
+  _, params, metadata = released.read(str(folder))
+  assert metadata["dtype"] == dtype
+  stored = weight_files.read(str(folder / released.WEIGHTS)).groups[""]
+  assert {v.dtype for v in stored.values()} == {released.DTYPES[dtype]}
+  for name, value in (("kernel", params["conv"]["kernel"]),
+                      ("bias", params["conv"]["bias"])):
+    exact = tree()["conv"][name]
+    assert value.dtype == np.float32
+    error = np.abs(value - exact) / np.abs(exact)
+    assert 0 < error.max() <= epsilon, name
+  # What the dtype holds exactly comes back exactly.
+  again = released.write(
+      str(tmp_path / "b"), CONFIG, params, ABOUT, dtype=dtype
+  )
+  assert again is None
+  toys.assert_equal(released.read(str(tmp_path / "b"))[1], params)
+
+
+@pytest.mark.parametrize("dtype, width", [
+    ("float32", 4), ("bfloat16", 2), ("float16", 2)
+])
+def test_size_is_that_of_the_values_and_a_small_header(tmp_path, dtype, width):
+  path = written(tmp_path / "a", dtype=dtype) / released.WEIGHTS
+  count = 3 * 3 * 2 * 5 + 5 + 7 + 1
+  (header,) = struct.unpack("<Q", path.read_bytes()[:8])
+  assert path.stat().st_size == 8 + header + count * width
+  assert header < 1500
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path):
+  folders = [written(tmp_path / name, result=RESULT) for name in "ab"]
+  for name in released.FILES:
+    first, second = ((folder / name).read_bytes() for folder in folders)
+    assert first == second, name
+
+
+def test_other_programs_find_the_tensors(tmp_path):
+  path = written(tmp_path / "a") / released.WEIGHTS
+  found = safetensors.numpy.load_file(path)
+  assert set(found) == {
+      "conv.kernel", "conv.bias", "deep.block_0.norm.scale", "gain"
+  }
+  np.testing.assert_array_equal(found["conv.bias"], tree()["conv"]["bias"])
+
+
+# Refusals ------------------------------------------------------------------
+
+
+def rewrite(folder, change=None, tensors=None, **metadata):
+  """Writes the weights of a folder again, otherwise."""
+  path = folder / released.WEIGHTS
+  file = weight_files.read(str(path))
+  found = json.loads(file.metadata["bcm_jax"]) | metadata
+  values = dict(file.groups[""]) if tensors is None else tensors
+  if change:
+    change(values)
+  path.write_bytes(safetensors.numpy.save(values, {
+      "bcm_jax": json.dumps({k: v for k, v in found.items() if v is not None})
+  }))
+
+
+@pytest.mark.parametrize("missing, said", [
+    ([released.WEIGHTS], "holds no model.safetensors; expected"),
+    ([released.CONFIG], "holds no config.json; expected"),
+    ([released.WEIGHTS, released.CONFIG],
+     "holds no model.safetensors and no config.json"),
+])
+def test_missing_files(tmp_path, missing, said):
+  folder = written(tmp_path / "a")
+  for name in missing:
+    (folder / name).unlink()
+  assert said in fails(folder)
+  assert "bcm_jax.hub pack" in fails(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("cut", [0, 4, 200, -1])
+def test_weights_cut_short(tmp_path, cut):
+  path = written(tmp_path / "a") / released.WEIGHTS
+  path.write_bytes(path.read_bytes()[:cut])
+  assert str(path) in fails(tmp_path / "a")
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+  path = written(tmp_path / "a") / released.WEIGHTS
+  content = bytearray(path.read_bytes())
+  content[-3] ^= 1
+  path.write_bytes(content)
+  assert "do not fit their digest" in fails(tmp_path / "a")
+
+
+def test_values_under_another_name_are_noticed(tmp_path):
+  folder = written(tmp_path / "a")
+  rewrite(folder, lambda t: t.update({"conv.b": t.pop("conv.bias")}))
+  assert "do not fit their digest" in fails(folder)
+
+
+@pytest.mark.parametrize("metadata, said", [
+    ({"format": released.FORMAT + 1}, "update it: pip install -U bcm_jax"),
+    ({"format": None}, "no record of bcm_jax"),
+    ({"format": "one"}, "no record of bcm_jax"),
+    ({"step": None}, "lacks step"),
+    ({"step": "7", "average": None}, "lacks step, average"),
+    ({"dtype": "int4"}, "lacks a dtype"),
+    ({"dtype": "bfloat16"}, "is float32, not bfloat16"),
+])
+def test_headers_of_other_times(tmp_path, metadata, said):
+  folder = written(tmp_path / "a")
+  rewrite(folder, **metadata)
+  assert said in fails(folder)
+
+
+def test_a_newer_format_is_told_before_anything_else(tmp_path):
+  folder = written(tmp_path / "a")
+  rewrite(folder, format=9, tensors={"x": np.zeros(1, np.int8)})
+  assert "format 9, this bcm_jax reads formats up to 1" in fails(folder)
+
+
+def test_weights_of_other_libraries(tmp_path):
+  folder = written(tmp_path / "a")
+  path = str(folder / released.WEIGHTS)
+  weight_files.write(path, {"x": np.zeros(3, np.float32)})
+  assert "bcm_jax.interop.convert" in fails(folder)
+  torch_file = str(tmp_path / "x.pt")
+  weight_files.write(torch_file, {"x": np.zeros(3, np.float32)})
+  os.replace(torch_file, path)
+  assert "bcm_jax.interop.convert" in fails(folder)
+
+
+def test_a_tensor_below_another(tmp_path):
+  folder = written(tmp_path / "a")
+  rewrite(folder, lambda t: t.update({"conv": np.zeros(2, np.float32)}))
+  assert "lies below another" in fails(folder)
+
+
+@pytest.mark.parametrize("name", [released.CONFIG, released.RESULT])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b"[" * 99999])
+def test_damaged_json(tmp_path, name, content):
+  folder = written(tmp_path / "a", result=RESULT)
+  (folder / name).write_bytes(content)
+  assert "is damaged" in fails(folder)
+
+
+def test_a_config_of_other_weights(tmp_path):
+  folder = written(tmp_path / "a")
+  config = json.loads((folder / released.CONFIG).read_text())
+  config["method"]["sigma_data"] = 0.5
+  (folder / released.CONFIG).write_text(json.dumps(config))
+  said = fails(folder)
+  assert released.config_digest(CONFIG) in said
+  assert "--config.section.key" in said
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"dtype": "float23"}, "did you mean 'float32'"),
+    ({"result": RESULT | {"step": 3}}, "of step 3, the weights are of 1900"),
+    ({"result": RESULT | {"average": "params"}}, "of average 'params'"),
+    ({"license_id": "do as you please"}, "no name of the hub's list"),
+    ({"license_id": "mit\nevil: true"}, "no name of the hub's list"),
+])
+def test_refused_before_anything_is_written(tmp_path, options, said):
+  with pytest.raises(errors.UserError, match=said):
+    written(tmp_path / "a", **options)
+  assert not os.listdir(tmp_path)
+
+
+def test_values_that_a_dtype_cannot_hold(tmp_path):
+  params = tree()
+  params["conv"]["bias"][2] = 1e5
+  with pytest.raises(errors.UserError, match=r"'conv\.bias'.*--dtype=bfloat16"):
+    released.write(str(tmp_path / "a"), CONFIG, params, ABOUT, dtype="float16")
+  assert not os.listdir(tmp_path)
+  released.write(str(tmp_path / "a"), CONFIG, params, ABOUT, dtype="bfloat16")
+  _, found, _ = released.read(str(tmp_path / "a"))
+  assert found["conv"]["bias"][2] == np.float32(ml_dtypes.bfloat16(1e5))
+
+
+def test_nothing_is_written_over(tmp_path):
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "mine").write_text("precious")
+  with pytest.raises(errors.UserError, match="is there already"):
+    written(tmp_path / "a")
+  assert os.listdir(tmp_path / "a") == ["mine"]
+  assert os.listdir(tmp_path) == ["a"]
+
+
+def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
+  def full(path, content):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(released.files, "write_json", full)
+  with pytest.raises(OSError):
+    written(tmp_path / "a")
+  assert not os.listdir(tmp_path)
+
+
+# The card ------------------------------------------------------------------
+
+
+def card(**options):
+  """(front matter, text below it)."""
+  metadata = dict(ABOUT, dtype="float32", config_digest="abc", bcm_jax="0.1")
+  text = model_card.text(CONFIG, metadata, 398_233, **options)
+  start, front, below = text.split("---\n", 2)
+  assert not start
+  return yaml.safe_load(front), below
+
+
+def test_front_matter_is_what_the_hub_reads():
+  front, _ = card(license_id="apache-2.0")
+  assert front == {
+      "library_name": "bcm_jax", "license": "apache-2.0",
+      "pipeline_tag": "unconditional-image-generation",
+      "tags": ["bcm_jax", "jax", "flax", "bcm"],
+  }
+  assert "license" not in card()[0]
+
+
+def cells(text):
+  """{first cell of a row: the others} of all tables."""
+  rows = [
+      [cell.strip() for cell in line.strip("|").split("|")]
+      for line in text.splitlines() if line.startswith("|")
+  ]
+  return {row[0]: row[1:] for row in rows}
+
+
+def test_numbers_are_those_of_the_result():
+  _, text = card(result=RESULT)
+  found = cells(text)
+  samplers = RESULT["samplers"].values()
+  for name in ("FD (raw pixels)", "KID"):
+    shown = [float(cell.split(" +- ")[0]) for cell in found[name]]
+    np.testing.assert_allclose(shown, [s[name] for s in samplers], rtol=1e-3)
+  assert found["KID"][0].endswith("+- 1.3e-05")
+  assert found["bits_per_dim"] == ["3.142"] and found["mse"] == ["0.01235"]
+  assert found["images seen in training"] == ["121,600"]
+  assert found["training time"] == ["432 s"]
+  assert "samples: 1000 of 50000" in text and "reference: digits" in text
+  # Only what is a number: no plans, no seeds, no null.
+  assert not {"plan", "seeds", "std", "ratio", "legacy"} & found.keys()
+
+
+def test_without_a_result_nothing_is_measured():
+  _, text = card()
+  found = cells(text)
+  assert found["images seen in training"] == found["training time"] == [
+      "not measured"
+  ]
+  assert "## Numbers\n\nnot measured\n" in text
+  assert not {"KID", "mse", "bits_per_dim"} & found.keys()
+
+
+def test_the_card_says_what_it_is_and_how_to_load_it():
+  _, text = card()
+  assert "# bcm on digits" in text
+  assert ("A bidirectional consistency model of 8x8 grey images of 10 classes"
+          in text)
+  assert cells(text)["network"] == [
+      "`adm`, 398,233 parameters, stored as float32"
+  ]
+  assert "python -m bcm_jax.hub pull OWNER/NAME model" in text
+  assert 'bcm_jax.load("model")' in text
+
+
+def test_every_method_has_words():
+  assert set(model_card._KINDS) == set(names.METHODS)
+  other = json.loads(json.dumps(CONFIG))
+  other["method"]["name"] = "new"
+  metadata = dict(ABOUT, dtype="float32", config_digest="a", bcm_jax="0.1")
+  assert "A model of method new" in model_card.text(other, metadata, 1)
