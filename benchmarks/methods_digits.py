@@ -219,15 +219,86 @@ def _published(name: str) -> str:
   return f" Published FID: {'; '.join(parts)}." if parts else ""
 
 
+# What was expected before anything was run -----------------------------------
+
+
+def expectations() -> str:
+  """What was expected, and what came out, as a Markdown list."""
+  found = read()
+  lines = [_near_teacher(found, name) for name in ("cd", "ctm", "dmd2")]
+  lines += [
+      _more_steps(found, "ctm", "ancestral", False),
+      _more_steps(found, "cd", "cm_multistep", True),
+      _worse(found, "dmd2_no_gan", "dmd2"),
+  ]
+  return "\n".join(
+      textwrap.fill(f"* {line}", 80, subsequent_indent="  ") for line in lines
+  )
+
+
+def _one_step(found, name: str) -> tuple[float, float] | None:
+  if name not in found:
+    return None
+  return numbers(found[name], "onestep_nfe1", FEATURES)
+
+
+def _near_teacher(found, name: str) -> str:
+  claim = f"`{name}` in one step within 1.5 times the teacher's distance: "
+  mine = _one_step(found, name)
+  if mine is None or "edm" not in found:
+    return claim + tables.NOT_RUN
+  full = next(iter(found["edm"][0]["samplers"]))
+  ratio = mine[0] / numbers(found["edm"], full, FEATURES)[0]
+  return claim + f"{ratio:.2f} times, {'yes' if ratio <= 1.5 else 'no'}"
+
+
+def _more_steps(found, name: str, sampler: str, rises: bool) -> str:
+  """Whether the distance rises from one step to the most, beyond spreads."""
+  way = "gets" if rises else "does not get"
+  claim = f"`{name}` {way} worse with more steps"
+  if name not in found:
+    return f"{claim}: {tables.NOT_RUN}"
+  keys = ["onestep_nfe1"] + [
+      k for k in found[name][0]["samplers"] if k.startswith(sampler)
+  ]
+  values = [numbers(found[name], k, FEATURES) for k in keys]
+  (first, a), (last, b) = values[0], values[-1]
+  nfe = [str(found[name][0]["samplers"][k]["nfe"]) for k in keys]
+  said = "yes" if (last - first > a + b) == rises else "no"
+  told = " / ".join(f"{v:.3f} ± {s:.3f}" for v, s in values)
+  return f"{claim} ({sampler}): {told} in {' / '.join(nfe)}, {said}"
+
+
+def _worse(found, name: str, other: str) -> str:
+  claim = f"`{name}` is worse than `{other}` in one step: "
+  mine, its = _one_step(found, name), _one_step(found, other)
+  if mine is None or its is None:
+    return claim + tables.NOT_RUN
+  said = "yes" if mine[0] - its[0] > mine[1] + its[1] else "no"
+  return (
+      claim + f"{mine[0]:.3f} ± {mine[1]:.3f} and {its[0]:.3f} ± {its[1]:.3f}, "
+      f"{said}"
+  )
+
+
+# The page -------------------------------------------------------------------
+
+
 def page(text: str) -> str:
   """docs/methods.md with what is between its marks made anew."""
 
   def fill(match: re.Match) -> str:
     name = match[2]
-    made = table() if name == "table" else textwrap.fill(sentence(name), 80)
+    if name in _BLOCKS:
+      made = _BLOCKS[name]()
+    else:
+      made = textwrap.fill(sentence(name), 80)
     return f"{match[1]}{made}\n{match[3]}"
 
   return MARKED.sub(fill, text)
+
+
+_BLOCKS = {"table": table, "expectations": expectations}
 
 
 def write_page() -> None:

@@ -22,7 +22,7 @@ def test_the_page_is_what_the_benchmark_writes(benchmark):
   text = benchmark.PAGE.read_text(encoding="utf-8")
   assert benchmark.page(text) == text
   marks = {match[2] for match in benchmark.MARKED.finditer(text)}
-  assert marks == {"table", *benchmark.RUNS}
+  assert marks == {"table", "expectations", *benchmark.RUNS}
 
 
 def write(folder, name, fid, std=0.25):
@@ -57,3 +57,39 @@ def test_rows_are_means_over_seeds_and_told_beside_the_teachers(
   assert "FD (digits ResNet) 3.000 ± 1.000 in 1 (onestep)" in said
   assert "A step costs 2.50 times one of iCT." in said
   assert "DMD2 on imagenet64 1.28 in 1 (Lu & Song" in said
+
+
+def with_steps(folder, name, *fids, std=0.1):
+  """A result of one step and of more, by both samplers."""
+  write(folder, name, fids[0], std)
+  path = folder / f"{name}.json"
+  result = json.loads(path.read_text())
+  one = result["samplers"]["onestep_nfe1"]
+  for nfe, fid in enumerate(fids[1:], 2):
+    for sampler in ("ancestral", "cm_multistep"):
+      result["samplers"][f"{sampler}_nfe{nfe}"] = one | {
+          "nfe": nfe, "FD (digits ResNet)": fid
+      }
+  path.write_text(json.dumps(result))
+
+
+def test_expectations_are_checked_beyond_the_spreads(
+    benchmark, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+
+  def answers():
+    text = benchmark.expectations().replace("\n  ", " ")
+    return [line.rpartition(", ")[2] for line in text.splitlines()]
+
+  assert [line.rpartition(": ")[2] for line in answers()] == ["not run"] * 6
+  write(tmp_path, "edm", 2.0)
+  with_steps(tmp_path, "cd", 3.1, 3.2, 3.5)
+  with_steps(tmp_path, "ctm", 3.0, 2.5, 3.1)
+  write(tmp_path, "dmd2", 1.0, 0.1)
+  write(tmp_path, "dmd2_no_gan", 1.15, 0.1)
+  assert answers() == ["no", "yes", "yes", "yes", "yes", "no"]
+  with_steps(tmp_path, "cd", 2.9, 3.5, 3.0)
+  with_steps(tmp_path, "ctm", 2.0, 2.1, 2.5)
+  write(tmp_path, "dmd2_no_gan", 1.25, 0.1)
+  assert answers() == ["yes", "yes", "yes", "no", "no", "yes"]
