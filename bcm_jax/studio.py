@@ -78,19 +78,15 @@ def _upload(gr: Any, studio, label: str, index: int) -> Any:
   """An image that is handed on as the file that it is.
 
   gradio itself decodes uploads before any of our code runs, and what it cannot
-  read would end as a stack trace.
+  read would end as a stack trace. (A subclass would be cleaner, but gradio
+  writes a .pyi file beside whatever source holds one.)
   """
-
-  class Upload(gr.Image):
-    is_template = True
-
-    def preprocess(self, payload):
-      return None if payload is None else payload.path
-
-  return Upload(
+  image = gr.Image(
       studio.example(index), label=label, type="filepath", format="png",
       sources=["upload", "clipboard"], height=studio_actions.CANVAS + 64,
   )
+  image.preprocess = lambda payload: None if payload is None else payload.path
+  return image
 
 
 def _class(
@@ -115,7 +111,7 @@ def _picture(gr: Any, label: str) -> Any:
 
 
 def _number(gr: Any) -> Any:
-  return gr.Number(0, label="seed", precision=0, minimum=0)
+  return gr.Number(0, label="seed")
 
 
 def _generate_tab(gr: Any, studio) -> None:
@@ -153,11 +149,13 @@ def _invert_tab(gr: Any, studio) -> None:
           _number(gr),
       ]
       button = gr.Button("Invert and reconstruct", variant="primary")
-    with gr.Column():
-      outputs = [
-          _picture(gr, "as the network sees it"), _picture(gr, "latent"),
-          _picture(gr, "reconstruction"), gr.Markdown(),
-      ]
+    with gr.Column(scale=2):
+      with gr.Row():
+        outputs = [
+            _picture(gr, name)
+            for name in ("as the network sees it", "latent", "reconstruction")
+        ]
+      outputs.append(gr.Markdown())
   button.click(
       _spoken(studio.reconstruct), inputs, outputs, api_name="reconstruct"
   )
@@ -220,10 +218,10 @@ def _restore_tab(gr: Any, studio) -> None:
           gr.Slider(2, 8, known.nfe, step=1, label="NFE"), _number(gr),
       ]
       button = gr.Button("Compress and restore", variant="primary")
-    with gr.Column():
-      outputs = [
-          _picture(gr, "compressed"), _picture(gr, "restored"), gr.Markdown()
-      ]
+    with gr.Column(scale=2):
+      with gr.Row():
+        outputs = [_picture(gr, "compressed"), _picture(gr, "restored")]
+      outputs.append(gr.Markdown())
   button.click(_spoken(studio.restore), inputs, outputs, api_name="restore")
 
 

@@ -185,7 +185,9 @@ class Studio:
         self._label(second_label), (weight,), _seed(seed),
     )
     recipe = self.model.recipe("interpolate")
-    return self.enlarge(images[0, 0]), _told(recipe.nfe + 1, seconds, recipe)
+    return self.enlarge(images[0, 0]), _told(
+        recipe.nfe + recipe.plans[0].nfe, seconds, recipe, "both ends inverted"
+    )
 
   def inpaint(
       self, painted: Mapping[str, Any] | None, label: int | None, seed: float,
