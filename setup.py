@@ -74,6 +74,7 @@ setuptools.setup(
         "bcm_jax.configs",
     ],
     package_dir={"bcm_jax.configs": "configs"},
+    package_data={"bcm_jax": ["networks/*/*"]},
     install_requires=read_requirements() + TENSORFLOW,
     extras_require={
         "tpu": ["jax[tpu]"],

@@ -13,11 +13,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-def load(source: Any, **options: Any) -> Any:
+def load(source: Any = None, **options: Any) -> Any:
   """Opens a checkpoint as a model that samples, inverts and edits.
 
   Args:
-    source: work directory of a run.
+    source: work directory of a run, or a folder of bcm_jax.hub; None is the
+      small network of digits that comes with this package.
     **options: average, step, batch_size; see facade.load.
 
   Returns:

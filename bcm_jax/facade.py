@@ -13,6 +13,7 @@ adds) and the settings of recipes.recipe: noise, level, nfe, times.
 from collections.abc import Sequence
 import functools
 import os
+import pathlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,6 +33,8 @@ from bcm_jax.pretrained import Labels
 from bcm_jax.sampling import editing
 from bcm_jax.sampling import operators
 
+# A network that is there wherever the package is.
+SHIPPED = pathlib.Path(__file__).parent / "networks" / "digits"
 # Where the blend of inpainting ends, pixels.
 _FEATHER = 1.0
 # How noise is measured: by so many images, at so many levels.
@@ -357,7 +360,7 @@ class Model(pretrained.Pretrained):
 
 
 def load(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
     average: str | None = None,
     step: int | None = None,
     batch_size: int | None = None,
@@ -366,7 +369,8 @@ def load(
 
   Args:
     source: work directory of a run, trained or converted, or a folder as
-      bcm_jax.hub packs and pulls it.
+      bcm_jax.hub packs and pulls it; None is the small BCM of 8x8 digits that
+      comes with this package.
     average: moving average, see section sample.
     step: of the checkpoint; None is the newest good one.
     batch_size: images at a time; None is section sample's.
@@ -374,7 +378,7 @@ def load(
   Raises:
     UserError: nothing there that can be read.
   """
-  place = os.fspath(source)
+  place = os.fspath(SHIPPED if source is None else source)
   if released.is_released(place):
     if average is not None or step is not None:
       raise errors.UserError(

@@ -1,7 +1,7 @@
 """How well a checkpoint edits real images, beside simple ways to do the same.
 
   python benchmarks/editing.py runs/digits --classifier=runs/classifier \
-      --out=docs/results/editing_digits.json
+      --out=docs/results/editing_digits.json --pictures=docs/images
   python benchmarks/editing.py --table       # docs/editing.md again
 
 On the odd half of the test split (constants of recipes.py were chosen on the
@@ -34,6 +34,7 @@ from bcm_jax import provenance
 from bcm_jax import tables
 from bcm_jax.data import source as sources
 from bcm_jax.metrics import classifier as classifiers
+from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
 from bcm_jax.sampling import operators
 
@@ -250,6 +251,64 @@ def _corner(images: np.ndarray) -> np.ndarray:
   return mask
 
 
+# Pictures -------------------------------------------------------------------
+
+
+def pictures(bench: Bench, folder: pathlib.Path) -> None:
+  """Every task on the first images, as PNG files: NAME_TASK.png."""
+  model, n = bench.model, 12
+  images = bench.images[:n]
+  labels = None if bench.labels is None else bench.labels[:n]
+  height, width = model.image_shape[:2]
+  hole = np.zeros((height, width), bool)
+  hole[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
+  covered = np.where(hole[..., None], np.uint8(127), images)
+  poor = np.stack([edit_inputs.compress(i, 10) for i in images])
+  floats = sources.to_float(images)
+  small = sources.to_uint8(np.asarray(operators.shrink(floats, 2)))
+  noisy = floats + 0.6 * np.random.default_rng(0).standard_normal(floats.shape)
+  noisy = noisy.astype(np.float32)
+  repeated = small.repeat(2, 1).repeat(2, 2)
+  rows = {
+      "inpaint": [("covered", covered),
+                  ("inpaint", model.inpaint(covered, hole, labels))],
+      "restore": [("JPEG, 10", poor), ("restore", model.restore(poor, labels))],
+      "denoise": [("noise 0.6", sources.to_uint8(noisy)),
+                  ("denoise", model.denoise(noisy, None, labels)[0])],
+      "super_resolve": [
+          ("half", repeated),
+          ("super_resolve", model.super_resolve(small, 2, labels)),
+      ],
+      "stroke": [
+          ("sketch", repeated), ("stroke", model.stroke(repeated, labels))
+      ],
+  }
+  if labels is not None:
+    new = (labels + 1) % model.num_classes
+    rows["relabel"] = [("next class", model.relabel(images, labels, new))]
+  if model.image_shape[-1] == 3:
+    grey = sources.to_uint8(np.asarray(operators.to_grey(floats)))
+    rows["colorize"] = [("grey", grey),
+                        ("colorize", model.colorize(grey, labels))]
+  scale = max(1, 32 // height)
+  for task, made in rows.items():
+    image_grid.save_png(
+        folder / f"editing_{task}.png",
+        image_grid.captioned_rows([("image", images), *made], scale=scale),
+    )
+  half = n // 2
+  between = model.interpolate(
+      images[:half], images[half:], None if labels is None else labels[:half],
+      None if labels is None else labels[half:], points=n,
+  )
+  image_grid.save_png(
+      folder / "editing_interpolate.png",
+      image_grid.image_grid(
+          between.reshape(-1, *images.shape[1:]), n, scale=scale
+      ),
+  )
+
+
 # The page -------------------------------------------------------------------
 
 
@@ -289,6 +348,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--count", type=int, help="test images at most")
   parser.add_argument("--only", default=",".join(TASKS))
   parser.add_argument("--out", metavar="FILE")
+  parser.add_argument("--pictures", metavar="DIR", type=pathlib.Path)
   parser.add_argument("--table", action="store_true")
   with command.reporting():
     args: argparse.Namespace = parser.parse_args(
@@ -307,6 +367,8 @@ def main(argv: list[str] | None = None) -> None:
       record["milliseconds"] = latency(bench)
       print(record["milliseconds"])
       record["run"] = provenance.facts(bench.model.experiment)
+      if args.pictures:
+        pictures(bench, args.pictures)
       if args.out:
         files.write_json(args.out, record)
     if args.table or args.out:

@@ -7,6 +7,7 @@ import bcm_jax
 from bcm_jax import errors
 from bcm_jax import facade
 from bcm_jax.data import source as sources
+from bcm_jax.metrics import judge
 from bcm_jax.sampling import operators
 from tests import exact
 from tests import gaussian
@@ -226,6 +227,21 @@ def test_networks_without_classes_take_none(colour):
 
 def test_one_image_is_a_batch_of_one(grey):
   assert grey.restore(photos()[0], 3).shape == (1, 8, 8, 1)
+
+
+def test_the_network_that_ships_makes_digits_and_inverts_them():
+  digits = bcm_jax.load(batch_size=100)
+  source = digits.experiment.source("test")
+  batch = source.fetch(np.arange(100))
+  train = digits.experiment.source("train").fetch(np.arange(1437))
+  judged = judge.DigitJudge().fit(train["image"], train["label"])
+  seen = judged.predict(digits.sample(100, batch["label"]))
+  assert np.mean(seen == batch["label"]) > 0.93
+  back = digits.reconstruct(batch["image"], batch["label"])
+  error = np.mean((back / 255 - batch["image"] / 255) ** 2)
+  assert error < 0.01
+  with pytest.raises(errors.UserError, match="holds one network alone"):
+    bcm_jax.load(facade.SHIPPED, step=3)
 
 
 def test_nothing_to_load_is_said(tmp_path):

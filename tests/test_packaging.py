@@ -85,7 +85,14 @@ def test_wheel_holds_every_module_and_config_and_nothing_else(wheel):
   configs = {f"bcm_jax/{name}" for name in python_files("configs")}
   assert "bcm_jax/configs/digits.py" in configs
   found = {n for n in wheel.namelist() if ".dist-info/" not in n}
-  assert found == python_files("bcm_jax") | configs
+  shipped = {
+      f"bcm_jax/networks/digits/{name}"
+      for name in ("model.safetensors", "config.json", "result.json",
+                   "README.md")
+  }
+  assert found == python_files("bcm_jax") | configs | shipped
+  sizes = [i.file_size for i in wheel.infolist() if "networks/" in i.filename]
+  assert sum(sizes) < 2 * 2**20
 
 
 def test_wheel_carries_its_licence(wheel):
