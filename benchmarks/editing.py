@@ -12,7 +12,6 @@ ones, which a conditional network is told.
 
 import argparse
 from collections.abc import Callable, Iterator
-import contextlib
 import json
 import pathlib
 import re
@@ -324,9 +323,8 @@ def table(record: dict[str, Any], task: str) -> str:
   return tables.markdown(["", "PSNR, dB", "class recognised"], rows)
 
 
-def write_page() -> None:
-  """Puts the committed numbers into docs/editing.md."""
-  text = PAGE.read_text()
+def page(text: str) -> str:
+  """docs/editing.md with what is between its marks made anew."""
 
   def fill(match: re.Match) -> str:
     name, _, task = match[2].partition("_")
@@ -336,8 +334,7 @@ def write_page() -> None:
       body = table(json.loads(path.read_text()), task)
     return f"{match[1]}{body}\n{match[3]}"
 
-  files.write_bytes(str(PAGE), MARKED.sub(fill, text).encode())
-  print(f"written: {PAGE}")
+  return MARKED.sub(fill, text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -372,8 +369,9 @@ def main(argv: list[str] | None = None) -> None:
       if args.out:
         files.write_json(args.out, record)
     if args.table or args.out:
-      with contextlib.suppress(FileNotFoundError):
-        write_page()
+      text = page(PAGE.read_text(encoding="utf-8"))
+      files.write_bytes(str(PAGE), text.encode())
+      print(f"written: {PAGE}")
 
 
 if __name__ == "__main__":
