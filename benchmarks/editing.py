@@ -205,7 +205,8 @@ def _perturb(bench: Bench, clean: jax.Array, size: float) -> jax.Array:
   @jax.jit
   def ascend(x):
     def loss(x):
-      _, logits = network.apply({"params": params}, x)
+      # The classifier wants grey levels.
+      _, logits = network.apply({"params": params}, 127.5 * (x + 1))
       return optax.softmax_cross_entropy_with_integer_labels(
           logits, bench.classes
       ).sum()
