@@ -69,14 +69,15 @@ class Evaluation:
     )
     self.judge, self.judge_accuracy = None, None
     self.neighbours: tuple[np.ndarray, np.ndarray] | None = None
-    if all(map(experiment.has_split, ("train", "test"))):
-      self._open_small()
+    self._open_small()
     self.facts = provenance.facts(experiment) | self._protocol()
 
   def _open_small(self) -> None:
     """What only sets of few images are asked."""
-    splits = [self.experiment.source(split) for split in ("train", "test")]
-    if len(splits[0]) > _MEMORISATION_IMAGES:
+    splits = [
+        self.experiment.source_if_there(split) for split in ("train", "test")
+    ]
+    if None in splits or len(splits[0]) > _MEMORISATION_IMAGES:
       return
     train, test = (s.fetch(np.arange(len(s))) for s in splits)
     self.neighbours = train["image"], test["image"]

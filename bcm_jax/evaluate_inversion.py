@@ -47,9 +47,9 @@ def curve(
   result = {}
   if not (experiment.method.inverts or section.baseline):
     return result
-  if not experiment.has_split("test"):
-    print("inversion is not measured: there is no test split; python -m "
-          "bcm_jax.data.prepare with --holdout=N makes one")
+  if experiment.source_if_there("test") is None:
+    print("inversion is not measured: there are no test images; python -m "
+          "bcm_jax.data.prepare with --holdout=N makes a test split")
     return result
   batch = runners.test_images(
       experiment, experiment.section("invert").num_images

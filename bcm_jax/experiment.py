@@ -70,6 +70,21 @@ class Experiment:
     """Whether the data set has a split; nothing is read."""
     return split in _data_set(self.config).splits
 
+  def source_if_there(self, split: str) -> sources.Source | None:
+    """The images of a split, None where a published data set is not prepared.
+
+    Raises:
+      UserError: data.path is set, and cannot be read.
+    """
+    if not self.has_split(split):
+      return None
+    try:
+      return self.source(split)
+    except errors.UserError:
+      if self.config.data.path is not None:
+        raise
+      return None
+
   def optimizers(self) -> dict[str, optax.GradientTransformation]:
     """An optimiser for every player, of section critic for all but one."""
     return {

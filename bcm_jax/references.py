@@ -166,9 +166,11 @@ def open_target(
   if reference.images is not None:
     real = reference.images[: section.num_reference]
     return quality.Target(reference, features(real).pooled)
-  if section.reference is not None and not experiment.has_split("train"):
+  source = experiment.source_if_there("train")
+  if source is None:
+    print("precision, recall, density and coverage are left out: "
+          "eval.reference holds no images, and training's are not there")
     return quality.Target(reference, None)
-  source = experiment.source("train")
   parts = [
       features(b["image"]).pooled
       for b in in_blocks(source, chosen(source, section.num_reference))

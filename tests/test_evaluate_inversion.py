@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from bcm_jax import evaluate_inversion
-from bcm_jax import options
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import schedules
 
@@ -69,28 +68,3 @@ def test_more_evaluations_reconstruct_better(solver):
     mse.append(float(jnp.mean((back - x) ** 2)))
   assert mse == sorted(mse, reverse=True)
   assert mse[-1] < 1e-3 * SD**2
-
-
-def test_lpips_is_asked_in_blocks_of_images_in_minus_one_to_one(monkeypatch):
-  monkeypatch.setattr(
-      evaluate_inversion.vgg_names, "load_lpips",
-      lambda *paths: {"paths": paths},
-  )
-  seen = []
-
-  def distance(params, x, y):
-    assert params == {"paths": ("vgg.pth", "linear.pth")}
-    assert -1 <= x.min() < -0.9 and 0.9 < x.max() <= 1
-    seen.append(len(x))
-    return np.abs(x - y).mean((1, 2, 3))
-
-  monkeypatch.setattr(evaluate_inversion.lpips, "distance", distance)
-  section = options.Eval(lpips_path=("vgg.pth", "linear.pth"))
-  perceptual = evaluate_inversion._lpips(section)
-  a, b = np.random.default_rng(0).integers(0, 256, (2, 120, 4, 4, 3), np.uint8)
-  found = perceptual(a, b)
-  assert seen == [50, 50, 20]
-  np.testing.assert_allclose(
-      found, np.abs(a / 127.5 - b / 127.5).mean((1, 2, 3)), rtol=1e-5
-  )
-  assert evaluate_inversion._lpips(options.Eval()) is None

@@ -228,7 +228,7 @@ def test_a_reference_alone_serves_where_there_are_no_images(copy, capsys):
   assert 0 <= b["precision"] <= 1
   assert bare["protocol"]["compared_one_by_one"] == 0
   assert bare["inversion"] == {}
-  assert "there is no test split" in capsys.readouterr().out
+  assert "there are no test images" in capsys.readouterr().out
   assert "an unknown number of images" in tables.render({"edm": bare})
 
 
