@@ -53,15 +53,16 @@ def test_a_head_takes_any_size(sizes):
       for i, f in enumerate(features)
   ]
   heads = discriminator.Heads()
-  params = heads.init(jax.random.key(0), features)
-  logits = heads.apply(params, features)
+  params = jax.jit(heads.init)(jax.random.key(0), features)
+  apply = jax.jit(heads.apply)
+  logits = apply(params, features)
   assert logits.shape == (2, len(sizes))
   assert np.all(np.isfinite(logits))
-  one = heads.apply(params, [f[1:] for f in features])
+  one = apply(params, [f[1:] for f in features])
   np.testing.assert_allclose(one[0], logits[1], rtol=1e-4, atol=1e-5)
   last = discriminator.Heads((-1,), 4)
-  params = last.init(jax.random.key(0), features)
-  assert last.apply(params, features).shape == (2, 1)
+  params = jax.jit(last.init)(jax.random.key(0), features)
+  assert jax.jit(last.apply)(params, features).shape == (2, 1)
 
 
 def test_a_head_of_dmd2_has_its_parameters():

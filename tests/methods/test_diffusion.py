@@ -183,15 +183,16 @@ def test_features_are_the_encoders_one_a_level(network, widths):
   images = toys.images(3, 8)
   params = toys.parameters(method, images)
   sigma = jnp.array([0.1, 1.0, 10.0])
-  features = method.features(params, images, sigma, None)
+  encode = jax.jit(method.features)
+  features = encode(params, images, sigma, None)
   assert [f.shape for f in features] == [
       (3, 8, 8, widths[0]), (3, 4, 4, widths[1])
   ]
   # An example at a time, and they see the image and its level.
   for i, changed in enumerate((images[::-1], images)):
-    other = method.features(params, changed, sigma[::-1] if i else sigma, None)
+    other = encode(params, changed, sigma[::-1] if i else sigma, None)
     assert not np.allclose(other[1][0], features[1][0], atol=1e-4)
-  alone = method.features(params, images[1:2], sigma[1:2], None)
+  alone = encode(params, images[1:2], sigma[1:2], None)
   np.testing.assert_allclose(alone[1][0], features[1][1], rtol=1e-4, atol=1e-5)
   assert "intermediates" not in params
 

@@ -115,17 +115,20 @@ def test_a_jump_of_no_length_is_none_and_anchors_are_linear():
       lambda p: p + 0.1, toys.parameters(method, np.asarray(x))
   )
   t, s = jnp.array([0.5, 1.0, 5.0, 60.0]), jnp.array([0.1, 0.002, 5.0, 1.0])
-  np.testing.assert_allclose(method.f(params, x, t, t, None), x, atol=1e-5)
-  g = (method.f(params, x, t, jnp.full(4, 1e-9), None))  # s/t vanishes.
+  f = jax.jit(method.f)
+  np.testing.assert_allclose(f(params, x, t, t, None), x, atol=1e-5)
+  g = f(params, x, t, jnp.full(4, 1e-9), None)  # s/t vanishes.
   assert np.all(np.isfinite(g))
-  out = method.f(params, x, t, s, None)
+  out = f(params, x, t, s, None)
   ratio = (s / t)[:, None, None, None]
   inner = dataclasses.replace(method, scalings=preconditioning.EDM())
-  expected = ratio * x + (1 - ratio) * inner.f(params, x, t, s, None)
+  inner_f = jax.jit(inner.f)
+  expected = ratio * x + (1 - ratio) * inner_f(params, x, t, s, None)
   np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
   # On the diagonal the inner part is the denoiser that L_DSM trains.
   np.testing.assert_allclose(
-      method.denoise(params, x, t, None), inner.f(params, x, t, t, None),
+      jax.jit(method.denoise)(params, x, t, None),
+      inner_f(params, x, t, t, None),
       rtol=1e-5, atol=1e-6,
   )
 
@@ -338,15 +341,15 @@ def test_it_starts_as_the_teachers_euler_step(cls, options):
   two = two.clone(augment_dim=0) if "augment_dim" in options else two
   x = jnp.asarray(toys.images(3, 8))
   t, s = jnp.array([0.3, 2.0, 20.0]), jnp.array([0.1, 0.002, 5.0])
-  teacher = one.init(jax.random.key(0), x, t)["params"]
-  fresh = two.init(jax.random.key(1), x, t, s)["params"]
+  teacher = jax.jit(one.init)(jax.random.key(0), x, t)["params"]
+  fresh = jax.jit(two.init)(jax.random.key(1), x, t, s)["params"]
   new, random = (
       second_time.add_end(teacher, fresh, zero) for zero in (True, False)
   )
   assert jax.tree.structure(new) == jax.tree.structure(fresh)
-  out = one.apply({"params": teacher}, x, t)
+  out = jax.jit(one.apply)({"params": teacher}, x, t)
   np.testing.assert_allclose(
-      two.apply({"params": new}, x, t, s), out, atol=1e-6
+      jax.jit(two.apply)({"params": new}, x, t, s), out, atol=1e-6
   )
   assert second_time.add_end(new, fresh, True) is new
   # As released the branch is fresh: only what is new differs.
