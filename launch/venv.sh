@@ -52,7 +52,7 @@ install_into_venv() {
   make_venv
   now=$(fingerprint | cksum)
   [[ -f $stamp && $(<"$stamp") == "$now" ]] && return
-  say "installing bcm_jax${extra:+[$extra]} into .venv (2.5 GB, minutes)"
+  say "installing bcm_jax${extra:+[$extra]} into .venv (up to 3.6 GB, minutes)"
   "$VENV_PYTHON" -m pip install --quiet -e ".${extra:+[$extra]}" ||
     die "pip could not install bcm_jax: see its message above"
   # An install with an extra is a plain one too.
