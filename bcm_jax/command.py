@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
+from typing import Any
 
 from bcm_jax import errors
 
@@ -51,6 +52,28 @@ def quiet_tensorflow() -> None:
   """TensorFlow's start-up chatter is no news to anybody."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def optional(module: str, what: str, extra: str) -> Any:
+  """A library that is an extra, imported by those who need it.
+
+  Args:
+    module: its dotted name; what is before the first dot is returned.
+    what: that needs it, for the error.
+    extra: of this package, that installs it.
+
+  Raises:
+    UserError: it is not installed.
+  """
+  name = module.partition(".")[0]
+  try:
+    found = importlib.import_module(name)
+    importlib.import_module(module)
+  except ImportError as e:
+    raise errors.UserError(
+        f"{what} needs {name}; install it: pip install 'bcm_jax[{extra}]'"
+    ) from e
+  return found
 
 
 def named_function(key: str, name: str, what: str) -> Callable:

@@ -138,13 +138,7 @@ def _check_repository(name: str) -> None:
 
 def _library() -> Any:
   """huggingface_hub, which nothing else needs."""
-  try:
-    import huggingface_hub.errors
-  except ImportError as e:
-    raise errors.UserError(
-        "the hub needs huggingface_hub; install it: pip install 'bcm_jax[hub]'"
-    ) from e
-  return huggingface_hub
+  return command.optional("huggingface_hub.errors", "the hub", "hub")
 
 
 def _open_hub(library: Any) -> Any:

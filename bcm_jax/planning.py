@@ -97,7 +97,7 @@ def _mid_times(
   return tuple(float(t) for t in (inner if start < end else inner[::-1]))
 
 
-def _times(
+def times_between(
     given: Sequence[float], nfe: int | None, start, end, rho, section: str
 ) -> tuple[float, ...]:
   """Intermediate times: those given, or default ones for an NFE."""
@@ -157,7 +157,7 @@ def sampling_plan(
     if inner is None and not given:
       inner = 2
     levels = experiment.levels
-    mid = _times(
+    mid = times_between(
         given, inner, levels.sigma_max, levels.sigma_min,
         experiment.method.rho, "sample",
     )
@@ -258,7 +258,7 @@ def inversion_plan(
   elif nfe != len(given) + 1:
     given = ()
   levels = experiment.levels
-  mid = _times(
+  mid = times_between(
       given, nfe, e, levels.sigma_max, experiment.method.rho, "invert"
   )
   plan = plans.inversion(e, mid, levels)

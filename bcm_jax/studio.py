@@ -24,14 +24,8 @@ _TITLE = "bcm_jax studio"
 
 
 def _gradio() -> Any:
-  """gradio, imported by those who need it: it takes seconds."""
-  try:
-    import gradio
-  except ImportError as e:
-    raise errors.UserError(
-        "the studio needs gradio; pip install 'bcm_jax[studio]'"
-    ) from e
-  return gradio
+  """gradio, which takes seconds to import."""
+  return command.optional("gradio", "the studio", "studio")
 
 
 def _spoken(function: Callable) -> Callable:

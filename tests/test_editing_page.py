@@ -1,23 +1,16 @@
 """docs/editing.md says what the committed results say."""
 
-import importlib.util
 import json
-import pathlib
 
 import pytest
 
 from bcm_jax import recipes
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests import scripts
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-  path = ROOT / "benchmarks" / "editing.py"
-  spec = importlib.util.spec_from_file_location("editing", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return scripts.benchmark("editing")
 
 
 def test_the_page_is_what_the_benchmark_writes(benchmark):

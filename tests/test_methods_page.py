@@ -1,21 +1,15 @@
 """docs/methods.md says what the committed results say."""
 
-import importlib.util
 import json
-import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests import scripts
 
 
 @pytest.fixture
 def benchmark():
-  path = ROOT / "benchmarks" / "methods_digits.py"
-  spec = importlib.util.spec_from_file_location("methods_digits", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return scripts.benchmark("methods_digits")
 
 
 def test_the_page_is_what_the_benchmark_writes(benchmark):
