@@ -71,7 +71,7 @@ class Experiment:
     return split in _data_set(self.config).splits
 
   def source_if_there(self, split: str) -> sources.Source | None:
-    """The images of a split, None where a published data set is not prepared.
+    """The images of a split; None, and a line why, where they are not at hand.
 
     Raises:
       UserError: data.path is set, and cannot be read.
@@ -80,9 +80,10 @@ class Experiment:
       return None
     try:
       return self.source(split)
-    except errors.UserError:
+    except errors.UserError as e:
       if self.config.data.path is not None:
         raise
+      print(f"no {split} images: {e}")
       return None
 
   def optimizers(self) -> dict[str, optax.GradientTransformation]:
