@@ -16,10 +16,10 @@ TENSORFLOW = [
     "tensorboard",
 ]
 
-# The way to the Hugging Face hub: bcm_jax.hub push and pull.
+# The way to the Hugging Face hub: bcm_jax.release.hub push and pull.
 HUB = ["huggingface_hub>=0.34"]
 
-# What jax.export writes with: bcm_jax.export. TensorFlow brings it along.
+# What jax.export writes with: release.export. TensorFlow brings it along.
 EXPORT = ["flatbuffers"]
 
 # The studio in the browser: bcm_jax.studio.

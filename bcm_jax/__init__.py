@@ -17,13 +17,13 @@ def load(source: Any = None, **options: Any) -> Any:
   """Opens a checkpoint as a model that samples, inverts and edits.
 
   Args:
-    source: work directory of a run, or a folder of bcm_jax.hub; None is the
-      small network of digits that comes with this package.
+    source: work directory of a run, or a folder of bcm_jax.release.hub; None is
+      the small network of digits that comes with this package.
     **options: average, step, batch_size; see facade.load.
 
   Returns:
     A facade.Model.
   """
-  from bcm_jax import facade  # JAX is imported by those who need it.
+  from bcm_jax.editing import facade  # JAX is imported by those who need it.
 
   return facade.load(source, **options)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from bcm_jax import edit
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax import files
@@ -16,6 +15,7 @@ from bcm_jax import rejection
 from bcm_jax import runner as runners
 from bcm_jax import runs
 from bcm_jax.data import source as sources
+from bcm_jax.editing import edit
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
 

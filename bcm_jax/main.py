@@ -15,7 +15,7 @@ from absl import logging
 from bcm_jax import arguments
 from bcm_jax import command
 from bcm_jax import config as configs
-from bcm_jax import tables
+from bcm_jax.evaluation import tables
 
 
 def run(file, overrides) -> None:
@@ -29,14 +29,14 @@ def run(file, overrides) -> None:
   config = configs.load(file, overrides, workdir, mode != "train")
   # Imported late: a wrong flag should not wait for TensorFlow.
   from bcm_jax import compile as compilation
-  from bcm_jax import evaluate
   from bcm_jax import experiment
   from bcm_jax import generate
   from bcm_jax import inspection
   from bcm_jax import pairs
-  from bcm_jax import references
-  from bcm_jax import search
   from bcm_jax import train
+  from bcm_jax.evaluation import evaluate
+  from bcm_jax.evaluation import references
+  from bcm_jax.evaluation import search
   from bcm_jax.training import hosts
 
   if mode == "compile":

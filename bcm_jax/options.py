@@ -241,6 +241,8 @@ class Edit:
       'attribute'; None are training images of new_label and of label.
     resize: whether images of other sizes or channels are made to fit.
     label: classes of the images, one or as many as images.
+    classify: whether the network finds the classes itself, which takes 20
+      evaluations a class and image.
     new_label: class to make, of 'relabel'.
     noise, level, nfe, times: of the recipe; None and () take its defaults.
     factor: of 'super_resolve'; `input` has that part of the height and width.
@@ -264,6 +266,7 @@ class Edit:
   absent: str | None = None
   resize: bool = False
   label: tuple[int, ...] = ()
+  classify: bool = False
   new_label: int | None = None
   noise: float | None = None
   level: float | None = None

@@ -15,11 +15,11 @@ import ml_collections
 from bcm_jax import __version__
 from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import evaluate
 from bcm_jax import experiment as experiments
 from bcm_jax import files
 from bcm_jax import loop
 from bcm_jax import runs
+from bcm_jax.evaluation import evaluate
 from bcm_jax.training import faults
 from bcm_jax.training import goodput
 from bcm_jax.training import hosts

@@ -26,12 +26,12 @@ import optax
 
 import bcm_jax
 from bcm_jax import command
-from bcm_jax import edit_inputs
-from bcm_jax import fidelity
 from bcm_jax import files
 from bcm_jax import provenance
-from bcm_jax import tables
 from bcm_jax.data import source as sources
+from bcm_jax.editing import fidelity
+from bcm_jax.editing import pictures
+from bcm_jax.evaluation import tables
 from bcm_jax.metrics import classifier as classifiers
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
@@ -121,7 +121,7 @@ def _nearest(bench: Bench, known: np.ndarray, classes) -> np.ndarray:
 def jpeg(bench: Bench) -> Iterator[tuple[str, dict]]:
   """Files of several qualities, and what is restored of them."""
   for quality in QUALITIES:
-    given = np.stack([edit_inputs.compress(i, quality) for i in bench.images])
+    given = np.stack([pictures.compress(i, quality) for i in bench.images])
     yield f"JPEG of quality {quality}", bench.told(given)
     yield f"`restore` of quality {quality}", bench.told(
         bench.model.restore(given, bench.labels)
@@ -181,22 +181,20 @@ def classes(bench: Bench) -> Iterator[tuple[str, dict]]:
 def attack(bench: Bench) -> Iterator[tuple[str, dict]]:
   """Projected gradient ascent of a classifier's loss (Madry et al., 2018)."""
   clean = jnp.asarray(sources.to_float(bench.images))
-  yield "no attack", bench.told(bench.images)
-  yield "no attack, `purify`", bench.told(_purified(bench, bench.images))
-  for size in ATTACKS:
-    perturbed = sources.to_uint8(np.asarray(_perturb(bench, clean, size)))
-    yield f"attack of {size:g}", bench.told(perturbed)
-    yield f"attack of {size:g}, `purify`", bench.told(
-        _purified(bench, perturbed)
-    )
-
-
-def _purified(bench: Bench, images: np.ndarray) -> np.ndarray:
-  """Of the class that the classifier believes to see: no other is known."""
-  seen = None
-  if bench.labels is not None:
-    seen = bench.judge.classify(images)
-  return bench.model.purify(images, seen)
+  for size in (0.0, *ATTACKS):
+    name = f"attack of {size:g}" if size else "no attack"
+    images = bench.images
+    if size:
+      images = sources.to_uint8(np.asarray(_perturb(bench, clean, size)))
+    yield name, bench.told(images)
+    found = None
+    if bench.labels is not None:
+      # What purification is told where the class is not known.
+      found = bench.model.classify(images)
+      yield f"{name}, `classify`", {
+          "recognised": float(np.mean(found == bench.classes))
+      }
+    yield f"{name}, `purify`", bench.told(bench.model.purify(images, found))
 
 
 def _perturb(bench: Bench, clean: jax.Array, size: float) -> jax.Array:
@@ -254,7 +252,7 @@ def _corner(images: np.ndarray) -> np.ndarray:
 # Pictures -------------------------------------------------------------------
 
 
-def pictures(bench: Bench, folder: pathlib.Path) -> None:
+def draw(bench: Bench, folder: pathlib.Path) -> None:
   """Every task on the first images, as PNG files: NAME_TASK.png."""
   model, n = bench.model, 12
   images = bench.images[:n]
@@ -263,7 +261,7 @@ def pictures(bench: Bench, folder: pathlib.Path) -> None:
   hole = np.zeros((height, width), bool)
   hole[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
   covered = np.where(hole[..., None], np.uint8(127), images)
-  poor = np.stack([edit_inputs.compress(i, 10) for i in images])
+  poor = np.stack([pictures.compress(i, 10) for i in images])
   floats = sources.to_float(images)
   small = sources.to_uint8(np.asarray(operators.shrink(floats, 2)))
   noisy = floats + 0.6 * np.random.default_rng(0).standard_normal(floats.shape)
@@ -316,7 +314,7 @@ def table(record: dict[str, Any], task: str) -> str:
   """A task's rows as Markdown."""
   rows = [
       [name, *(
-          tables.NOT_RUN if key not in n else form.format(n[key])
+          "-" if key not in n else form.format(n[key])
           for key, form in (("psnr", "{:.2f}"), ("recognised", "{:.1%}"))
       )]
       for name, n in record["tasks"][task].items()
@@ -366,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
       print(record["milliseconds"])
       record["run"] = provenance.facts(bench.model.experiment)
       if args.pictures:
-        pictures(bench, args.pictures)
+        draw(bench, args.pictures)
       if args.out:
         files.write_json(args.out, record)
     if args.table or args.out:

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 
 from bcm_jax import command
 from bcm_jax import files
-from bcm_jax import published
-from bcm_jax import tables
+from bcm_jax.evaluation import published
+from bcm_jax.evaluation import tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "methods_digits"

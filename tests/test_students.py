@@ -11,8 +11,6 @@ import pytest
 from bcm_jax import config as configs
 from bcm_jax import config_files
 from bcm_jax import errors
-from bcm_jax import evaluate
-from bcm_jax import evaluate_likelihood
 from bcm_jax import experiment as experiments
 from bcm_jax import generate
 from bcm_jax import inspection
@@ -23,6 +21,8 @@ from bcm_jax import runs
 from bcm_jax import train
 from bcm_jax.data import pairs as pair_files
 from bcm_jax.data import source as sources
+from bcm_jax.evaluation import evaluate
+from bcm_jax.evaluation import evaluate_likelihood
 from bcm_jax.sampling import plan as plans
 from bcm_jax.training import checkpoint
 from tests import toys

@@ -27,8 +27,8 @@ _LOADING = """## How to load it
 
 ```sh
 pip install 'bcm_jax[hub]'
-python -m bcm_jax.hub pull OWNER/NAME model
-python -m bcm_jax.hub unpack model runs/model
+python -m bcm_jax.release.hub pull OWNER/NAME model
+python -m bcm_jax.release.hub unpack model runs/model
 python -m bcm_jax.main --workdir=runs/model --mode=sample
 ```
 

@@ -204,7 +204,7 @@ def _check_there(folder: str) -> None:
   if missing:
     raise errors.UserError(
         f"{folder} holds no {' and no '.join(missing)}; expected a folder that "
-        "python -m bcm_jax.hub pack or pull made"
+        "python -m bcm_jax.release.hub pack or pull made"
     )
 
 
@@ -227,8 +227,8 @@ def _metadata(path: str, file: weight_files.WeightFile) -> dict[str, Any]:
   """What the header says of the weights."""
   if file.kind != "safetensors" or _KEY not in file.metadata:
     raise errors.UserError(
-        f"{path} was not written by bcm_jax.hub; weights of other libraries "
-        "become a work directory by python -m bcm_jax.interop.convert"
+        f"{path} was not written by bcm_jax.release.hub; weights of other "
+        "libraries become a work directory by python -m bcm_jax.interop.convert"
     )
   try:
     found = json.loads(file.metadata[_KEY])

@@ -4,10 +4,10 @@ Two families. A map that goes both ways takes a real image to its noise,
 where it is changed, and back (Li & He, BCM, 2024). A map that only makes images
 makes them again and again, and the known part is put back each time (Song et
 al., CM, 2023, algorithm 4). Images are [B, H, W, C] in [-1, 1]; keys [B] are of
-the noise that is added. Which plans serve which task: bcm_jax/recipes.py.
+the noise that is added. Which plans serve which task: editing/recipes.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +219,53 @@ def denoise(
   """
   start = jnp.clip(sigma, levels.sigma_min, levels.sigma_max)
   return flow_map(images, start, jnp.full_like(start, levels.sigma_min), labels)
+
+
+def class_errors(
+    flow_map: samplers.FlowMap,
+    images: jax.Array,
+    times: Sequence[float],
+    draws: int,
+    levels: plans.Range,
+    num_classes: int,
+    keys: jax.Array,
+) -> jax.Array:
+  """How badly a conditional map denoises images, told each of its classes.
+
+  The class with the least error is the network's answer, as in the classifiers
+  made of diffusion models (Li et al., Diffusion Classifier, 2023; Chen et al.,
+  Robust Classification via a Single Diffusion Model, 2024). What was put into
+  an image to deceive another classifier says little to it. All classes see the
+  same noises; each level counts alike.
+
+  Args:
+    flow_map: f(x, t, sigma_min, labels).
+    images: [B, H, W, C].
+    times: levels of the noise that is added.
+    draws: noises a level.
+    levels: that the map knows.
+    num_classes: K.
+    keys: [B].
+
+  Returns:
+    [B, K]: squared errors, of each level over their mean over the classes,
+    averaged over the levels.
+  """
+  fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+  total = 0.0
+  for number, t in enumerate(times):
+    start = jnp.full(len(images), t, images.dtype)
+    end = jnp.full_like(start, levels.sigma_min)
+    columns = [0.0] * num_classes
+    for draw in range(number * draws, (number + 1) * draws):
+      noisy = images + t * process.normal_like(fold(keys, draw), images)
+      for label in range(num_classes):
+        labels = jnp.full(len(images), label, jnp.int32)
+        made = flow_map(noisy, start, end, labels)
+        columns[label] += jnp.mean((made - images) ** 2, axis=(1, 2, 3))
+    found = jnp.stack(columns, axis=1)
+    total += found / found.mean(axis=1, keepdims=True)
+  return total / len(times)
 
 
 def regenerate(

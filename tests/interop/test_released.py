@@ -177,7 +177,7 @@ def test_missing_files(tmp_path, missing, said):
   for name in missing:
     (folder / name).unlink()
   assert said in fails(folder)
-  assert "bcm_jax.hub pack" in fails(tmp_path / "nowhere")
+  assert "bcm_jax.release.hub pack" in fails(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("cut", [0, 4, 200, -1])
@@ -365,7 +365,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it():
   assert cells(text)["network"] == [
       "`adm`, 398,233 parameters, stored as float32"
   ]
-  assert "python -m bcm_jax.hub pull OWNER/NAME model" in text
+  assert "python -m bcm_jax.release.hub pull OWNER/NAME model" in text
   assert 'bcm_jax.load("model")' in text
 
 

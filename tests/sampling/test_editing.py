@@ -312,3 +312,27 @@ def test_correlated_pixels_are_filled_by_their_neighbours():
   ]
   # 1 is what a grey hole would have, and 0.06 samples of the posterior.
   assert max(errors) < 0.45
+
+
+def test_the_class_that_denoises_best_has_the_nearest_mean():
+  means = jnp.array([-0.6, -0.1, 0.2, 0.7])
+
+  def conditional(x, t, u, labels):
+    mean = means[labels][:, None, None, None]
+    return mean + gaussian.phi(x - mean, t, u)
+
+  true = np.array([3, 0, 2, 1, 1, 3])
+  x = means[true][:, None, None, None] + real()
+  times = (0.3, 1.0)
+  found = editing.class_errors(conditional, x, times, 40, LEVELS, 4, keys())
+  assert found.shape == (B, 4)
+  np.testing.assert_allclose(found.mean(axis=1), 1.0, rtol=1e-5)
+  # E (f - x)^2 = (1 - a)^2 mean (x - m)^2 + a^2 t^2, a = phi's factor.
+  away = np.mean((x[..., None] - means) ** 2, axis=(1, 2, 3))
+  expected = []
+  for t in times:
+    a = factor(t, LEVELS.sigma_min)
+    error = (1 - a) ** 2 * away + a**2 * t**2
+    expected.append(error / error.mean(axis=1, keepdims=True))
+  np.testing.assert_allclose(found, np.mean(expected, axis=0), atol=0.02)
+  np.testing.assert_array_equal(found.argmin(axis=1), away.argmin(axis=1))

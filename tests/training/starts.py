@@ -204,11 +204,11 @@ def _serve() -> None:
   import orbax.checkpoint  # noqa: F401
 
   from bcm_jax import compile as _  # noqa: F401
-  from bcm_jax import evaluate
   from bcm_jax import inspection  # noqa: F401
-  from bcm_jax import search  # noqa: F401
   from bcm_jax import train  # noqa: F401
   from bcm_jax.data import digits
+  from bcm_jax.evaluation import evaluate
+  from bcm_jax.evaluation import search  # noqa: F401
   from tests.training import tiny_run
 
   digits.digit_arrays("train")

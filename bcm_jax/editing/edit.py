@@ -1,0 +1,227 @@
+"""Mode edit: images in, images out, beside each other and measured.
+
+  python -m bcm_jax.main --workdir=RUN --mode=edit --config.edit.task=inpaint \\
+      --config.edit.input=photo.png --config.edit.mask=mask.png
+"""
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import files
+from bcm_jax import options
+from bcm_jax import provenance
+from bcm_jax import runner as runners
+from bcm_jax import runs
+from bcm_jax.editing import facade
+from bcm_jax.editing import fidelity
+from bcm_jax.editing import pictures
+from bcm_jax.editing import recipes
+from bcm_jax.metrics import image_grid
+
+# Images of a task shown in its picture.
+_SHOWN = 16
+# Training images of either side, of which an attribute is taken.
+_GROUP = 200
+
+
+def settings(section: options.Edit) -> dict[str, Any]:
+  """What section edit says of the recipe."""
+  return dict(
+      noise=section.noise, level=section.level, nfe=section.nfe,
+      times=section.times,
+  )
+
+
+def run(experiment: experiments.Experiment, workdir: str) -> list[str]:
+  """Mode edit; returns the folders written.
+
+  Raises:
+    UserError: a task that the network cannot do, or images that do not fit.
+  """
+  section: options.Edit = experiment.section("edit")
+  # Before the checkpoint is read.
+  recipes.recipe(experiment, section.task, **settings(section))
+  inputs = pictures.read(experiment)
+  _, _, params = runs.load_run(experiment, workdir)
+  size = experiment.config.sample.batch_size
+  model = facade.Model(
+      runners.Runner(experiment, params, min(size, len(inputs.images)))
+  )
+  if section.classify:
+    _classify(model, inputs)
+  if section.task == "interpolate":
+    return [interpolate(model, workdir, inputs)]
+  return [_edit(model, workdir, inputs)]
+
+
+def _classify(model: facade.Model, inputs: pictures.Inputs) -> None:
+  """Puts the classes that the network finds in place of those given."""
+  size = model.image_shape[0] // inputs.images.shape[1]  # Of super_resolve.
+  images = inputs.images.repeat(size, axis=1).repeat(size, axis=2)
+  inputs.labels = model.classify(images)
+  print("classes found:", *inputs.labels)
+  if inputs.second is not None:
+    inputs.second_labels = model.classify(inputs.second)
+    print("of the other ends:", *inputs.second_labels)
+
+
+def _folder(workdir: str, task: str) -> str:
+  return os.path.join(workdir, "edits", task)
+
+
+def interpolate(
+    model: facade.Model, workdir: str,
+    inputs: pictures.Inputs | None = None,
+) -> str:
+  """Rows between pairs of images, of section edit or these; their folder."""
+  section: options.Edit = model.experiment.section("edit")
+  inputs = inputs or pictures.read(model.experiment)
+  asked = settings(section)
+  print(model.recipe("interpolate", **asked))
+  between = model.interpolate(
+      inputs.images, inputs.second, inputs.labels, inputs.second_labels,
+      section.points, section.seed, **asked,
+  )
+  images = np.concatenate(
+      [inputs.images[:, None], between, inputs.second[:, None]], axis=1
+  )
+  arrays = {"images": images}
+  if inputs.labels is not None:
+    arrays["labels"] = np.stack([inputs.labels, inputs.second_labels], axis=1)
+  folder = _folder(workdir, "interpolate")
+  files.write_npz(os.path.join(folder, "interpolation.npz"), **arrays)
+  image_grid.save_png(
+      os.path.join(folder, "grid.png"),
+      image_grid.image_grid(
+          images[:_SHOWN].reshape(-1, *images.shape[2:]), images.shape[1],
+          scale=_scale(model),
+      ),
+  )
+  return folder
+
+
+def _scale(model: facade.Model) -> int:
+  """Enlargement that makes small images visible."""
+  return max(1, 32 // model.image_shape[0])
+
+
+def _edit(
+    model: facade.Model, workdir: str, inputs: pictures.Inputs
+) -> str:
+  """Runs a task on images and writes them, a picture and numbers."""
+  section: options.Edit = model.experiment.section("edit")
+  recipe = model.recipe(section.task, **settings(section))
+  print(recipe)
+  began = time.monotonic()
+  results, more = perform(model, section, inputs)
+  seconds = time.monotonic() - began
+  folder = _folder(workdir, section.task)
+  _write_images(folder, inputs, results)
+  shown = inputs.images
+  if section.task == "super_resolve":
+    shown = shown.repeat(section.factor, 1).repeat(section.factor, 2)
+  rows = [("input", shown[:_SHOWN]), ("result", results[:_SHOWN])]
+  if inputs.reference is not None:
+    rows.append(("reference", inputs.reference[:_SHOWN]))
+  image_grid.save_png(
+      os.path.join(folder, "grid.png"),
+      image_grid.captioned_rows(rows, scale=_scale(model)),
+  )
+  record = {
+      "task": section.task, "recipe": str(recipe).splitlines(),
+      "nfe": recipe.nfe, "images": len(results),
+      "seconds_with_compilation": seconds, **more,
+  }
+  if inputs.reference is not None:
+    measure = fidelity.perceptual(model.experiment.config.eval.lpips_path)
+    record["numbers"] = {
+        name: fidelity.errors(inputs.reference, images, measure)
+        for name, images in (("input", shown), ("result", results))
+    }
+    for name, numbers in record["numbers"].items():
+      print(f"{name}: PSNR {numbers['psnr_of_mean_mse']:.2f} dB against the "
+            f"reference ({len(results)} images)")
+  record["run"] = provenance.facts(model.experiment)
+  files.write_json(os.path.join(folder, "result.json"), record)
+  return folder
+
+
+def perform(
+    model: facade.Model, section: options.Edit, inputs: pictures.Inputs
+) -> tuple[np.ndarray, dict[str, Any]]:
+  """A task on images: (uint8 [n, H, W, C], what else came out)."""
+  images, common = inputs.images, dict(
+      labels=inputs.labels, seed=section.seed, **settings(section)
+  )
+  match section.task:
+    case "inpaint" | "inpaint_cm":
+      return model.inpaint(
+          images, inputs.mask, task=section.task, **common
+      ), {}
+    case "super_resolve":
+      return model.super_resolve(images, section.factor, **common), {}
+    case "denoise":
+      given = images if inputs.exact is None else inputs.exact
+      out, levels = model.denoise(given, section.level, inputs.labels)
+      return out, {"levels": [float(v) for v in levels]}
+    case "relabel":
+      return model.relabel(images, new_labels=_new_label(section), **common), {}
+    case "attribute":
+      return _attribute(model, section, images, common)
+    case task:
+      return getattr(model, task)(images, **common), {}
+
+
+def _new_label(section: options.Edit) -> int:
+  if section.new_label is None:
+    raise errors.UserError(
+        f"edit.task={section.task!r} needs edit.new_label, the class to make"
+    )
+  return section.new_label
+
+
+def _attribute(model, section: options.Edit, images, common):
+  """Moves latents along the way from one group of images to another."""
+  labels = None
+  if section.present is not None and section.absent is not None:
+    groups = [
+        pictures.read_folder(model.experiment, path, f"edit.{key}")
+        for key, path in (
+            ("present", section.present), ("absent", section.absent)
+        )
+    ]
+    if model.num_classes is not None:
+      labels = int(common["labels"][0])
+  elif model.num_classes is None and len(section.label) == 1:
+    groups = [
+        pictures.of_class(model.experiment, label, _GROUP)
+        for label in (_new_label(section), section.label[0])
+    ]
+  else:
+    raise errors.UserError(
+        "edit.task='attribute' needs folders edit.present and edit.absent; "
+        "between classes that the network knows go by 'relabel', between "
+        "others by edit.label and edit.new_label"
+    )
+  direction = model.direction(
+      *groups, labels, seed=section.seed, **settings(section)
+  )
+  moved = model.shift(images, direction, section.strength, **common)
+  return moved, {"direction_norm": float(np.linalg.norm(direction))}
+
+
+def _write_images(folder: str, inputs, results: np.ndarray) -> None:
+  arrays = {"images": inputs.images, "results": results}
+  if inputs.labels is not None:
+    arrays["labels"] = inputs.labels
+  if inputs.reference is not None:
+    arrays["reference"] = inputs.reference
+  files.write_npz(os.path.join(folder, "edit.npz"), **arrays)
+  os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+  for name, image in zip(inputs.names, results, strict=True):
+    image_grid.save_png(os.path.join(folder, "images", f"{name}.png"), image)

@@ -1,0 +1,340 @@
+"""What mode edit works on: image files, or test images with damage done."""
+
+import dataclasses
+import io
+import os
+
+import numpy as np
+import PIL.Image
+
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import options
+from bcm_jax.data import decoding
+from bcm_jax.data import folder as folders
+from bcm_jax.data import source as sources
+from bcm_jax.sampling import operators
+
+
+@dataclasses.dataclass
+class Inputs:
+  """Images for a task.
+
+  Attributes:
+    names: [n], of files, or numbers in the test split.
+    images: uint8 [n, H, W, C], what is edited; 'super_resolve' has them small.
+    labels: [n] or None.
+    reference: uint8 [n, H, W, C] as they should come out, or None.
+    exact: float32 in place of `images`, where 8 bits would clip noise.
+    mask: bool [n, H, W] or [H, W], true in the holes, of inpainting.
+    second: uint8, the other ends of 'interpolate'.
+    second_labels: their classes.
+  """
+
+  names: list[str]
+  images: np.ndarray
+  labels: np.ndarray | None
+  reference: np.ndarray | None = None
+  exact: np.ndarray | None = None
+  mask: np.ndarray | None = None
+  second: np.ndarray | None = None
+  second_labels: np.ndarray | None = None
+
+
+def read(experiment: experiments.Experiment) -> Inputs:
+  """The images of section edit.
+
+  Raises:
+    UserError: files that are not there, unreadable or do not fit.
+  """
+  section: options.Edit = experiment.section("edit")
+  if section.input is None:
+    return _damaged(experiment, section)
+  return _files(experiment, section)
+
+
+# Files ----------------------------------------------------------------------
+
+
+def listing(path: str, what: str) -> list[str]:
+  """The image files that a path means: itself, or those of a folder."""
+  path = os.path.expanduser(path)
+  if os.path.isfile(path):
+    return [path]
+  if not os.path.isdir(path):
+    raise errors.UserError(f"{what}={path} is not there; give a file or folder")
+  found = sorted(
+      os.path.join(path, name) for name in os.listdir(path)
+      if name.lower().endswith(folders.EXTENSIONS) and name[0] != "."
+  )
+  if not found:
+    raise errors.UserError(
+        f"{what}={path} holds no images ({', '.join(folders.EXTENSIONS)})"
+    )
+  return found
+
+
+def read_image(
+    content: bytes, name: str, shape: tuple[int, int, int], resize: bool,
+    any_colours: bool = False,
+) -> np.ndarray:
+  """An image file as uint8 of a shape.
+
+  Args:
+    content: of the file.
+    name: for errors.
+    shape: (H, W, C) that is wanted.
+    resize: make other sizes and channels fit: the short side is resized (ADM's
+      filter) and the middle cut out.
+    any_colours: take grey for coloured files and the other way.
+
+  Raises:
+    UserError: unreadable, or it does not fit and `resize` is not asked for.
+  """
+  height, width, channels = shape
+  decoder = decoding.Decoder(channels, height if resize else None)
+  pixels = decoder(content, name)
+  if pixels.shape[:2] != (height, width):
+    raise errors.UserError(
+        f"{name} is {pixels.shape[0]}x{pixels.shape[1]} pixels (height x "
+        f"width), and the network takes {height}x{width}; set "
+        "edit.resize=true to have it resized and cropped"
+    )
+  with PIL.Image.open(io.BytesIO(content)) as picture:
+    grey = picture.mode in ("1", "L", "LA")
+  if grey != (channels == 1) and not (resize or any_colours):
+    kind = "grey" if grey else "coloured"
+    raise errors.UserError(
+        f"{name} is {kind}, and the network takes images of {channels} "
+        f"channel{'s' if channels > 1 else ''}; set edit.resize=true to have "
+        "it converted"
+    )
+  return pixels
+
+
+def _read(paths, shape, resize, any_colours=False) -> np.ndarray:
+  images = []
+  for path in paths:
+    with open(path, "rb") as f:
+      images.append(read_image(f.read(), path, shape, resize, any_colours))
+  return np.stack(images)
+
+
+def read_mask(
+    content: bytes, name: str, shape: tuple[int, int, int], resize: bool
+) -> np.ndarray:
+  """A mask file as bool [H, W], true where it is white.
+
+  Raises:
+    UserError: unreadable, another size, or all black.
+  """
+  pixels = decoding.Decoder(1)(content, name)[..., 0]
+  if pixels.shape != shape[:2] and resize:
+    picture = PIL.Image.fromarray(pixels).resize(
+        shape[1::-1], PIL.Image.Resampling.NEAREST
+    )
+    pixels = np.asarray(picture)
+  if pixels.shape != shape[:2]:
+    raise errors.UserError(
+        f"the mask {name} is {pixels.shape[0]}x{pixels.shape[1]}, expected "
+        f"{shape[0]}x{shape[1]}; set edit.resize=true to have it resized"
+    )
+  mask = pixels >= 128
+  if not mask.any():
+    raise errors.UserError(
+        f"the mask {name} has no hole; paint what is to be filled white"
+    )
+  return mask
+
+
+def _files(experiment, section: options.Edit) -> Inputs:
+  shape, resize = experiment.image_shape, section.resize
+  paths = listing(section.input, "edit.input")
+  wanted = shape
+  if section.task == "super_resolve":
+    k = section.factor
+    wanted = (shape[0] // k, shape[1] // k, shape[2])
+  images = _read(paths, wanted, resize, section.task == "colorize")
+  inputs = Inputs(
+      [os.path.splitext(os.path.basename(p))[0] for p in paths], images,
+      labels_of(experiment, section, len(paths)),
+  )
+  if section.reference is not None:
+    inputs.reference = _as_many(
+        section.reference, "edit.reference", len(paths), shape, resize
+    )
+  if section.task == "interpolate":
+    if section.second is None:
+      raise errors.UserError(
+          "edit.task='interpolate' goes from edit.input to edit.second; name "
+          "the second image or folder"
+      )
+    inputs.second = _as_many(
+        section.second, "edit.second", len(paths), shape, resize
+    )
+    inputs.second_labels = inputs.labels
+  if section.task.startswith("inpaint"):
+    inputs.mask = _mask(section, shape, len(paths))
+  return inputs
+
+
+def _as_many(path, what: str, count: int, shape, resize) -> np.ndarray:
+  paths = listing(path, what)
+  if len(paths) != count:
+    raise errors.UserError(
+        f"{what}={path} holds {len(paths)} images, and edit.input {count}; "
+        "give as many, in the order of their names"
+    )
+  return _read(paths, shape, resize)
+
+
+def _mask(section: options.Edit, shape, count: int) -> np.ndarray:
+  """Holes: of files, or a square in the middle."""
+  if section.mask is None:
+    mask = np.zeros(shape[:2], bool)
+    height, width = shape[:2]
+    mask[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
+    return mask
+  paths = listing(section.mask, "edit.mask")
+  if len(paths) not in (1, count):
+    raise errors.UserError(
+        f"edit.mask={section.mask} holds {len(paths)} images; give one, or "
+        f"{count} as edit.input"
+    )
+  masks = []
+  for path in paths:
+    with open(path, "rb") as f:
+      masks.append(read_mask(f.read(), path, shape, section.resize))
+  return masks[0] if len(masks) == 1 else np.stack(masks)
+
+
+def labels_of(
+    experiment, section: options.Edit, count: int
+) -> np.ndarray | None:
+  """Classes of files' images, from edit.label; 0 until they are found."""
+  given = section.label
+  if experiment.num_classes is None:
+    return None
+  if section.classify and given:
+    raise errors.UserError(
+        f"edit.label={given} names classes, and edit.classify has them found; "
+        "leave one of the two out"
+    )
+  if section.classify:
+    given = (0,)
+  if len(given) not in (1, count):
+    raise errors.UserError(
+        f"edit.label={given}: this network wants the classes of the images, 0 "
+        f"to {experiment.num_classes - 1}; give one for all or {count}, or set "
+        "edit.classify=true to have them found"
+    )
+  return np.broadcast_to(np.asarray(given, np.int32), (count,)).copy()
+
+
+# Test images ----------------------------------------------------------------
+
+
+def _damaged(experiment, section: options.Edit) -> Inputs:
+  """Random test images, and what the task is to undo done to them."""
+  source = experiment.source("test")
+  ends, key = (2, "pairs") if section.task == "interpolate" else (
+      1, "num_images"
+  )
+  count, most = getattr(section, key), len(source) // ends
+  if not 1 <= count <= most:
+    raise errors.UserError(
+        f"edit.{key}={count}: the test split has enough for 1 to {most}"
+    )
+  for key in ("second", "reference"):
+    if getattr(section, key) is not None:
+      raise errors.UserError(
+          f"edit.{key} goes with edit.input; test images bring their own"
+      )
+  order = np.random.default_rng(section.seed).permutation(len(source))
+  batch = source.fetch(order[:count])
+  images = batch["image"]
+  labels = None if experiment.num_classes is None else batch["label"]
+  inputs = Inputs(
+      [f"{i:05d}" for i in order[:count]], images, labels, images
+  )
+  if section.task == "interpolate":
+    other = source.fetch(order[count : 2 * count])
+    inputs.second, inputs.reference = other["image"], None
+    inputs.second_labels = None if labels is None else other["label"]
+  elif section.task.startswith("inpaint"):
+    inputs.mask = _mask(section, experiment.image_shape, len(images))
+    hole = np.broadcast_to(inputs.mask, images.shape[:3])[..., None]
+    inputs.images = np.where(hole, np.uint8(127), images)
+  elif section.task == "denoise":
+    _add_noise(inputs, section)
+  elif section.task == "colorize":
+    inputs.images = sources.to_uint8(
+        np.asarray(operators.to_grey(sources.to_float(images)))
+    )
+  elif section.task == "super_resolve":
+    inputs.images = sources.to_uint8(
+        np.asarray(operators.shrink(sources.to_float(images), section.factor))
+    )
+  elif section.task == "restore":
+    inputs.images = np.stack([compress(i, section.quality) for i in images])
+  elif section.task == "stroke":
+    small = operators.shrink(sources.to_float(images), 2)
+    inputs.images = sources.to_uint8(np.asarray(operators.enlarge(small, 2)))
+  elif section.task in ("relabel", "attribute"):
+    inputs.reference = None
+  return inputs
+
+
+# Noise of test images where edit.level does not say it.
+_NOISE = 0.5
+
+
+def _add_noise(inputs: Inputs, section: options.Edit) -> None:
+  level = _NOISE if section.level is None else section.level
+  noise = np.random.default_rng(section.seed).standard_normal(
+      inputs.images.shape
+  )
+  exact = sources.to_float(inputs.images) + level * noise
+  inputs.exact = exact.astype(np.float32)
+  inputs.images = sources.to_uint8(inputs.exact)
+
+
+def compress(image: np.ndarray, quality: int) -> np.ndarray:
+  """An image uint8 [H, W, C] after JPEG compression, by Pillow."""
+  plane = image[..., 0] if image.shape[-1] == 1 else image
+  content = io.BytesIO()
+  PIL.Image.fromarray(plane).save(content, "JPEG", quality=quality)
+  return decoding.Decoder(image.shape[-1])(content.getvalue(), "JPEG")
+
+
+# Groups ---------------------------------------------------------------------
+
+
+def read_folder(experiment, path: str, what: str) -> np.ndarray:
+  """All images of a folder, as the network takes them: uint8 [n, H, W, C]."""
+  resize = experiment.config.edit.resize
+  return _read(listing(path, what), experiment.image_shape, resize)
+
+
+def of_class(experiment, label: int, most: int) -> np.ndarray:
+  """Training images of a class, at most so many: uint8 [n, H, W, C].
+
+  Raises:
+    UserError: there are none.
+  """
+  source = experiment.source("train")
+  order = np.random.default_rng(0).permutation(len(source))
+  found, missing = [], most
+  for first in range(0, len(order), _BLOCK):
+    batch = source.fetch(order[first : first + _BLOCK])
+    found.append(batch["image"][batch["label"] == label][:missing])
+    missing -= len(found[-1])
+    if not missing:
+      break
+  if missing == most:
+    raise errors.UserError(f"there are no training images of class {label}")
+  return np.concatenate(found)
+
+
+# Training images looked at together while those of a class are searched.
+_BLOCK = 1000

@@ -1,0 +1,230 @@
+"""A checkpoint as a Python object: what it makes, inverts and recognises.
+
+Images go in and out as uint8 [n, H, W, C] (one image [H, W, C] makes a batch of
+one), latents as float32. Work is cut over all devices of the host. Class labels
+are an int for all images or one an image; networks without classes take none.
+Image i of a seed is the same whatever else is in the batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bcm_jax import errors
+from bcm_jax import planning
+from bcm_jax import runner as runners
+from bcm_jax.data import source as sources
+from bcm_jax.editing import recipes
+from bcm_jax.sampling import editing
+from bcm_jax.training import rng
+
+Labels = int | Sequence[int] | np.ndarray | None
+
+
+class Pretrained:
+  """A trained network that makes images, and inverts them.
+
+  Attributes:
+    experiment: what it was trained as.
+    image_shape: (H, W, C).
+    num_classes: or None.
+    runner: its parameters on the devices.
+  """
+
+  def __init__(self, runner: runners.Runner):
+    """Of parameters that a runner has placed on the devices."""
+    self.runner = runner
+    self.experiment = runner.experiment
+    self.image_shape = self.experiment.image_shape
+    self.num_classes = self.experiment.num_classes
+
+  # From noise ---------------------------------------------------------------
+
+  def sample(
+      self,
+      count: int = 1,
+      labels: Labels = None,
+      seed: int = 0,
+      sampler: str | None = None,
+  ) -> np.ndarray:
+    """Makes images number 0 .. count - 1 of a seed.
+
+    Args:
+      count: how many.
+      labels: classes; None takes all in turn.
+      seed: of the noise.
+      sampler: as 'onestep', 'ancestral:4' or 'ancestral@0.7'; None is what
+        section sample says.
+
+    Returns:
+      uint8 [count, H, W, C].
+    """
+    if labels is None and self.num_classes is not None:
+      labels = np.arange(count) % self.num_classes
+    plan = planning.sampling_plan(self.experiment, sampler)
+    return runners.generate(
+        self.experiment, self.runner, plan, self.labels(labels, count),
+        np.arange(count), seed,
+    )
+
+  def decode(
+      self, latents: np.ndarray, labels: Labels = None, seed: int = 0,
+      sampler: str = "onestep",
+  ) -> np.ndarray:
+    """Makes images of latents [n, H, W, C] at sigma_max, as `invert` gives."""
+    plan = planning.sampling_plan(self.experiment, sampler)
+    latents = np.asarray(latents, np.float32)
+    images = self.runner(
+        plan, latents, self.labels(labels, len(latents)),
+        self.keys("sample/added", seed, len(latents)),
+    )
+    return sources.to_uint8(images)
+
+  # To noise and back --------------------------------------------------------
+
+  def invert(
+      self, images: np.ndarray, labels: Labels = None, seed: int = 0,
+      noise: float | None = None, nfe: int | None = None,
+  ) -> np.ndarray:
+    """Latents float32 [n, H, W, C] of images, at sigma_max.
+
+    Args:
+      images: uint8.
+      labels: their classes.
+      seed: of the noise added first.
+      noise: its standard deviation, sigma; None is section invert's.
+      nfe: network evaluations; None is section invert's.
+    """
+    images = self.images(images)
+    plan = planning.inversion_plan(self.experiment, nfe, noise)
+    return self.runner(
+        plan, sources.to_float(images), self.labels(labels, len(images)),
+        self.keys("invert/added", seed, len(images)),
+    )
+
+  def reconstruct(
+      self, images: np.ndarray, labels: Labels = None, seed: int = 0,
+      noise: float | None = None, nfe: int | None = None,
+  ) -> np.ndarray:
+    """Inverts images and makes them again in one evaluation."""
+    latents = self.invert(images, labels, seed, noise, nfe)
+    return self.decode(latents, labels, seed)
+
+  def classify(self, images: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Classes int32 [n]: those told which the network denoises images best.
+
+    Takes 20 evaluations a class and image.
+
+    Raises:
+      UserError: a network without classes.
+    """
+    if self.num_classes is None:
+      raise errors.UserError(
+          "this network knows no classes, so it cannot tell any"
+      )
+    images = self.images(images)
+
+    def judge(flow_map, x, labels, keys):
+      del labels
+      return editing.class_errors(
+          flow_map, x, recipes.CLASS_TIMES, recipes.CLASS_DRAWS,
+          self.experiment.levels, self.num_classes, keys,
+      )
+
+    found = self.runner.apply(
+        judge, sources.to_float(images), self.labels(0, len(images)),
+        self.keys("edit/classify", seed, len(images)),
+    )
+    return found.argmin(axis=1).astype(np.int32)
+
+  # What it is given --------------------------------------------------------
+
+  def keys(self, stream: str, seed: int, count: int) -> jnp.ndarray:
+    """Keys [count] of noise, an image's its own."""
+    return rng.example_keys(seed, stream, 0, jnp.arange(count))
+
+  def images(self, images: Any) -> np.ndarray:
+    """Images as a batch, if the network takes them.
+
+    Raises:
+      UserError: another dtype or shape.
+    """
+    return checked(images, self.image_shape, "images")
+
+  def labels(self, labels: Labels, count: int) -> np.ndarray | None:
+    """Classes as int32 [count]; None of a network without.
+
+    Raises:
+      UserError: missing, out of range, or another number of them.
+    """
+    classes = self.num_classes
+    if classes is None:
+      if labels is not None:
+        raise errors.UserError(
+            "this network knows no classes; leave labels out"
+        )
+      return None
+    if labels is None:
+      raise errors.UserError(
+          f"this network wants the classes of the images, 0 to {classes - 1}; "
+          "give labels, one for all or one an image"
+      )
+    given = np.asarray(labels)
+    good = np.issubdtype(given.dtype, np.integer) and given.shape in (
+        (), (count,)
+    )
+    if not good or given.min() < 0 or given.max() >= classes:
+      raise errors.UserError(
+          f"labels are {given.tolist()}, expected one or {count} whole numbers "
+          f"from 0 to {classes - 1}"
+      )
+    return np.broadcast_to(given, (count,)).astype(np.int32)
+
+
+def checked(
+    images, shape: tuple[int, int, int], what: str, floats: bool = False
+) -> np.ndarray:
+  """A batch of images, of uint8 or also float32.
+
+  Raises:
+    UserError: another dtype or shape.
+  """
+  images = np.asarray(images)
+  if images.shape == shape:
+    images = images[None]
+  kinds = (np.uint8, np.float32) if floats else (np.uint8,)
+  if images.dtype not in kinds or images.shape[1:] != shape or not len(images):
+    raise errors.UserError(
+        f"{what} are {images.dtype} of shape {images.shape}, expected uint8 "
+        f"[n, {', '.join(map(str, shape))}]; resize and convert them first"
+    )
+  return images
+
+
+def known_pixels(mask, size: tuple[int, int], count: int) -> np.ndarray:
+  """1 where a pixel is known: float32 [count, H, W, 1].
+
+  Args:
+    mask: bool [H, W] or [count, H, W], true in the holes.
+    size: (H, W).
+    count: images.
+
+  Raises:
+    UserError: another dtype or shape, or an image without a hole.
+  """
+  mask = np.asarray(mask)
+  if mask.dtype != bool or mask.shape not in (size, (count, *size)):
+    raise errors.UserError(
+        f"the mask is {mask.dtype} of shape {mask.shape}, expected bool "
+        f"{size} or {(count, *size)}, true in the holes"
+    )
+  mask = np.broadcast_to(mask, (count, *size))
+  holes = mask.any(axis=(1, 2))
+  if not holes.all():
+    raise errors.UserError(
+        f"the mask of image {int(np.argmin(holes))} has no hole; paint what is "
+        "to be filled"
+    )
+  return (~mask).astype(np.float32)[..., None]

@@ -1,0 +1,201 @@
+"""How well real images survive inversion and reconstruction.
+
+The protocol of Li & He (BCM, 2024): noise e z is added to test images, they
+are inverted in n evaluations and reconstructed in one; error between 8-bit
+images on the [0, 1] scale. Beside it, DDIM and Heun inversions of a denoiser
+(Karras et al., 2022), reconstructed by the same solver.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import options
+from bcm_jax import planning
+from bcm_jax import runner as runners
+from bcm_jax import runs
+from bcm_jax.data import source as sources
+from bcm_jax.diffusion import schedules
+from bcm_jax.diffusion import solvers
+from bcm_jax.editing import fidelity
+from bcm_jax.sampling import samplers
+from bcm_jax.training import rng
+
+# Solver -> evaluations a step.
+_BASELINES = {"euler": 1, "heun": 2}
+_NAMES = {"euler": "DDIM", "heun": "EDM Heun"}
+
+Numbers = dict[str, Any]
+
+
+def curve(
+    experiment: experiments.Experiment, runner: runners.Runner
+) -> dict[str, Numbers]:
+  """Reconstruction errors by evaluations and initial noise.
+
+  Returns:
+    'nfe2' -> numbers at invert.noise; 'nfe2_noise0.1' -> those at another
+    noise of eval.inversion_noise; 'DDIM_nfe4_noise0.002' and
+    'EDM Heun_nfe4_...' -> those of the baseline's denoiser.
+  """
+  section: options.Eval = experiment.section("eval")
+  usual = experiment.section("invert").noise
+  result = {}
+  if not (experiment.method.inverts or section.baseline):
+    return result
+  if experiment.source_if_there("test") is None:
+    print("inversion is not measured: there are no test images; python -m "
+          "bcm_jax.data.prepare with --holdout=N makes a test split")
+    return result
+  batch = runners.test_images(
+      experiment, experiment.section("invert").num_images
+  )
+  measure = fidelity.perceptual(section.lpips_path)
+  if experiment.method.inverts:
+    points = [(n, usual) for n in section.inversion_nfe] + [
+        (n, e) for e in section.inversion_noise for n in section.inversion_nfe
+        if e != usual
+    ]
+    for nfe, noise in points:
+      name = f"nfe{nfe}" + ("" if noise == usual else f"_noise{noise:g}")
+      result[name] = _own(experiment, runner, nfe, noise, batch, measure)
+  if section.baseline:
+    result |= _baselines(experiment, batch, measure)
+  return result
+
+
+def _own(experiment, runner, nfe, noise, batch, measure) -> Numbers:
+  """The network's own inversion in nfe evaluations, back in one."""
+  plan = planning.inversion_plan(experiment, nfe, noise)
+  latents, images = runners.invert_and_reconstruct(
+      experiment, runner, plan, batch, experiment.section("invert").seed
+  )
+  return {"nfe": nfe, "noise": noise, "plan": str(plan).splitlines()} | _errors(
+      batch["image"], images, latents, measure
+  )
+
+
+def _errors(originals, images, latents, measure) -> Numbers:
+  return fidelity.errors(originals, images, measure) | {
+      "latent_std": float(np.std(latents))
+  }
+
+
+# Baselines -----------------------------------------------------------------
+
+
+def denoiser_of(flow_map: Callable, labels) -> solvers.Denoiser:
+  """D(x, sigma) of a network without an end level: f(x, sigma, 0).
+
+  With the scalings of EDM and BCM f(x, t, 0) is the denoiser itself, and f(x,
+  t, u) is DDIM's step with it.
+  """
+
+  def denoise(x, sigma):
+    t = jnp.full(x.shape[:1], sigma, x.dtype)
+    return flow_map(x, t, jnp.zeros_like(t), labels)
+
+  return denoise
+
+
+def ode_round_trip(
+    flow_map: Callable, x, labels, up: np.ndarray, down: np.ndarray,
+    solver: str,
+):
+  """(latents, reconstructions) of x at level up[0], by a solver of the ODE."""
+  denoise = denoiser_of(flow_map, labels)
+  latents = solvers.solve(denoise, x, up, solver)
+  return latents, solvers.solve(denoise, latents, down, solver)
+
+
+def _baselines(experiment, batch, measure) -> dict[str, Numbers]:
+  section: options.Eval = experiment.section("eval")
+  teacher, params = _open_baseline(experiment, section.baseline)
+  runner = runners.Runner(
+      teacher, params, experiment.section("sample").batch_size
+  )
+  low, high = experiment.levels.sigma_min, experiment.levels.sigma_max
+  rho = experiment.method.rho
+  result = {}
+  for noise in (low, *section.inversion_noise):
+    x = _noisy(experiment, batch["image"], noise if noise > low else 0.0)
+    for solver, evaluations in _BASELINES.items():
+      for nfe in section.baseline_nfe:
+        n = nfe // evaluations
+        if not n or nfe % evaluations:
+          continue
+        up = schedules.karras_sigmas(n + 1, noise, high, rho)
+        down = schedules.karras_sigmas(n + 1, low, high, rho)[::-1]
+        latents, images = runner.transform(
+            lambda f, x, labels, up=up, down=down, solver=solver:
+            ode_round_trip(f, x, labels, up, down, solver),
+            x, batch["label"],
+        )
+        result[f"{_NAMES[solver]}_nfe{nfe}_noise{noise:g}"] = {
+            "nfe": nfe, "noise": noise, "solver": _NAMES[solver],
+            **_errors(
+                batch["image"], sources.to_uint8(images), latents, measure
+            ),
+        }
+  return result
+
+
+def _noisy(experiment, images: np.ndarray, noise: float) -> np.ndarray:
+  """Test images in [-1, 1] with the noise that inversions start from."""
+  x = sources.to_float(images)
+  keys = rng.example_keys(
+      experiment.section("invert").seed, "invert/baseline", 0,
+      jnp.arange(len(x)),
+  )
+  return x + np.asarray(samplers.start_noise(keys, x.shape[1:], noise))
+
+
+def _open_baseline(experiment, workdir: str):
+  """The denoiser's own experiment and its parameters."""
+  config = runs.config_of(workdir)
+  teacher = experiments.build(config, to_train=False)
+  # The form that BCM shares with EDM makes a denoiser of a one-time network.
+  shared = not teacher.method.two_time and (
+      config.method.preconditioning in ("edm", "bcm")
+  )
+  if not (teacher.method.solves or shared):
+    raise errors.UserError(
+        f"eval.baseline={workdir} is no denoiser (it holds a "
+        f"{config.method.name!r} with preconditioning "
+        f"{config.method.preconditioning!r}); give a run that was converted "
+        "from EDM's weights, or trained as one"
+    )
+  if teacher.image_shape != experiment.image_shape:
+    raise errors.UserError(
+        f"eval.baseline={workdir} makes images {teacher.image_shape}, not "
+        f"{experiment.image_shape}; give a denoiser of the same data"
+    )
+  _, _, params = runs.load_run(teacher, workdir)
+  return teacher, params
+
+
+def summary(inversion: dict[str, Numbers]) -> list[str]:
+  """The errors as lines for a terminal."""
+  lines = []
+  for name, r in inversion.items():
+    back = "the same way back" if "solver" in r else "reconstruction in 1"
+    lines.append(
+        f"inversion {name}, {back}: MSE {r['mse']:.5f} on the [0, 1] scale "
+        f"({r['images']} test images)"
+    )
+  return lines
+
+
+def check(experiment: experiments.Experiment) -> None:
+  """Finds bad times and baselines before any work is done."""
+  section: options.Eval = experiment.section("eval")
+  if experiment.method.inverts:
+    for nfe in section.inversion_nfe:
+      for noise in (None, *section.inversion_noise):
+        planning.inversion_plan(experiment, nfe, noise)
+  if section.baseline:
+    _open_baseline(experiment, section.baseline)

@@ -1,0 +1,240 @@
+"""docs/results.md out of result files: mode table.
+
+Each file of FOLDER/results is what mode eval wrote for one run, under the name
+that the run has in the tables. A number that no file holds is 'not run'.
+"""
+
+from collections.abc import Iterable, Mapping
+import json
+import os
+import pathlib
+from typing import Any
+
+from bcm_jax import errors
+from bcm_jax import files
+from bcm_jax.evaluation import published
+
+Result = Mapping[str, Any]
+
+NOT_RUN = "not run"
+_TITLES = {
+    "digits": "Handwritten digits, 8x8",
+    "cifar10": "CIFAR-10",
+    "cifar10_jpeg": "CIFAR-10 (JPEG), 32x32",
+    "imagenet64": "ImageNet, 64x64",
+}
+_NOTES = {
+    "cifar10_jpeg": (
+        "The images are JPEG files of quality about 75: real photographs, but "
+        "lossy. A distance to them compares methods with one another, not "
+        "with published CIFAR-10 numbers."
+    ),
+}
+# Metric -> (head of its column, format); others go by their own name.
+_COLUMNS = {
+    "FID": ("FID", "{:.2f}"), "sFID": ("sFID", "{:.2f}"),
+    "KID": ("KID", "{:.4f}"), "IS": ("IS", "{:.2f}"),
+    "precision": ("P", "{:.3f}"), "recall": ("R", "{:.3f}"),
+    "density": ("density", "{:.3f}"), "coverage": ("coverage", "{:.3f}"),
+    "recognised": ("recognised", "{:.1%}"),
+    "recognised_worst_class": ("worst class", "{:.0%}"),
+    "mse": ("MSE", "{:.4f}"), "psnr_of_mean_mse": ("PSNR", "{:.1f}"),
+    "ssim": ("SSIM", "{:.3f}"), "lpips": ("LPIPS", "{:.3f}"),
+}
+_INVERSION = ("mse", "psnr_of_mean_mse", "ssim", "lpips")
+
+
+def read(folder: str) -> dict[str, Result]:
+  """Result files of a folder by name; other JSON files are left out.
+
+  Raises:
+    UserError: no folder, or a file that is no JSON.
+  """
+  paths = sorted(pathlib.Path(folder).glob("*.json"))
+  if not paths:
+    raise errors.UserError(
+        f"{folder} holds no .json files; copy there what mode eval wrote "
+        "(WORKDIR/eval/STEP.json), under the name of the run"
+    )
+  found = {}
+  for path in paths:
+    try:
+      content = json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+      raise errors.UserError(
+          f"{path} is damaged ({e}); write it again with mode eval"
+      ) from e
+    if isinstance(content, dict) and "samplers" in content:
+      found[path.stem] = content
+  return found
+
+
+def _cell(metric: str, value: float | None, std: float | None = None) -> str:
+  if value is None:
+    return ""
+  form = _COLUMNS.get(metric, ("", "{:.3g}"))[1]
+  spread = "" if std is None else f" ± {form.format(std)}"
+  return form.format(value) + spread
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+  """A Markdown table."""
+  head = list(head)
+  lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+  lines += ["| " + " | ".join(row) + " |" for row in rows]
+  return "\n".join(lines)
+
+
+def _metrics(groups: Iterable[Mapping[str, Any]], known) -> list[str]:
+  """Metrics that any group holds: distances first, then the known order."""
+  held = {m for g in groups for m in g}
+  distances = sorted(m for m in held if m.startswith("FD ("))
+  return distances + [m for m in known if m in held]
+
+
+def samples_table(data: str, results: Mapping[str, Result]) -> str:
+  """Every sampler of every run on one data set, aims below."""
+  rows = [
+      (name, sampler, r)
+      for name, result in results.items()
+      for sampler, r in result["samplers"].items()
+  ]
+  aims = published.AIMS.get(data, {})
+  known = [m for m in _COLUMNS if m not in _INVERSION]
+  metrics = _metrics([r for *_, r in rows], known)
+  lines = [
+      [f"`{name}`", sampler.rpartition("_nfe")[0], str(r["nfe"]),
+       *(_cell(m, r.get(m), r["std"].get(m)) for m in metrics)]
+      for name, sampler, r in rows
+  ]
+  lines += [
+      ["aimed at", "", str(nfe), *(_cell(m, aim.get(m)) for m in metrics)]
+      for nfe, aim in aims.items()
+  ]
+  heads = [_COLUMNS.get(m, (m, ""))[0] for m in metrics]
+  return markdown(["run", "sampler", "NFE", *heads], lines)
+
+
+def inversion_table(data: str, results: Mapping[str, Result]) -> str:
+  """Reconstruction errors of every run on one data set; '' if none has any."""
+  rows = [
+      (name, r) for name, result in results.items()
+      for r in result["inversion"].values()
+  ]
+  if not rows:
+    return ""
+  metrics = _metrics([r for _, r in rows], _INVERSION)
+  lines = [
+      [f"`{name}`", r.get("solver", "the network's own"), str(r["nfe"]),
+       f"{r['noise']:g}", *(_cell(m, r.get(m)) for m in metrics)]
+      for name, r in rows
+  ]
+  lines += [
+      ["aimed at", "", str(nfe), "", *(_cell(m, aim.get(m)) for m in metrics)]
+      for nfe, aim in published.AIMS.get(data, {}).items()
+  ]
+  heads = [_COLUMNS[m][0] for m in metrics]
+  return markdown(["run", "inversion", "NFE", "noise e", *heads], lines)
+
+
+def published_table(data: str, results: Mapping[str, Result]) -> str:
+  """Published FIDs beside ours of the same method and NFE; '' if none."""
+  rows = [row for row in published.ROWS if row.data == data]
+  if not rows:
+    return ""
+  lines = [
+      [row.method, str(row.nfe), f"{row.numbers['FID']:.2f}"
+       + ("" if row.verified else " (recalled)"), row.source,
+       _ours(row, results)]
+      for row in rows
+  ]
+  return markdown(["method", "NFE", "published FID", "source", "ours"], lines)
+
+
+def _ours(row: published.Published, results: Mapping[str, Result]) -> str:
+  """Our FIDs of a row's method and NFE, by the full protocol alone."""
+  found = [
+      f"{_cell('FID', r['FID'], r['std'].get('FID'))} (`{name}`)"
+      for name, result in results.items()
+      if result["protocol"]["method"] == row.ours
+      and "few_samples" not in result["protocol"]
+      for r in result["samplers"].values()
+      if r["nfe"] == row.nfe and r.get("FID") is not None
+  ]
+  return "; ".join(found) or NOT_RUN
+
+
+def _count(images: int | None) -> str:
+  """A number of images; files of other tools do not tell theirs."""
+  return "an unknown number of" if images is None else f"{images:,}"
+
+
+def _made(name: str, result: Result) -> str:
+  """One line: how a run's numbers were made."""
+  p = result["protocol"]
+  seeds = ", ".join(map(str, p["seeds"]))
+  facts = [
+      f"step {result['step']}", f"average {result['average']}",
+      f"{p['samples']:,} samples a seed (seeds {seeds})",
+      f"features {p['features']} ({p['features_digest']})",
+      f"reference {_count(p['reference_images'])} images "
+      f"({p['reference_digest']})",
+      f"one by one against {p['compared_one_by_one']:,} (k = "
+      f"{p['neighbours_k']})",
+      f"config {p['config_digest']}", f"commit {p['commit']}", p["hardware"],
+  ]
+  if "judge_test_accuracy" in result:
+    facts.append(f"judge {result['judge_test_accuracy']:.2%} right on real "
+                 "test images")
+  one = next(iter(result["samplers"].values()))
+  if "median_sample_to_train" in one:
+    facts.append(
+        "median distance to the nearest training image, pixels 0 to 255: "
+        f"{one['median_sample_to_train']:.0f} from a sample, "
+        f"{one['median_test_to_train']:.0f} from a real test image"
+    )
+  few = p.get("few_samples")
+  mark = f" **Few samples: {few}.**" if few else ""
+  return f"* `{name}`: {'; '.join(facts)}.{mark}"
+
+
+_HEAD = """# Results
+
+Rendered by `python -m bcm_jax.main --mode=table --workdir=docs` from the JSON
+files in [results](results), which hold the whole protocol;
+[evaluation.md](evaluation.md) says what each number is. What no file holds is
+'not run'. Numbers marked 'recalled' are from memory of a paper, unverified.
+"""
+
+
+def render(results: Mapping[str, Result]) -> str:
+  """The page."""
+  sets = {r["protocol"]["data"] for r in results.values()}
+  sets |= {row.data for row in published.ROWS}
+  order = [*_TITLES, *sorted(sets - _TITLES.keys())]
+  parts = [_HEAD]
+  for data in (d for d in order if d in sets):
+    mine = {
+        name: r for name, r in results.items() if r["protocol"]["data"] == data
+    }
+    parts.append(f"## {_TITLES.get(data, data)}\n")
+    if data in _NOTES:
+      parts.append(_NOTES[data] + "\n")
+    tables = [published_table(data, mine)]
+    if mine:
+      tables = [
+          samples_table(data, mine), inversion_table(data, mine), *tables
+      ]
+    parts += [table + "\n" for table in tables if table]
+    if mine:
+      parts.append("\n".join(_made(*item) for item in mine.items()) + "\n")
+  return "\n".join(parts)
+
+
+def run(folder: str) -> str:
+  """Mode table: reads FOLDER/results/*.json, writes FOLDER/results.md."""
+  path = os.path.join(folder, "results.md")
+  page = render(read(os.path.join(folder, "results")))
+  files.write_bytes(path, page.encode())
+  print(f"written: {path}")
+  return path

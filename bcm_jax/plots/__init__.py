@@ -1,0 +1,1 @@
+"""Figures of what runs wrote: python -m bcm_jax.plots RUN..."""

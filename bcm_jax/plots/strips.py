@@ -1,0 +1,184 @@
+"""Trajectory strips: the way of images through the noise levels.
+
+What is shown at a level t is scaled by sigma_data / sqrt(sigma_data^2 + t^2),
+so that noise and images are equally bright; the columns are even in log t.
+"""
+
+from collections.abc import Sequence
+import math
+import os
+
+import jax.numpy as jnp
+import numpy as np
+
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import runner as runners
+from bcm_jax import runs
+from bcm_jax.data import source as sources
+from bcm_jax.plots import records
+from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import samplers
+from bcm_jax.training import rng
+
+_COLUMNS = 12
+_ROWS = 6
+# Where a sample takes two rows.
+_PAIRS = 3
+_AXIS = "noise level t (sigma, logarithmic)"
+
+
+def trajectory(run: records.Run) -> list[records.Rows]:
+  """Strips of a run's newest checkpoint, without guidance.
+
+  From noise to images: a network with an end level in one jump from sigma_max
+  to every level; a denoiser along Heun's solver, and what it says there; any
+  other network by what it says of its own samples, noised to every level. Then,
+  of networks that invert, real images jumped up to every level.
+
+  Raises:
+    UserError: no checkpoint.
+  """
+  if not os.path.isdir(runs.checkpoint_dir(run.path)):
+    raise errors.UserError(
+        f"{run.path} holds no checkpoint, and a trajectory needs the network"
+    )
+  config = runs.config_of(run.path)
+  config.sample.guidance = 1.0
+  experiment = experiments.build(config, to_train=False)
+  step, average, params = runs.load_run(experiment, run.path)
+  runner = runners.Runner(experiment, params, _ROWS)
+  blocks = [_down(experiment, runner)]
+  if experiment.method.inverts and experiment.has_split("test"):
+    blocks.append(_up(experiment, runner))
+  first = blocks[0]
+  title = f"{first.title} [step {step}, {average}]"
+  return [first._replace(title=title), *blocks[1:]]
+
+
+def levels_between(start: float, end: float) -> list[float]:
+  """Levels of the columns, even in log t, both ends as given."""
+  inner = np.geomspace(start, end, _COLUMNS)[1:-1]
+  return [start, *(float(t) for t in inner), end]
+
+
+def shown(
+    states: Sequence[np.ndarray], levels: Sequence[float], sigma_data: float
+) -> np.ndarray:
+  """States [B, H, W, C] at levels, as uint8 [B, levels, H, W, C]."""
+  scales = [sigma_data / math.hypot(sigma_data, t) for t in levels]
+  return sources.to_uint8(np.stack(
+      [x * c for x, c in zip(states, scales, strict=True)], axis=1
+  ))
+
+
+def _jump(runner, x, labels, t: float, u: float) -> np.ndarray:
+  """x [B, H, W, C] from level t to u."""
+  return runner(plans.Plan("strip", t, (plans.Jump(t, u),)), x, labels, None)
+
+
+def _down(experiment, runner) -> records.Rows:
+  """From noise to images."""
+  method = experiment.method
+  count = _ROWS if method.two_time and not method.solves else _PAIRS
+  keys = rng.example_keys(
+      experiment.config.sample.seed, "sample/start", 0, jnp.arange(count)
+  )
+  noise = np.asarray(
+      samplers.start_noise(keys, experiment.image_shape, method.sigma_max)
+  )
+  labels, names = None, [f"sample {i + 1}" for i in range(count)]
+  if experiment.num_classes is not None:
+    labels = (np.arange(count) * experiment.num_classes // count).astype(
+        np.int32
+    )
+    names = [f"class {label}" for label in labels]
+  levels = levels_between(method.sigma_max, method.sigma_min)
+  way = _along_solver if method.solves else (
+      _one_jump if method.two_time else _noised_again
+  )
+  title, parts = way(method, runner, noise, labels, levels)
+  images = np.stack(
+      [shown(x, at, method.sigma_data) for _, x, at in parts], axis=1
+  )
+  return records.Rows(
+      title, _AXIS, [f"{t:.2g}" for t in levels],
+      [row.format(name) for name in names for row, _, _ in parts],
+      images.reshape(-1, *images.shape[2:]),
+  )
+
+
+def _one_jump(method, runner, noise, labels, levels):
+  start = levels[0]
+  states = [noise] + [
+      _jump(runner, noise, labels, start, t) for t in levels[1:]
+  ]
+  return "from noise, one jump f(x, T, t) to every level", [
+      ("{}", states, levels)
+  ]
+
+
+def _along_solver(method, runner, noise, labels, levels):
+  states = [noise]
+  for t, u in zip(levels, levels[1:], strict=False):
+    middle = math.sqrt(t * u)
+    plan = plans.Plan(
+        "strip", t, (plans.HeunJump(t, middle), plans.HeunJump(middle, u))
+    )
+    states.append(runner(plan, states[-1], labels, None))
+  # A denoiser's map to level 0 is the denoiser.
+  said = [
+      _jump(runner, x, labels, t, 0.0)
+      for x, t in zip(states, levels, strict=True)
+  ]
+  return "along Heun's solver: the state x at t, and the denoiser D(x, t)", [
+      ("{}: x", states, levels), ("D(x, t)", said, [0.0] * len(levels))
+  ]
+
+
+def _noised_again(method, runner, noise, labels, levels):
+  start, end = levels[0], levels[-1]
+  images = _jump(runner, noise, labels, start, end)
+  states = [images + noise * (t / start) for t in levels]
+  said = [
+      _jump(runner, x, labels, t, end)
+      for x, t in zip(states, levels, strict=True)
+  ]
+  title = "one-step samples noised again to x at t, and f(x, t)"
+  known = getattr(method, "start_levels", ())
+  if known:  # It learnt nothing of the others.
+    title += f"; trained at t = {', '.join(f'{t:.2g}' for t in known)} alone"
+  return title, [
+      ("{}: x", states, levels), ("f(x, t)", said, [0.0] * len(levels))
+  ]
+
+
+def _up(experiment, runner) -> records.Rows:
+  """From real images to noise, and back."""
+  method, section = experiment.method, experiment.section("invert")
+  batch = runners.test_images(experiment, _ROWS)
+  x, labels = sources.to_float(batch["image"]), batch["label"]
+  keys = rng.example_keys(
+      section.seed, "invert/added", 0, jnp.arange(len(x))
+  )
+  levels = levels_between(section.noise, method.sigma_max)
+  noisy = runner(
+      plans.Plan("strip", method.sigma_min, (
+          plans.AddNoise(section.noise, section.noise),
+      )), x, labels, keys,
+  )
+  states = [noisy] + [
+      _jump(runner, noisy, labels, section.noise, t) for t in levels[1:]
+  ]
+  back = _jump(
+      runner, states[-1], labels, method.sigma_max, method.sigma_min
+  )
+  images = shown([x, *states, back], [0.0, *levels, 0.0], method.sigma_data)
+  names = [f"class {label}" for label in labels]
+  if experiment.num_classes is None:
+    names = [f"image {i + 1}" for i in range(len(x))]
+  return records.Rows(
+      f"real images, noise e = {section.noise:g} added: one jump f(x, e, t) up "
+      "to every level, and one back",
+      _AXIS, ["real", *(f"{t:.2g}" for t in levels), "back"], names, images,
+  )

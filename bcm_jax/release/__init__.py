@@ -1,0 +1,1 @@
+"""What leaves a run: folders to give away, and StableHLO."""

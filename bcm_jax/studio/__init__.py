@@ -1,0 +1,1 @@
+"""A studio in the browser: python -m bcm_jax.studio [CHECKPOINT]."""

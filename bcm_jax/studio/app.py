@@ -1,0 +1,270 @@
+"""A studio in the browser: make images, and edit real ones.
+
+  python -m bcm_jax.studio                 # the digits that ship with this
+  python -m bcm_jax.studio runs/mine --port=7861
+
+Needs the extra studio: pip install 'bcm_jax[studio]'. Listens to this machine
+alone unless --host says otherwise.
+"""
+
+import argparse
+from collections.abc import Callable
+import contextlib
+import functools
+import sys
+from typing import Any
+
+from bcm_jax import command
+from bcm_jax import errors
+from bcm_jax.editing import facade
+from bcm_jax.editing import recipes
+from bcm_jax.studio import actions
+
+_TITLE = "bcm_jax studio"
+
+
+def _gradio() -> Any:
+  """gradio, which takes seconds to import."""
+  return command.optional("gradio", "the studio", "studio")
+
+
+def _spoken(function: Callable) -> Callable:
+  """The function with errors as messages in the browser, one line each."""
+  gr = _gradio()
+
+  @functools.wraps(function)
+  def run(*args):
+    try:
+      return function(*args)
+    except errors.UserError as e:
+      raise gr.Error(str(e), print_exception=False) from e
+
+  return run
+
+
+def build(studio: actions.Studio) -> Any:
+  """The page: a gradio.Blocks, not launched."""
+  gr = _gradio()
+  inverts = studio.model.experiment.method.inverts
+  config = studio.model.experiment.config
+  with gr.Blocks(title=_TITLE, analytics_enabled=False) as page:
+    height, width, _ = studio.model.image_shape
+    gr.Markdown(
+        f"# {_TITLE}\n`{config.method.name}` on {config.data.name}, "
+        f"{height}x{width} pixels. Uploads are cropped and resized to fit."
+    )
+    with gr.Tab("Generate"):
+      _generate_tab(gr, studio)
+    if inverts:
+      with gr.Tab("Invert"):
+        _invert_tab(gr, studio)
+      with gr.Tab("Interpolate"):
+        _interpolate_tab(gr, studio)
+    with gr.Tab("Inpaint"):
+      _inpaint_tab(gr, studio, "inpaint" if inverts else "inpaint_cm")
+    if inverts:
+      with gr.Tab("Restore"):
+        _restore_tab(gr, studio)
+  return page
+
+
+def _upload(gr: Any, studio, label: str, index: int) -> Any:
+  """An image that is handed on as the file that it is.
+
+  gradio itself decodes uploads before any of our code runs, and what it cannot
+  read would end as a stack trace. (A subclass would be cleaner, but gradio
+  writes a .pyi file beside whatever source holds one.)
+  """
+  image = gr.Image(
+      studio.example(index), label=label, type="filepath", format="png",
+      sources=["upload", "clipboard"], height=actions.CANVAS + 64,
+  )
+  image.preprocess = lambda payload: None if payload is None else payload.path
+  return image
+
+
+def _class(
+    gr: Any, studio, index: int | None = None, every: bool = False
+) -> Any:
+  """A choice of class, that of a test image; invisible where there are none."""
+  choices = [("all", actions.ALL)] * every + list(studio.classes)
+  value = choices[0][1] if choices else None
+  if index is not None:
+    with contextlib.suppress(errors.UserError, OSError):
+      value = studio.example_label(index)
+  return gr.Dropdown(
+      choices, value=value, label="class", visible=bool(studio.classes),
+  )
+
+
+def _picture(gr: Any, label: str) -> Any:
+  return gr.Image(
+      label=label, format="png", interactive=False,
+      height=actions.CANVAS + 64,
+  )
+
+
+def _number(gr: Any) -> Any:
+  return gr.Number(0, label="seed")
+
+
+def _generate_tab(gr: Any, studio) -> None:
+  with gr.Row():
+    with gr.Column():
+      inputs = [
+          _class(gr, studio, every=True), _number(gr),
+          gr.Slider(1, 25, 16, step=1, label="images"),
+          gr.Dropdown(
+              list(studio.samplers), value=studio.samplers[0], label="sampler"
+          ),
+          gr.Slider(
+              1, 32, 2, step=1,
+              label="network evaluations (NFE) of samplers with several",
+          ),
+      ]
+      button = gr.Button("Generate", variant="primary")
+    with gr.Column():
+      outputs = [_picture(gr, "images"), gr.Markdown()]
+  button.click(
+      _spoken(studio.generate), inputs, outputs, api_name="generate"
+  )
+
+
+def _invert_tab(gr: Any, studio) -> None:
+  invert = studio.model.experiment.config.invert
+  with gr.Row():
+    with gr.Column():
+      inputs = [
+          _upload(gr, studio, "image", 0), _class(gr, studio, 0),
+          gr.Slider(
+              0.01, 1.0, invert.noise, step=0.01, label="noise added (sigma)"
+          ),
+          gr.Slider(1, 8, 1, step=1, label="NFE of the inversion"),
+          _number(gr),
+      ]
+      button = gr.Button("Invert and reconstruct", variant="primary")
+    with gr.Column(scale=2):
+      with gr.Row():
+        outputs = [
+            _picture(gr, name)
+            for name in ("as the network sees it", "latent", "reconstruction")
+        ]
+      outputs.append(gr.Markdown())
+  button.click(
+      _spoken(studio.reconstruct), inputs, outputs, api_name="reconstruct"
+  )
+
+
+def _interpolate_tab(gr: Any, studio) -> None:
+  with gr.Row():
+    with gr.Column():
+      first, label = _upload(gr, studio, "from", 0), _class(gr, studio, 0)
+    with gr.Column():
+      outputs = [_picture(gr, "between"), gr.Markdown()]
+      weight = gr.Slider(0, 1, 0.5, step=0.05, label="from one to the other")
+      button = gr.Button("Interpolate", variant="primary")
+      seed = _number(gr)
+    with gr.Column():
+      second, other = _upload(gr, studio, "to", 1), _class(gr, studio, 1)
+  inputs = [first, second, label, other, weight, seed]
+  action = _spoken(studio.interpolate)
+  button.click(action, inputs, outputs, api_name="interpolate")
+  weight.release(action, inputs, outputs, api_name=False)
+
+
+def _inpaint_tab(gr: Any, studio, task: str) -> None:
+  height, width, _ = studio.model.image_shape
+  with gr.Row():
+    with gr.Column():
+      editor = gr.ImageEditor(
+          studio.example(2), label="paint over what is to be filled",
+          type="numpy", format="png", image_mode="RGBA",
+          sources=["upload", "clipboard"], transforms=(), layers=False,
+          canvas_size=(width * studio.scale, height * studio.scale),
+          fixed_canvas=True, height=actions.CANVAS + 128,
+          brush=gr.Brush(
+              default_size=studio.scale, colors=["#E69F00"],
+              color_mode="fixed",
+          ),
+      )
+      choices = [t for t in ("inpaint", "inpaint_cm")
+                 if task == "inpaint" or not recipes.TASKS[t].both_ways]
+      inputs = [
+          editor, _class(gr, studio, 2), _number(gr),
+          gr.Dropdown(choices, value=task, label="by"),
+      ]
+      button = gr.Button("Fill", variant="primary")
+    with gr.Column():
+      outputs = [_picture(gr, "filled"), gr.Markdown()]
+  button.click(_spoken(studio.inpaint), inputs, outputs, api_name="inpaint")
+
+
+def _restore_tab(gr: Any, studio) -> None:
+  known = recipes.TASKS["restore"]
+  with gr.Row():
+    with gr.Column():
+      inputs = [
+          _upload(gr, studio, "image", 3), _class(gr, studio, 3),
+          gr.Slider(1, 95, 20, step=1, label="JPEG quality"),
+          gr.Slider(
+              0.01, 1.0, known.noise, step=0.01, label="noise added (sigma)"
+          ),
+          gr.Slider(2, 8, known.nfe, step=1, label="NFE"), _number(gr),
+      ]
+      button = gr.Button("Compress and restore", variant="primary")
+    with gr.Column(scale=2):
+      with gr.Row():
+        outputs = [_picture(gr, "compressed"), _picture(gr, "restored")]
+      outputs.append(gr.Markdown())
+  button.click(_spoken(studio.restore), inputs, outputs, api_name="restore")
+
+
+def launch(
+    model: facade.Model, host: str = "127.0.0.1", port: int = 7860,
+    upload_mb: int = 5, block: bool = True,
+) -> Any:
+  """Serves the studio; returns the running page if it does not block.
+
+  Args:
+    model: of `bcm_jax.load`.
+    host: address that it listens to.
+    port: on it.
+    upload_mb: megabytes an upload may have.
+    block: wait until it is stopped.
+
+  Raises:
+    UserError: the port is taken.
+  """
+  page = build(actions.Studio(model))
+  page.queue(default_concurrency_limit=2, max_size=64)
+  try:
+    page.launch(
+        server_name=host, server_port=port, max_file_size=f"{upload_mb}mb",
+        share=False, prevent_thread_lock=not block, quiet=not block,
+        allowed_paths=[], footer_links=[],
+    )
+  except OSError as e:
+    raise errors.UserError(
+        f"port {port} of {host} cannot be listened to ({e}); choose another "
+        "by --port"
+    ) from e
+  return page
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Entry point."""
+  parser = command.Parser("bcm_jax.studio", __doc__)
+  parser.add_argument(
+      "checkpoint", nargs="?",
+      help="work directory or released folder; without it the digits",
+  )
+  parser.add_argument("--host", default="127.0.0.1")
+  parser.add_argument("--port", type=int, default=7860)
+  parser.add_argument("--upload-mb", type=int, default=5)
+  with command.reporting():
+    args: argparse.Namespace = parser.parse_args(
+        sys.argv[1:] if argv is None else argv
+    )
+    _gradio()
+    model = facade.load(args.checkpoint, batch_size=actions.MOST_IMAGES)
+    launch(model, args.host, args.port, args.upload_mb)

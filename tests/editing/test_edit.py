@@ -1,0 +1,271 @@
+"""Mode edit on files and on test images, around an exact network."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from bcm_jax import errors
+from bcm_jax import runs
+from bcm_jax.data import source as sources
+from bcm_jax.editing import edit
+from bcm_jax.editing import pictures
+from bcm_jax.editing import recipes
+from tests import exact
+
+
+@pytest.fixture(autouse=True)
+def no_checkpoint(monkeypatch):
+  monkeypatch.setattr(runs, "load_run", lambda *args: (0, "params", {}))
+
+
+def experiment(shape=(8, 8, 1), num_classes=10, method=None, **edit_keys):
+  overrides = {f"edit.{k}": str(v) for k, v in edit_keys.items()}
+  return exact.experiment(shape, num_classes, overrides, **(method or {}))
+
+
+def run(tmp_path, built):
+  (folder,) = edit.run(built, str(tmp_path / "run"))
+  return tmp_path / "run" / "edits" / folder.rpartition("/")[2]
+
+
+def write(path, image):
+  plane = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+  path.parent.mkdir(parents=True, exist_ok=True)
+  PIL.Image.fromarray(plane).save(path)
+
+
+def picture(seed=0, size=8, channels=1):
+  x = np.random.default_rng(seed).normal(0, 0.3, (size, size, channels))
+  return sources.to_uint8(x)
+
+
+def read(path):
+  pixels = np.asarray(PIL.Image.open(path))
+  return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+# Test images ----------------------------------------------------------------
+
+GREY_TASKS = [t for t in recipes.TASKS if t not in (
+    "interpolate", "colorize", "attribute")]
+
+
+@pytest.mark.parametrize("task", GREY_TASKS)
+def test_every_task_on_test_images(tmp_path, task):
+  built = experiment(task=task, num_images=3, new_label=4, seed=1)
+  folder = run(tmp_path, built)
+  with np.load(folder / "edit.npz") as f:
+    results, given = f["results"], f["images"]
+    reference = f["reference"] if "reference" in f else None
+  assert results.shape == (3, 8, 8, 1) and results.dtype == np.uint8
+  names = sorted(p.name for p in (folder / "images").iterdir())
+  assert len(names) == 3
+  test = built.source("test")
+  originals = test.fetch(np.array([int(n[:5]) for n in names]))["image"]
+  by_name = np.stack([read(folder / "images" / n) for n in names])
+  order = np.argsort(np.random.default_rng(1).permutation(len(test))[:3])
+  np.testing.assert_array_equal(by_name, results[order])
+  record = json.loads((folder / "result.json").read_text())
+  assert record["task"] == task and record["nfe"] > 0
+  assert record["run"]["config_digest"]
+  if task == "relabel":
+    assert reference is None and "numbers" not in record
+    return
+  np.testing.assert_array_equal(reference[order], originals)
+  error = np.mean((results / 255 - reference / 255) ** 2)
+  assert record["numbers"]["result"]["mse"] == pytest.approx(error)
+  if task == "super_resolve":
+    assert given.shape == (3, 4, 4, 1)
+  elif task == "purify":
+    np.testing.assert_array_equal(given, reference)
+  else:
+    assert (given != reference).any()
+  with PIL.Image.open(folder / "grid.png") as grid:
+    assert grid.size[0] > 3 * 32 and grid.size[1] > 3 * 32
+
+
+def test_coloured_test_images_become_grey_and_get_colours(tmp_path):
+  built = experiment((8, 8, 3), None, task="colorize", num_images=2)
+  images = np.stack([picture(i, channels=3) for i in range(6)])
+  source = sources.ArraySource(images)
+  object.__setattr__(built, "source", lambda split: source)
+  with np.load(run(tmp_path, built) / "edit.npz") as f:
+    given, results = f["images"], f["results"]
+  assert (np.ptp(given, axis=-1) == 0).all()
+  assert np.ptp(results, axis=-1).mean() > 10
+
+
+def test_pairs_of_test_images(tmp_path):
+  folder = run(tmp_path, experiment(pairs=2, points=4, noise=0.01))
+  with np.load(folder / "interpolation.npz") as f:
+    assert f["images"].shape == (2, 6, 8, 8, 1) and f["labels"].shape == (2, 2)
+    ends = f["images"][:, [0, -1]].astype(int), f["images"][:, [1, -2]]
+  assert np.abs(ends[0] - ends[1]).max() < 12
+
+
+def test_jpeg_of_lower_quality_is_further_from_the_image():
+  image = picture(size=16, channels=3)
+  gaps = [
+      np.abs(pictures.compress(image, q).astype(int) - image).mean()
+      for q in (5, 30, 95)
+  ]
+  assert gaps[0] > gaps[1] > gaps[2] > 0
+
+
+# Files ----------------------------------------------------------------------
+
+
+def test_files_with_masks_and_references(tmp_path):
+  for i in range(3):
+    write(tmp_path / "in" / f"{i}.png", picture(i))
+    write(tmp_path / "clean" / f"{i}.png", picture(i))
+  (tmp_path / "in" / "notes.txt").write_text("no image")
+  mask = np.zeros((8, 8), np.uint8)
+  mask[:, 5:] = 255
+  write(tmp_path / "mask.png", mask)
+  folder = run(tmp_path, experiment(
+      task="inpaint", input=tmp_path / "in", mask=tmp_path / "mask.png",
+      reference=tmp_path / "clean", label="1,2,3",
+  ))
+  for i in range(3):
+    result, image = read(folder / "images" / f"{i}.png"), picture(i)
+    np.testing.assert_array_equal(result[:, :5], image[:, :5])
+    assert (result[:, 5:] != image[:, 5:]).any()
+  numbers = json.loads((folder / "result.json").read_text())["numbers"]
+  assert numbers["input"]["mse"] == 0 and numbers["result"]["mse"] > 0
+  with np.load(folder / "edit.npz") as f:
+    assert list(f["labels"]) == [1, 2, 3]
+
+
+def test_two_files_and_what_lies_between_them(tmp_path):
+  write(tmp_path / "a.png", picture(0))
+  write(tmp_path / "b.png", picture(1))
+  folder = run(tmp_path, experiment(
+      input=tmp_path / "a.png", second=tmp_path / "b.png", label=3, points=3,
+  ))
+  with np.load(folder / "interpolation.npz") as f:
+    assert f["images"].shape == (1, 5, 8, 8, 1)
+    np.testing.assert_array_equal(f["images"][0, -1], picture(1))
+
+
+def test_small_files_get_details(tmp_path):
+  write(tmp_path / "small.png", picture(size=4))
+  folder = run(tmp_path, experiment(
+      task="super_resolve", input=tmp_path / "small.png", label=3,
+  ))
+  assert read(folder / "images" / "small.png").shape == (8, 8, 1)
+
+
+def test_grey_files_get_colours(tmp_path):
+  write(tmp_path / "grey.png", picture())
+  folder = run(tmp_path, experiment(
+      (8, 8, 3), None, task="colorize", input=tmp_path / "grey.png",
+  ))
+  assert np.ptp(read(folder / "images" / "grey.png"), axis=-1).mean() > 10
+
+
+def test_other_sizes_and_channels_are_made_to_fit_if_asked(tmp_path):
+  write(tmp_path / "photo.png", picture(size=20, channels=3))
+  folder = run(tmp_path, experiment(
+      task="restore", input=tmp_path / "photo.png", label=3, resize=True,
+  ))
+  assert read(folder / "images" / "photo.png").shape == (8, 8, 1)
+
+
+def test_classes_of_files_are_found(tmp_path, capsys):
+  dark, light = picture(1), picture(2)
+  light = np.clip(light.astype(int) + 100, 0, 255).astype(np.uint8)
+  write(tmp_path / "photos" / "a.png", dark)
+  write(tmp_path / "photos" / "b.png", light)
+  built = experiment(
+      task="restore", input=tmp_path / "photos", classify=True,
+      method=dict(tint=0.2), num_classes=5,
+  )
+  with np.load(run(tmp_path, built) / "edit.npz") as f:
+    labels = list(f["labels"])
+  assert labels == [0, 4]  # 100 of 127.5 grey levels, nearest to 4 tints.
+  assert "classes found: 0 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_classes", [None, 10])
+def test_attributes_of_folders(tmp_path, num_classes):
+  for i in range(12):
+    dark = picture(i).astype(int)
+    write(tmp_path / "dark" / f"{i}.png", dark.astype(np.uint8))
+    light = np.clip(dark + 60, 0, 255).astype(np.uint8)
+    write(tmp_path / "light" / f"{i}.png", light)
+  built = experiment(
+      num_classes=num_classes, task="attribute", present=tmp_path / "light",
+      absent=tmp_path / "dark", input=tmp_path / "dark", noise=0.01,
+      **({} if num_classes is None else {"label": 3}),
+  )
+  with np.load(run(tmp_path, built) / "edit.npz") as f:
+    moved = f["results"].mean() - f["images"].mean()
+  assert moved == pytest.approx(60, abs=6)
+
+
+def test_attributes_of_classes_of_the_data(tmp_path):
+  folder = run(tmp_path, experiment(
+      num_classes=None, task="attribute", num_images=2, label=1, new_label=0,
+  ))
+  record = json.loads((folder / "result.json").read_text())
+  assert record["direction_norm"] > 0
+
+
+# What is refused ------------------------------------------------------------
+
+
+def files(tmp_path):
+  write(tmp_path / "ok.png", picture())
+  write(tmp_path / "large.png", picture(size=9))
+  write(tmp_path / "rgb.png", picture(channels=3))
+  write(tmp_path / "black.png", np.zeros((8, 8), np.uint8))
+  (tmp_path / "broken.png").write_bytes(b"\x89PNG not")
+  (tmp_path / "empty").mkdir()
+  write(tmp_path / "two" / "a.png", picture())
+  write(tmp_path / "two" / "b.png", picture())
+
+
+@pytest.mark.parametrize("keys, said", [
+    (dict(input="gone.png"), "gone.png is not there"),
+    (dict(input="empty"), "empty holds no images"),
+    (dict(input="large.png"), "9x9 pixels .* takes 8x8; set edit.resize=true"),
+    (dict(input="rgb.png"), "is coloured, and the network takes images of 1"),
+    (dict(input="broken.png"), "broken.png"),
+    (dict(input="ok.png", label="()"), "wants the classes of the images, 0 to"),
+    (dict(input="ok.png", label="12"), "from 0 to 9"),
+    (dict(input="ok.png", classify=True), "leave one of the two out"),
+    (dict(input="two", label="1,2,3"), "give one for all or 2"),
+    (dict(input="ok.png", reference="two"), "holds 2 images, and edit.input 1"),
+    (dict(task="inpaint", input="ok.png", mask="black.png"), "has no hole"),
+    (dict(task="inpaint", input="ok.png", mask="large.png"), "is 9x9, expect"),
+    (dict(task="inpaint", input="ok.png", mask="two"), "give one, or 1 as"),
+    (dict(task="interpolate", input="ok.png"), "name the second image"),
+    (dict(task="relabel", input="ok.png"), "needs edit.new_label"),
+    (dict(task="attribute", input="ok.png"), "needs folders edit.present"),
+    (dict(reference="ok.png"), "edit.reference goes with edit.input"),
+    (dict(num_images=1000), "has enough for 1 to 360"),
+    (dict(task="interpolate", pairs=181), "has enough for 1 to 180"),
+])
+def test_files_that_do_not_fit(tmp_path, keys, said):
+  files(tmp_path)
+  paths = ("input", "mask", "reference")
+  keys = {
+      k: tmp_path / v if k in paths else v for k, v in keys.items()
+  }
+  built = experiment(**({"task": "restore", "label": "3"} | keys))
+  with pytest.raises(errors.UserError, match=said):
+    edit.run(built, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_tasks_that_a_network_cannot_do_are_refused_before_files_are_read(
+    tmp_path
+):
+  built = experiment(
+      task="restore", input="gone", method=dict(inverts=False)
+  )
+  with pytest.raises(errors.UserError, match="edit.task='restore' inverts"):
+    edit.run(built, str(tmp_path))

@@ -1,0 +1,118 @@
+"""What every editing task does to which network, and what is refused."""
+
+import pytest
+
+from bcm_jax import errors
+from bcm_jax.editing import recipes
+from bcm_jax.sampling import plan as plans
+from tests import exact
+
+
+@pytest.fixture(scope="module")
+def both_ways():
+  return exact.experiment((8, 8, 3))
+
+
+@pytest.fixture(scope="module")
+def one_way():
+  return exact.experiment((8, 8, 3), inverts=False, two_time=False)
+
+
+def jumps(recipe):
+  return [
+      (s.t, s.u) for plan in recipe.plans for s in plan.steps
+      if isinstance(s, plans.Jump)
+  ]
+
+
+@pytest.mark.parametrize("task", recipes.TASKS)
+def test_a_recipe_counts_what_it_does_and_ends_at_images(both_ways, task):
+  recipe = recipes.recipe(both_ways, task)
+  assert recipe.nfe == len(jumps(recipe)) + recipe.more > 0
+  assert str(recipe).splitlines()[0].endswith(f"{recipe.nfe} NFE")
+  if recipe.plans:
+    assert recipe.plans[-1].end == 0.002
+  known = recipes.TASKS[task]
+  if known.nfe and task != "denoise":
+    assert recipe.nfe == known.nfe
+  goes_up = any(u > t for t, u in jumps(recipe))
+  assert goes_up == known.both_ways
+
+
+@pytest.mark.parametrize("task", recipes.TASKS)
+def test_networks_that_only_make_images_do_what_needs_no_inversion(
+    one_way, task
+):
+  if not recipes.TASKS[task].both_ways:
+    recipe = recipes.recipe(one_way, task)
+    assert all(u == 0.002 for _, u in jumps(recipe))
+    return
+  with pytest.raises(errors.UserError, match="can do inpaint_cm, colorize"):
+    recipes.recipe(one_way, task)
+
+
+def test_inpainting_inverts_lower_and_lower_with_less_and_less_noise(
+    both_ways
+):
+  (plan,) = recipes.recipe(both_ways, "inpaint").plans
+  added = [s.scale for s in plan.steps if isinstance(s, plans.AddNoise)]
+  assert added[0] == 1.0 and added[-1] == pytest.approx(0.3)
+  assert added == sorted(added, reverse=True)
+  tops = [u for t, u in jumps(recipes.recipe(both_ways, "inpaint")) if u > t]
+  assert tops == pytest.approx([10 * e for e in added])
+  (plan,) = recipes.recipe(
+      both_ways, "inpaint", noise=0.1, times=(30.0, 3.0)
+  ).plans
+  assert [s.scale for s in plan.steps[::3]] == [0.1, 0.1]
+  assert [s.u for s in plan.steps[1::3]] == [30.0, 3.0]
+  (plan,) = recipes.recipe(both_ways, "inpaint", noise=8.0, nfe=2).plans
+  assert [str(s).split("(")[0].strip() for s in plan.steps] == [
+      "noise  + 8 z", "jump   8 -> 40", "jump   40 -> 0.002"
+  ]
+
+
+def test_settings_reach_the_plans(both_ways):
+  there, back = recipes.recipe(
+      both_ways, "restore", noise=0.4, nfe=3
+  ).plans
+  assert there.steps[0].scale == 0.4 and there.nfe == 2 and back.nfe == 1
+  there, _ = recipes.recipe(both_ways, "relabel", times=(0.5, 9.0)).plans
+  assert [s.u for s in there.steps[1:]] == [0.5, 9.0, 40.0]
+  (plan,) = recipes.recipe(both_ways, "stroke", level=3.0, nfe=1).plans
+  assert plan.start == 3.0 and plan.nfe == 1
+  (plan,) = recipes.recipe(both_ways, "stroke", times=(0.5,)).plans
+  assert [s.t for s in plan.steps[::2]] == [2.0, 0.5]
+  (plan,) = recipes.recipe(both_ways, "denoise", level=0.7).plans
+  assert plan.start == 0.7
+  assert recipes.recipe(both_ways, "denoise").nfe == 13
+
+
+def test_an_unknown_level_costs_no_evaluations_without_inversion(one_way):
+  assert recipes.recipe(one_way, "denoise").nfe == 1
+
+
+@pytest.mark.parametrize("task, settings, said", [
+    ("impaint", {}, "did you mean 'inpaint'"),
+    ("colorize", dict(noise=0.1), "edit.noise=0.1 is added before an inv"),
+    ("restore", dict(level=1.0), "edit.level=1.0 is where 'stroke' and"),
+    ("stroke", dict(level=90.0), "edit.level 90 lies outside"),
+    ("stroke", dict(nfe=0), "edit.nfe=0 must be at least 1"),
+    ("inpaint", dict(nfe=0), "edit.nfe=0: .* give an even number"),
+    ("restore", dict(nfe=0), "edit.nfe=0: 'restore' inverts and comes back"),
+    ("relabel", dict(nfe=1), "give 2 or more"),
+    ("denoise", dict(level=90.0), "edit.level 90 lies outside"),
+    ("denoise", dict(nfe=2), "one jump; leave edit.nfe"),
+    ("inpaint", dict(nfe=3), "give an even number"),
+    ("inpaint", dict(nfe=8, times=(3.0, 2.0)), "needs 4 levels in edit.times"),
+    ("colorize", dict(nfe=8, times=(3.0, 2.0)), "needs 7 intermediate times"),
+    ("inpaint", dict(noise=50.0), "50 lies outside the trained"),
+    ("restore", dict(noise=0.0), "lies outside the trained"),
+])
+def test_what_does_not_fit_is_refused(both_ways, task, settings, said):
+  with pytest.raises(errors.UserError, match=said):
+    recipes.recipe(both_ways, task, **settings)
+
+
+def test_grey_images_get_no_colours():
+  with pytest.raises(errors.UserError, match="needs images of three channels"):
+    recipes.recipe(exact.experiment(), "colorize")

@@ -1,0 +1,102 @@
+"""docs/results.md out of result files."""
+
+import json
+
+import pytest
+
+from bcm_jax import errors
+from bcm_jax.evaluation import tables
+
+
+def result(data="cifar10", fid=3.0, samples=50_000, method="bcm", **numbers):
+  """A result file of one sampler in one and one inversion."""
+  protocol = {
+      "data": data, "method": method, "samples": samples, "seeds": [0, 1],
+      "features": "Inception", "features_digest": "f" * 12,
+      "reference_images": 50_000, "reference_digest": "e" * 12,
+      "compared_one_by_one": 10_000, "neighbours_k": 3,
+      "config_digest": "c" * 12, "commit": "abc", "hardware": "a laptop",
+  }
+  if samples < 50_000:
+    protocol["few_samples"] = f"{samples} of the protocol's 50000"
+  values = {"FID": fid} | numbers
+  return {
+      "step": 7, "average": "ema_0.9999",
+      "samplers": {"ancestral_nfe2": {
+          "plan": [], "nfe": 2, **values, "std": dict.fromkeys(values, 0.25),
+      }},
+      "inversion": {"nfe1": {"nfe": 1, "noise": 0.07, "mse": 0.0051}},
+      "protocol": protocol,
+  }
+
+
+def row_of(page, *cells):
+  """The only line of a page that holds all these cells."""
+  found = [
+      line for line in page.splitlines()
+      if all(f"| {c} |" in line for c in cells)
+  ]
+  assert len(found) == 1, found
+  return found[0]
+
+
+def test_published_numbers_stand_beside_ours():
+  page = tables.render({"mine": result()})
+  assert row_of(page, "BCM", "2", "2.39 (recalled)").endswith(
+      "| 3.00 ± 0.25 (`mine`) |"
+  )
+  assert row_of(page, "BCM", "1", "3.10 (recalled)").endswith("| not run |")
+  assert row_of(page, "BCM", "1", "4.18").endswith("| not run |")
+  assert "| `mine` | ancestral | 2 | 3.00 ± 0.25 |" in page
+  assert "| `mine` | the network's own | 1 | 0.07 | 0.0051 |" in page
+
+
+def test_few_samples_are_marked_and_never_beside_published_numbers():
+  page = tables.render({"mine": result(samples=5000)})
+  assert row_of(page, "BCM", "2", "2.39 (recalled)").endswith("| not run |")
+  assert "**Few samples: 5000 of the protocol's 50000.**" in page
+  assert "5,000 samples a seed (seeds 0, 1)" in page
+
+
+def test_another_method_or_data_set_is_not_ours():
+  page = tables.render({
+      "a": result(method="ict"), "b": result(data="cifar10_jpeg"),
+  })
+  assert row_of(page, "BCM", "2", "2.39 (recalled)").endswith("| not run |")
+  assert row_of(page, "iCT", "2", "2.46").endswith("(`a`) |")
+  assert "## CIFAR-10 (JPEG), 32x32" in page
+  assert "not with published CIFAR-10 numbers" in page.replace("\n", " ")
+
+
+def test_columns_are_what_any_run_measured():
+  page = tables.render({
+      "a": result(data="mine", recognised=0.5),
+      "b": result(data="mine", fid=None, precision=0.25)
+      | {"inversion": {}},
+  })
+  assert "## mine" in page
+  head = next(x for x in page.splitlines() if x.startswith("| run | sampler"))
+  assert head == "| run | sampler | NFE | FID | P | recognised |"
+  assert "| `b` | ancestral | 2 |  | 0.250 ± 0.250 |  |" in page
+
+
+def test_aims_stand_below_the_digits():
+  page = tables.render({"digits": result(data="digits", recognised=0.5)})
+  assert "| aimed at |  | 1 |  | 97.0% |" in page
+  assert "| aimed at |  | 1 |  | 0.0080 |" in page
+
+
+def test_mode_table_reads_a_folder_and_leaves_other_files(tmp_path):
+  folder = tmp_path / "results"
+  folder.mkdir()
+  with pytest.raises(errors.UserError, match="holds no .json files"):
+    tables.run(str(tmp_path))
+  (folder / "mine.json").write_text(json.dumps(result()))
+  (folder / "speed.json").write_text(json.dumps({"images a second": 1}))
+  tables.run(str(tmp_path))
+  page = (tmp_path / "results.md").read_text()
+  assert page == tables.render({"mine": result()})
+  (folder / "broken.json").write_text("{")
+  with pytest.raises(errors.UserError, match="broken.json is damaged"):
+    tables.run(str(tmp_path))
+  assert (tmp_path / "results.md").read_text() == page

@@ -1,0 +1,635 @@
+"""Exported samplers: those of the library, alone, checked and whole."""
+
+import ast
+import hashlib
+import io
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import jax
+from jax import export as jax_export
+import numpy as np
+import pytest
+
+from bcm_jax import config as configs
+from bcm_jax import config_files
+from bcm_jax import errors
+from bcm_jax import experiment as experiments
+from bcm_jax import generate
+from bcm_jax import names
+from bcm_jax import planning
+from bcm_jax import runner as runners
+from bcm_jax import runs
+from bcm_jax.release import export
+from bcm_jax.release import exported
+from bcm_jax.sampling import rolled
+from bcm_jax.training import checkpoint
+from tests import toys
+
+TINY = {
+    "model.model_channels": "8", "model.num_groups": "4",
+    "model.num_head_channels": "8", "model.channel_mult": "1,",
+    "sample.num_samples": "5", "sample.batch_size": "4",
+    "invert.nfe": "2", "invert.seed": "3", "training.ema_rates": "()",
+}
+SAMPLERS = ("onestep", "cm_multistep@9/2.5")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+  with toys.quick_compilation(), pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    yield
+
+
+def make_run(folder, file="digits.py", **overrides):
+  """A run of random weights and of two averages that differ."""
+  values = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
+  config = configs.resolve(config_files.read_file(file), values)
+  built = experiments.build(config, to_train=False)
+  configs.write(config, str(folder))
+  shapes = jax.eval_shape(
+      built.method.init, jax.random.key(0), *experiments.example_batch(built)
+  )
+  draw = np.random.default_rng(0).standard_normal
+
+  def moved():
+    return jax.tree.map(
+        lambda x: np.asarray(0.3 * draw(x.shape), np.float32), shapes
+    )
+
+  with checkpoint.Checkpoints(runs.checkpoint_dir(str(folder))) as saved:
+    saved.save(8, {
+        "players": {built.method.sampled: {"params": moved()}},
+        "averages": {"ema_0.9": moved(), "ema_0.5": moved()},
+    }, {})
+  return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def path(run, tmp_path_factory):
+  """All that a run's network can, for all platforms, by the command."""
+  out = tmp_path_factory.mktemp("out") / "digits.zip"
+  export.main([str(run), str(out), f"--samplers={','.join(SAMPLERS)}",
+               "--invert"])
+  return out
+
+
+@pytest.fixture(scope="module")
+def model(path):
+  return exported.load(path)
+
+
+def open_run(run, average=None, overrides=None):
+  """(experiment, runner) of a run, as the modes make them."""
+  built = experiments.build(
+      runs.config_of(str(run), overrides), to_train=False
+  )
+  _, _, params = runs.load_run(built, str(run), average)
+  return built, runners.Runner(built, params, 4)
+
+
+@pytest.fixture(scope="module")
+def library(run):
+  return open_run(run)
+
+
+def samples(library, sampler, index, seed, labels=None):
+  """What the library draws; labels of all images from number 0 on."""
+  plan = planning.sampling_plan(library[0], sampler)
+  return runners.generate(*library, plan, labels, np.asarray(index), seed)
+
+
+def assert_within_a_grey_level(images, expected):
+  assert images.dtype == expected.dtype == np.uint8
+  assert images.shape == expected.shape
+  assert np.std(expected) > 20  # Nothing that is grey everywhere.
+  difference = np.abs(images.astype(int) - expected)
+  assert difference.max() <= 1 and difference.mean() < 0.01
+
+
+# The same images ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samples_are_those_of_the_library(library, model, sampler):
+  for index, seed in (([3], 2**32 - 1), ([4, 0, 6, 1, 9], 7)):
+    labels = np.arange(10, dtype=np.int32)[::-1]
+    expected = samples(library, sampler, index, seed, labels)
+    got = model.sample(index, seed, labels[index], sampler)
+    assert_within_a_grey_level(got, expected)
+
+
+def test_an_image_does_not_depend_on_its_batch(path, model):
+  parts = exported.load(path, batch_size=5)
+  images = parts.sample(7, seed=1, sampler=SAMPLERS[1])
+  assert len(images) == 7
+  for index in ([0, 1, 2, 3, 4], [5, 0, 6, 0, 2]):
+    again = model.sample(index, seed=1, sampler=SAMPLERS[1])
+    assert_within_a_grey_level(images[index], again)
+
+
+def test_samples_are_those_of_mode_sample(library, model, tmp_path):
+  folder = generate.sample(library[0], str(tmp_path), library[1])
+  with np.load(os.path.join(folder, "samples.npz")) as file:
+    assert_within_a_grey_level(model.sample(5), file["arr_0"])
+    only = model.sample(5, labels=int(file["arr_1"][2]))
+    assert_within_a_grey_level(only[2:3], file["arr_0"][2:3])
+    assert np.any(only[3] != file["arr_0"][3])
+
+
+def test_inversion_is_that_of_the_library(library, model):
+  built, runner = library
+  draw = np.random.default_rng(1).integers
+  batch = {
+      "image": draw(0, 256, (5, 8, 8, 1), np.uint8),
+      "label": np.array([3, 1, 4, 1, 5], np.int32),
+  }
+  plan = planning.inversion_plan(built)
+  assert plan.nfe == model.inversion["nfe"] == 2
+  latents, images = runners.invert_and_reconstruct(
+      built, runner, plan, batch, seed=3
+  )
+  found = model.invert(batch["image"], batch["label"], seed=3)
+  assert found.dtype == np.float32
+  toys.assert_close(found, latents, rtol=1e-5)
+  assert_within_a_grey_level(model.decode(latents, batch["label"]), images)
+  other = model.invert(batch["image"], batch["label"], seed=4)
+  assert np.abs(other - found).max() > 0.01
+
+
+def test_a_network_without_classes_and_with_one_time(tmp_path):
+  run = make_run(tmp_path / "run", "digits_ict.py", model__num_classes="none")
+  out = tmp_path / "ict.zip"
+  export.write(str(run), str(out), platforms=["cpu"])
+  model = exported.load(out)
+  assert list(model.samplers) == ["onestep"] and model.num_classes is None
+  expected = samples(open_run(run), "onestep", range(3), 1)
+  assert_within_a_grey_level(model.sample(3, seed=1), expected)
+  with pytest.raises(exported.InputError, match="without classes"):
+    model.sample(3, labels=1)
+  with pytest.raises(errors.UserError, match="which this network cannot"):
+    export.write(str(run), str(tmp_path / "no.zip"), invert=True)
+
+
+@pytest.fixture(scope="module")
+def denoiser(tmp_path_factory):
+  return make_run(
+      tmp_path_factory.mktemp("edm"), "digits_edm.py",
+      method__label_dropout="0.2", sample__num_levels="5",
+  )
+
+
+def test_long_plans_are_loops_that_draw_the_same(
+    denoiser, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(rolled, "UNROLLED", 4)
+  out = tmp_path / "edm.zip"
+  # Of levels 40, 10.2, 1.6, 0.11 and 0.002: guided, plain, with noise, with
+  # noise, plain.
+  overrides = {
+      "sample.sampler": "ddim", "sample.s_churn": "2", "sample.s_tmin": "0.1",
+      "sample.s_tmax": "9.", "sample.guidance": "3.0",
+      "sample.guidance_interval": "(20.,50.)",
+  }
+  flags = [f"--config.{k}={v}" for k, v in overrides.items()]
+  export.main([str(denoiser), str(out), "--platforms=cpu", *flags])
+  model, library = exported.load(out), open_run(denoiser, None, overrides)
+  plan = planning.sampling_plan(library[0])
+  assert (plan.nfe, plan.guide_nfe) == (5, 1)
+  assert [len(turns) for turns in rolled.alike(plan)] == [1, 1, 2, 1]
+  expected = samples(library, None, range(3), 1, np.arange(3))
+  assert_within_a_grey_level(model.sample(3, seed=1), expected)
+  (name,) = model.samplers
+  assert name == "ddim" and model.samplers[name]["nfe"] == 5
+
+
+def test_an_average_and_a_guide_of_another_go_along(denoiser, tmp_path):
+  run, out = tmp_path / "run", tmp_path / "guided.zip"
+  shutil.copytree(denoiser, run)
+  guided = {
+      "sample.sampler": "ddim", "sample.num_levels": "2",
+      "sample.guidance": "2.0", "sample.guide": str(denoiser),
+  }
+  flags = [f"--config.{k}={v}" for k, v in guided.items()]
+  export.main([str(run), str(out), "--platforms=cpu", "--average=ema_0.5",
+               "--step=8", *flags])
+  library = open_run(run, "ema_0.5", guided)
+  expected = samples(library, None, range(3), 1, np.arange(3))
+  model = exported.load(out)
+  assert model.manifest["average"] == "ema_0.5"
+  assert_within_a_grey_level(model.sample(3, seed=1), expected)
+  paths = {name.split("/")[0] for name in model._weights}
+  assert paths == {"network", "guide"}
+
+
+# The file -------------------------------------------------------------------
+
+
+def members(path):
+  with zipfile.ZipFile(path) as file:
+    return {name: file.read(name) for name in file.namelist()}
+
+
+def test_the_file_explains_itself(library, path, model):
+  contents = members(path)
+  manifest = json.loads(contents["manifest.json"])
+  built, _ = library
+  assert manifest["config_digest"] == configs.digest(built.config)
+  assert manifest["versions"]["jax"] == jax.__version__
+  assert (manifest["step"], manifest["data"]) == (8, "digits")
+  assert manifest["average"] == "ema_0.9"
+  assert manifest["image_shape"] == [8, 8, 1] and manifest["num_classes"] == 10
+  for name in SAMPLERS:
+    plan = planning.sampling_plan(built, name)
+    entry = model.samplers[name]
+    assert (entry["plan"], entry["nfe"]) == (str(plan), plan.nfe)
+    assert len(entry["steps"]) == len(plan.steps)
+  steps = model.samplers[SAMPLERS[1]]["steps"]
+  assert [step["kind"] for step in steps] == ["Jump", "AddNoise"] * 2 + ["Jump"]
+  assert steps[1]["level"] == steps[2]["t"] == 9
+  for name, digest in manifest["files"].items():
+    assert hashlib.sha256(contents[name]).hexdigest() == digest
+  assert set(contents) == {"manifest.json", *manifest["files"]}
+  loader = pathlib.Path(exported.__file__).read_bytes()
+  assert contents["exported.py"] == loader
+
+
+def assert_portable(program):
+  """Nothing is one vendor's, such as fused attention or threefry kernels."""
+  text = program.mlir_module()
+  assert text.count("custom_call") == text.count("custom_call @shape_assert")
+
+
+def test_programs_are_for_all_platforms_and_any_batch(path, model):
+  assert model.platforms == ("cpu", "cuda", "tpu")
+  entries = [*model.samplers.values(), model.inversion]
+  for entry in [*entries, model.manifest["decode"]]:
+    program = jax_export.deserialize(bytearray(members(path)[entry["file"]]))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    assert program.calling_convention_version == (
+        model.manifest["calling_convention_version"]
+    )
+    (out,) = program.out_avals
+    assert str(out.shape) == "(b, 8, 8, 1)"
+    assert_portable(program)
+
+
+NETWORKS = {
+    "adm": {"model.dtype": "bfloat16", "model.num_groups": "4"},
+    "dhariwal": {"model.dtype": "float16"},
+    "ddpmpp": {}, "ncsnpp": {}, "edm2": {},
+}
+
+
+@pytest.mark.parametrize("name", names.MODELS)
+def test_every_network_is_lowered_for_all_platforms(name):
+  values = {
+      "model.name": name, "model.model_channels": "32",
+      "model.channel_mult": "1,2", "model.attention_resolutions": "8,",
+      "model.num_res_blocks": "1", "model.num_classes": "10",
+      "data.name": "none", "data.image_shape": "(16,16,3)",
+      "data.num_classes": "10",
+  }
+  config = configs.resolve(
+      {"method": {"name": "edm"}}, values | NETWORKS[name]
+  )
+  built = experiments.build(config, to_train=False)
+  weights = export.to_weights(jax.eval_shape(
+      built.method.init, jax.random.key(0), *experiments.example_batch(built)
+  ))
+  plan = planning.sampling_plan(built, "ddim:2")
+  program = jax_export.deserialize(bytearray(export.serialised(
+      export.sampler(built, None, plan), export.specs(built, weights),
+      export.PLATFORMS,
+  )))
+  assert program.platforms == export.PLATFORMS
+  assert str(program.out_avals[0].shape) == "(b, 16, 16, 3)"
+  assert_portable(program)
+
+
+# The shapes of all arguments, on a chip that is not there.
+FOR_A_TPU = """
+import sys, jax, numpy as np
+from jax import export
+from jax.experimental import topologies
+import exported
+model = exported.load(sys.argv[1])
+entry = model.samplers["onestep"]
+chip = topologies.get_topology_desc(
+    platform="tpu", topology_name="v5e:2x2").devices[0]
+place = jax.sharding.SingleDeviceSharding(chip)
+rows = np.zeros(8, np.int32)
+given = {"weights": model._weights, "seed": np.uint32(0), "index": rows,
+         "labels": rows}
+shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    [given[name] for name in entry["arguments"]])
+program = export.deserialize(bytearray(model._contents[entry["file"]]))
+compiled = jax.jit(program.call).lower(*shapes).compile()
+print("compiled:", chip.device_kind, compiled.out_info.shape)
+"""
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="libtpu's wheels are for Linux on x86-64 alone",
+)
+def test_the_compiler_of_tpus_takes_a_program(path, tmp_path):
+  settings = {
+      "PYTHONPATH": str(path), "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": "",
+      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+  }
+  done = subprocess.run(
+      [sys.executable, "-c", FOR_A_TPU, str(path)], cwd=tmp_path,
+      env=os.environ | settings, capture_output=True, text=True, check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert "compiled: TPU v5 lite (8, 8, 8, 1)" in done.stdout
+
+
+def test_programs_hold_no_weights_and_no_paths(path):
+  contents = members(path)
+  programs = {k: v for k, v in contents.items() if k.endswith(".bin")}
+  assert len(programs) == len(SAMPLERS) + 2
+  with np.load(io.BytesIO(contents["weights.npz"])) as file:
+    count = sum(file[name].size for name in file.files)
+  for content in programs.values():
+    text = jax_export.deserialize(bytearray(content)).mlir_module()
+    assert ".py" not in text and str(pathlib.Path.cwd()) not in text
+    assert len(content) < 4 * count * 10
+    assert b"bcm_jax" not in content
+
+
+def test_the_same_run_gives_the_same_bytes(run, tmp_path):
+  for name in ("a.zip", "b.zip"):
+    export.write(str(run), str(tmp_path / name), platforms=["cpu"])
+  a, b = ((tmp_path / n).read_bytes() for n in ("a.zip", "b.zip"))
+  assert a == b
+
+
+def test_any_damage_is_noticed(path, tmp_path):
+  good = path.read_bytes()
+  whole = exported.load(path)
+  copy, found = tmp_path / "copy.zip", 0
+  for at in np.random.default_rng(0).integers(0, len(good), 120):
+    copy.write_bytes(good[:at] + bytes([good[at] ^ 0x41]) + good[at + 1 :])
+    try:
+      model = exported.load(copy)
+    except exported.DamagedError as e:
+      assert str(copy) in str(e) and "copy or export it again" in str(e)
+      found += 1
+    else:  # In a field that nobody reads, such as a date.
+      assert model.manifest == whole.manifest
+  assert found > 110
+  for cut in (0, 1, len(good) // 2, len(good) - 1):
+    copy.write_bytes(good[:cut])
+    with pytest.raises(exported.DamagedError):
+      exported.load(copy)
+
+
+def repack(path, out, name, content):
+  """A copy with other content of a member, in an archive that is sound."""
+  with zipfile.ZipFile(out, "w") as file:
+    for each, old in members(path).items():
+      file.writestr(each, content if each == name else old)
+  return out
+
+
+def rewrite(path, out, **changes):
+  """A copy with another manifest and a digest that fits it."""
+  manifest = json.loads(members(path)["manifest.json"]) | changes
+  manifest["sha256"] = exported.record_digest(manifest)
+  return repack(path, out, "manifest.json", json.dumps(manifest).encode())
+
+
+@pytest.mark.parametrize("changes, error, said", [
+    ({"format": 2}, exported.VersionError, "exported.py inside"),
+    ({"calling_convention_version": 99}, exported.VersionError, "99"),
+    ({"platforms": ["tpu"]}, exported.PlatformError, "exported for tpu, and"),
+])
+def test_files_that_cannot_be_used_here(path, tmp_path, changes, error, said):
+  with pytest.raises(error, match=said):
+    exported.load(rewrite(path, tmp_path / "other.zip", **changes))
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("manifest.json", b'"digits"', b'"images"'),
+    ("weights.npz", b"kernel.npy", b"kennel.npy"),
+    ("exported.py", b"jax", b"fax"),
+])
+def test_members_that_were_edited(path, tmp_path, name, old, new):
+  content = members(path)[name]
+  assert old in content
+  edited = repack(path, tmp_path / "a.zip", name, content.replace(old, new))
+  with pytest.raises(exported.DamagedError, match=f"digest of {name}"):
+    exported.load(edited)
+
+
+def test_a_program_that_this_jax_cannot_read(path, tmp_path):
+  model = exported.load(path)
+  model._contents[model.samplers["onestep"]["file"]] = b"of another time" * 9
+  with pytest.raises(exported.VersionError, match="use a jax nearer"):
+    model.sample(1)
+
+
+def test_a_program_for_other_devices_alone(run, tmp_path):
+  out = tmp_path / "gpu.zip"
+  export.main([str(run), str(out), "--platforms=cuda,rocm"])
+  with pytest.raises(exported.PlatformError, match="jax runs on cpu here"):
+    exported.load(out)
+
+
+# Bad input ------------------------------------------------------------------
+
+IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda m: m.sample(0), "at least 1"),
+    (lambda m: m.sample(2.5), "how many"),
+    (lambda m: m.sample([[1]]), "list of numbers"),
+    (lambda m: m.sample([-1]), "0 to 2147483647"),
+    (lambda m: m.sample(1, seed=-1), "give 0 to 4294967295"),
+    (lambda m: m.sample(1, seed=2**32), "out of range"),
+    (lambda m: m.sample(2, labels=10), "10 to 10; .* classes 0 to 9"),
+    (lambda m: m.sample(2, labels=[0, -1]), "-1 to 0"),
+    (lambda m: m.sample(2, labels=[0, 1, 2]), "one whole number or 2"),
+    (lambda m: m.sample(2, labels=0.5), "float64"),
+    (lambda m: m.sample(2, sampler="heun"), "there is onestep, cm_multistep"),
+    (lambda m: m.invert(IMAGES), "labels are missing"),
+    (lambda m: m.invert(IMAGES / 255, 0), "float64, expected uint8; 0 is"),
+    (lambda m: m.invert(IMAGES[0], 0), r"expected \[n, 8, 8, 1\]"),
+    (lambda m: m.invert(IMAGES[:, :4], 0), r"\[2, 4, 8, 1\]"),
+    (lambda m: m.invert(IMAGES[:0], 0), "at least 1"),
+    (lambda m: m.decode(IMAGES, 0), "expected float32"),
+    (lambda m: m.decode(np.float32(IMAGES), 99), "99 to 99"),
+])
+def test_arguments_that_do_not_fit(model, call, said):
+  with pytest.raises(exported.InputError, match=said):
+    call(model)
+
+
+def test_a_batch_size_of_nothing(path):
+  with pytest.raises(exported.InputError, match="at least 1"):
+    exported.load(path, batch_size=0)
+
+
+def test_inversion_that_was_not_exported(run, tmp_path):
+  export.write(str(run), str(tmp_path / "a.zip"), platforms=["cpu"])
+  model = exported.load(tmp_path / "a.zip")
+  for call in (lambda: model.invert(IMAGES, 0), lambda: model.decode(0, 0)):
+    with pytest.raises(exported.InputError, match="again with --invert"):
+      call()
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--samplers=onestpe"], "unknown sampler 'onestpe'; did you mean"),
+    (["--samplers=ancestral@900"], "outside the trained noise levels"),
+    (["--samplers=heun"], "learnt to jump"),
+    (["--platforms=gpu"], "GPUs are cuda"),
+    (["--platforms=cpu,cpu"], "once at most"),
+    (["--platforms="], "give each of"),
+    (["--average=ema_7"], "unknown sample.average 'ema_7'"),
+    (["--step=5"], "5"),
+    (["--step=x"], "invalid int value"),
+    (["--config.sample.rejection=0.5"], "is not exported"),
+    (["--config.model.attention=cudnn"], "NVIDIA's GPUs alone"),
+    (["--config.sample.smapler=onestep"], "smapler"),
+    (["--config=configs/digits.py"], "has its own config"),
+    (["--half"], "unrecognized arguments"),
+])
+def test_the_command_refuses(run, tmp_path, capsys, flags, said):
+  with pytest.raises(SystemExit) as done:
+    export.main([str(run), str(tmp_path / "out" / "a.zip"), *flags])
+  assert done.value.code == errors.EXIT_BAD_INPUT
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ") and said in line
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_to_install(run, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "flatbuffers", None)
+  with pytest.raises(errors.UserError, match=r"pip install 'bcm_jax\[export"):
+    export.write(str(run), str(tmp_path / "a.zip"))
+
+
+def test_places_that_cannot_be_written(run, path, tmp_path):
+  before = path.read_bytes()
+  (tmp_path / "file").write_text("")
+  for workdir, out, said in (
+      (run, path, "is there already"),
+      (tmp_path, tmp_path / "a.zip", "holds no run"),
+      (run, tmp_path / "file" / "a.zip", "cannot be written"),
+  ):
+    with pytest.raises(errors.UserError, match=said):
+      export.write(str(workdir), str(out), platforms=["cpu"])
+  assert path.read_bytes() == before
+  assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+  original, calls = export.serialised, []
+
+  def fails_at_the_second(*args):
+    calls.append(original(*args))
+    if len(calls) == 2:
+      raise RuntimeError("no more")
+    return calls[-1]
+
+  monkeypatch.setattr(export, "serialised", fails_at_the_second)
+  with pytest.raises(RuntimeError, match="no more"):
+    export.write(str(run), str(tmp_path / "a.zip"), SAMPLERS[:2],
+                 platforms=["cpu"])
+  assert not list(tmp_path.iterdir())
+  assert jax.config.jax_traceback_in_locations_limit > 0
+
+
+# Alone ----------------------------------------------------------------------
+
+# Makes all but the loader's own needs look like what is not installed.
+ALONE = """
+import sys
+class Absent:
+  def find_spec(self, name, path=None, target=None):
+    if name.split(".")[0] in {absent!r}:
+      raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import exported, numpy as np
+assert "digits.zip" in exported.__file__, exported.__file__
+model = exported.load({path!r})
+images = model.sample(5, seed=7, sampler={sampler!r})
+latents = model.invert(images, labels=2, seed=3)
+np.savez({out!r}, images=images, latents=latents,
+         decoded=model.decode(latents, labels=2))
+print(sorted({{name.split(".")[0] for name in sys.modules}}))
+"""
+ABSENT = (
+    "bcm_jax", "flax", "optax", "orbax", "ml_collections", "tensorflow", "clu",
+    "absl", "grain", "sklearn", "PIL", "etils", "chex",
+)
+
+
+def test_the_loader_needs_jax_and_flatbuffers_alone(path, model, tmp_path):
+  code = ALONE.format(
+      absent=set(ABSENT), path=str(path), out=str(tmp_path / "out.npz"),
+      sampler=SAMPLERS[1],
+  )
+  done = subprocess.run(
+      [sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+      text=True, check=False, env=os.environ | {"PYTHONPATH": str(path)},
+  )
+  assert done.returncode == 0, done.stderr
+  loaded = ast.literal_eval(done.stdout.splitlines()[-1])
+  assert {"jax", "flatbuffers", "exported"} <= set(loaded)
+  assert not set(ABSENT) & set(loaded)
+  images = model.sample(5, seed=7, sampler=SAMPLERS[1])
+  with np.load(tmp_path / "out.npz") as found:
+    assert_within_a_grey_level(found["images"], images)
+    latents = model.invert(found["images"], labels=2, seed=3)
+    toys.assert_close(found["latents"], latents, rtol=1e-5)
+    assert_within_a_grey_level(
+        found["decoded"], model.decode(found["latents"], labels=2)
+    )
+
+
+def test_the_loader_imports_jax_numpy_and_python_alone():
+  tree = ast.parse(pathlib.Path(exported.__file__).read_text())
+  names = set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      names.add("." * node.level + (node.module or ""))
+  tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+  assert tops == {"jax", "numpy"}
+
+
+def test_the_page_names_every_flag_and_call():
+  page = pathlib.Path(__file__).parents[2] / "docs" / "export.md"
+  text = page.read_text(encoding="utf-8")
+  source = pathlib.Path(export.__file__).read_text(encoding="utf-8")
+  flags = {
+      node.args[0].value for node in ast.walk(ast.parse(source))
+      if isinstance(node, ast.Call) and node.args
+      and ast.unparse(node.func) == "parser.add_argument"
+  }
+  assert len(flags) == 7
+  for word in [*flags - {"workdir", "out"}, "WORKDIR", "OUT.zip"]:
+    assert word in text, word
+  public = [n for n in vars(exported.Model) if not n.startswith("_")]
+  kinds = [n for n in vars(exported) if n.endswith("Error")]
+  assert len(public) == 3 and len(kinds) == 5
+  for word in [*public, *kinds, f"more than {rolled.UNROLLED}\nevaluations"]:
+    assert word in text, word

@@ -1,0 +1,216 @@
+"""The studio in a browser: headless Chromium generates, uploads and paints.
+
+Screenshots go to $BCM_JAX_SCREENSHOTS, if it is set.
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import socket
+
+import gradio_client
+import numpy as np
+import PIL.Image
+import pytest
+
+from bcm_jax import errors
+from bcm_jax.editing import facade
+from bcm_jax.studio import app
+from tests import exact
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or (
+    shutil.which("google-chrome")
+)
+
+
+def free_port() -> int:
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def address():
+  """Where a studio of the exact network listens."""
+  model = facade.Model(exact.runner(exact.experiment()))
+  port = free_port()
+  page = app.launch(model, port=port, upload_mb=1, block=False)
+  yield f"http://127.0.0.1:{port}"
+  page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+  if CHROMIUM is None:
+    if os.environ.get("BCM_JAX_NEEDS_CHROMIUM"):
+      pytest.fail("Chromium is not there, and this run has to have it")
+    pytest.skip("Chromium is not installed (.ci/run installs it)")
+  from playwright import sync_api
+
+  with sync_api.sync_playwright() as playwright:
+    yield playwright.chromium.launch(
+        executable_path=CHROMIUM, args=["--no-sandbox"]
+    )
+
+
+@pytest.fixture
+def page(browser, address):
+  page = browser.new_page(viewport={"width": 1280, "height": 1000})
+  page.set_default_timeout(30_000)
+  page.goto(address)
+  page.get_by_role("button", name="Generate").wait_for()
+  yield page
+  page.close()
+
+
+def look(page, name: str) -> None:
+  folder = os.environ.get("BCM_JAX_SCREENSHOTS")
+  if folder:
+    page.screenshot(path=str(pathlib.Path(folder) / f"{name}.png"))
+
+
+def photo(path, size=(40, 30)) -> str:
+  noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+  PIL.Image.fromarray(noise).save(path)
+  return str(path)
+
+
+def milliseconds(page) -> float:
+  """What the visible tab says that the last action took."""
+  told = page.locator("strong:visible", has_text="NFE").first
+  return float(re.search(r"([\d.]+) ms", told.inner_text())[1])
+
+
+def test_images_are_generated(page):
+  page.get_by_role("button", name="Generate").click()
+  page.get_by_text("onestep: 1 NFE").wait_for()
+  shown = page.locator("img:visible").first
+  assert shown.bounding_box()["width"] > 100
+  look(page, "generate")
+
+
+def test_an_uploaded_image_is_inverted(page, tmp_path):
+  page.get_by_role("tab", name="Invert").click()
+  page.get_by_label("Remove Image").first.click()
+  page.locator("input[type=file]:not([disabled])").first.set_input_files(
+      photo(tmp_path / "photo.png")
+  )
+  page.get_by_role("button", name="Invert and reconstruct").click()
+  page.get_by_text("PSNR").wait_for()
+  look(page, "invert")
+
+
+def test_a_bad_upload_is_told_in_a_message(page, tmp_path):
+  page.get_by_role("tab", name="Invert").click()
+  page.get_by_label("Remove Image").first.click()
+  bad = tmp_path / "no_image.png"
+  bad.write_bytes(b"these are no pixels")
+  page.locator("input[type=file]:not([disabled])").first.set_input_files(
+      str(bad)
+  )
+  page.get_by_role("button", name="Invert and reconstruct").click()
+  page.get_by_text("cannot be read as an image").wait_for()
+  assert not page.get_by_text("Traceback").count()
+  look(page, "bad_upload")
+
+
+def test_what_is_painted_over_is_filled(page):
+  page.get_by_role("tab", name="Inpaint").click()
+  canvas = page.locator("canvas:visible").first
+  canvas.wait_for()
+  page.wait_for_timeout(1500)  # The editor draws its background when it likes.
+  box = canvas.bounding_box()
+  x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+  page.mouse.move(x - 40, y)
+  page.mouse.down()
+  for step in range(1, 9):
+    page.mouse.move(x - 40 + 10 * step, y + 4 * (step % 2))
+  page.mouse.up()
+  page.wait_for_timeout(500)
+  look(page, "paint")
+  page.get_by_role("button", name="Fill").click()
+  page.get_by_text(re.compile(r"\d+ pixels filled")).wait_for()
+  look(page, "filled")
+
+
+def test_painting_nothing_is_told(page):
+  page.get_by_role("tab", name="Inpaint").click()
+  page.wait_for_timeout(1500)
+  page.get_by_role("button", name="Fill").click()
+  page.get_by_text("nothing is painted over").wait_for()
+
+
+def test_images_are_interpolated_and_restored(page):
+  page.get_by_role("tab", name="Interpolate").click()
+  page.get_by_role("button", name="Interpolate").click()
+  page.get_by_text("interpolate: 2 NFE").wait_for()
+  look(page, "interpolate")
+  page.get_by_role("tab", name="Restore").click()
+  page.get_by_role("button", name="Compress and restore").click()
+  page.get_by_text("dB restored").wait_for()
+  look(page, "restore")
+
+
+def test_edits_are_quick_once_they_are_compiled(page):
+  page.get_by_role("tab", name="Invert").click()
+  for _ in range(2):
+    page.get_by_role("button", name="Invert and reconstruct").click()
+    page.get_by_text("PSNR").wait_for()
+    page.wait_for_timeout(500)
+  assert milliseconds(page) < 200
+
+
+# Without a browser ----------------------------------------------------------
+
+
+def test_ten_users_at_once(address):
+  def user(seed: int) -> str:
+    client = gradio_client.Client(address, verbose=False)
+    _, words = client.predict(
+        3, seed, 4, "ancestral", 2, api_name="/generate"
+    )
+    return words
+
+  with concurrent.futures.ThreadPoolExecutor(10) as pool:
+    told = list(pool.map(user, range(10)))
+  assert all(words.startswith("**2 NFE") for words in told)
+
+
+def test_errors_reach_a_client_as_one_line(address):
+  client = gradio_client.Client(address, verbose=False)
+  with pytest.raises(Exception, match="the seed is -1; give a whole number"):
+    client.predict(3, -1, 4, "onestep", 1, api_name="/generate")
+
+
+def test_large_uploads_are_refused(address, tmp_path):
+  large = tmp_path / "large.png"
+  large.write_bytes(b"0" * 2 * 2**20)
+  client = gradio_client.Client(address, verbose=False)
+  with pytest.raises(Exception, match="(?i)size|large|413"):
+    client.predict(
+        gradio_client.handle_file(str(large)), 3, 0.1, 1, 0,
+        api_name="/reconstruct",
+    )
+
+
+def test_only_this_machine_is_listened_to_unless_told_otherwise(monkeypatch):
+  asked = {}
+  monkeypatch.setattr(
+      app.facade, "load", lambda *a, **k: asked.update(loaded=a)
+  )
+  monkeypatch.setattr(
+      app, "launch", lambda model, *a: asked.update(launched=a)
+  )
+  app.main([])
+  assert asked == {"loaded": (None,), "launched": ("127.0.0.1", 7860, 5)}
+  app.main(["runs/x", "--host=0.0.0.0", "--port=80", "--upload-mb=9"])
+  assert asked["launched"] == ("0.0.0.0", 80, 9)
+
+
+def test_a_taken_port_is_said(address):
+  model = facade.Model(exact.runner(exact.experiment()))
+  port = int(address.rpartition(":")[2])
+  with pytest.raises(errors.UserError, match=f"port {port} of 127.0.0.1"):
+    app.launch(model, port=port, block=False)

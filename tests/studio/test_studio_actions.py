@@ -1,0 +1,214 @@
+"""What the studio's buttons do, around an exact network, without a browser."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from bcm_jax import errors
+from bcm_jax.data import source as sources
+from bcm_jax.editing import facade
+from bcm_jax.studio import actions
+from bcm_jax.studio.actions import ALL
+from tests import exact
+
+
+def make(shape=(8, 8, 1), num_classes=10, **method):
+  built = exact.experiment(shape, num_classes, **method)
+  return actions.Studio(facade.Model(exact.runner(built)))
+
+
+@pytest.fixture(scope="module")
+def studio():
+  return make()
+
+
+def picture(seed=0, size=8, channels=1):
+  x = np.random.default_rng(seed).normal(0, 0.3, (size, size, channels))
+  return sources.to_uint8(x)
+
+
+def save(path, array):
+  plane = array[..., 0] if array.shape[-1] == 1 else array
+  PIL.Image.fromarray(plane).save(path)
+  return str(path)
+
+
+def test_pictures_of_ours_come_back_as_the_images_that_they_show(
+    studio, tmp_path
+):
+  image = picture()
+  large = studio.enlarge(image)
+  assert large.shape == (256, 256, 3) and studio.scale == 32
+  np.testing.assert_array_equal(
+      studio.read(save(tmp_path / "a.png", large))[0], image
+  )
+
+
+def test_photographs_are_cropped_and_resized(studio, tmp_path):
+  photo = np.zeros((90, 60, 3), np.uint8)
+  photo[:, 30:] = 255
+  small = studio.read(save(tmp_path / "a.jpg", photo))
+  assert small.shape == (1, 8, 8, 1)
+  assert small[0, :, :3].max() < 60 and small[0, :, -3:].min() > 195
+
+
+def test_generation(studio):
+  shown, words = studio.generate(3, 1, 5, "ancestral", 4)
+  assert shown.dtype == np.uint8 and shown.shape[-1] == 3
+  assert words.startswith("**4 NFE, ") and "ancestral: 4 NFE" in words
+  again, _ = studio.generate(3, 1, 5, "ancestral", 4)
+  np.testing.assert_array_equal(shown, again)
+  other, words = studio.generate(3, 2, 5, "onestep", 4)
+  assert (other != shown).any() and words.startswith("**1 NFE")
+
+
+def test_all_classes_in_turn():
+  tinted = make(tint=0.05)
+  (one, _), (each, _) = (
+      tinted.generate(label, 1, 9, "onestep", 1) for label in (0, ALL)
+  )
+  # The classes differ in brightness, so nine images of them differ more.
+  size = one.shape[0] // 3
+  means = [
+      [v[i * size : (i + 1) * size, j * size : (j + 1) * size].mean()
+       for i in range(3) for j in range(3)]
+      for v in (one, each)
+  ]
+  # Less than 0.05 * 127.5 a class, for the brightest pixels are clipped.
+  rise = np.diff(np.subtract(means[1], means[0]))
+  assert (rise > 2).all() and (rise < 6.5).all()
+
+
+def test_inversion_shows_image_latent_and_reconstruction(studio, tmp_path):
+  image = picture()
+  path = save(tmp_path / "a.png", image)
+  seen, latent, back, words = studio.reconstruct(path, 3, 0.01, 2, 0)
+  np.testing.assert_array_equal(seen, studio.enlarge(image))
+  assert seen.shape == latent.shape == back.shape
+  gap = np.abs(back.astype(int) - seen).max()
+  assert gap < 10
+  assert "**3 NFE" in words and "PSNR" in words and "back" in words
+
+
+def test_weights_between_images(studio, tmp_path):
+  paths = [save(tmp_path / f"{i}.png", picture(i)) for i in range(2)]
+  ends = [
+      studio.interpolate(*paths, 3, 4, weight, 0)[0].astype(int)
+      for weight in (0.0, 1.0)
+  ]
+  for end, seed in zip(ends, range(2), strict=True):
+    # As far as the noise that inversion adds.
+    assert np.abs(end - studio.enlarge(picture(seed))).mean() < 12
+  half, words = studio.interpolate(*paths, 3, 4, 0.5, 0)
+  assert (half != ends[0]).any() and "interpolate" in words
+  with pytest.raises(errors.UserError, match="lies from 0 to 1"):
+    studio.interpolate(*paths, 3, 4, 1.5, 0)
+
+
+def painted(studio, image, rows, columns):
+  layer = np.zeros((256, 256, 4), np.uint8)
+  layer[rows, columns] = (230, 160, 0, 255)
+  background = np.dstack(
+      [studio.enlarge(image), np.full((256, 256), 255, np.uint8)]
+  )
+  return {"background": background, "layers": [layer]}
+
+
+@pytest.mark.parametrize("task", ["inpaint", "inpaint_cm"])
+def test_what_is_painted_over_is_filled(studio, task):
+  image = picture()
+  # Pixels 2 and 3 wholly, pixel 4 by an eighth: too little.
+  editor = painted(studio, image, slice(64, 128), slice(64, 132))
+  shown, words = studio.inpaint(editor, 3, 0, task)
+  changed = (shown != studio.enlarge(image)).any(-1)[::32, ::32]
+  hole = np.zeros((8, 8), bool)
+  hole[2:4, 2:4] = True
+  assert not changed[~hole].any() and changed[hole].mean() > 0.7
+  assert "4 pixels filled" in words
+
+
+def test_layers_add_up_and_photographs_can_be_painted(studio):
+  photo = picture(size=64, channels=3)
+  layers = [np.zeros((64, 64, 4), np.uint8) for _ in range(2)]
+  layers[0][:8, :8, 3] = 255
+  layers[1][-8:, -8:, 3] = 255
+  _, words = studio.inpaint(
+      {"background": photo, "layers": layers}, 3, 0, "inpaint_cm"
+  )
+  assert "2 pixels filled" in words
+
+
+def test_compression_and_restoration(studio, tmp_path):
+  path = save(tmp_path / "a.png", picture())
+  given, restored, words = studio.restore(path, 3, 10, 0.1, 3, 0)
+  assert given.shape == restored.shape == (256, 256, 3)
+  assert "dB compressed" in words and "**3 NFE" in words
+
+
+def test_networks_without_classes_or_inversion():
+  one_way = make((8, 8, 3), None, inverts=False, two_time=False)
+  assert one_way.samplers == ("onestep", "cm_multistep")
+  assert one_way.classes == ()
+  shown, words = one_way.generate(None, 0, 4, "cm_multistep", 3)
+  assert np.ptp(shown, axis=-1).max() > 0 and "**3 NFE" in words
+  image = picture(channels=3)
+  _, words = one_way.inpaint(
+      painted(one_way, image, slice(0, 64), slice(0, 64)), None, 0,
+      "inpaint_cm",
+  )
+  assert "4 pixels filled" in words
+  assert make(solves=True).samplers == ("heun", "ddim")
+
+
+def test_examples_are_test_images(studio):
+  source = studio.model.experiment.source("test")
+  batch = source.fetch(np.array([5]))
+  np.testing.assert_array_equal(
+      studio.example(5), studio.enlarge(batch["image"][0])
+  )
+  assert studio.example_label(5) == batch["label"][0]
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"", "cannot be read as an image"),
+    (b"<svg></svg>", "cannot be read as an image"),
+    (b"\x89PNG\r\n\x1a\n" + b"0" * 40, "cannot be read as an image"),
+])
+def test_uploads_that_are_no_images(studio, tmp_path, content, said):
+  path = tmp_path / "upload.png"
+  path.write_bytes(content)
+  with pytest.raises(errors.UserError, match=f"upload.png {said}"):
+    studio.read(str(path))
+
+
+def test_cut_and_huge_uploads(studio, tmp_path):
+  whole = io.BytesIO()
+  PIL.Image.fromarray(picture(size=64)[..., 0]).save(whole, "PNG")
+  (tmp_path / "cut.png").write_bytes(whole.getvalue()[:-900])
+  with pytest.raises(errors.UserError, match="cut.png"):
+    studio.read(str(tmp_path / "cut.png"))
+  # 36 million pixels in a few kilobytes.
+  PIL.Image.new("1", (6000, 6000)).save(tmp_path / "huge.png")
+  assert (tmp_path / "huge.png").stat().st_size < 2**17
+  with pytest.raises(errors.UserError, match="more than 24 million"):
+    studio.read(str(tmp_path / "huge.png"))
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda s: s.reconstruct(None, 3, 0.1, 1, 0), "upload or drop one"),
+    (lambda s: s.inpaint(None, 3, 0, "inpaint"), "upload or drop one"),
+    (lambda s: s.inpaint({"background": None}, 3, 0, "inpaint"), "drop one"),
+    (lambda s: s.inpaint(
+        {"background": s.enlarge(picture()), "layers": []}, 3, 0, "inpaint"
+    ), "nothing is painted over"),
+    (lambda s: s.generate(3, None, 4, "onestep", 1), "the seed is None"),
+    (lambda s: s.generate(3, -1, 4, "onestep", 1), "the seed is -1"),
+    (lambda s: s.generate(3, 0.5, 4, "onestep", 1), "the seed is 0.5"),
+    (lambda s: s.generate(3, 0, 99, "onestep", 1), "ask for 1 to 25"),
+    (lambda s: s.generate(3, 0, 4, "heun", 7), "learnt to jump"),
+])
+def test_what_is_missing_or_wrong_is_said(studio, call, said):
+  with pytest.raises(errors.UserError, match=said):
+    call(studio)
