@@ -1,7 +1,8 @@
 """How well a checkpoint edits real images, beside simple ways to do the same.
 
   python benchmarks/editing.py runs/digits --classifier=runs/classifier \
-      --out=docs/results/editing_digits.json --pictures=docs/images
+      --out=docs/results/editing_digits.json \
+      --pictures=docs/images/editing
   python benchmarks/editing.py --table       # docs/editing.md again
 
 On the odd half of the test split (constants of recipes.py were chosen on the
@@ -46,6 +47,8 @@ QUALITIES = (5, 10, 20, 40)
 NOISES = (0.1, 0.3, 0.6, 1.0)
 # L_inf of the attack, in units of [-1, 1]; its steps are a fifth as long.
 ATTACKS = (0.1, 0.2, 0.4)
+# How far images are moved from dark to bright ones.
+STRENGTHS = (-2.0, 2.0)
 
 
 class Bench:
@@ -62,17 +65,36 @@ class Bench:
     self.train = train.fetch(np.arange(min(len(train), 10_000)))
     self.judge = classifiers.load_classifier(classifier)
 
+  def first(self, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """So many images and their labels."""
+    labels = None if self.labels is None else self.labels[:count]
+    return self.images[:count], labels
+
+  def brightening(self) -> np.ndarray:
+    """The way from the darker half of each class to the brighter."""
+    images, classes = self.train["image"], self.train["label"]
+    means = images.mean(axis=(1, 2, 3))
+    middle = np.array([
+        np.median(means[classes == c]) for c in range(classes.max() + 1)
+    ])
+    bright = means > middle[classes]
+    told = self.labels is not None
+    return self.model.direction(
+        images[bright], images[~bright], classes[bright] if told else None,
+        classes[~bright] if told else None,
+    )
+
   def told(self, images: np.ndarray, hole: np.ndarray | None = None) -> dict:
     """PSNR against the originals, and the share whose class is recognised."""
+    right = np.mean(self.judge.classify(images) == self.classes)
+    told = {"recognised": float(right)}
     mse = fidelity.errors(self.images, images, None)["mse"]
-    if hole is not None:  # The rest is equal.
-      mse /= hole.mean()
-    return {
-        "psnr": float(reconstruction.psnr(mse)),
-        "recognised": float(
-            np.mean(self.judge.classify(images) == self.classes)
-        ),
-    }
+    if mse:
+      # Around a hole all is equal.
+      told["psnr"] = float(
+          reconstruction.psnr(mse if hole is None else mse / hole.mean())
+      )
+    return told
 
 
 # Tasks ----------------------------------------------------------------------
@@ -178,6 +200,18 @@ def classes(bench: Bench) -> Iterator[tuple[str, dict]]:
   }
 
 
+def attributes(bench: Bench) -> Iterator[tuple[str, dict]]:
+  """Latents moved from darker images to brighter, and the other way."""
+  way = bench.brightening()
+  before = bench.images.mean()
+  for strength in STRENGTHS:
+    out = bench.model.shift(bench.images, way, strength, bench.labels)
+    yield (f"`shift` by {strength:g}: mean grey level {before:.0f} to "
+           f"{out.mean():.0f}"), {
+        "recognised": float(np.mean(bench.judge.classify(out) == bench.classes))
+    }
+
+
 def attack(bench: Bench) -> Iterator[tuple[str, dict]]:
   """Projected gradient ascent of a classifier's loss (Madry et al., 2018)."""
   clean = jnp.asarray(sources.to_float(bench.images))
@@ -185,7 +219,9 @@ def attack(bench: Bench) -> Iterator[tuple[str, dict]]:
     name = f"attack of {size:g}" if size else "no attack"
     images = bench.images
     if size:
-      images = sources.to_uint8(np.asarray(_perturb(bench, clean, size)))
+      images = sources.to_uint8(
+          np.asarray(_perturb(bench, clean, size, bench.classes))
+      )
     yield name, bench.told(images)
     found = None
     if bench.labels is not None:
@@ -197,7 +233,9 @@ def attack(bench: Bench) -> Iterator[tuple[str, dict]]:
     yield f"{name}, `purify`", bench.told(bench.model.purify(images, found))
 
 
-def _perturb(bench: Bench, clean: jax.Array, size: float) -> jax.Array:
+def _perturb(
+    bench: Bench, clean: jax.Array, size: float, classes: np.ndarray
+) -> jax.Array:
   network, params = bench.judge.network, bench.judge.params
 
   @jax.jit
@@ -206,7 +244,7 @@ def _perturb(bench: Bench, clean: jax.Array, size: float) -> jax.Array:
       # The classifier wants grey levels.
       _, logits = network.apply({"params": params}, 127.5 * (x + 1))
       return optax.softmax_cross_entropy_with_integer_labels(
-          logits, bench.classes
+          logits, classes
       ).sum()
 
     x = x + size / 5 * jnp.sign(jax.grad(loss)(x))
@@ -220,7 +258,8 @@ def _perturb(bench: Bench, clean: jax.Array, size: float) -> jax.Array:
 
 TASKS: dict[str, Callable[[Bench], Iterator[tuple[str, dict]]]] = {
     "holes": holes, "jpeg": jpeg, "noise": noise, "small": small,
-    "colours": colours, "classes": classes, "attack": attack,
+    "colours": colours, "classes": classes, "attributes": attributes,
+    "attack": attack,
 }
 
 
@@ -252,11 +291,32 @@ def _corner(images: np.ndarray) -> np.ndarray:
 # Pictures -------------------------------------------------------------------
 
 
-def draw(bench: Bench, folder: pathlib.Path) -> None:
-  """Every task on the first images, as PNG files: NAME_TASK.png."""
-  model, n = bench.model, 12
-  images = bench.images[:n]
-  labels = None if bench.labels is None else bench.labels[:n]
+def draw(bench: Bench, start: str) -> None:
+  """Every task on the first images, as PNG files: START_TASK.png."""
+  images, labels = bench.first(12)
+  scale = max(1, 32 // images.shape[1])
+  rows = _undone(bench) | _changed(bench)
+  for task, made in rows.items():
+    image_grid.save_png(
+        f"{start}_{task}.png",
+        image_grid.captioned_rows([("image", images), *made], scale=scale),
+    )
+  half = len(images) // 2
+  between = bench.model.interpolate(
+      images[:half], images[half:], None if labels is None else labels[:half],
+      None if labels is None else labels[half:], points=len(images),
+  )
+  image_grid.save_png(
+      f"{start}_interpolate.png",
+      image_grid.image_grid(
+          between.reshape(-1, *images.shape[1:]), len(images), scale=scale
+      ),
+  )
+
+
+def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
+  """Rows of tasks that undo damage: damaged, and mended."""
+  model, (images, labels) = bench.model, bench.first(12)
   height, width = model.image_shape[:2]
   hole = np.zeros((height, width), bool)
   hole[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
@@ -267,6 +327,9 @@ def draw(bench: Bench, folder: pathlib.Path) -> None:
   noisy = floats + 0.6 * np.random.default_rng(0).standard_normal(floats.shape)
   noisy = noisy.astype(np.float32)
   repeated = small.repeat(2, 1).repeat(2, 2)
+  attacked = sources.to_uint8(np.asarray(
+      _perturb(bench, jnp.asarray(floats), 0.2, bench.classes[: len(images)])
+  ))
   rows = {
       "inpaint": [("covered", covered),
                   ("inpaint", model.inpaint(covered, hole, labels))],
@@ -280,31 +343,27 @@ def draw(bench: Bench, folder: pathlib.Path) -> None:
       "stroke": [
           ("sketch", repeated), ("stroke", model.stroke(repeated, labels))
       ],
+      "purify": [("attack", attacked), ("purify", model.purify(attacked))],
   }
-  if labels is not None:
-    new = (labels + 1) % model.num_classes
-    rows["relabel"] = [("next class", model.relabel(images, labels, new))]
   if model.image_shape[-1] == 3:
     grey = sources.to_uint8(np.asarray(operators.to_grey(floats)))
     rows["colorize"] = [("grey", grey),
                         ("colorize", model.colorize(grey, labels))]
-  scale = max(1, 32 // height)
-  for task, made in rows.items():
-    image_grid.save_png(
-        folder / f"editing_{task}.png",
-        image_grid.captioned_rows([("image", images), *made], scale=scale),
-    )
-  half = n // 2
-  between = model.interpolate(
-      images[:half], images[half:], None if labels is None else labels[:half],
-      None if labels is None else labels[half:], points=n,
-  )
-  image_grid.save_png(
-      folder / "editing_interpolate.png",
-      image_grid.image_grid(
-          between.reshape(-1, *images.shape[1:]), n, scale=scale
-      ),
-  )
+  return rows
+
+
+def _changed(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
+  """Rows of tasks that change what an image shows."""
+  model, (images, labels) = bench.model, bench.first(12)
+  way = bench.brightening()
+  rows = {"attribute": [
+      (f"shift {strength:+g}", model.shift(images, way, strength, labels))
+      for strength in STRENGTHS
+  ]}
+  if labels is not None:
+    new = (labels + 1) % model.num_classes
+    rows["relabel"] = [("next class", model.relabel(images, labels, new))]
+  return rows
 
 
 # The page -------------------------------------------------------------------
@@ -344,7 +403,9 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--count", type=int, help="test images at most")
   parser.add_argument("--only", default=",".join(TASKS))
   parser.add_argument("--out", metavar="FILE")
-  parser.add_argument("--pictures", metavar="DIR", type=pathlib.Path)
+  parser.add_argument(
+      "--pictures", metavar="START", help="of the names of pictures"
+  )
   parser.add_argument("--table", action="store_true")
   with command.reporting():
     args: argparse.Namespace = parser.parse_args(
