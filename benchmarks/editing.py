@@ -1,8 +1,7 @@
 """How well a checkpoint edits real images, beside simple ways to do the same.
 
-  python benchmarks/editing.py runs/digits --classifier=runs/classifier \
-      --out=docs/results/editing_digits.json \
-      --pictures=docs/images/editing
+  python benchmarks/editing.py runs/digits --classifier=runs/classifier \\
+      --out=docs/results/editing_digits.json --pictures=docs/images/editing
   python benchmarks/editing.py --table       # docs/editing.md again
 
 On the odd half of the test split (constants of recipes.py were chosen on the
