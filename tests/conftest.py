@@ -3,12 +3,7 @@
 import os
 import tempfile
 
-# Tests of sharding need several devices; four exist on any CPU this way.
-_DEVICES = "--xla_force_host_platform_device_count"
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=4"
 
 # Always replaced, so that no test reads or writes a user's own data sets. The
 # folder goes when the interpreter does, and this name with it.
@@ -21,3 +16,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _compiled = tempfile.TemporaryDirectory(prefix="bcm_jax_compiled_")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+from tests import quick  # noqa: E402  (It imports JAX, which reads all this.)
+
+# Tests of sharding need several devices; four exist on any CPU this way.
+if "device_count" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = (
+      f"{os.environ.get('XLA_FLAGS', '')} {quick.flags(4)}"
+  )

@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 
+from tests import quick
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _CONFIG = pathlib.Path(__file__).with_name("tiny_run.py")
 
@@ -76,8 +78,9 @@ class Server:
   def __init__(self, folder: pathlib.Path, cache: str | None = None):
     self._folder, self._count = pathlib.Path(folder), 0
     self._one = threading.Lock()
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    env = os.environ | {
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": quick.flags(),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_COMPILATION_CACHE_DIR": cache

@@ -12,6 +12,7 @@ import pytest
 
 from bcm_jax.training import checkpoint
 from bcm_jax.training import parallel
+from tests import quick
 from tests import toys
 from tests.training import topologies
 from tests.training.topologies import B
@@ -67,7 +68,7 @@ def test_eight_devices_are_the_same(tmp_path):
       [sys.executable, "-m", "tests.training.topologies", tmp_path / "8.npz",
        "jit-8"],
       env={**os.environ, "PYTHONPATH": str(root),
-           "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+           "XLA_FLAGS": quick.flags(8)},
       cwd=root, capture_output=True, text=True, timeout=120, check=False,
   )
   assert done.returncode == 0, done.stderr
