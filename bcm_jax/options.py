@@ -243,7 +243,8 @@ class Edit:
     label: classes of the images, one or as many as images.
     classify: whether the network finds the classes itself, which takes 20
       evaluations a class and image.
-    new_label: class to make, of 'relabel'.
+    new_label: class to make, of 'relabel'; of the other ends of
+      'interpolate', None is `label`.
     noise, level, nfe, times: of the recipe; None and () take its defaults.
     factor: of 'super_resolve'; `input` has that part of the height and width.
     strength: of 'attribute'; 1 goes all the way from absent to present.

@@ -107,7 +107,7 @@ def interpolate(
 
 def _scale(model: facade.Model) -> int:
   """Enlargement that makes small images visible."""
-  return max(1, 32 // model.image_shape[0])
+  return max(1, 64 // model.image_shape[0])
 
 
 def _edit(
@@ -122,9 +122,7 @@ def _edit(
   seconds = time.monotonic() - began
   folder = _folder(workdir, section.task)
   _write_images(folder, inputs, results)
-  shown = inputs.images
-  if section.task == "super_resolve":
-    shown = shown.repeat(section.factor, 1).repeat(section.factor, 2)
+  shown = _shown(section, inputs)
   rows = [("input", shown[:_SHOWN]), ("result", results[:_SHOWN])]
   if inputs.reference is not None:
     rows.append(("reference", inputs.reference[:_SHOWN]))
@@ -149,6 +147,16 @@ def _edit(
   record["run"] = provenance.facts(model.experiment)
   files.write_json(os.path.join(folder, "result.json"), record)
   return folder
+
+
+def _shown(section: options.Edit, inputs: pictures.Inputs) -> np.ndarray:
+  """The images as they are edited: holes grey, small ones enlarged."""
+  images = inputs.images
+  if section.task.startswith("inpaint"):
+    return pictures.covered(images, inputs.mask)
+  if section.task == "super_resolve":
+    return images.repeat(section.factor, 1).repeat(section.factor, 2)
+  return images
 
 
 def perform(

@@ -92,8 +92,9 @@ def read_image(
     UserError: unreadable, or it does not fit and `resize` is not asked for.
   """
   height, width, channels = shape
-  decoder = decoding.Decoder(channels, height if resize else None)
-  pixels = decoder(content, name)
+  pixels = _decoded(
+      content, name, decoding.Decoder(channels, height if resize else None)
+  )
   if pixels.shape[:2] != (height, width):
     raise errors.UserError(
         f"{name} is {pixels.shape[0]}x{pixels.shape[1]} pixels (height x "
@@ -112,6 +113,15 @@ def read_image(
   return pixels
 
 
+def _decoded(content: bytes, name: str, decoder) -> np.ndarray:
+  try:
+    return decoder(content, name)
+  except decoding.CorruptImage as e:
+    raise errors.UserError(
+        f"{name} cannot be read as an image; give a PNG or JPEG file"
+    ) from e
+
+
 def _read(paths, shape, resize, any_colours=False) -> np.ndarray:
   images = []
   for path in paths:
@@ -128,7 +138,7 @@ def read_mask(
   Raises:
     UserError: unreadable, another size, or all black.
   """
-  pixels = decoding.Decoder(1)(content, name)[..., 0]
+  pixels = _decoded(content, name, decoding.Decoder(1))[..., 0]
   if pixels.shape != shape[:2] and resize:
     picture = PIL.Image.fromarray(pixels).resize(
         shape[1::-1], PIL.Image.Resampling.NEAREST
@@ -173,6 +183,8 @@ def _files(experiment, section: options.Edit) -> Inputs:
         section.second, "edit.second", len(paths), shape, resize
     )
     inputs.second_labels = inputs.labels
+    if section.new_label is not None:
+      inputs.second_labels = np.full(len(paths), section.new_label, np.int32)
   if section.task.startswith("inpaint"):
     inputs.mask = _mask(section, shape, len(paths))
   return inputs
@@ -206,6 +218,12 @@ def _mask(section: options.Edit, shape, count: int) -> np.ndarray:
     with open(path, "rb") as f:
       masks.append(read_mask(f.read(), path, shape, section.resize))
   return masks[0] if len(masks) == 1 else np.stack(masks)
+
+
+def covered(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """Images with grey holes, mask true in them."""
+  hole = np.broadcast_to(mask, images.shape[:3])[..., None]
+  return np.where(hole, np.uint8(127), images)
 
 
 def labels_of(
@@ -263,8 +281,7 @@ def _damaged(experiment, section: options.Edit) -> Inputs:
     inputs.second_labels = None if labels is None else other["label"]
   elif section.task.startswith("inpaint"):
     inputs.mask = _mask(section, experiment.image_shape, len(images))
-    hole = np.broadcast_to(inputs.mask, images.shape[:3])[..., None]
-    inputs.images = np.where(hole, np.uint8(127), images)
+    inputs.images = covered(images, inputs.mask)
   elif section.task == "denoise":
     _add_noise(inputs, section)
   elif section.task == "colorize":

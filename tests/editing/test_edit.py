@@ -134,7 +134,12 @@ def test_files_with_masks_and_references(tmp_path):
     np.testing.assert_array_equal(result[:, :5], image[:, :5])
     assert (result[:, 5:] != image[:, 5:]).any()
   numbers = json.loads((folder / "result.json").read_text())["numbers"]
-  assert numbers["input"]["mse"] == 0 and numbers["result"]["mse"] > 0
+  images = np.stack([picture(i) for i in range(3)])
+  grey = images.copy()
+  grey[:, :, 5:] = 127  # What the grid shows is what is measured.
+  expected = np.mean((grey / 255.0 - images / 255.0) ** 2)
+  assert numbers["input"]["mse"] == pytest.approx(expected, rel=1e-4)
+  assert numbers["result"]["mse"] > 0
   with np.load(folder / "edit.npz") as f:
     assert list(f["labels"]) == [1, 2, 3]
 
@@ -148,6 +153,13 @@ def test_two_files_and_what_lies_between_them(tmp_path):
   with np.load(folder / "interpolation.npz") as f:
     assert f["images"].shape == (1, 5, 8, 8, 1)
     np.testing.assert_array_equal(f["images"][0, -1], picture(1))
+    assert f["labels"].tolist() == [[3, 3]]
+  folder = run(tmp_path, experiment(
+      input=tmp_path / "a.png", second=tmp_path / "b.png", label=3,
+      new_label=5, method=dict(tint=0.05),
+  ))
+  with np.load(folder / "interpolation.npz") as f:
+    assert f["labels"].tolist() == [[3, 5]]
 
 
 def test_small_files_get_details(tmp_path):
@@ -233,7 +245,7 @@ def files(tmp_path):
     (dict(input="empty"), "empty holds no images"),
     (dict(input="large.png"), "9x9 pixels .* takes 8x8; set edit.resize=true"),
     (dict(input="rgb.png"), "is coloured, and the network takes images of 1"),
-    (dict(input="broken.png"), "broken.png"),
+    (dict(input="broken.png"), "cannot be read as an image; give a PNG or"),
     (dict(input="ok.png", label="()"), "wants the classes of the images, 0 to"),
     (dict(input="ok.png", label="12"), "from 0 to 9"),
     (dict(input="ok.png", classify=True), "leave one of the two out"),
