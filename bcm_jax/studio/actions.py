@@ -28,6 +28,8 @@ CANVAS = 256
 _MOST_PIXELS = 24_000_000
 # In place of a class: every class in turn.
 ALL = -1
+# In place of a class: that which the network finds.
+FIND = -2
 # Images that are made at a time.
 MOST_IMAGES = 25
 # Share of a pixel that must be painted to make it part of a hole.
@@ -156,7 +158,8 @@ class Studio:
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
     """(image as the network sees it, its latent, reconstruction, words)."""
     image = self.read(path)
-    label, seed, nfe = self._label(label), _seed(seed), int(nfe)
+    (label, note), seed = self._class_of(label, image), _seed(seed)
+    nfe = int(nfe)
     there = planning.inversion_plan(self.model.experiment, nfe, noise)
     latents, seconds = _timed(
         self.model.invert, image, label, seed, noise, nfe
@@ -168,7 +171,7 @@ class Studio:
     words = _told(
         nfe + 1, seconds + more, f"{there}\nonestep: 1 NFE, back",
         f"error {mse:.4f} on [0, 1], PSNR {float(reconstruction.psnr(mse)):.1f}"
-        " dB",
+        " dB", note,
     )
     return (*map(self.enlarge, (image[0], latent[0], images[0])), words)
 
@@ -180,13 +183,18 @@ class Studio:
     if not 0 <= weight <= 1:
       raise errors.UserError(f"the weight is {weight}; it lies from 0 to 1")
     ends = self.read(first), self.read(second)
+    (label, note), (second_label, other) = (
+        self._class_of(of, image)
+        for of, image in zip((label, second_label), ends, strict=True)
+    )
     images, seconds = _timed(
-        self.model.interpolate, *ends, self._label(label),
-        self._label(second_label), (weight,), _seed(seed),
+        self.model.interpolate, *ends, label, second_label, (weight,),
+        _seed(seed),
     )
     recipe = self.model.recipe("interpolate")
     return self.enlarge(images[0, 0]), _told(
-        recipe.nfe + recipe.plans[0].nfe, seconds, recipe, "both ends inverted"
+        recipe.nfe + recipe.plans[0].nfe, seconds, recipe,
+        "both ends inverted", note, other,
     )
 
   def inpaint(
@@ -206,11 +214,12 @@ class Studio:
     image = self._canvas(painted["background"])
     mask = self._mask(painted.get("layers") or [])
     recipe = self.model.recipe(task)
+    label, note = self._class_of(label, pictures.covered(image, mask))
     images, seconds = _timed(
-        self.model.inpaint, image, mask, self._label(label), _seed(seed), task
+        self.model.inpaint, image, mask, label, _seed(seed), task
     )
     words = _told(
-        recipe.nfe, seconds, recipe, f"{int(mask.sum())} pixels filled"
+        recipe.nfe, seconds, recipe, f"{int(mask.sum())} pixels filled", note
     )
     return self.enlarge(images[0]), words
 
@@ -223,8 +232,9 @@ class Studio:
     given = pictures.compress(image[0], int(quality))[None]
     settings = dict(noise=noise, nfe=int(nfe))
     recipe = self.model.recipe("restore", **settings)
+    label, note = self._class_of(label, given)
     images, seconds = _timed(
-        self.model.restore, given, self._label(label), _seed(seed), **settings
+        self.model.restore, given, label, _seed(seed), **settings
     )
     before, after = (
         float(reconstruction.psnr(reconstruction.per_pixel_mse(image, x))[0])
@@ -232,7 +242,7 @@ class Studio:
     )
     words = _told(
         recipe.nfe, seconds, recipe,
-        f"PSNR {before:.1f} dB compressed, {after:.1f} dB restored",
+        f"PSNR {before:.1f} dB compressed, {after:.1f} dB restored", note,
     )
     return self.enlarge(given[0]), self.enlarge(images[0]), words
 
@@ -242,6 +252,15 @@ class Studio:
     if not self.classes or label in (None, ALL):
       return None
     return int(label)
+
+  def _class_of(
+      self, label: int | None, image: np.ndarray
+  ) -> tuple[int | None, str]:
+    """(an image's class, what is to be told of it)."""
+    if label != FIND or not self.classes:
+      return self._label(label), ""
+    found = int(self.model.classify(image)[0])
+    return found, f"class {found} found"
 
   def _canvas(self, background: np.ndarray) -> np.ndarray:
     """The image under the paint: uint8 [1, H, W, C]."""
@@ -294,9 +313,9 @@ def _seed(seed: float | None) -> int:
   return int(seed)
 
 
-def _told(nfe: int, seconds: float, plan: Any, more: str = "") -> str:
+def _told(nfe: int, seconds: float, plan: Any, *more: str) -> str:
   """What was done, as Markdown."""
-  line = f"**{nfe} NFE, {seconds * 1e3:.0f} ms**"
-  if more:
-    line += f", {more}"
+  line = ", ".join(
+      [f"**{nfe} NFE, {seconds * 1e3:.0f} ms**", *filter(None, more)]
+  )
   return f"{line}\n```\n{plan}\n```"

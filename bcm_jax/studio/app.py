@@ -21,6 +21,8 @@ from bcm_jax.editing import recipes
 from bcm_jax.studio import actions
 
 _TITLE = "bcm_jax studio"
+# That a network can be asked for while a person waits.
+_FEW_CLASSES = 100
 
 
 def _gradio() -> Any:
@@ -87,7 +89,11 @@ def _class(
     gr: Any, studio, index: int | None = None, every: bool = False
 ) -> Any:
   """A choice of class, that of a test image; invisible where there are none."""
-  choices = [("all", actions.ALL)] * every + list(studio.classes)
+  choices = list(studio.classes)
+  if choices and every:
+    choices.insert(0, ("all", actions.ALL))
+  elif 0 < len(choices) <= _FEW_CLASSES:
+    choices.insert(0, ("find out", actions.FIND))
   value = choices[0][1] if choices else None
   if index is not None:
     with contextlib.suppress(errors.UserError, OSError):

@@ -11,6 +11,7 @@ from bcm_jax.data import source as sources
 from bcm_jax.editing import facade
 from bcm_jax.studio import actions
 from bcm_jax.studio.actions import ALL
+from bcm_jax.studio.actions import FIND
 from tests import exact
 
 
@@ -127,6 +128,31 @@ def test_what_is_painted_over_is_filled(studio, task):
   hole[2:4, 2:4] = True
   assert not changed[~hole].any() and changed[hole].mean() > 0.7
   assert "4 pixels filled" in words
+
+
+def test_classes_are_found(tmp_path):
+  tinted = make(num_classes=3, tint=0.3)
+  dark, light = (
+      np.clip(picture(k).astype(int) + 76 * k, 0, 255).astype(np.uint8)
+      for k in (0, 2)  # 76 grey levels are 0.6, two classes' tint.
+  )
+  paths = [save(tmp_path / f"{i}.png", x) for i, x in enumerate((dark, light))]
+  editor = painted(tinted, light, slice(64, 128), slice(64, 128))
+  for told, words in (
+      (tinted.reconstruct(paths[0], FIND, 0.01, 2, 0), ["class 0 found"]),
+      (tinted.restore(paths[1], FIND, 90, 0.1, 3, 0), ["class 2 found"]),
+      (tinted.inpaint(editor, FIND, 0, "inpaint"), ["class 2 found"]),
+      (tinted.interpolate(*paths, FIND, FIND, 0.5, 0),
+       ["class 0 found", "class 2 found"]),
+      (tinted.interpolate(*paths, 1, FIND, 0.5, 0), ["class 2 found"]),
+  ):
+    assert [w for w in told[-1].splitlines()[0].split(", ")
+            if "found" in w] == words
+  # What is found is what is used.
+  np.testing.assert_array_equal(
+      tinted.restore(paths[1], FIND, 90, 0.1, 3, 0)[1],
+      tinted.restore(paths[1], 2, 90, 0.1, 3, 0)[1],
+  )
 
 
 def test_layers_add_up_and_photographs_can_be_painted(studio):
