@@ -331,7 +331,9 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
   ))
   rows = {
       "inpaint": [("covered", covered),
-                  ("inpaint", model.inpaint(covered, hole, labels))],
+                  ("inpaint", model.inpaint(covered, hole, labels)),
+                  ("inpaint_cm", model.inpaint(covered, hole, labels,
+                                               task="inpaint_cm"))],
       "restore": [("JPEG, 10", poor), ("restore", model.restore(poor, labels))],
       "denoise": [("noise 0.6", sources.to_uint8(noisy)),
                   ("denoise", model.denoise(noisy, None, labels)[0])],
