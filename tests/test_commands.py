@@ -18,8 +18,7 @@ STEPS = 8
 EVERY = 4
 # One level, one block: small enough to compile in seconds.
 TINY = {
-    "model.model_channels": "8", "model.num_groups": "4",
-    "model.num_head_channels": "8", "model.channel_mult": "1,",
+    **toys.TINY,
     "model.dropout": "0.1",
     "method.s0": "4", "method.s1": "16",
     "training.num_steps": str(STEPS), "training.batch_size": "16",

@@ -28,8 +28,7 @@ from bcm_jax.training import checkpoint
 from tests import toys
 
 TINY = {
-    "model.model_channels": "8", "model.num_groups": "4",
-    "model.num_head_channels": "8", "model.channel_mult": "1,",
+    **toys.TINY,
     "training.num_steps": "4", "training.batch_size": "16",
     "training.ema_rates": "0.5,", "checkpoint.every_steps": "2",
     "checkpoint.keep": "none", "sample.batch_size": "32",

@@ -17,6 +17,11 @@ from bcm_jax.models import layers
 from bcm_jax.training import rng
 
 SIGMA_DATA = 0.5
+# A config's ADM of one level and one block.
+TINY = {
+    "model.model_channels": "8", "model.num_groups": "4",
+    "model.num_head_channels": "8", "model.channel_mult": "1,",
+}
 
 
 

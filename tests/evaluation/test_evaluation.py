@@ -25,10 +25,10 @@ from bcm_jax.metrics import features as feature_lib
 from bcm_jax.metrics import quality
 from bcm_jax.metrics import reference as reference_lib
 from bcm_jax.training import checkpoint
+from tests import toys
 
 TINY = {
-    "model.model_channels": "8", "model.num_groups": "4",
-    "model.num_head_channels": "8", "model.channel_mult": "1,",
+    **toys.TINY,
     "training.num_steps": "4", "training.ema_rates": "0.5,0.9",
     "sample.batch_size": "32", "sample.times": "2.5", "invert.num_images": "16",
     "eval.num_samples": "24", "eval.num_reference": "50",

@@ -14,6 +14,7 @@ from bcm_jax import config_files
 from bcm_jax import experiment as experiments
 from bcm_jax import runs
 from bcm_jax.interop import convert
+from tests import toys
 
 COLAB = pathlib.Path(__file__).resolve().parents[2] / "launch" / "colab"
 NOTEBOOKS = sorted(p.name for p in COLAB.glob("*.ipynb"))
@@ -53,8 +54,7 @@ def test_digits(tmp_path, monkeypatch):
   text, pictures = execute(
       "quickstart.ipynb", tmp_path, monkeypatch, STEPS=4,
       OVERRIDES={
-          "model.model_channels": "8", "model.num_groups": "4",
-          "model.num_head_channels": "8", "model.channel_mult": "1,",
+          **toys.TINY,
           "training.batch_size": "16", "eval.at_end": "false",
           "eval.samplers": "onestep", "eval.inversion_nfe": "1,",
           "sample.batch_size": "20",

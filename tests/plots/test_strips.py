@@ -26,10 +26,6 @@ from bcm_jax.training import rng
 from tests import toys
 
 SD = toys.SIGMA_DATA
-SMALL = {
-    "model.model_channels": "8", "model.num_groups": "4",
-    "model.num_head_channels": "8", "model.channel_mult": "1,",
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -161,7 +157,7 @@ def test_names_stand_at_the_images_that_they_name(
 
 def untrained(folder, file, **changed):
   """A work directory with a checkpoint of random weights."""
-  overrides = SMALL | {k.replace("__", "."): v for k, v in changed.items()}
+  overrides = toys.TINY | {k.replace("__", "."): v for k, v in changed.items()}
   config = configs.resolve(config_files.read_file(file), overrides)
   built = experiments.build(config, to_train=False)
   shapes = jax.eval_shape(

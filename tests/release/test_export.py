@@ -33,8 +33,7 @@ from bcm_jax.training import checkpoint
 from tests import toys
 
 TINY = {
-    "model.model_channels": "8", "model.num_groups": "4",
-    "model.num_head_channels": "8", "model.channel_mult": "1,",
+    **toys.TINY,
     "sample.num_samples": "5", "sample.batch_size": "4",
     "invert.nfe": "2", "invert.seed": "3", "training.ema_rates": "()",
 }

@@ -31,8 +31,7 @@ from tests import toys
 
 # One level, one block, two averages.
 SETTINGS = {
-    "model.model_channels": "8", "model.num_groups": "4",
-    "model.num_head_channels": "8", "model.channel_mult": "1,",
+    **toys.TINY,
     "training.num_steps": "4", "training.batch_size": "16",
     "training.ema_rates": "0.5,0.9", "sample.average": "ema_0.5",
     "sample.num_samples": "20", "sample.batch_size": "20",
