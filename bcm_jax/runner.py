@@ -90,6 +90,12 @@ class Runner:
         images, labels, keys,
     )
 
+  def resized(self, batch_size: int) -> "Runner":
+    """The same network, so many images at a time; parameters are shared."""
+    return dataclasses.replace(
+        self, params=self._params, batch_size=batch_size
+    )
+
   def apply(
       self,
       function: Callable[..., Any],

@@ -61,9 +61,8 @@ def run(experiment: experiments.Experiment, workdir: str) -> list[str]:
 
 def _classify(model: facade.Model, inputs: pictures.Inputs) -> None:
   """Puts the classes that the network finds in place of those given."""
-  size = model.image_shape[0] // inputs.images.shape[1]  # Of super_resolve.
-  images = inputs.images.repeat(size, axis=1).repeat(size, axis=2)
-  inputs.labels = model.classify(images)
+  section: options.Edit = model.experiment.section("edit")
+  inputs.labels = model.classify(_shown(section, inputs))
   print("classes found:", *inputs.labels)
   if inputs.second is not None:
     inputs.second_labels = model.classify(inputs.second)
@@ -94,6 +93,7 @@ def interpolate(
   if inputs.labels is not None:
     arrays["labels"] = np.stack([inputs.labels, inputs.second_labels], axis=1)
   folder = _folder(workdir, "interpolate")
+  _write_record(model, folder, model.recipe("interpolate", **asked), images, {})
   files.write_npz(os.path.join(folder, "interpolation.npz"), **arrays)
   image_grid.save_png(
       os.path.join(folder, "grid.png"),
@@ -130,23 +130,31 @@ def _edit(
       os.path.join(folder, "grid.png"),
       image_grid.captioned_rows(rows, scale=_scale(model)),
   )
-  record = {
-      "task": section.task, "recipe": str(recipe).splitlines(),
-      "nfe": recipe.nfe, "images": len(results),
-      "seconds_with_compilation": seconds, **more,
-  }
+  more["seconds_with_compilation"] = seconds
   if inputs.reference is not None:
     measure = fidelity.perceptual(model.experiment.config.eval.lpips_path)
-    record["numbers"] = {
+    more["numbers"] = {
         name: fidelity.errors(inputs.reference, images, measure)
         for name, images in (("input", shown), ("result", results))
+        if (images != inputs.reference).any()  # No decibels are infinite.
     }
-    for name, numbers in record["numbers"].items():
+    for name, numbers in more["numbers"].items():
       print(f"{name}: PSNR {numbers['psnr_of_mean_mse']:.2f} dB against the "
             f"reference ({len(results)} images)")
-  record["run"] = provenance.facts(model.experiment)
-  files.write_json(os.path.join(folder, "result.json"), record)
+  _write_record(model, folder, recipe, results, more)
   return folder
+
+
+def _write_record(
+    model: facade.Model, folder: str, recipe: recipes.Recipe,
+    results: np.ndarray, more: dict[str, Any],
+) -> None:
+  """result.json: what was done, by what, and the numbers."""
+  files.write_json(os.path.join(folder, "result.json"), {
+      "task": recipe.task, "recipe": str(recipe).splitlines(),
+      "nfe": recipe.nfe, "images": len(results), **more,
+      "run": provenance.facts(model.experiment),
+  })
 
 
 def _shown(section: options.Edit, inputs: pictures.Inputs) -> np.ndarray:
@@ -195,7 +203,7 @@ def _new_label(section: options.Edit) -> int:
 
 def _attribute(model, section: options.Edit, images, common):
   """Moves latents along the way from one group of images to another."""
-  labels = None
+  labels = (None, None)
   if section.present is not None and section.absent is not None:
     groups = [
         pictures.read_folder(model.experiment, path, f"edit.{key}")
@@ -203,8 +211,10 @@ def _attribute(model, section: options.Edit, images, common):
             ("present", section.present), ("absent", section.absent)
         )
     ]
-    if model.num_classes is not None:
-      labels = int(common["labels"][0])
+    if section.classify and model.num_classes is not None:
+      labels = tuple(model.classify(group) for group in groups)
+    elif model.num_classes is not None:
+      labels = (_one_label(section),) * 2
   elif model.num_classes is None and len(section.label) == 1:
     groups = [
         pictures.of_class(model.experiment, label, _GROUP)
@@ -217,10 +227,20 @@ def _attribute(model, section: options.Edit, images, common):
         "others by edit.label and edit.new_label"
     )
   direction = model.direction(
-      *groups, labels, seed=section.seed, **settings(section)
+      *groups, *labels, seed=section.seed, **settings(section)
   )
   moved = model.shift(images, direction, section.strength, **common)
   return moved, {"direction_norm": float(np.linalg.norm(direction))}
+
+
+def _one_label(section: options.Edit) -> int:
+  """The class of both groups."""
+  if len(set(section.label)) != 1:
+    raise errors.UserError(
+        f"edit.label={section.label}: edit.task='attribute' takes one class, "
+        "that of edit.present and edit.absent too; or set edit.classify=true"
+    )
+  return section.label[0]
 
 
 def _write_images(folder: str, inputs, results: np.ndarray) -> None:
@@ -230,6 +250,10 @@ def _write_images(folder: str, inputs, results: np.ndarray) -> None:
   if inputs.reference is not None:
     arrays["reference"] = inputs.reference
   files.write_npz(os.path.join(folder, "edit.npz"), **arrays)
-  os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+  place = os.path.join(folder, "images")
+  os.makedirs(place, exist_ok=True)
+  for old in os.listdir(place):  # Of a run before, on other images.
+    if old.endswith(".png"):
+      os.remove(os.path.join(place, old))
   for name, image in zip(inputs.names, results, strict=True):
-    image_grid.save_png(os.path.join(folder, "images", f"{name}.png"), image)
+    image_grid.save_png(os.path.join(place, f"{name}.png"), image)

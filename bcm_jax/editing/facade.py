@@ -24,7 +24,6 @@ from bcm_jax import experiment as experiments
 from bcm_jax import runner as runners
 from bcm_jax import runs
 from bcm_jax.data import source as sources
-from bcm_jax.diffusion import process
 from bcm_jax.editing import pretrained
 from bcm_jax.editing import recipes
 from bcm_jax.editing.pretrained import Labels
@@ -37,8 +36,6 @@ from bcm_jax.sampling import operators
 SHIPPED = pathlib.Path(__file__).parents[1] / "networks" / "digits"
 # Where the blend of inpainting ends, pixels.
 _FEATHER = 1.0
-# How noise is measured: by so many images, at so many levels.
-_MEASURED, _GRID = 64, 32
 
 
 class Model(pretrained.Pretrained):
@@ -71,12 +68,15 @@ class Model(pretrained.Pretrained):
     """
     there, back = self.recipe("interpolate", **settings).plans
     first, second = self.images(first), self.images(second)
-    weights = np.linspace(0, 1, points) if isinstance(points, int) else points
-    if first.shape != second.shape or points == 1 or not len(weights):
+    number = isinstance(points, (int, np.integer))
+    if len(first) != len(second) or (
+        points < 2 if number else not len(points)
+    ):
       raise errors.UserError(
           f"interpolation got {len(first)} and {len(second)} images and "
           f"{points} points; give as many of each and at least 2 points"
       )
+    weights = np.linspace(0, 1, points) if number else points
     count = len(first)
     keys = self.keys("edit/added", seed, count)
     ends = [
@@ -117,6 +117,8 @@ class Model(pretrained.Pretrained):
     Returns:
       uint8 [n, H, W, C]; pixels outside of the holes are as they were.
     """
+    if task not in ("inpaint", "inpaint_cm"):
+      raise errors.unknown_name("task", task, ("inpaint", "inpaint_cm"))
     (plan,) = self.recipe(task, **settings).plans
     images = self.images(images)
     known = pretrained.known_pixels(
@@ -160,7 +162,8 @@ class Model(pretrained.Pretrained):
     """Gives images [n, H / factor, W / factor, C] details: [n, H, W, C]."""
     (plan,) = self.recipe("super_resolve", **settings).plans
     height, width, channels = self.image_shape
-    if factor < 2 or height % factor or width % factor:
+    whole = isinstance(factor, (int, np.integer)) and factor >= 2
+    if not whole or height % factor or width % factor:
       raise errors.UserError(
           f"factor={factor} does not divide {height}x{width} pixels; give one "
           "that does, at least 2"
@@ -197,7 +200,7 @@ class Model(pretrained.Pretrained):
     images = pretrained.checked(images, self.image_shape, "images", floats=True)
     method, levels = self.experiment.method, self.experiment.levels
     if level is None and method.inverts:
-      measure = self._latent_variances
+      measure = self.latent_variances
 
     def clean(flow_map, x, labels, keys):
       del keys
@@ -281,9 +284,13 @@ class Model(pretrained.Pretrained):
       labels: Labels = None, seed: int = 0, **settings: Any,
   ) -> np.ndarray:
     """Moves images' latents along a `direction`, and makes images of them."""
+    way = strength * np.asarray(direction, np.float32)
+    if way.shape != self.image_shape:
+      raise errors.UserError(
+          f"the direction has shape {way.shape}, expected {self.image_shape}"
+      )
     return self._round_trip(
-        "attribute", images, labels, seed, settings,
-        shift=strength * np.asarray(direction, np.float32),
+        "attribute", images, labels, seed, settings, shift=way
     )
 
   def stroke(
@@ -298,35 +305,6 @@ class Model(pretrained.Pretrained):
         ),
         self.images(images), labels, seed,
     )
-
-  @functools.cached_property
-  def _latent_variances(self) -> tuple[jnp.ndarray, jnp.ndarray]:
-    """(levels [G], variance [G] of latents of images with such noise).
-
-    Of images that the network makes, so that no data set is needed.
-    """
-    levels = self.experiment.levels
-    images = sources.to_float(self.sample(_MEASURED))
-    labels = None
-    if self.num_classes is not None:
-      labels = np.arange(_MEASURED) % self.num_classes
-    grid = np.geomspace(levels.sigma_min, levels.sigma_max, _GRID)
-
-    def measure(flow_map, x, labels, keys):
-      noise = process.normal_like(keys, x)
-      return jnp.stack([
-          editing.latent_variance(
-              flow_map, x + level * noise,
-              jnp.full(len(x), level, jnp.float32), levels.sigma_max, labels,
-          )
-          for level in grid
-      ], axis=1)
-
-    variances = self.runner.apply(
-        measure, images, self.labels(labels, _MEASURED),
-        self.keys("edit/measure", 0, _MEASURED),
-    )
-    return jnp.asarray(grid, jnp.float32), jnp.asarray(variances.mean(axis=0))
 
   # Inside -------------------------------------------------------------------
 
@@ -383,6 +361,8 @@ def load(
   Raises:
     UserError: nothing there that can be read.
   """
+  if batch_size is not None and batch_size < 1:
+    raise errors.UserError(f"batch_size={batch_size} must be at least 1")
   place = os.fspath(SHIPPED if source is None else source)
   if released.is_released(place):
     if average is not None or step is not None:

@@ -13,6 +13,7 @@ from bcm_jax import options
 from bcm_jax.data import decoding
 from bcm_jax.data import folder as folders
 from bcm_jax.data import source as sources
+from bcm_jax.editing import reading
 from bcm_jax.sampling import operators
 
 
@@ -48,9 +49,31 @@ def read(experiment: experiments.Experiment) -> Inputs:
     UserError: files that are not there, unreadable or do not fit.
   """
   section: options.Edit = experiment.section("edit")
+  _check(experiment, section)
   if section.input is None:
     return _damaged(experiment, section)
   return _files(experiment, section)
+
+
+def _check(experiment, section: options.Edit) -> None:
+  """Numbers that would go wrong far from here."""
+  height, width, _ = experiment.image_shape
+  factor = section.factor
+  if section.task == "super_resolve" and (
+      factor < 2 or height % factor or width % factor
+  ):
+    raise errors.UserError(
+        f"edit.factor={factor} does not divide {height}x{width} pixels; give "
+        "one that does, at least 2"
+    )
+  for key, low, high in (
+      ("seed", 0, 2**31 - 1), ("points", 2, 1000), ("quality", 1, 95)
+  ):
+    value = getattr(section, key)
+    if not low <= value <= high:
+      raise errors.UserError(
+          f"edit.{key}={value}; give a whole number from {low} to {high}"
+      )
 
 
 # Files ----------------------------------------------------------------------
@@ -64,8 +87,9 @@ def listing(path: str, what: str) -> list[str]:
   if not os.path.isdir(path):
     raise errors.UserError(f"{what}={path} is not there; give a file or folder")
   found = sorted(
-      os.path.join(path, name) for name in os.listdir(path)
-      if name.lower().endswith(folders.EXTENSIONS) and name[0] != "."
+      entry.path for entry in os.scandir(path)
+      if entry.name.lower().endswith(folders.EXTENSIONS)
+      and entry.name[0] != "." and entry.is_file()
   )
   if not found:
     raise errors.UserError(
@@ -74,87 +98,21 @@ def listing(path: str, what: str) -> list[str]:
   return found
 
 
-def read_image(
-    content: bytes, name: str, shape: tuple[int, int, int], resize: bool,
-    any_colours: bool = False,
-) -> np.ndarray:
-  """An image file as uint8 of a shape.
-
-  Args:
-    content: of the file.
-    name: for errors.
-    shape: (H, W, C) that is wanted.
-    resize: make other sizes and channels fit: the short side is resized (ADM's
-      filter) and the middle cut out.
-    any_colours: take grey for coloured files and the other way.
-
-  Raises:
-    UserError: unreadable, or it does not fit and `resize` is not asked for.
-  """
-  height, width, channels = shape
-  pixels = _decoded(
-      content, name, decoding.Decoder(channels, height if resize else None)
-  )
-  if pixels.shape[:2] != (height, width):
-    raise errors.UserError(
-        f"{name} is {pixels.shape[0]}x{pixels.shape[1]} pixels (height x "
-        f"width), and the network takes {height}x{width}; set "
-        "edit.resize=true to have it resized and cropped"
-    )
-  with PIL.Image.open(io.BytesIO(content)) as picture:
-    grey = picture.mode in ("1", "L", "LA")
-  if grey != (channels == 1) and not (resize or any_colours):
-    kind = "grey" if grey else "coloured"
-    raise errors.UserError(
-        f"{name} is {kind}, and the network takes images of {channels} "
-        f"channel{'s' if channels > 1 else ''}; set edit.resize=true to have "
-        "it converted"
-    )
-  return pixels
-
-
-def _decoded(content: bytes, name: str, decoder) -> np.ndarray:
-  try:
-    return decoder(content, name)
-  except decoding.CorruptImage as e:
-    raise errors.UserError(
-        f"{name} cannot be read as an image; give a PNG or JPEG file"
-    ) from e
-
-
 def _read(paths, shape, resize, any_colours=False) -> np.ndarray:
   images = []
   for path in paths:
-    with open(path, "rb") as f:
-      images.append(read_image(f.read(), path, shape, resize, any_colours))
+    images.append(reading.read_image(
+        _content(path), path, shape, resize, any_colours
+    ))
   return np.stack(images)
 
 
-def read_mask(
-    content: bytes, name: str, shape: tuple[int, int, int], resize: bool
-) -> np.ndarray:
-  """A mask file as bool [H, W], true where it is white.
-
-  Raises:
-    UserError: unreadable, another size, or all black.
-  """
-  pixels = _decoded(content, name, decoding.Decoder(1))[..., 0]
-  if pixels.shape != shape[:2] and resize:
-    picture = PIL.Image.fromarray(pixels).resize(
-        shape[1::-1], PIL.Image.Resampling.NEAREST
-    )
-    pixels = np.asarray(picture)
-  if pixels.shape != shape[:2]:
-    raise errors.UserError(
-        f"the mask {name} is {pixels.shape[0]}x{pixels.shape[1]}, expected "
-        f"{shape[0]}x{shape[1]}; set edit.resize=true to have it resized"
-    )
-  mask = pixels >= 128
-  if not mask.any():
-    raise errors.UserError(
-        f"the mask {name} has no hole; paint what is to be filled white"
-    )
-  return mask
+def _content(path: str) -> bytes:
+  try:
+    with open(path, "rb") as f:
+      return f.read()
+  except OSError as e:
+    raise errors.UserError(f"{path} cannot be read ({e.strerror})") from e
 
 
 def _files(experiment, section: options.Edit) -> Inputs:
@@ -166,8 +124,7 @@ def _files(experiment, section: options.Edit) -> Inputs:
     wanted = (shape[0] // k, shape[1] // k, shape[2])
   images = _read(paths, wanted, resize, section.task == "colorize")
   inputs = Inputs(
-      [os.path.splitext(os.path.basename(p))[0] for p in paths], images,
-      labels_of(experiment, section, len(paths)),
+      _names(paths), images, labels_of(experiment, section, len(paths)),
   )
   if section.reference is not None:
     inputs.reference = _as_many(
@@ -188,6 +145,16 @@ def _files(experiment, section: options.Edit) -> Inputs:
   if section.task.startswith("inpaint"):
     inputs.mask = _mask(section, shape, len(paths))
   return inputs
+
+
+def _names(paths: list[str]) -> list[str]:
+  """Names of results: of the files, with their kind where it tells them apart.
+  """
+  files = [os.path.basename(p) for p in paths]
+  names = [os.path.splitext(f)[0] for f in files]
+  if len(set(names)) < len(names):
+    return [f.replace(".", "_") for f in files]
+  return names
 
 
 def _as_many(path, what: str, count: int, shape, resize) -> np.ndarray:
@@ -215,8 +182,9 @@ def _mask(section: options.Edit, shape, count: int) -> np.ndarray:
     )
   masks = []
   for path in paths:
-    with open(path, "rb") as f:
-      masks.append(read_mask(f.read(), path, shape, section.resize))
+    masks.append(
+        reading.read_mask(_content(path), path, shape, section.resize)
+    )
   return masks[0] if len(masks) == 1 else np.stack(masks)
 
 
@@ -263,8 +231,11 @@ def _damaged(experiment, section: options.Edit) -> Inputs:
     raise errors.UserError(
         f"edit.{key}={count}: the test split has enough for 1 to {most}"
     )
-  for key in ("second", "reference"):
-    if getattr(section, key) is not None:
+  theirs = {"second": section.second, "reference": section.reference}
+  if experiment.num_classes is not None and section.task != "attribute":
+    theirs["label"] = section.label or None
+  for key, value in theirs.items():
+    if value is not None:
       raise errors.UserError(
           f"edit.{key} goes with edit.input; test images bring their own"
       )

@@ -7,6 +7,7 @@ Image i of a seed is the same whatever else is in the batch.
 """
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,9 +17,13 @@ from bcm_jax import errors
 from bcm_jax import planning
 from bcm_jax import runner as runners
 from bcm_jax.data import source as sources
+from bcm_jax.diffusion import process
 from bcm_jax.editing import recipes
 from bcm_jax.sampling import editing
 from bcm_jax.training import rng
+
+# How noise is measured: by so many images, at so many levels.
+_MEASURED, _GRID = 64, 32
 
 Labels = int | Sequence[int] | np.ndarray | None
 
@@ -61,6 +66,8 @@ class Pretrained:
     Returns:
       uint8 [count, H, W, C].
     """
+    if count < 1:
+      raise errors.UserError(f"{count} images asked for; ask for 1 or more")
     if labels is None and self.num_classes is not None:
       labels = np.arange(count) % self.num_classes
     plan = planning.sampling_plan(self.experiment, sampler)
@@ -76,6 +83,13 @@ class Pretrained:
     """Makes images of latents [n, H, W, C] at sigma_max, as `invert` gives."""
     plan = planning.sampling_plan(self.experiment, sampler)
     latents = np.asarray(latents, np.float32)
+    if latents.shape == self.image_shape:
+      latents = latents[None]
+    if latents.shape[1:] != self.image_shape or not len(latents):
+      raise errors.UserError(
+          f"latents have shape {latents.shape}, expected [n, "
+          f"{', '.join(map(str, self.image_shape))}]"
+      )
     images = self.runner(
         plan, latents, self.labels(labels, len(latents)),
         self.keys("sample/added", seed, len(latents)),
@@ -139,6 +153,35 @@ class Pretrained:
     )
     return found.argmin(axis=1).astype(np.int32)
 
+  @functools.cached_property
+  def latent_variances(self) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """(levels [G], variance [G] of latents of images with such noise).
+
+    Of images that the network makes, so that no data set is needed.
+    """
+    levels = self.experiment.levels
+    images = sources.to_float(self.sample(_MEASURED))
+    labels = None
+    if self.num_classes is not None:
+      labels = np.arange(_MEASURED) % self.num_classes
+    grid = np.geomspace(levels.sigma_min, levels.sigma_max, _GRID)
+
+    def measure(flow_map, x, labels, keys):
+      noise = process.normal_like(keys, x)
+      return jnp.stack([
+          editing.latent_variance(
+              flow_map, x + level * noise,
+              jnp.full(len(x), level, jnp.float32), levels.sigma_max, labels,
+          )
+          for level in grid
+      ], axis=1)
+
+    variances = self.runner.apply(
+        measure, images, self.labels(labels, _MEASURED),
+        self.keys("edit/measure", 0, _MEASURED),
+    )
+    return jnp.asarray(grid, jnp.float32), jnp.asarray(variances.mean(axis=0))
+
   # What it is given --------------------------------------------------------
 
   def keys(self, stream: str, seed: int, count: int) -> jnp.ndarray:
@@ -196,8 +239,9 @@ def checked(
     images = images[None]
   kinds = (np.uint8, np.float32) if floats else (np.uint8,)
   if images.dtype not in kinds or images.shape[1:] != shape or not len(images):
+    kind = "uint8 or float32" if floats else "uint8"
     raise errors.UserError(
-        f"{what} are {images.dtype} of shape {images.shape}, expected uint8 "
+        f"{what} are {images.dtype} of shape {images.shape}, expected {kind} "
         f"[n, {', '.join(map(str, shape))}]; resize and convert them first"
     )
   return images

@@ -123,7 +123,7 @@ def recipe(
     return _denoising(experiment, level, nfe, times)
   if task == "inpaint":
     return _inpainting(
-        experiment, noise, known.nfe if nfe is None else nfe, times
+        experiment, noise, nfe, times
     )
   if not known.both_ways:
     start = experiment.levels.sigma_max if level is None else level
@@ -186,12 +186,18 @@ def _denoising(experiment, level, nfe, times) -> Recipe:
   return Recipe("denoise", (plans.Plan("denoise", level, (jump,)),))
 
 
-def _inpainting(experiment, noise: float, nfe: int, times) -> Recipe:
+def _inpainting(experiment, noise: float, nfe: int | None, times) -> Recipe:
   """Zigzags of less and less noise: what is large is settled first."""
-  if times and nfe not in (2 * len(times), TASKS["inpaint"].nfe):
+  if times and nfe not in (2 * len(times), None):
     raise errors.UserError(
         f"edit.nfe={nfe} needs {nfe // 2} levels in edit.times, which has "
         f"{len(times)}; leave one of the two out"
+    )
+  if nfe is None:
+    nfe = 2 * len(times) or TASKS["inpaint"].nfe
+  if noise <= 0:
+    raise errors.UserError(
+        f"edit.noise={noise} fills the hole of 'inpaint'; give more than 0"
     )
   if nfe < 2 or nfe % 2:
     raise errors.UserError(
@@ -199,7 +205,7 @@ def _inpainting(experiment, noise: float, nfe: int, times) -> Recipe:
         "even number"
     )
   levels = experiment.levels
-  rounds = len(times) or nfe // 2
+  rounds = nfe // 2
   # The first and last noises are as given, to the bit.
   noises = [noise, *np.geomspace(noise, min(noise, LAST_NOISE), rounds)[1:]]
   times = times or [min(RISE * e, levels.sigma_max) for e in noises]

@@ -18,6 +18,9 @@ from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
 
 Keep = Callable[[jax.Array], jax.Array]
+# Rounds of clipping and keeping that end a regeneration: projections in turn
+# onto two convex sets, which meet.
+_INTO_RANGE = 30
 
 
 def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
@@ -292,15 +295,23 @@ def regenerate(
     keep: x -> x with the known part.
 
   Returns:
-    [B, H, W, C], clipped to [-1, 1] before the known part is put back.
+    [B, H, W, C]. What is known is put back after images are clipped to [-1, 1];
+    at the end both are done in turn until the image is within the range too.
   """
   fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
   noise = process.normal_like(fold(keys, len(plan.steps)), images)
-  keep = keep or (lambda x: x)
-  return samplers.run(
+  if keep is None:
+    return samplers.run(
+        plan, flow_map, images + plan.start * noise, labels, keys,
+        at_image=lambda x: jnp.clip(x, -1.0, 1.0),
+    )
+  x = samplers.run(
       plan, flow_map, images + plan.start * noise, labels, keys,
       at_image=lambda x: keep(jnp.clip(x, -1.0, 1.0)),
   )
+  for _ in range(_INTO_RANGE):
+    x = keep(jnp.clip(x, -1.0, 1.0))
+  return x
 
 
 def wavelet_noise_level(images: jax.Array) -> jax.Array:

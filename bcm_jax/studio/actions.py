@@ -4,21 +4,20 @@ No word of the browser here. Pictures are enlarged, so that 8x8 pixels can be
 seen and painted; uploads are cropped and resized to fit.
 """
 
-from collections.abc import Callable, Mapping
-import io
+from collections.abc import Callable, Mapping, Sequence
 import math
 import os
 import time
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from bcm_jax import errors
 from bcm_jax import planning
 from bcm_jax.data import source as sources
 from bcm_jax.editing import facade
 from bcm_jax.editing import pictures
+from bcm_jax.editing import reading
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
 
@@ -42,7 +41,8 @@ class Studio:
   """A model and what the studio shows of it.
 
   Attributes:
-    model: the network.
+    model: the network, several images at a time.
+    editor: the same, one image at a time.
     scale: pixels of a picture a pixel of an image.
     samplers: that it can be sampled with.
     classes: (name, label) of the classes, () for a network without.
@@ -50,6 +50,7 @@ class Studio:
 
   def __init__(self, model: facade.Model):
     self.model = model
+    self.editor = facade.Model(model.runner.resized(1))
     self.scale = max(1, CANVAS // max(model.image_shape[:2]))
     method = model.experiment.method
     if method.solves:
@@ -79,43 +80,27 @@ class Studio:
     """
     if path is None:
       raise errors.UserError("there is no image yet; upload or drop one")
-    name = os.path.basename(path)
     with open(path, "rb") as f:
-      content = f.read()
-    try:
-      with PIL.Image.open(io.BytesIO(content)) as picture:
-        size = picture.size
-    except Exception as e:  # Whatever PIL raises for what is no image.
-      raise errors.UserError(
-          f"{name} cannot be read as an image; upload a PNG or JPEG file"
-      ) from e
-    if size[0] * size[1] > _MOST_PIXELS:
-      raise errors.UserError(
-          f"{name} has {size[0]}x{size[1]} pixels, more than "
-          f"{_MOST_PIXELS // 10**6} million; upload a smaller one"
-      )
-    height, width, channels = self.model.image_shape
-    if size == (width * self.scale, height * self.scale):
-      large = pictures.read_image(
-          content, name, (size[1], size[0], channels), True
-      )
-      image = self._shrunk(large)
-    else:
-      image = pictures.read_image(
-          content, name, self.model.image_shape, True
-      )
-    return image[None]
+      return self._image(f.read(), os.path.basename(path))[None]
 
-  def _shrunk(self, large: np.ndarray) -> np.ndarray:
-    """The middle of every enlarged pixel."""
-    half = self.scale // 2
-    return large[half :: self.scale, half :: self.scale]
+  def _image(self, content: bytes, name: str) -> np.ndarray:
+    """A file as uint8 [H, W, C]; of ours every pixel is a block of one grey."""
+    height, width, channels = self.model.image_shape
+    picture = reading.open_picture(content, name, _MOST_PIXELS)
+    pixels = reading.pixels_of(picture, channels)
+    if pixels.shape[:2] == (height * self.scale, width * self.scale):
+      small = pixels[:: self.scale, :: self.scale]
+      blocks = small.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
+      if (blocks == pixels).all():
+        return small
+    return reading.fitted(pixels, height, width)
 
   def example(self, index: int) -> np.ndarray | None:
     """A test image, enlarged; None where the data are not at hand."""
     experiment = self.model.experiment
     try:
       source = experiment.source("test")
+      index %= len(source)
       return self.enlarge(source.fetch(np.array([index]))["image"][0])
     except (errors.UserError, OSError):
       return None
@@ -125,7 +110,7 @@ class Studio:
     if not self.classes:
       return None
     source = self.model.experiment.source("test")
-    return int(source.fetch(np.array([index]))["label"][0])
+    return int(source.fetch(np.array([index % len(source)]))["label"][0])
 
   # Buttons ------------------------------------------------------------------
 
@@ -139,7 +124,9 @@ class Studio:
       raise errors.UserError(
           f"{count} images were asked for; ask for 1 to {MOST_IMAGES}"
       )
-    text = sampler if sampler == "onestep" else f"{sampler}:{int(nfe)}"
+    text = sampler
+    if sampler != "onestep":
+      text += f":{_fits(sampler, nfe)}"
     plan = planning.sampling_plan(self.model.experiment, text)
     images, seconds = _timed(
         self.model.sample, count, self._label(label), _seed(seed), text
@@ -162,9 +149,9 @@ class Studio:
     nfe = int(nfe)
     there = planning.inversion_plan(self.model.experiment, nfe, noise)
     latents, seconds = _timed(
-        self.model.invert, image, label, seed, noise, nfe
+        self.editor.invert, image, label, seed, noise, nfe
     )
-    images, more = _timed(self.model.decode, latents, label, seed)
+    images, more = _timed(self.editor.decode, latents, label, seed)
     sigma_max = self.model.experiment.levels.sigma_max
     latent = sources.to_uint8(latents / (3 * sigma_max))
     mse = float(reconstruction.per_pixel_mse(image, images)[0])
@@ -188,7 +175,7 @@ class Studio:
         for of, image in zip((label, second_label), ends, strict=True)
     )
     images, seconds = _timed(
-        self.model.interpolate, *ends, label, second_label, (weight,),
+        self.editor.interpolate, *ends, label, second_label, (weight,),
         _seed(seed),
     )
     recipe = self.model.recipe("interpolate")
@@ -204,19 +191,19 @@ class Studio:
     """Fills what was painted over; (picture, words).
 
     Args:
-      painted: 'background' and 'layers', arrays uint8 [h, w, 3 or 4].
+      painted: 'background' and 'layers', the bytes of image files.
       label: class.
       seed: of the noise.
       task: 'inpaint' or 'inpaint_cm'.
     """
     if not painted or painted.get("background") is None:
       raise errors.UserError("there is no image yet; upload or drop one")
-    image = self._canvas(painted["background"])
+    image = self._image(painted["background"], "the image")[None]
     mask = self._mask(painted.get("layers") or [])
     recipe = self.model.recipe(task)
     label, note = self._class_of(label, pictures.covered(image, mask))
     images, seconds = _timed(
-        self.model.inpaint, image, mask, label, _seed(seed), task
+        self.editor.inpaint, image, mask, label, _seed(seed), task
     )
     words = _told(
         recipe.nfe, seconds, recipe, f"{int(mask.sum())} pixels filled", note
@@ -234,7 +221,7 @@ class Studio:
     recipe = self.model.recipe("restore", **settings)
     label, note = self._class_of(label, given)
     images, seconds = _timed(
-        self.model.restore, given, label, _seed(seed), **settings
+        self.editor.restore, given, label, _seed(seed), **settings
     )
     before, after = (
         float(reconstruction.psnr(reconstruction.per_pixel_mse(image, x))[0])
@@ -259,41 +246,30 @@ class Studio:
     """(an image's class, what is to be told of it)."""
     if label != FIND or not self.classes:
       return self._label(label), ""
-    found = int(self.model.classify(image)[0])
+    found = int(self.editor.classify(image)[0])
     return found, f"class {found} found"
 
-  def _canvas(self, background: np.ndarray) -> np.ndarray:
-    """The image under the paint: uint8 [1, H, W, C]."""
-    content = io.BytesIO()
-    PIL.Image.fromarray(np.asarray(background)).convert("RGB").save(
-        content, "PNG"
-    )
-    height, width, channels = self.model.image_shape
-    size = np.asarray(background).shape[:2]
-    if size == (height * self.scale, width * self.scale):
-      return self._shrunk(pictures.read_image(
-          content.getvalue(), "the canvas", (*size, channels), True
-      ))[None]
-    return pictures.read_image(
-        content.getvalue(), "the canvas", self.model.image_shape, True
-    )[None]
-
-  def _mask(self, layers: list[np.ndarray]) -> np.ndarray:
+  def _mask(self, layers: Sequence[bytes]) -> np.ndarray:
     """Pixels that are painted over on any layer: bool [H, W]."""
     height, width = self.model.image_shape[:2]
     mask = np.zeros((height, width), bool)
     for layer in layers:
-      paint = PIL.Image.fromarray(np.asarray(layer)).convert("RGBA")
-      side = min(paint.size)  # The middle, as of the image itself.
-      left, top = ((v - side) // 2 for v in paint.size)
-      alpha = paint.getchannel("A").crop((left, top, left + side, top + side))
-      share = alpha.resize((width, height), PIL.Image.Resampling.BOX)
-      mask |= np.asarray(share) > 255 * _PAINTED
+      paint = reading.open_picture(layer, "the paint", _MOST_PIXELS)
+      alpha = np.asarray(paint.convert("RGBA").getchannel("A"))
+      mask |= reading.covered_share(alpha, height, width) > _PAINTED
     if not mask.any():
       raise errors.UserError(
           "nothing is painted over; paint on the image what is to be filled"
       )
     return mask
+
+
+def _fits(sampler: str, nfe: float) -> int:
+  """An NFE that a sampler can have: Heun makes two a level but the last."""
+  nfe = int(nfe)
+  if sampler == "heun":
+    return max(3, nfe - 1 + nfe % 2)
+  return max(2, nfe) if sampler == "ddim" else nfe
 
 
 def _timed(function: Callable, *args: Any, **kwargs: Any) -> tuple[Any, float]:

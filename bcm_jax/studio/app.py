@@ -85,6 +85,15 @@ def _upload(gr: Any, studio, label: str, index: int) -> Any:
   return image
 
 
+def _bytes_of(file: Any, flatten_on_white: bool = False) -> bytes | None:
+  """What the editor was given: nothing, a file of gradio's, or bytes."""
+  del flatten_on_white
+  if file is None or isinstance(file, bytes | bytearray | memoryview):
+    return None if file is None else bytes(file)
+  with open(file.path, "rb") as f:
+    return f.read()
+
+
 def _class(
     gr: Any, studio, index: int | None = None, every: bool = False
 ) -> Any:
@@ -124,7 +133,7 @@ def _generate_tab(gr: Any, studio) -> None:
               list(studio.samplers), value=studio.samplers[0], label="sampler"
           ),
           gr.Slider(
-              1, 32, 2, step=1,
+              1, 32, 15 if studio.samplers[0] == "heun" else 2, step=1,
               label="network evaluations (NFE) of samplers with several",
           ),
       ]
@@ -193,6 +202,8 @@ def _inpaint_tab(gr: Any, studio, task: str) -> None:
               color_mode="fixed",
           ),
       )
+      # As _upload: files go on as they are, so that ours are the errors.
+      editor.convert_and_format_image = _bytes_of
       choices = [t for t in ("inpaint", "inpaint_cm")
                  if task == "inpaint" or not recipes.TASKS[t].both_ways]
       inputs = [
@@ -249,7 +260,7 @@ def launch(
         share=False, prevent_thread_lock=not block, quiet=not block,
         allowed_paths=[], footer_links=[],
     )
-  except OSError as e:
+  except (OSError, OverflowError) as e:
     raise errors.UserError(
         f"port {port} of {host} cannot be listened to ({e}); choose another "
         "by --port"

@@ -162,6 +162,46 @@ def test_two_files_and_what_lies_between_them(tmp_path):
     assert f["labels"].tolist() == [[3, 5]]
 
 
+def test_files_of_one_name_and_results_of_before(tmp_path):
+  write(tmp_path / "in" / "a.png", picture(0))
+  write(tmp_path / "in" / "a.bmp", picture(1))
+  (tmp_path / "in" / "folder.png").mkdir()
+  (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nowhere")
+  settings = dict(task="restore", noise=0.002)
+  folder = run(tmp_path, experiment(
+      input=tmp_path / "in", label=3, **settings
+  ))
+  names = sorted(p.name for p in (folder / "images").iterdir())
+  assert names == ["a_bmp.png", "a_png.png"]
+  gap = read(folder / "images" / "a_png.png").astype(int) - picture(0)
+  assert np.abs(gap).max() <= 2
+  run(tmp_path, experiment(num_images=2, **settings))
+  names = {p.name for p in (folder / "images").iterdir()}
+  assert len(names) == 2 and "a_png.png" not in names
+
+
+def test_nothing_is_told_of_images_without_damage(tmp_path):
+  folder = run(tmp_path, experiment(task="purify", num_images=2))
+  text = (folder / "result.json").read_text()
+  assert "Infinity" not in text
+  assert list(json.loads(text)["numbers"]) == ["result"]
+
+
+def test_holes_are_covered_where_classes_are_found(tmp_path):
+  bright = np.full((8, 8, 1), 255, np.uint8)
+  bright[:, :2] = 127  # All that is known: class 0.
+  write(tmp_path / "a.png", bright)
+  mask = np.zeros((8, 8), np.uint8)
+  mask[:, 2:] = 255
+  write(tmp_path / "mask.png", mask)
+  folder = run(tmp_path, experiment(
+      task="inpaint", input=tmp_path / "a.png", mask=tmp_path / "mask.png",
+      classify=True, method=dict(tint=0.2), num_classes=5,
+  ))
+  with np.load(folder / "edit.npz") as f:
+    assert list(f["labels"]) == [0]
+
+
 def test_small_files_get_details(tmp_path):
   write(tmp_path / "small.png", picture(size=4))
   folder = run(tmp_path, experiment(
@@ -245,7 +285,7 @@ def files(tmp_path):
     (dict(input="empty"), "empty holds no images"),
     (dict(input="large.png"), "9x9 pixels .* takes 8x8; set edit.resize=true"),
     (dict(input="rgb.png"), "is coloured, and the network takes images of 1"),
-    (dict(input="broken.png"), "cannot be read as an image; give a PNG or"),
+    (dict(input="broken.png"), "cannot be read as an image; give a PNG"),
     (dict(input="ok.png", label="()"), "wants the classes of the images, 0 to"),
     (dict(input="ok.png", label="12"), "from 0 to 9"),
     (dict(input="ok.png", classify=True), "leave one of the two out"),
@@ -257,13 +297,22 @@ def files(tmp_path):
     (dict(task="interpolate", input="ok.png"), "name the second image"),
     (dict(task="relabel", input="ok.png"), "needs edit.new_label"),
     (dict(task="attribute", input="ok.png"), "needs folders edit.present"),
-    (dict(reference="ok.png"), "edit.reference goes with edit.input"),
-    (dict(num_images=1000), "has enough for 1 to 360"),
-    (dict(task="interpolate", pairs=181), "has enough for 1 to 180"),
+    (dict(reference="ok.png", label="()"), "edit.reference goes with edit.inp"),
+    (dict(num_images=1000, label="()"), "has enough for 1 to 360"),
+    (dict(num_images=2), "edit.label goes with edit.input"),
+    (dict(task="super_resolve", factor=3), "edit.factor=3 does not divide 8x8"),
+    (dict(task="super_resolve", factor=0, input="ok.png"), "edit.factor=0"),
+    (dict(seed=-1), "edit.seed=-1; give a whole number from 0"),
+    (dict(points=1, task="interpolate"), "edit.points=1; give a whole number"),
+    (dict(quality=0), "edit.quality=0; give a whole number from 1 to 95"),
+    (dict(task="inpaint", noise=0.0), "edit.noise=0.0 fills the hole"),
+    (dict(task="attribute", input="two", present="two", absent="two",
+          label="1,2"), "takes one class"),
+    (dict(task="interpolate", pairs=181, label="()"), "enough for 1 to 180"),
 ])
 def test_files_that_do_not_fit(tmp_path, keys, said):
   files(tmp_path)
-  paths = ("input", "mask", "reference")
+  paths = ("input", "mask", "reference", "present", "absent")
   keys = {
       k: tmp_path / v if k in paths else v for k, v in keys.items()
   }

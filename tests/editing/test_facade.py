@@ -174,9 +174,7 @@ def test_colours_come_and_the_luma_stays(colour):
       np.asarray(operators.to_grey(sources.to_float(v)))[..., 0]
       for v in (out, images)
   ]
-  inside = ((out > 0) & (out < 255)).all(-1)  # Clipping changes the luma.
-  assert inside.mean() > 0.5
-  assert np.abs(luma[0] - luma[1])[inside].max() < 0.02
+  assert np.abs(luma[0] - luma[1]).max() < 0.02
   assert np.std(out, axis=-1).mean() > 10
 
 
@@ -184,10 +182,9 @@ def test_details_come_and_the_means_stay(grey):
   small = sources.to_uint8(0.5 * sources.to_float(photos())[:, ::2, ::2])
   out = grey.super_resolve(small, 2, 3)
   assert out.shape == (6, 8, 8, 1)
-  inside = ((out > 0) & (out < 255)).reshape(6, 4, 2, 4, 2, 1).all(axis=(2, 4))
+  assert (out == 0).any() or (out == 255).any()
   means = np.asarray(operators.shrink(sources.to_float(out), 2))
-  assert np.abs(means - sources.to_float(small))[inside].max() < 0.02
-  assert inside.mean() > 0.5
+  assert np.abs(means - sources.to_float(small)).max() < 0.02
 
 
 @pytest.mark.parametrize("level", [None, 0.5])
@@ -237,6 +234,15 @@ def test_strokes(grey):
     (lambda m: m.interpolate(photos(), photos(), 3, points=1), "at least 2"),
     (lambda m: m.colorize(photos(), 3), "needs images of three channels"),
     (lambda m: m.stroke(photos(), 3, noise=1.0), "edit.noise=1.0 is added"),
+    (lambda m: m.sample(0), "0 images asked for"),
+    (lambda m: m.decode(np.zeros((2, 4, 4, 1)), 3), r"expected \[n, 8, 8, 1\]"),
+    (lambda m: m.interpolate(photos(), photos(), 3, points=-1), "at least 2"),
+    (lambda m: m.super_resolve(photos()[:, ::2, ::2], 2.5, 3), "factor=2.5"),
+    (lambda m: m.inpaint(photos(), middle(), 3, task="restore"), "unknown tas"),
+    (lambda m: m.inpaint(photos(), middle(), 3, nfe=14, times=(3, 2, 1)),
+     "needs 7 levels"),
+    (lambda m: m.shift(photos(), np.zeros((4, 4, 1)), labels=3), "has shape"),
+    (lambda m: m.denoise(np.zeros((2, 8, 8, 1)), 0.1, 3), "uint8 or float32"),
 ])
 def test_what_does_not_fit_is_refused(grey, call, said):
   with pytest.raises(errors.UserError, match=said):
@@ -256,6 +262,12 @@ def test_networks_without_classes_take_none(colour):
 
 def test_one_image_is_a_batch_of_one(grey):
   assert grey.restore(photos()[0], 3).shape == (1, 8, 8, 1)
+  latent = grey.invert(photos()[0], 3)
+  np.testing.assert_array_equal(
+      grey.decode(latent[0], 3), grey.decode(latent, 3)
+  )
+  rows = grey.interpolate(photos()[0], photos()[1], 3, points=np.int64(3))
+  assert rows.shape == (1, 3, 8, 8, 1)
 
 
 def test_the_network_that_ships_makes_digits_and_inverts_them():

@@ -219,6 +219,18 @@ def test_regeneration_puts_the_known_part_back_every_time(name):
     if i:
       h = h + np.sqrt(t**2 - low**2) * noise(2 * i - 1, x)
     h = keep(jnp.clip(factor(t, low) * h, -1, 1))
+  if name in ("grey", "means"):
+    # What left the range, with all that it is bound to, was brought into it.
+    shape, axes = {
+        "grey": (x.shape, 3), "means": ((B, 4, 2, 4, 2, 3), (2, 4))
+    }[name]
+    inside = (abs(h) <= 1).reshape(shape).all(axis=axes, keepdims=True)
+    inside = np.broadcast_to(inside, shape).reshape(x.shape)
+    assert 0.3 < inside.mean() < 0.99
+    possible = abs(keep(0 * x)) <= 0.9  # White or black has no colour.
+    assert np.abs(out)[possible & ~inside].max() < 1.02
+    close(keep(out), out)
+    out, h = out[inside], h[inside]
   close(out, h)
 
 

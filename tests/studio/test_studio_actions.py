@@ -55,6 +55,37 @@ def test_photographs_are_cropped_and_resized(studio, tmp_path):
   assert small[0, :, :3].max() < 60 and small[0, :, -3:].min() > 195
 
 
+def test_photographs_of_our_size_are_not_taken_for_ours(tmp_path):
+  sixty = make((64, 64, 3), None)
+  stripes = np.zeros((256, 256, 3), np.uint8)
+  stripes[:, ::4] = 255  # What taking each fourth pixel would make white.
+  seen = sixty.read(save(tmp_path / "a.png", stripes))
+  assert 50 < seen.mean() < 80
+
+
+def test_networks_of_oblong_images_take_what_they_show(tmp_path):
+  wide = make((8, 16, 1))
+  assert wide.scale == 16
+  image = np.random.default_rng(0).integers(0, 256, (8, 16, 1), np.uint8)
+  path = save(tmp_path / "a.png", wide.enlarge(image))
+  np.testing.assert_array_equal(wide.read(path)[0], image)
+  _, words = wide.inpaint(
+      painted(wide, image, slice(0, 32), slice(0, 32)), 3, 0, "inpaint"
+  )
+  assert "4 pixels filled" in words
+  photo = np.zeros((40, 40, 3), np.uint8)
+  photo[:, 20:] = 255
+  small = wide.read(save(tmp_path / "b.png", photo))
+  assert small[0, :, :7].max() < 30 and small[0, :, 9:].min() > 225
+
+
+def test_solvers_get_a_number_of_evaluations_that_they_can_have():
+  assert [actions._fits("heun", n) for n in (1, 2, 3, 4, 16)] == [
+      3, 3, 3, 3, 15
+  ]
+  assert actions._fits("ddim", 1) == 2 and actions._fits("ancestral", 1) == 1
+
+
 def test_generation(studio):
   shown, words = studio.generate(3, 1, 5, "ancestral", 4)
   assert shown.dtype == np.uint8 and shown.shape[-1] == 3
@@ -108,13 +139,21 @@ def test_weights_between_images(studio, tmp_path):
     studio.interpolate(*paths, 3, 4, 1.5, 0)
 
 
+def png(array):
+  content = io.BytesIO()
+  PIL.Image.fromarray(array).save(content, "PNG")
+  return content.getvalue()
+
+
 def painted(studio, image, rows, columns):
-  layer = np.zeros((256, 256, 4), np.uint8)
+  background = studio.enlarge(image)
+  opaque = np.full(background.shape[:2], 255, np.uint8)
+  layer = np.zeros((*opaque.shape, 4), np.uint8)
   layer[rows, columns] = (230, 160, 0, 255)
-  background = np.dstack(
-      [studio.enlarge(image), np.full((256, 256), 255, np.uint8)]
-  )
-  return {"background": background, "layers": [layer]}
+  return {
+      "background": png(np.dstack([background, opaque])),
+      "layers": [png(layer)],
+  }
 
 
 @pytest.mark.parametrize("task", ["inpaint", "inpaint_cm"])
@@ -161,7 +200,8 @@ def test_layers_add_up_and_photographs_can_be_painted(studio):
   layers[0][:8, :8, 3] = 255
   layers[1][-8:, -8:, 3] = 255
   _, words = studio.inpaint(
-      {"background": photo, "layers": layers}, 3, 0, "inpaint_cm"
+      {"background": png(photo), "layers": [png(v) for v in layers]}, 3, 0,
+      "inpaint_cm",
   )
   assert "2 pixels filled" in words
 
@@ -227,8 +267,15 @@ def test_cut_and_huge_uploads(studio, tmp_path):
     (lambda s: s.inpaint(None, 3, 0, "inpaint"), "upload or drop one"),
     (lambda s: s.inpaint({"background": None}, 3, 0, "inpaint"), "drop one"),
     (lambda s: s.inpaint(
-        {"background": s.enlarge(picture()), "layers": []}, 3, 0, "inpaint"
+        {"background": png(s.enlarge(picture())), "layers": []}, 3, 0, "inpaint"
     ), "nothing is painted over"),
+    (lambda s: s.inpaint(
+        {"background": b"GIF89a", "layers": []}, 3, 0, "inpaint"
+    ), "the image cannot be read as an image"),
+    (lambda s: s.inpaint(
+        {"background": png(np.zeros((6000, 6000), np.uint8)), "layers": []}, 3,
+        0, "inpaint",
+    ), "more than 24 million"),
     (lambda s: s.generate(3, None, 4, "onestep", 1), "the seed is None"),
     (lambda s: s.generate(3, -1, 4, "onestep", 1), "the seed is -1"),
     (lambda s: s.generate(3, 0.5, 4, "onestep", 1), "the seed is 0.5"),
