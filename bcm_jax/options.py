@@ -240,7 +240,7 @@ class Edit:
     present, absent: folders of images with and without a property, of
       'attribute'; None are training images of new_label and of label.
     resize: whether images of other sizes or channels are made to fit.
-    label: classes of the images, one or as many as images.
+    label: classes of the images of `input`, one or as many as images.
     classify: whether the network finds the classes itself, which takes 20
       evaluations a class and image.
     new_label: class to make, of 'relabel'; of the other ends of

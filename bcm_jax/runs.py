@@ -13,6 +13,7 @@ from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax import files
+from bcm_jax.interop import released
 from bcm_jax.interop import vgg_names
 from bcm_jax.training import checkpoint
 from bcm_jax.training import power_ema
@@ -169,7 +170,15 @@ def load_run(
     average: which of its averages, 'posthoc_0.15' for one of that sigma_rel
       made of all checkpoints; None is what section sample says.
     step: of the checkpoint; None is the newest.
+
+  Raises:
+    UserError: no checkpoint, or a folder to give away in place of a run.
   """
+  if released.is_released(workdir):
+    raise errors.UserError(
+        f"{workdir} is a network to give away and no run; make one of it by "
+        f"python -m bcm_jax.release.hub unpack {workdir} WORKDIR"
+    )
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   average = average or experiment.config.sample.average
   step, state, _ = saved.read_raw(step)

@@ -26,6 +26,7 @@ import optax
 
 import bcm_jax
 from bcm_jax import command
+from bcm_jax import errors
 from bcm_jax import files
 from bcm_jax import provenance
 from bcm_jax.data import source as sources
@@ -412,6 +413,10 @@ def main(argv: list[str] | None = None) -> None:
     args: argparse.Namespace = parser.parse_args(
         sys.argv[1:] if argv is None else argv
     )
+    if not args.table and not (args.workdir and args.classifier):
+      raise errors.UserError(
+          "give a WORKDIR and its --classifier, or --table alone"
+      )
     if args.workdir:
       bench = Bench(args.workdir, args.classifier, args.count)
       record: dict[str, Any] = {"images": len(bench.images), "tasks": {}}

@@ -49,8 +49,11 @@ def trajectory(run: records.Run) -> list[records.Rows]:
   step, average, params = runs.load_run(experiment, run.path)
   runner = runners.Runner(experiment, params, _ROWS)
   blocks = [_down(experiment, runner)]
-  if experiment.method.inverts and experiment.has_split("test"):
-    blocks.append(_up(experiment, runner))
+  if experiment.method.inverts:
+    try:
+      blocks.append(_up(experiment, runner))
+    except errors.UserError as e:  # Of the data set alone.
+      print(f"no real images in the trajectory of {run.label}: {e}")
   first = blocks[0]
   title = f"{first.title} [step {step}, {average}]"
   return [first._replace(title=title), *blocks[1:]]

@@ -229,8 +229,14 @@ def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
   with command.reporting():
     argv = sys.argv[1:] if argv is None else argv
-    _, overrides, rest = configs.split_overrides(argv)
-    verb = next((word for word in rest if not word.startswith("-")), None)
+    file, overrides, rest = configs.split_overrides(argv)
+    if file is not None:
+      raise errors.UserError(
+          f"--config={file}: a run and a folder have configs of their own; "
+          "single values are set by --config.section.key=value"
+      )
+    words = [word for word in rest if not word.startswith("-")]
+    verb = next((w for w in words if w in _VERBS), words[0] if words else None)
     if verb is None:
       command.Parser("bcm_jax.release.hub", __doc__).parse_args(rest)
       raise errors.UserError(
