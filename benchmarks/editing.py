@@ -45,6 +45,8 @@ MARKED = re.compile(r"(<!-- editing: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DRAWS = 8
 QUALITIES = (5, 10, 20, 40)
 NOISES = (0.1, 0.3, 0.6, 1.0)
+# What JPEG's artefacts are taken for, in units of sigma.
+ARTEFACTS = 0.1
 # L_inf of the attack, in units of [-1, 1]; its steps are a fifth as long.
 ATTACKS = (0.1, 0.2, 0.4)
 # How far images are moved from dark to bright ones.
@@ -147,6 +149,10 @@ def jpeg(bench: Bench) -> Iterator[tuple[str, dict]]:
     yield f"JPEG of quality {quality}", bench.told(given)
     yield f"`restore` of quality {quality}", bench.told(
         bench.model.restore(given, bench.labels)
+    )
+    out, _ = bench.model.denoise(given, ARTEFACTS, bench.labels)
+    yield f"`denoise` of quality {quality}, level {ARTEFACTS:g}", bench.told(
+        out
     )
 
 
