@@ -369,6 +369,19 @@ def test_nothing_to_draw_is_bad_input(tmp_path, capsys):
   assert "nothing to draw" in line
 
 
+def test_files_of_another_form_are_told_and_the_others_drawn(
+    full, tmp_path, capsys
+):
+  (tmp_path / "other" / "eval").mkdir(parents=True)
+  (tmp_path / "other" / "eval" / "1.json").write_text('{"samplers": {}}')
+  out = tmp_path / "out"
+  draw.main([
+      str(full), str(tmp_path / "other"), "--only=quality", f"--out={out}"
+  ])
+  assert (out / "quality.png").exists()
+  assert "of another form" in capsys.readouterr().out
+
+
 def test_a_result_file_is_a_run_of_numbers_alone(full, capsys):
   draw.main([str(full / "eval" / "8.json")])
   assert {p.name for p in (full / "eval" / "plots").iterdir()} == {

@@ -11,6 +11,7 @@ import pytest
 
 from bcm_jax import config as configs
 from bcm_jax import config_files
+from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax import options
 from bcm_jax import runner as runners
@@ -199,3 +200,14 @@ def test_a_checkpoint_becomes_strips(
   assert [b.images.shape[:2] for b in blocks] == shapes
   assert said in blocks[0].title
   assert blocks[0].title.endswith("[step 7, ema_0.9]")
+
+
+def test_the_way_from_noise_needs_no_images(tmp_path, monkeypatch, capsys):
+  def gone(self, split):
+    raise errors.UserError(f"no {split} images here")
+
+  untrained(tmp_path / "run", "digits.py")
+  monkeypatch.setattr(experiments.Experiment, "source", gone)
+  (block,) = strips.trajectory(records.open_runs([str(tmp_path / "run")])[0])
+  assert "one jump f(x, T, t)" in block.title
+  assert "no test images here" in capsys.readouterr().out

@@ -152,6 +152,15 @@ def test_unpacked_run_makes_the_same_samples(run, folder, tmp_path, capsys):
     assert np.any(data["arr_0"] != before[0])
 
 
+def test_a_folder_is_no_run_and_says_what_makes_one(run, folder, capsys):
+  with pytest.raises(errors.UserError, match="bcm_jax.release.hub unpack"):
+    params_of(folder)
+  line = fails(capsys, "pack", run, "out", "--config=digits.py")
+  assert "configs of their own" in line
+  line = fails(capsys, "--average", "ema_0.7", "pack", run, "out")
+  assert "ema_0.7" in line and "unknown command" not in line
+
+
 def test_every_mode_takes_an_unpacked_run(run, folder, tmp_path, capsys):
   out = tmp_path / "unpacked"
   hub("unpack", folder, out)

@@ -209,6 +209,25 @@ def test_only_this_machine_is_listened_to_unless_told_otherwise(monkeypatch):
   assert asked["launched"] == ("0.0.0.0", 80, 9)
 
 
+def test_a_bad_canvas_is_told_in_a_message(address, tmp_path):
+  bad = tmp_path / "canvas.png"
+  bad.write_bytes(b"these are no pixels")
+  file = gradio_client.handle_file(str(bad))
+  client = gradio_client.Client(address, verbose=False)
+  with pytest.raises(Exception, match="the image cannot be read as an image"):
+    client.predict(
+        {"background": file, "layers": [], "composite": file}, 3, 0, "inpaint",
+        api_name="/inpaint",
+    )
+
+
+@pytest.mark.parametrize("port", [99_999, -1])
+def test_ports_that_do_not_exist_are_said(port):
+  model = facade.Model(exact.runner(exact.experiment()))
+  with pytest.raises(errors.UserError, match=f"port {port} of 127.0.0.1"):
+    app.launch(model, port=port, block=False)
+
+
 def test_a_taken_port_is_said(address):
   model = facade.Model(exact.runner(exact.experiment()))
   port = int(address.rpartition(":")[2])
