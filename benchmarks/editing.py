@@ -43,6 +43,8 @@ RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "editing.md"
 MARKED = re.compile(r"(<!-- editing: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DRAWS = 8
+# Images in a picture.
+SHOWN = 12
 QUALITIES = (5, 10, 20, 40)
 NOISES = (0.1, 0.3, 0.6, 1.0)
 # What JPEG's artefacts are taken for, in units of sigma.
@@ -57,20 +59,26 @@ class Bench:
   """A model, the images that it edits, and a judge of classes."""
 
   def __init__(self, workdir: str, classifier: str, count: int | None):
-    self.workdir, self.model = workdir, bcm_jax.load(workdir)
+    self.workdir = workdir
+    self.model = bcm_jax.load(workdir, batch_size=50)
     source = self.model.experiment.source("test")
-    odd = np.arange(1, len(source), 2)[:count]
-    batch = source.fetch(odd)
+    odd = np.arange(1, len(source), 2)
+    # Spread evenly: folders are in the order of their classes.
+    count = min(count or len(odd), len(odd))
+    batch = source.fetch(odd[np.arange(count) * len(odd) // count])
     self.images, self.classes = batch["image"], batch["label"]
     self.labels = None if self.model.num_classes is None else self.classes
     train = self.model.experiment.source("train")
-    self.train = train.fetch(np.arange(min(len(train), 10_000)))
+    some = np.random.default_rng(0).permutation(len(train))[:10_000]
+    self.train = train.fetch(np.sort(some))
     self.judge = classifiers.load_classifier(classifier)
 
-  def first(self, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """So many images and their labels."""
-    labels = None if self.labels is None else self.labels[:count]
-    return self.images[:count], labels
+  def some(self, count: int) -> tuple[np.ndarray, np.ndarray, Any]:
+    """So many images, their classes, and what the network is told of them."""
+    chosen = np.arange(count) * len(self.images) // count
+    classes = self.classes[chosen]
+    told = None if self.labels is None else classes
+    return self.images[chosen], classes, told
 
   def brightening(self) -> np.ndarray:
     """The way from the darker half of each class to the brighter."""
@@ -299,7 +307,7 @@ def _corner(images: np.ndarray) -> np.ndarray:
 
 def draw(bench: Bench, start: str) -> None:
   """Every task on the first images, as PNG files: START_TASK.png."""
-  images, labels = bench.first(12)
+  images, _, labels = bench.some(SHOWN)
   scale = max(1, 32 // images.shape[1])
   rows = _undone(bench) | _changed(bench)
   for task, made in rows.items():
@@ -322,7 +330,7 @@ def draw(bench: Bench, start: str) -> None:
 
 def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
   """Rows of tasks that undo damage: damaged, and mended."""
-  model, (images, labels) = bench.model, bench.first(12)
+  model, (images, true, labels) = bench.model, bench.some(SHOWN)
   height, width = model.image_shape[:2]
   hole = np.zeros((height, width), bool)
   hole[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
@@ -334,7 +342,7 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
   noisy = noisy.astype(np.float32)
   repeated = small.repeat(2, 1).repeat(2, 2)
   attacked = sources.to_uint8(np.asarray(
-      _perturb(bench, jnp.asarray(floats), 0.2, bench.classes[: len(images)])
+      _perturb(bench, jnp.asarray(floats), 0.2, true)
   ))
   rows = {
       "inpaint": [("covered", covered),
@@ -362,7 +370,7 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
 
 def _changed(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
   """Rows of tasks that change what an image shows."""
-  model, (images, labels) = bench.model, bench.first(12)
+  model, (images, _, labels) = bench.model, bench.some(SHOWN)
   way = bench.brightening()
   rows = {"attribute": [
       (f"shift {strength:+g}", model.shift(images, way, strength, labels))
