@@ -59,11 +59,12 @@ if [[ -n ${DRY_RUN:-} ]]; then
   exit
 fi
 
+# told: empty, or the child that was told to go, or 'heard' while there is none.
 child="" told=""
 # Bash runs a trap only after the command in front has ended, so everything
 # that lasts runs in the background, and is waited for.
 pass_on() {
-  told=1
+  told=${child:-heard}
   [[ -z $child ]] || kill -s TERM "$child" 2>/dev/null || true
 }
 trap pass_on TERM INT
@@ -71,8 +72,11 @@ trap pass_on TERM INT
 # await: waits for the child, also across signals; sets `status`.
 await() {
   # `wait` returns early on a signal, while the child goes on.
-  wait "$child" || true
-  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+  while kill -0 "$child" 2>/dev/null; do
+    # A signal between a start and `child=$!` found nobody to tell.
+    [[ -z $told || $told == "$child" ]] || pass_on
+    wait "$child" || true
+  done
   status=0
   wait "$child" || status=$?
   child=""
