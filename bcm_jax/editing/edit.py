@@ -81,7 +81,8 @@ def interpolate(
   section: options.Edit = model.experiment.section("edit")
   inputs = inputs or pictures.read(model.experiment)
   asked = settings(section)
-  print(model.recipe("interpolate", **asked))
+  recipe = model.recipe("interpolate", **asked)
+  print(recipe)
   between = model.interpolate(
       inputs.images, inputs.second, inputs.labels, inputs.second_labels,
       section.points, section.seed, **asked,
@@ -93,7 +94,7 @@ def interpolate(
   if inputs.labels is not None:
     arrays["labels"] = np.stack([inputs.labels, inputs.second_labels], axis=1)
   folder = _folder(workdir, "interpolate")
-  _write_record(model, folder, model.recipe("interpolate", **asked), images, {})
+  _write_record(model, folder, recipe, images, {})
   files.write_npz(os.path.join(folder, "interpolation.npz"), **arrays)
   image_grid.save_png(
       os.path.join(folder, "grid.png"),
@@ -150,6 +151,10 @@ def _write_record(
     results: np.ndarray, more: dict[str, Any],
 ) -> None:
   """result.json: what was done, by what, and the numbers."""
+  if model.experiment.config.edit.classify:
+    # Not part of the recipe, and paid for each image all the same.
+    more = {"nfe_to_classify": model.num_classes * len(recipes.CLASS_TIMES)
+            * recipes.CLASS_DRAWS, **more}
   files.write_json(os.path.join(folder, "result.json"), {
       "task": recipe.task, "recipe": str(recipe).splitlines(),
       "nfe": recipe.nfe, "images": len(results), **more,

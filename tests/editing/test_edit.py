@@ -239,6 +239,26 @@ def test_classes_of_files_are_found(tmp_path, capsys):
     labels = list(f["labels"])
   assert labels == [0, 4]  # 100 of 127.5 grey levels, nearest to 4 tints.
   assert "classes found: 0 4" in capsys.readouterr().out
+  record = json.loads((tmp_path / "run/edits/restore/result.json").read_text())
+  assert record["nfe_to_classify"] == 100 and record["nfe"] == 3
+
+
+def test_groups_of_an_attribute_have_the_classes_that_are_found(tmp_path):
+  for name, lift in (("dark", 0), ("light", 100)):
+    lifted = np.clip(picture(1).astype(int) + lift, 0, 255).astype(np.uint8)
+    write(tmp_path / name / "a.png", lifted)
+  settings = dict(
+      task="attribute", present=tmp_path / "light", absent=tmp_path / "dark",
+      input=tmp_path / "dark", noise=0.002, num_classes=5,
+      method=dict(tint=0.2),
+  )
+  norms = []
+  for how in (dict(classify=True), dict(label=0)):
+    folder = run(tmp_path, experiment(**settings, **how))
+    record = json.loads((folder / "result.json").read_text())
+    norms.append(record["direction_norm"])
+  # All that the groups differ in is their class, once that is known.
+  assert norms[0] < 0.2 * norms[1]
 
 
 @pytest.mark.parametrize("num_classes", [None, 10])
