@@ -146,9 +146,6 @@ def make(
           found[run.label] = kind.read(run)
         except errors.UserError as e:
           print(f"no {name} of {run.label}: {e}")
-        except (KeyError, TypeError) as e:
-          print(f"no {name} of {run.label}: a file in {run.path} is of another "
-                f"form than mode eval or edit writes ({e!r})")
       if found:
         written.append(os.path.join(out, f"{name}{suffix}.png"))
         kind.draw(found, written[-1])

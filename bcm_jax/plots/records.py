@@ -23,8 +23,7 @@ _NOT_SHOWN = ("uptime", "skipped_in_row")
 _QUALITY = ("precision", "recall")
 # Samplers that are 'onestep' where they take one evaluation.
 _FROM_ONE_STEP = ("ancestral", "zigzag", "mixture", "cm_multistep", "gamma")
-_SHOWN_INVERSIONS = 16
-_SHOWN_PAIRS = 8
+_SHOWN_INVERSIONS, _SHOWN_PAIRS = 16, 8
 
 Series = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]
 Inversions = dict[str, dict[str, list[tuple[float, float]]]]
@@ -213,7 +212,8 @@ def results(run: Run) -> list[dict[str, Any]]:
     paths = pathlib.Path(run.path, "eval").glob("*.json")
   # What was written last about an average counts.
   paths = sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p))
-  found = [r for r in map(_read_json, paths) if "samplers" in r]
+  keys = {"samplers", "step", "average", "protocol"}
+  found = [r for r in map(_read_json, paths) if keys <= r.keys()]
   if not found:
     raise errors.UserError(
         f"{run.path} holds no results; --mode=eval writes them"
@@ -341,7 +341,7 @@ def inversions(run: Run) -> Inversions:
 def interpolation(run: Run) -> list[Rows]:
   """Rows between pairs of real images, which stand at both ends."""
   folder = os.path.join(_directory(run), "edits", "interpolate")
-  arrays = _arrays(os.path.join(folder, "interpolation.npz"), "edit")
+  arrays = _arrays(os.path.join(folder, "interpolation.npz"), "edit", "images")
   images = arrays["images"][:_SHOWN_PAIRS]
   names = [f"pair {i + 1}" for i in range(len(images))]
   labels = arrays.get("labels", np.zeros(1))[:_SHOWN_PAIRS]
@@ -360,7 +360,7 @@ def reconstruction(run: Run) -> list[Rows]:
   folder = pathlib.Path(_directory(run), "inversions")
   blocks = []
   for path in sorted(folder.glob("*/inversion.npz"), key=_by_number):
-    arrays = _arrays(str(path), "invert")
+    arrays = _arrays(str(path), "invert", "originals", "latents", "mse")
     shown = slice(0, _SHOWN_INVERSIONS)
     latents = arrays["latents"][shown]
     # Two standard deviations fill the range.
@@ -388,13 +388,13 @@ def _by_number(path: pathlib.Path) -> tuple[int, str]:
   return int(digits[0]) if digits else 0, path.parent.name
 
 
-def _arrays(path: str, mode: str) -> dict[str, np.ndarray]:
+def _arrays(path: str, mode: str, *needed: str) -> dict[str, np.ndarray]:
   if not os.path.isfile(path):
     raise errors.UserError(f"there is no {path}; --mode={mode} writes it")
   try:
-    with np.load(path) as arrays:
-      return dict(arrays)
-  except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+    with np.load(path) as f:
+      return {k: f[k] for k in (*needed, *f.files)}
+  except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
     raise errors.UserError(
         f"{path} is damaged ({e}); write it again with --mode={mode}"
     ) from e

@@ -374,12 +374,18 @@ def test_files_of_another_form_are_told_and_the_others_drawn(
 ):
   (tmp_path / "other" / "eval").mkdir(parents=True)
   (tmp_path / "other" / "eval" / "1.json").write_text('{"samplers": {}}')
+  rows = tmp_path / "other" / "edits" / "interpolate"
+  rows.mkdir(parents=True)
+  np.savez(rows / "interpolation.npz", something=np.zeros(3))
   out = tmp_path / "out"
   draw.main([
-      str(full), str(tmp_path / "other"), "--only=quality", f"--out={out}"
+      str(full), str(tmp_path / "other"), "--only=quality,interpolation",
+      f"--out={out}",
   ])
   assert (out / "quality.png").exists()
-  assert "of another form" in capsys.readouterr().out
+  told = capsys.readouterr().out
+  assert "other holds no results" in told
+  assert "interpolation.npz is damaged" in told
 
 
 def test_a_result_file_is_a_run_of_numbers_alone(full, capsys):
