@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv, installs bcm_jax with its test extra and runs every test.
+# Sets up .venv, installs bcm_jax with its test extra and runs the tests.
 #
-#   launch/test.sh                    all tests, on the CPU
+#   launch/test.sh                    fast tests (not marked slow), on the CPU
+#   launch/test.sh --all              all tests
 #   launch/test.sh tests/methods -x   arguments go to pytest; paths are
 #                                     relative to the repository root
 #   JAX_PLATFORMS=cuda launch/test.sh
@@ -12,5 +13,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install_into_venv test
 
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-# One process a core; the tests of a file stay together and share its fixtures.
-exec "$VENV_PYTHON" -m pytest -n auto --dist loadfile "$@"
+# Paths, -k and -m choose their own tests, slow ones included.
+selection=(-m "not slow")
+if [[ ${1:-} == --all ]]; then
+  selection=()
+  shift
+elif [[ " $* " =~ \ (tests|-k|-m) ]]; then
+  selection=()
+fi
+# One process per core; the tests of a file stay together and share fixtures.
+exec "$VENV_PYTHON" -m pytest -n auto --dist loadfile "${selection[@]}" "$@"

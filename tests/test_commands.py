@@ -14,6 +14,8 @@ from bcm_jax import errors
 from bcm_jax import main as main_lib
 from tests import toys
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 EVERY = 4
 # One level, one block: small enough to compile in seconds.

@@ -17,6 +17,8 @@ from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax.training import executable
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = {
     "model.model_channels": "48", "model.num_groups": "4",

@@ -53,6 +53,7 @@ def test_resolved_config(name):
   check(f"configs/{file_of(name)}", "\n".join(lines) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_parameter_table(name):
   e = experiment(name)

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # TFDS sources, whose absence their callers catch.
@@ -50,6 +52,7 @@ def all_modules() -> list[str]:
   return [name.removesuffix(".__init__") for name in names]
 
 
+@pytest.mark.slow
 def test_modules_import_without_tensorflow():
   names = all_modules()
   assert {"bcm_jax", "bcm_jax.main", *NEED_TENSORFLOW} <= set(names)

@@ -119,6 +119,7 @@ def test_installed_wheel_imports_and_has_its_configs(wheel, tmp_path):
   assert found.stdout.split() == [str(tmp_path / "bcm_jax"), "True"]
 
 
+@pytest.mark.slow
 def test_editable_install_imports_from_the_checkout(checkout, tmp_path):
   build(checkout, "editable").extractall(tmp_path)
   code = (

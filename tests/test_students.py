@@ -27,6 +27,8 @@ from bcm_jax.sampling import plan as plans
 from bcm_jax.training import checkpoint
 from tests import toys
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     **toys.TINY,
     "training.num_steps": "4", "training.batch_size": "16",

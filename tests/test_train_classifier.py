@@ -14,6 +14,8 @@ from bcm_jax.metrics import classifier as classifiers
 from tests import quick
 from tests import toys
 
+pytestmark = pytest.mark.slow
+
 STEPS = 30
 FLAGS = [f"--steps={STEPS}", "--batch_size=16", "--learning_rate=0.005"]
 

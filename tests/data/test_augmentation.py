@@ -254,6 +254,7 @@ def test_scaling_stretches_about_the_centre(x64, axis):
   np.testing.assert_allclose(labels[0, 2:7], label, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_plain_image_stays_plain(x64):
   draws = jax.tree.map(lambda v: v[:3].astype(np.float64), many()[1])
   draws = draws._replace(shift=draws.shift / 4)

@@ -188,6 +188,7 @@ def test_folder_that_cannot_be_written(unusable_dir, monkeypatch, caplog):
   assert "TFDS folder cannot be used" in caplog.text
 
 
+@pytest.mark.slow
 def test_without_tensorflow_the_same_digits():
   program = textwrap.dedent("""
       import hashlib, sys

@@ -89,6 +89,7 @@ def test_huber_constants_of_the_literature():
   assert distances.huber_constant(32 * 32 * 3) == pytest.approx(0.02993, 1e-3)
 
 
+@pytest.mark.slow
 def test_unit_vectors_have_gradients_at_zero():
   x = jnp.asarray([[3.0, -4.0], [0.0, 0.0]])
   unit, pull = jax.vjp(distances.unit, x)

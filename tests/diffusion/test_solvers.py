@@ -138,6 +138,7 @@ def test_rise_of_the_noise_level():
   assert churn.gamma(0.04, 40) == churn.gamma(51.0, 40) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, solver, steps", [
     ("ks_euler", "euler", "anc"),
     ("ks_dpm", "dpm2", "anc"),

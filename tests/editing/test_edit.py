@@ -52,6 +52,7 @@ GREY_TASKS = [t for t in recipes.TASKS if t not in (
     "interpolate", "colorize", "attribute")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", GREY_TASKS)
 def test_every_task_on_test_images(tmp_path, task):
   built = experiment(task=task, num_images=3, new_label=4, seed=1)

@@ -270,6 +270,7 @@ def test_one_image_is_a_batch_of_one(grey):
   assert rows.shape == (1, 3, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_the_network_that_ships_makes_digits_and_inverts_them():
   digits = bcm_jax.load(batch_size=100)
   source = digits.experiment.source("test")

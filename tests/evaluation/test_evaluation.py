@@ -27,6 +27,8 @@ from bcm_jax.metrics import reference as reference_lib
 from bcm_jax.training import checkpoint
 from tests import toys
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     **toys.TINY,
     "training.num_steps": "4", "training.ema_rates": "0.5,0.9",

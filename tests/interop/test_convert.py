@@ -109,6 +109,7 @@ def test_jcm_checkpoint(tmp_path):
 
 
 # Full sizes: names and shapes there and back, without allocating anything.
+@pytest.mark.slow
 @pytest.mark.parametrize("family, network, size", [
     ("openai", adm.ADM(num_classes=1000, two_time=True), 64),
     ("openai", adm.ADM(num_classes=1000, two_time=True, end_branch="blocks",

@@ -50,6 +50,7 @@ def ask(questions) -> dict[str, list[int]]:
   return json.loads(line.removeprefix("ANSWER "))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"),
     reason="libtpu's wheels are for Linux on x86-64 alone",

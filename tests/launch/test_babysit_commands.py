@@ -36,6 +36,7 @@ def babysat(checkout, monkeypatch, *args):
   return status, checkout.plain(log.read_text())
 
 
+@pytest.mark.slow
 def test_with_the_real_commands_from_waiting_to_done(checkout, monkeypatch):
   missing = {
       "to": "queued-resources describe", "err": "NOT_FOUND: x", "status": 1,

@@ -162,6 +162,7 @@ def test_without_a_bucket_there_is_no_volume():
   assert [v["name"] for v in pod_of(jobset)["volumes"]] == ["shared-memory"]
 
 
+@pytest.mark.slow
 def test_every_slice_of_gke_renders():
   for tpu in accelerators.SLICES:
     if tpu.gke:

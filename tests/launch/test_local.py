@@ -243,6 +243,7 @@ def test_crashes_that_pass_are_no_failure(local):
   assert (result.returncode, len(result.starts)) == (0, 4)
 
 
+@pytest.mark.slow
 def test_pauses_grow(local):
   result = supervise(
       local, "--pause-secs=1", "--max-restarts=2", plan="1 1 0"
@@ -370,6 +371,7 @@ def test_a_signal_to_one_process_ends_that_one(local):
   assert process.wait(timeout=10) == 75
 
 
+@pytest.mark.slow
 def test_peers_of_a_failed_process_do_not_wait_for_ever(local):
   result = several(local, "wait:9:wait", PEER_SECS=1)
   assert result.returncode == 9

@@ -50,6 +50,7 @@ def execute(name, tmp_path, monkeypatch, **parameters):
   return text, sum("image/png" in o.get("data", {}) for o in outputs)
 
 
+@pytest.mark.slow
 def test_digits(tmp_path, monkeypatch):
   text, pictures = execute(
       "quickstart.ipynb", tmp_path, monkeypatch, STEPS=4,
@@ -67,6 +68,7 @@ def test_digits(tmp_path, monkeypatch):
   assert json.loads((tmp_path / "runs/digits/config.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint(tmp_path, monkeypatch):
   config = configs.resolve(
       config_files.read_file("imagenet64.py"),

@@ -18,6 +18,7 @@ OLDER = ("quickstart.sh", "test.sh")
 NEWER = [name for name in harness.SCRIPTS if name not in OLDER]
 
 
+@pytest.mark.slow
 def test_shellcheck_finds_nothing():
   # pip puts it beside the interpreter, which need not be on PATH.
   folders = [str(pathlib.Path(sys.prefix) / "bin"), os.environ["PATH"]]

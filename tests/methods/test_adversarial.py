@@ -43,6 +43,7 @@ def test_losses_by_hand():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(32, 16, 8), (8, 4), (3,), (1,)])
 def test_a_head_takes_any_size(sizes):
   features = [jnp.ones((2, s, s, 8)) * jnp.array([1.0, 2.0])[:, None, None,
@@ -79,6 +80,7 @@ def test_a_head_of_dmd2_has_its_parameters():
 # DiffAugment ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_image_has_draws_of_its_own():
   x = jnp.asarray(toys.images(256, 16))
   out = diff_augment.augment(x, KEYS)

@@ -142,6 +142,7 @@ def test_gradients_are_those_of_the_online_outputs_alone(term):
       np.testing.assert_allclose(online[name], slope, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_online_network_as_target_is_stopped_alike():
   method = fixed(Line())
   params = {"a": 0.3, "b": -0.2, "c": 0.1}
@@ -261,6 +262,7 @@ def test_two_jumps_are_two_calls(num_classes):
   )
 
 
+@pytest.mark.slow
 def test_one_doubled_pass_is_two_passes_up_to_rounding():
   def gradients(doubled):
     method = toys.bidirectional_toy(

@@ -84,6 +84,7 @@ def test_label_dropout_hides_its_share_and_says_none():
   np.testing.assert_array_equal(told[~hidden], labels[~hidden])
 
 
+@pytest.mark.slow
 def test_the_log_variance_head_balances_the_loss():
   network = edm2.EDM2(
       model_channels=8, channel_mult=(1,), num_res_blocks=1,
@@ -147,6 +148,7 @@ def test_a_heun_jump_is_the_solvers_step():
   np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_churn_keeps_the_spread_of_the_images():
   method, params = toys.gaussian_teacher()
   churn = solvers.Churn(40.0, 0.05, 50.0, 1.0)
@@ -162,6 +164,7 @@ def test_churn_keeps_the_spread_of_the_images():
   assert np.corrcoef(np.ravel(out), np.ravel(plain))[0, 1] < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network, widths", [
     (adm.ADM(
         model_channels=8, channel_mult=(1, 2), num_res_blocks=1,

@@ -164,6 +164,7 @@ def test_one_step_is_the_denoiser_at_sigma_max():
   )
 
 
+@pytest.mark.slow
 def test_inputs_of_later_steps_are_made_by_the_generator():
   method = make(steps=4)
   assert method.start_levels[0] == 80 and len(method.start_levels) == 4
@@ -266,6 +267,7 @@ def begin(method, images):
   return state, jax.jit(step, static_argnames="phase")
 
 
+@pytest.mark.slow
 def test_five_updates_of_the_fake_to_one_of_the_generator():
   images = toys.images(8, 4)
   method = make()
@@ -283,6 +285,7 @@ def test_five_updates_of_the_fake_to_one_of_the_generator():
   assert step._cache_size() == len(method.phases()) == 2
 
 
+@pytest.mark.slow
 def test_who_learns_from_the_discriminator():
   """The generator through the head; the head and the encoder by telling."""
   images = toys.images(8, 4)

@@ -50,6 +50,7 @@ def finetuning():
   return network, source, fresh
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_with_the_output_unchanged():
   network, source, fresh = finetuning()
   bcm = toys.bidirectional_toy(network(True))

@@ -110,6 +110,7 @@ def bcm_losses(gradients):
   return jax.jit(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize(
     "name", golden.with_more(["bcm_loss"], "bcm_loss_n321")
@@ -173,6 +174,7 @@ def cm_losses(params, target, images, labels, z, times):
   return jax.grad(mean, has_aux=True)(params)
 
 
+@pytest.mark.slow
 def test_consistency_losses_are_the_official_ones():
   case = golden.load("cm_loss")
   n = case.meta["num_scales"]
@@ -192,6 +194,7 @@ def test_consistency_losses_are_the_official_ones():
   check_gradients(case, "grad_ct", grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, outputs", [
     ("cm_loss", {
         "loss_cd_l2_uniform", "loss_cd_l2_karras", "loss_cd_l1_uniform",

@@ -69,6 +69,7 @@ def test_mixing_by_hand():
   assert np.abs(moved[0] - out[0]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_discriminator_of_it_plays_and_it_stays_as_it_was():
   encoder = projected.by_name(NAME, ())
   teacher, _ = toys.gaussian_teacher()

@@ -131,12 +131,14 @@ def measure(jump):
   return error, np.mean((back - x0) ** 2)
 
 
+@pytest.mark.slow
 def test_the_soft_term_teaches_the_way_up():
   error, reconstruction = measure(train(mixture, 2500))
   assert error < 0.6
   assert reconstruction < 0.02
 
 
+@pytest.mark.slow
 def test_without_it_the_way_up_is_not_learnt():
   error, reconstruction = measure(
       train(mixture, 2500, bidirectional_weight=0.0)
@@ -151,6 +153,7 @@ def gaussian_jump():
 
 
 # For F = 0 the errors are 1, 0.8, 0.8 and 0.14.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "t,u,tolerance",
     [(80.0, EPS, 0.5), (2.5, EPS, 0.3), (0.07, 15.0, 0.4), (0.5, 2.0, 0.1)],

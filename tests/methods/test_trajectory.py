@@ -51,6 +51,7 @@ def context(images=IMAGES, target=ONE, seed=0, step=0, **more):
 # Levels -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", ["weighted", "uniform", "fixed"])
 @pytest.mark.parametrize("most", [17, 5])
 def test_levels_descend_and_share_one_number_of_steps(law, most):
@@ -103,6 +104,7 @@ def test_half_of_the_denoising_is_at_high_levels():
 # Jumps ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_jump_of_no_length_is_none_and_anchors_are_linear():
   network = adm.ADM(
       model_channels=8, channel_mult=(1,), num_res_blocks=1, num_groups=4,
@@ -144,6 +146,7 @@ def test_the_solver_takes_h_steps_of_the_teacher():
   np.testing.assert_allclose(out, exact, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_the_exact_map_loses_nothing():
   """Up to the solver's error, which finer grids make smaller."""
   losses = []
@@ -203,6 +206,7 @@ def gradient(method, wrt, online=0.9, target=0.8):
   return float(jax.grad(mean, wrt)(jnp.float32(online), jnp.float32(target)))
 
 
+@pytest.mark.slow
 def test_gradients_pass_the_outer_jump_to_the_inner_one():
   method = make()
   assert gradient(method, 0) != 0
@@ -280,6 +284,7 @@ def players(method, images):
   return state, jax.jit(step, static_argnames="phase")
 
 
+@pytest.mark.slow
 def test_turns_update_one_player_and_its_averages_alone():
   images = toys.images(8, 4)
   method = make(gan=True, gan_start=2, gan_features=4)
@@ -302,6 +307,7 @@ def test_turns_update_one_player_and_its_averages_alone():
   assert step._cache_size() == len(method.phases()) == 2
 
 
+@pytest.mark.slow
 def test_a_discriminator_learns_to_tell():
   images = toys.images(32, 4)
   method = make(gan=True, gan_features=4, gan_sigma_max=0.1)
@@ -332,6 +338,7 @@ def networks(cls, **options):
   return one, one.clone(two_time=True, end_branch="blocks")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls, options", [
     (adm.ADM, dict(num_groups=4, num_head_channels=8)),
     (song.SongUNet, dict(augment_dim=9)),

@@ -62,6 +62,7 @@ def folder(made, tmp_path):
   return tmp_path
 
 
+@pytest.mark.slow
 def test_activations_are_those_of_the_network(made, images, expected):
   _, features, logits = expected
   found = made(images)

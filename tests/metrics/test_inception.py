@@ -75,6 +75,7 @@ def test_float64_stays():
     np.testing.assert_allclose(seen[0, :, 0, 0], expected, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_features_of_a_network_with_recipe_weights():
   params = features.params("", "float32")
   given = images(5, 20, 24, 3)

@@ -61,6 +61,7 @@ def test_reproduces_the_package(params, derived):
     )
 
 
+@pytest.mark.slow
 def test_pooling_may_be_of_means(params):
   x, y = lpips_recipe.images()
   shift, scale = np.array(lpips._SHIFT), np.array(lpips._SCALE)

@@ -130,6 +130,7 @@ def test_gather_merges_hosts_of_which_some_have_seen_nothing(monkeypatch):
   assert_close(moments.gather(in_blocks(hosts[0])), in_blocks(rows))
 
 
+@pytest.mark.slow
 def test_two_hosts_get_the_same_bits(tmp_path):
   code = """
     import sys

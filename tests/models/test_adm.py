@@ -13,6 +13,8 @@ from bcm_jax.diffusion import preconditioning
 from bcm_jax.models import adm
 from bcm_jax.models import layers
 
+pytestmark = pytest.mark.slow
+
 TINY = dict(
     model_channels=8, out_channels=1, channel_mult=(1, 2), num_res_blocks=1,
     attention_resolutions=(4,), num_head_channels=8, num_groups=2,

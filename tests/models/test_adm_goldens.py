@@ -25,6 +25,7 @@ def raw(name, key, dtype, swapped=False, plain=None):
   return net(g.image(key), t, u, g.arrays.get("in/y"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BCM + ONE_TIME)
 def test_network_in_float64(name):
   golden.close(raw(name, "in/x", "float64"), golden.load(name), "F", rel=1e-10)
@@ -132,6 +133,7 @@ def test_second_time_branch_is_the_published_one(extended):
     assert new[part] is old[part]
 
 
+@pytest.mark.slow
 def test_second_time_branch_leaves_the_network_as_it_was(extended):
   g = golden.load("bcm_finetune_init")
   one, old, two, new = extended

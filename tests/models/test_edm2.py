@@ -56,6 +56,7 @@ def leaves(params):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings, size, published", [IMAGENET, CIFAR],
                          ids=["imagenet", "cifar"])
 def test_published_sizes(settings, size, published):
@@ -272,6 +273,7 @@ def test_classes_by_number_by_weight_and_none(tiny):
     assert np.abs(none[i] - out[i]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_dropout_is_keyed_by_example(tiny):
   _, apply, _, gains = tiny
   same = [np.repeat(v[:1], 4, axis=0) for v in inputs()]

@@ -130,6 +130,7 @@ def outputs(dtype: str) -> dict:
   return out | {"weights": jax.tree.map(np.asarray, projected)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(OUTPUTS))
 def test_network_in_float64(name):
   golden.close(outputs("float64")[name], golden.load(FILE), name, rel=1e-9)
@@ -168,6 +169,7 @@ def compare(group: str, ours: dict, count: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_gradients():
   compare("grad_loss", gradient(), 17)
 

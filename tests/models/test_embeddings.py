@@ -9,6 +9,7 @@ from bcm_jax.models import embeddings
 from tests import golden
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [64, 33])
 def test_embedding_is_the_reference_one(dim):
   g, name = golden.load("sched_scalings"), f"temb{dim}"

@@ -15,6 +15,8 @@ import pytest
 from bcm_jax.models import inception
 from tests.parity import features
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = pathlib.Path(__file__).with_name("inception.npz")
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 

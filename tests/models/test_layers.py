@@ -177,6 +177,7 @@ def dropout(x, keys, rate=0.3):
   return layers.Dropout(rate).apply({}, x, keys)
 
 
+@pytest.mark.slow
 def test_dropout_mask_of_an_example_is_its_own():
   keys = jax.random.split(jax.random.key(0), 4)
   x = jnp.ones((4, 10, 10, 3))

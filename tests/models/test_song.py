@@ -82,6 +82,7 @@ def inputs(name, dtype):
   ] + [labels, None, None if augment is None else jnp.asarray(augment, dtype)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_network_is_the_official_one(name):
   g, (network, params) = golden.load(name), published(name)
@@ -102,6 +103,7 @@ def test_network_is_the_official_one(name):
 
 # Trainable parameters as published (diffusion_family.md 1.7; jcm and CTM);
 # `freqs`, a buffer there, is counted by jcm alone.
+@pytest.mark.slow
 @pytest.mark.parametrize("cls, settings, size, count", [
     (song.SongUNet, dict(augment_dim=9), 32, 55_733_891),
     (song.SongUNet, dict(augment_dim=9, num_classes=10), 32, 55_735_299),
@@ -152,6 +154,7 @@ def small(**settings):
   return network, filled(network)
 
 
+@pytest.mark.slow
 def test_output_is_nearly_zero_at_the_start():
   network, _ = small()
   args = arguments(network)
@@ -160,6 +163,7 @@ def test_output_is_nearly_zero_at_the_start():
   assert 0 < float(jnp.abs(out).max()) < 1e-3
 
 
+@pytest.mark.slow
 def test_dropout_of_an_example_is_its_own():
   network, params = small(dropout=0.3)
   args = arguments(network)
@@ -176,6 +180,7 @@ def test_dropout_of_an_example_is_its_own():
   assert changed.min() > 1e-3
 
 
+@pytest.mark.slow
 def test_no_class_and_no_augmentation_are_zero():
   network, params = small(num_classes=3, augment_dim=9)
   x, t, end, labels = arguments(network)
@@ -192,6 +197,7 @@ def test_no_class_and_no_augmentation_are_zero():
   )
 
 
+@pytest.mark.slow
 def test_bidirectional_form_starts_as_the_one_time_network():
   one, old = small()
   two = one.clone(two_time=True)
@@ -210,6 +216,7 @@ def test_bidirectional_form_starts_as_the_one_time_network():
   ).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_remat_and_bfloat16_change_little():
   network, params = small()
   args = arguments(network)
@@ -224,6 +231,7 @@ def test_remat_and_bfloat16_change_little():
   assert 0 < error < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings, part", [
     (dict(encoder="skip"), "aux_skip"),
     (dict(encoder="residual", resample_filter=(1, 3, 3, 1)), "aux_residual"),

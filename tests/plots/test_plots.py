@@ -339,6 +339,7 @@ def fails(capsys, *arguments) -> str:
   return line
 
 
+@pytest.mark.slow
 def test_every_figure_is_made_that_there_is_something_for(
     full, tmp_path, capsys
 ):

@@ -121,6 +121,7 @@ def assert_within_a_grey_level(images, expected):
 # The same images ------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_are_those_of_the_library(library, model, sampler):
   for index, seed in (([3], 2**32 - 1), ([4, 0, 6, 1, 9], 7)):
@@ -168,6 +169,7 @@ def test_inversion_is_that_of_the_library(library, model):
   assert np.abs(other - found).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_network_without_classes_and_with_one_time(tmp_path):
   run = make_run(tmp_path / "run", "digits_ict.py", model__num_classes="none")
   out = tmp_path / "ict.zip"
@@ -190,6 +192,7 @@ def denoiser(tmp_path_factory):
   )
 
 
+@pytest.mark.slow
 def test_long_plans_are_loops_that_draw_the_same(
     denoiser, tmp_path, monkeypatch
 ):
@@ -214,6 +217,7 @@ def test_long_plans_are_loops_that_draw_the_same(
   assert name == "ddim" and model.samplers[name]["nfe"] == 5
 
 
+@pytest.mark.slow
 def test_an_average_and_a_guide_of_another_go_along(denoiser, tmp_path):
   run, out = tmp_path / "run", tmp_path / "guided.zip"
   shutil.copytree(denoiser, run)
@@ -292,6 +296,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names.MODELS)
 def test_every_network_is_lowered_for_all_platforms(name):
   values = {
@@ -341,6 +346,7 @@ print("compiled:", chip.device_kind, compiled.out_info.shape)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"),
     reason="libtpu's wheels are for Linux on x86-64 alone",

@@ -161,6 +161,7 @@ def test_a_folder_is_no_run_and_says_what_makes_one(run, folder, capsys):
   assert "ema_0.7" in line and "unknown command" not in line
 
 
+@pytest.mark.slow
 def test_every_mode_takes_an_unpacked_run(run, folder, tmp_path, capsys):
   out = tmp_path / "unpacked"
   hub("unpack", folder, out)
@@ -328,6 +329,7 @@ def test_bad_command_lines(tmp_path, monkeypatch, capsys, arguments, said):
   assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_bad_packing(run, folder, tmp_path, capsys):
   out = tmp_path / "out"
   assert "sample.average" in fails(capsys, "pack", run, out, "--average=ema_7")
@@ -490,6 +492,7 @@ def test_without_the_library(folder, tmp_path, capsys, monkeypatch):
   hub("unpack", folder, tmp_path / "unpacked")
 
 
+@pytest.mark.slow
 def test_the_library_is_imported_late():
   code = (
       "import sys\n"

@@ -117,6 +117,7 @@ THERE = plans.inversion(0.1, (), LEVELS)
 BACK = plans.ancestral((), LEVELS)
 
 
+@pytest.mark.slow
 def test_a_round_trip_shrinks_the_noise_that_it_adds():
   x = real()
   out = editing.round_trip(
@@ -144,6 +145,7 @@ def test_latents_are_shifted_and_classes_changed_between_there_and_back():
   assert seen == ["old", "old"]
 
 
+@pytest.mark.slow
 def test_direction_is_the_difference_of_means():
   latents, present = real(5), jnp.array([True, False, False, True, False])
   out = editing.direction(latents, present)
@@ -161,6 +163,7 @@ def rounds(x, pairs, width):
   return mask * x + (1 - mask) * h
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [0.0, 1.0])
 def test_inpainting(width):
   x, pairs = real(), [(0.1, 80.0), (0.2, 5.0), (0.3, 0.6)]
@@ -178,6 +181,7 @@ def test_inpainting(width):
   np.testing.assert_array_equal(fill(jnp.where(hole, 0.9, x)), out)
 
 
+@pytest.mark.slow
 def test_data_are_made_again_from_the_noise_in_a_hole():
   """Enough rounds forget what the hole was filled with but for its level."""
   x = real(200)
@@ -235,6 +239,7 @@ def test_regeneration_puts_the_known_part_back_every_time(name):
   close(out, h)
 
 
+@pytest.mark.slow
 def test_strokes_keep_more_of_the_guide_the_lower_they_start():
   x = real(50)
   kept = []
@@ -246,6 +251,7 @@ def test_strokes_keep_more_of_the_guide_the_lower_they_start():
   np.testing.assert_allclose(kept, expected, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.05, 0.7, 6.0])
 def test_noise_is_measured_and_taken_out(sigma):
   x = real() + sigma * noise(0, real())
@@ -272,6 +278,7 @@ def test_noise_is_measured_and_taken_out(sigma):
   close(out, factor(clipped, 0.002) * x)
 
 
+@pytest.mark.slow
 def test_noise_of_smooth_images_is_measured_without_a_network():
   ramp = jnp.linspace(-1, 1, 64)
   smooth = jnp.broadcast_to(
@@ -283,6 +290,7 @@ def test_noise_of_smooth_images_is_measured_without_a_network():
     np.testing.assert_allclose(found, sigma, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_correlated_pixels_are_filled_by_their_neighbours():
   """Of N(0, C) both ways of filling come near to E[hole | known]."""
   place = np.stack(np.meshgrid(range(8), range(8)), -1).reshape(-1, 2)
@@ -327,6 +335,7 @@ def test_correlated_pixels_are_filled_by_their_neighbours():
   assert max(errors) < 0.45
 
 
+@pytest.mark.slow
 def test_the_class_that_denoises_best_has_the_nearest_mean():
   means = jnp.array([-0.6, -0.1, 0.2, 0.7])
 

@@ -36,6 +36,7 @@ def bits(images, **options):
 ENTROPY = math.log2(SPREAD * math.sqrt(2 * math.pi * math.e)) + math.log2(127.5)
 
 
+@pytest.mark.slow
 def test_it_is_the_entropy_of_the_grey_levels(images):
   assert bits(images) == pytest.approx(ENTROPY, abs=0.02)
 

@@ -184,6 +184,7 @@ def reference_map(g, clip=np.inf):
   return flow_map
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [
     "bcm_1step", "bcm_2step", "bcm_3step", "bcm_4step", "inv1_latent",
     "inv2_latent", "ks_onestep", "ks_multistep", "ks_multistep_noclip",

@@ -20,6 +20,8 @@ from bcm_jax.editing import facade
 from bcm_jax.studio import app
 from tests import exact
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or (
     shutil.which("google-chrome")
 )

@@ -48,6 +48,7 @@ def trained(devices, parts, local, per_call=1):
   return jax.tree.map(np.asarray, (state, metrics))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("local", [False, True])
 def test_parts_and_devices_change_nothing_but_rounding(parts, local):
@@ -57,6 +58,7 @@ def test_parts_and_devices_change_nothing_but_rounding(parts, local):
   toys.assert_close(metrics, expected_metrics, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_steps_a_call():
   state, metrics = trained(4, 2, True, per_call=STEPS)
   toys.assert_close(state, trained(4, 2, True)[0], rtol=1e-6)

@@ -15,6 +15,8 @@ from bcm_jax.training import manifest
 from bcm_jax.training.checkpoint import Checkpoints
 from tests.training import damages
 
+pytestmark = pytest.mark.slow
+
 # Orbax leaves a coroutine behind when a read fails.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning")

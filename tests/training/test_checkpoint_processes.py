@@ -9,6 +9,7 @@ import sys
 import textwrap
 
 import numpy as np
+import pytest
 
 from bcm_jax.training.checkpoint import Checkpoints
 
@@ -21,6 +22,7 @@ def run_python(code, *args, **env):
       env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_save(tmp_path):
   """Dies when the arrays are written but the step is not committed."""
   with Checkpoints(tmp_path / "c") as ckpt:
@@ -49,6 +51,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
   np.testing.assert_array_equal(state["x"], 4.0)
 
 
+@pytest.mark.slow
 def test_restore_onto_other_devices_is_exact(tmp_path):
   done = run_python("""
       import sys
@@ -73,6 +76,7 @@ def test_restore_onto_other_devices_is_exact(tmp_path):
   assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_two_hosts_agree_on_the_fallback(tmp_path):
   """One array over two processes, of which one finds the step damaged."""
   code = """

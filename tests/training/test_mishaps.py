@@ -6,9 +6,13 @@ Every start is a process of the real command (starts.py).
 import signal
 import time
 
+import pytest
+
 from bcm_jax import errors
 from tests.training import starts
 from tests.training import tiny_run
+
+pytestmark = pytest.mark.slow
 
 STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 

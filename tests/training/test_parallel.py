@@ -50,6 +50,7 @@ def test_draws_are_the_same_bit_for_bit(topology):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_training_is_the_same(topology):
   state, metrics = train(topology)
@@ -62,6 +63,7 @@ def test_training_is_the_same(topology):
   assert np.abs(moved - start).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_eight_devices_are_the_same(tmp_path):
   root = pathlib.Path(__file__).resolve().parents[2]
   done = subprocess.run(
@@ -83,6 +85,7 @@ def test_eight_devices_are_the_same(tmp_path):
       toys.assert_close(a, b, rtol=1e-4 if b.shape == (STEPS,) else 1e-5)
 
 
+@pytest.mark.slow
 def test_terms_are_weighed_over_all_devices():
   params, weights = topologies.weighed("pmap-4")
   expected, expected_weights = topologies.weighed("jit-1")
@@ -99,6 +102,7 @@ def test_pmap_is_jit_on_the_same_devices():
   toys.assert_close(train("pmap-4"), train("jit-4"), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["jit-1", "jit-4", "pmap-4", "fsdp-2x2"])
 def test_steps_of_one_call_are_the_same(topology):
   state, metrics = train(topology, at_once=True)
@@ -108,6 +112,7 @@ def test_steps_of_one_call_are_the_same(topology):
   toys.assert_close(metrics, expected_metrics, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["jit-2", "fsdp-2x2", "pmap-4"])
 def test_microbatches_on_several_devices_are_the_same(topology):
   state, _ = train(topology, microbatches=4)
@@ -119,6 +124,7 @@ def test_a_second_run_is_identical(topology):
   toys.assert_equal(train(topology), train(topology))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["jit-4", "pmap-4"])
 def test_devices_agree_on_a_bad_step(topology):
   # One example of one device's slice is spoilt; every copy must skip.
@@ -189,6 +195,7 @@ def shards(tree):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology, out, hidden, optimizer", [
     # [8, 4] and [9, 8]: along the longest axis that divides evenly.
     ("fsdp-2x2", (4, 4), (9, 4), (4, 4)),
@@ -249,6 +256,7 @@ def test_one_executable_for_several_steps(topology):
 # From one topology to another.
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_the_same_on_every_topology(tmp_path):
   """4 -> 2 -> 1 devices, cut and uncut, pmap, and back: the same bits."""
   way = ("jit-4", "jit-2", "jit-1", "fsdp-2x2", "pmap-4", "pattern-2x2",

@@ -193,6 +193,7 @@ class Balanced(base.OnePlayer):
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
 @pytest.mark.parametrize("factor", [1.0, 7.0])
 def test_terms_are_weighed_by_gradients_of_the_global_batch(

@@ -20,6 +20,8 @@ from bcm_jax.training import goodput
 from tests.training import starts
 from tests.training import tiny_run
 
+pytestmark = pytest.mark.slow
+
 STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 
 

@@ -41,6 +41,7 @@ def test_every_coordinate_matters(other):
   assert not {tuple(k) for k in a} & {tuple(k) for k in b}
 
 
+@pytest.mark.slow
 def test_no_two_keys_of_a_hundred_thousand_collide():
   index, steps = np.arange(100), np.arange(50)
   keys = jax.vmap(rng.example_keys, in_axes=(None, None, 0, None))

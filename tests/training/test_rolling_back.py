@@ -14,6 +14,8 @@ from bcm_jax.training import faults
 from tests.training import starts
 from tests.training import tiny_run
 
+pytestmark = pytest.mark.slow
+
 STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 # Two bad steps in a row are too many.
 TWO = "training.max_skipped_in_row=2"

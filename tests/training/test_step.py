@@ -223,6 +223,7 @@ def test_warm_up_of_averages_counts_updates():
   )
 
 
+@pytest.mark.slow
 def test_the_target_network_of_ct_lags_by_mu_of_k():
   method = toys.consistency_toy(
       toys.MLP(width=4, two_time=False), scales="sqrt", s0=2, s1=20,
@@ -250,6 +251,7 @@ def test_the_target_network_of_ct_lags_by_mu_of_k():
   assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_the_curriculum_does_not_recompile_the_step():
   method = toys.bidirectional_toy(toys.MLP(width=4))
   optimizers = {"student": optax.adam(1e-3)}
@@ -398,6 +400,7 @@ def test_bytes_become_floats_on_the_devices():
   assert "labels" not in metrics
 
 
+@pytest.mark.slow
 def test_augmentation_is_keyed_and_told_to_the_loss():
   pipe = augmentation.training_pipe(0.5)
   state, step = begin(Seen(), augment=pipe, seed=3)
@@ -413,6 +416,7 @@ def test_augmentation_is_keyed_and_told_to_the_loss():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("toy", ["bidirectional_toy", "consistency_toy"])
 def test_labels_of_augmentation_reach_every_pass(toy):
   """A network that adds them to its output: none of the passes forgets."""

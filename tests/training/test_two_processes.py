@@ -17,6 +17,8 @@ from tests.training import starts
 from tests.training import test_rolling_back as rolling_back
 from tests.training import tiny_run
 
+pytestmark = pytest.mark.slow
+
 STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 # One device a process: two processes have the devices that one has else.
 EACH = "parallel.cpu_devices=1"

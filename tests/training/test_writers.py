@@ -56,6 +56,7 @@ HPARAMS = {"lr": 1e-3, "name": "x", "none": None, "sizes": (1, 2),
            "net": {"width": 8, "init": {}}, "array": np.ones(2)}
 
 
+@pytest.mark.slow
 def test_writer_conformance(tmp_path, backend):
   writer = writers.create_writer(str(tmp_path))
   writer.write_hparams(HPARAMS)
@@ -177,6 +178,7 @@ def test_broken_tensorflow_only_warns(tmp_path, monkeypatch, caplog):
   assert "protobuf is too new" in caplog.text
 
 
+@pytest.mark.slow
 def test_without_tensorflow_in_a_fresh_process(tmp_path):
   """Neither the import of the modules nor their use needs TensorFlow."""
   code = """
