@@ -21,11 +21,11 @@ import numpy as np
 from bcm_jax import chips
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import files
-from bcm_jax import provenance
 from bcm_jax.training import executable
 from bcm_jax.training import parallel
 from bcm_jax.training import step as steps
+from bcm_jax.utils import files
+from bcm_jax.utils import provenance
 
 # libtpu looks for TPUs of this machine and locks them unless told otherwise.
 _ENVIRONMENT = {

@@ -21,10 +21,10 @@ import ml_collections
 
 from bcm_jax import config_files
 from bcm_jax import errors
-from bcm_jax import files
 from bcm_jax import names
 from bcm_jax import options
 from bcm_jax.training import optim
+from bcm_jax.utils import files
 
 SECTIONS = {
     "data": options.Data,

@@ -8,7 +8,6 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import files
 from bcm_jax import options
 from bcm_jax import planning
 from bcm_jax import rejection
@@ -18,6 +17,7 @@ from bcm_jax.data import source as sources
 from bcm_jax.editing import edit
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
+from bcm_jax.utils import files
 
 Params = Any
 

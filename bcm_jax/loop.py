@@ -20,7 +20,6 @@ from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax import options
-from bcm_jax import provenance
 from bcm_jax import runs
 from bcm_jax import watch as watches
 from bcm_jax.data import pipeline
@@ -39,6 +38,7 @@ from bcm_jax.training import saver
 from bcm_jax.training import state as states
 from bcm_jax.training import step as steps
 from bcm_jax.training import watchdog
+from bcm_jax.utils import provenance
 
 
 @dataclasses.dataclass

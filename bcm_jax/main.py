@@ -13,9 +13,9 @@ from absl import app
 from absl import logging
 
 from bcm_jax import arguments
-from bcm_jax import command
 from bcm_jax import config as configs
 from bcm_jax.evaluation import tables
+from bcm_jax.utils import cli
 
 
 def run(file, overrides) -> None:
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
   """Entry point; foreseen ends are one line and an exit status."""
   argv = sys.argv if argv is None else argv
   logging.set_verbosity(logging.WARNING)
-  with command.reporting():
+  with cli.reporting():
     file, overrides, rest = configs.split_overrides(argv[1:])
     app.run(
         lambda _: run(file, overrides), [argv[0], *rest],
@@ -80,5 +80,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  command.quiet_tensorflow()
+  cli.quiet_tensorflow()
   main()

@@ -16,16 +16,16 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import files
 from bcm_jax import generate
 from bcm_jax import options
 from bcm_jax import planning
-from bcm_jax import provenance
 from bcm_jax import runner as runners
 from bcm_jax import runs
 from bcm_jax.data import source as sources
 from bcm_jax.sampling import plan as plans
 from bcm_jax.training import rng
+from bcm_jax.utils import files
+from bcm_jax.utils import provenance
 
 
 def run(experiment: experiments.Experiment, workdir: str) -> str:

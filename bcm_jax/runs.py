@@ -12,12 +12,12 @@ from bcm_jax import __version__
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import files
 from bcm_jax.interop import released
 from bcm_jax.interop import vgg_names
 from bcm_jax.training import checkpoint
 from bcm_jax.training import power_ema
 from bcm_jax.training import state as states
+from bcm_jax.utils import files
 
 Params = Any
 _POSTHOC = "posthoc_"

@@ -16,7 +16,6 @@ from bcm_jax import __version__
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import files
 from bcm_jax import loop
 from bcm_jax import runs
 from bcm_jax.evaluation import evaluate
@@ -25,6 +24,7 @@ from bcm_jax.training import goodput
 from bcm_jax.training import hosts
 from bcm_jax.training import lock
 from bcm_jax.training import state as states
+from bcm_jax.utils import files
 
 # Written when a run is finished; launchers stop there.
 DONE = "DONE"

@@ -22,11 +22,9 @@ import ml_collections
 import numpy as np
 import optax
 
-from bcm_jax import command
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import provenance
 from bcm_jax.data import pipeline
 from bcm_jax.data import source as sources
 from bcm_jax.metrics import classifier as classifiers
@@ -36,6 +34,8 @@ from bcm_jax.training import hosts
 from bcm_jax.training import optim
 from bcm_jax.training import parallel
 from bcm_jax.training import rng
+from bcm_jax.utils import cli
+from bcm_jax.utils import provenance
 
 _MIN_SIDE = 8
 # Test images fetched at a time.
@@ -301,8 +301,8 @@ def _check_source(source: sources.Source) -> None:
     )
 
 
-def _parser() -> command.Parser:
-  parser = command.Parser("bcm_jax.train_classifier", __doc__)
+def _parser() -> cli.Parser:
+  parser = cli.Parser("bcm_jax.train_classifier", __doc__)
   default = Settings()
   add = parser.add_argument
   add("--out", required=True, metavar="DIR", help="folder to make")
@@ -317,7 +317,7 @@ def _parser() -> command.Parser:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  with command.reporting():
+  with cli.reporting():
     argv = sys.argv[1:] if argv is None else argv
     file, overrides, rest = configs.split_overrides(argv)
     flags = vars(_parser().parse_args(rest))
@@ -329,5 +329,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  command.quiet_tensorflow()
+  cli.quiet_tensorflow()
   main()

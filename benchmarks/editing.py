@@ -25,10 +25,7 @@ import numpy as np
 import optax
 
 import bcm_jax
-from bcm_jax import command
 from bcm_jax import errors
-from bcm_jax import files
-from bcm_jax import provenance
 from bcm_jax.data import source as sources
 from bcm_jax.editing import fidelity
 from bcm_jax.editing import pictures
@@ -37,6 +34,9 @@ from bcm_jax.metrics import classifier as classifiers
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
 from bcm_jax.sampling import operators
+from bcm_jax.utils import cli
+from bcm_jax.utils import files
+from bcm_jax.utils import provenance
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -413,7 +413,7 @@ def page(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
   """Measures, prints and writes."""
-  parser = command.Parser("benchmarks/editing.py", __doc__)
+  parser = cli.Parser("benchmarks/editing.py", __doc__)
   parser.add_argument("workdir", nargs="?")
   parser.add_argument("--classifier", help="see bcm_jax.train_classifier")
   parser.add_argument("--count", type=int, help="test images at most")
@@ -423,7 +423,7 @@ def main(argv: list[str] | None = None) -> None:
       "--pictures", metavar="START", help="of the names of pictures"
   )
   parser.add_argument("--table", action="store_true")
-  with command.reporting():
+  with cli.reporting():
     args: argparse.Namespace = parser.parse_args(
         sys.argv[1:] if argv is None else argv
     )

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import metrics_speed
 import numpy as np
 
-from bcm_jax import files
 from bcm_jax.interop import inception_names
 from bcm_jax.metrics import inception as metric
 from bcm_jax.models import inception
 from bcm_jax.training import hosts
 from bcm_jax.training import parallel
+from bcm_jax.utils import files
 
 BATCHES = (16, 32, 64)
 IMAGE_SIZE = 32

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from bcm_jax import files
-from bcm_jax import provenance
 from bcm_jax.data import pipeline
 from bcm_jax.data import prepare
 from bcm_jax.data import registry
+from bcm_jax.utils import files
+from bcm_jax.utils import provenance
 
 SIZE, BATCH, IMAGES, STEPS, ROUNDS = 64, 256, 4096, 60, 5
 

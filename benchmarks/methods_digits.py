@@ -26,10 +26,10 @@ import sys
 import textwrap
 from typing import Any, NamedTuple
 
-from bcm_jax import command
-from bcm_jax import files
 from bcm_jax.evaluation import published
 from bcm_jax.evaluation import tables
+from bcm_jax.utils import cli
+from bcm_jax.utils import files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "methods_digits"
@@ -310,7 +310,7 @@ def write_page() -> None:
 
 def main(argv: list[str] | None = None) -> None:
   """Trains, measures and writes what is missing."""
-  parser = command.Parser("benchmarks/methods_digits.py", __doc__)
+  parser = cli.Parser("benchmarks/methods_digits.py", __doc__)
   parser.add_argument("work", nargs="?", default="runs/methods")
   parser.add_argument("--only", default=",".join(RUNS), metavar="cd,ctm")
   parser.add_argument("--seeds", default="0,1,2", metavar="0,1,2")
@@ -332,5 +332,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  with contextlib.suppress(KeyboardInterrupt), command.reporting():
+  with contextlib.suppress(KeyboardInterrupt), cli.reporting():
     main()

@@ -25,10 +25,10 @@ import numpy as np
 import scipy
 
 from bcm_jax import __version__
-from bcm_jax import files
 from bcm_jax.metrics import frechet
 from bcm_jax.metrics import moments
 from bcm_jax.metrics import precision_recall
+from bcm_jax.utils import files
 
 DIMENSION = 2048
 ROUNDS = 3

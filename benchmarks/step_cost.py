@@ -16,11 +16,11 @@ from typing import Any
 
 import step_time
 
-from bcm_jax import command
 from bcm_jax import config as configs
 from bcm_jax import experiment as experiments
-from bcm_jax import provenance
 from bcm_jax.training import hosts
+from bcm_jax.utils import cli
+from bcm_jax.utils import provenance
 
 # The first is what the others are compared with.
 CONFIGS = {
@@ -53,7 +53,7 @@ def _mean(bench: step_time.Bench) -> float:
 
 def main(argv: list[str] | None = None) -> None:
   """Measures, prints and writes."""
-  parser = command.Parser("benchmarks/step_cost.py", __doc__)
+  parser = cli.Parser("benchmarks/step_cost.py", __doc__)
   parser.add_argument("--teacher", default="runs/edm")
   parser.add_argument("--pairs", default="runs/edm/pairs.npz")
   parser.add_argument("--only", default="", metavar="ict,bcm")
@@ -87,5 +87,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  with contextlib.suppress(KeyboardInterrupt), command.reporting():
+  with contextlib.suppress(KeyboardInterrupt), cli.reporting():
     main()

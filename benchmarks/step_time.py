@@ -29,19 +29,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bcm_jax import command
 from bcm_jax import compile as compilation
 from bcm_jax import config as configs
 from bcm_jax import experiment as experiments
-from bcm_jax import files
 from bcm_jax import loop
-from bcm_jax import provenance
 from bcm_jax import runs
 from bcm_jax.data import source as sources
 from bcm_jax.training import executable
 from bcm_jax.training import hosts
 from bcm_jax.training import parallel
 from bcm_jax.training import step as steps
+from bcm_jax.utils import cli
+from bcm_jax.utils import files
+from bcm_jax.utils import provenance
 
 Phase = tuple[str, ...]
 
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
   """Measures, prints and writes."""
   argv = sys.argv[1:] if argv is None else argv
   file, overrides, rest = configs.split_overrides(argv)
-  parser = command.Parser("benchmarks/step_time.py", __doc__)
+  parser = cli.Parser("benchmarks/step_time.py", __doc__)
   parser.add_argument("--out", metavar="FILE")
   parser.add_argument("--calls", type=int, default=15, help="timed calls")
   parser.add_argument("--backends", default="jit")
@@ -277,5 +277,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  with contextlib.suppress(KeyboardInterrupt), command.reporting():
+  with contextlib.suppress(KeyboardInterrupt), cli.reporting():
     main()

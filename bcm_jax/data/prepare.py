@@ -18,7 +18,6 @@ import numpy as np
 import tqdm
 
 from bcm_jax import __version__
-from bcm_jax import command
 from bcm_jax import errors
 from bcm_jax.data import data_set as data_sets
 from bcm_jax.data import encoded
@@ -27,6 +26,7 @@ from bcm_jax.data import prepared
 from bcm_jax.data import registry
 from bcm_jax.data import resizing
 from bcm_jax.data import source as sources
+from bcm_jax.utils import cli
 
 # Examples decoded at a time, at most; the next while these are written.
 _BLOCK = 512
@@ -260,8 +260,8 @@ def _summary(found, splits, skipped, out) -> str:
   )
 
 
-def _parser() -> command.Parser:
-  parser = command.Parser("bcm_jax.data.prepare", __doc__)
+def _parser() -> cli.Parser:
+  parser = cli.Parser("bcm_jax.data.prepare", __doc__)
   add = parser.add_argument
   add("source", metavar="IN", help="images, or tfds:NAME")
   add("out", metavar="OUT", help="folder to make")
@@ -281,10 +281,10 @@ def _parser() -> command.Parser:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  with command.reporting():
+  with cli.reporting():
     print(prepare(**vars(_parser().parse_args(argv))))
 
 
 if __name__ == "__main__":
-  command.quiet_tensorflow()
+  cli.quiet_tensorflow()
   main()

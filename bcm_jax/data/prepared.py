@@ -15,8 +15,8 @@ from array_record.python import array_record_module
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import files
 from bcm_jax.data import data_set as data_sets
+from bcm_jax.utils import files
 
 MANIFEST = "dataset.json"
 FORMAT = "bcm_jax images"

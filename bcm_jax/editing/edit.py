@@ -12,9 +12,7 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import files
 from bcm_jax import options
-from bcm_jax import provenance
 from bcm_jax import runner as runners
 from bcm_jax import runs
 from bcm_jax.editing import facade
@@ -22,6 +20,8 @@ from bcm_jax.editing import fidelity
 from bcm_jax.editing import pictures
 from bcm_jax.editing import recipes
 from bcm_jax.metrics import image_grid
+from bcm_jax.utils import files
+from bcm_jax.utils import provenance
 
 # Images of a task shown in its picture.
 _SHOWN = 16

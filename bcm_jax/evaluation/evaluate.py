@@ -16,11 +16,9 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import files
 from bcm_jax import generate
 from bcm_jax import options
 from bcm_jax import planning
-from bcm_jax import provenance
 from bcm_jax import rejection
 from bcm_jax import runner as runners
 from bcm_jax import runs
@@ -37,6 +35,8 @@ from bcm_jax.metrics import quality
 from bcm_jax.plots import draw
 from bcm_jax.training import checkpoint
 from bcm_jax.training import goodput
+from bcm_jax.utils import files
+from bcm_jax.utils import provenance
 
 # Samples that published numbers are taken of.
 PROTOCOL_SAMPLES = 50_000

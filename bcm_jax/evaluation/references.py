@@ -11,7 +11,6 @@ from jax.experimental import multihost_utils
 import numpy as np
 import tqdm
 
-from bcm_jax import command
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax import options
@@ -23,6 +22,7 @@ from bcm_jax.metrics import inception
 from bcm_jax.metrics import moments
 from bcm_jax.metrics import quality
 from bcm_jax.metrics import reference as references
+from bcm_jax.utils import cli
 
 # Images that are read and pushed through a network at a time.
 _BLOCK = 1024
@@ -60,7 +60,7 @@ def open_features(section: options.Eval) -> feature_lib.Features:
 
 
 def _users_function(name: str) -> feature_lib.Features:
-  found = command.named_function(
+  found = cli.named_function(
       "eval.features", name, "of uint8 images [n, H, W, C]"
   )
   try:

@@ -18,7 +18,6 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import files
 from bcm_jax import options
 from bcm_jax import planning
 from bcm_jax import runner as runners
@@ -26,6 +25,7 @@ from bcm_jax import runs
 from bcm_jax.diffusion import schedules
 from bcm_jax.evaluation import evaluate
 from bcm_jax.plots import draw
+from bcm_jax.utils import files
 
 Cost = Callable[[str], float]
 

@@ -11,8 +11,8 @@ import pathlib
 from typing import Any
 
 from bcm_jax import errors
-from bcm_jax import files
 from bcm_jax.evaluation import published
+from bcm_jax.utils import files
 
 Result = Mapping[str, Any]
 

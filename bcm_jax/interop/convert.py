@@ -19,14 +19,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from bcm_jax import command
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import files
 from bcm_jax import runs
 from bcm_jax.interop import transfer
 from bcm_jax.interop import weight_files
+from bcm_jax.utils import cli
+from bcm_jax.utils import files
 
 # Name in the config of a family's network.
 _MODELS = {
@@ -203,7 +203,7 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  parser = command.Parser("bcm_jax.interop.convert", __doc__)
+  parser = cli.Parser("bcm_jax.interop.convert", __doc__)
   parser.add_argument("source", help="the file, or with --reverse a workdir")
   parser.add_argument("out", help="work directory or file to make")
   parser.add_argument("--kind", default="auto", help="auto, "
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--image-size", type=int, help="pixels a side")
   parser.add_argument("--average", help="--reverse: which moving average")
   parser.add_argument("--reverse", action="store_true")
-  with command.reporting():
+  with cli.reporting():
     argv = sys.argv[1:] if argv is None else argv
     _, overrides, rest = configs.split_overrides(argv)
     args = parser.parse_args(rest)

@@ -25,9 +25,9 @@ import safetensors.numpy
 
 from bcm_jax import __version__
 from bcm_jax import errors
-from bcm_jax import files
 from bcm_jax.interop import model_card
 from bcm_jax.interop import weight_files
+from bcm_jax.utils import files
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bcm_jax import command
 from bcm_jax import errors
 from bcm_jax.interop import vgg_names
 from bcm_jax.metrics import lpips
 from bcm_jax.models import projection
+from bcm_jax.utils import cli
 
 Params = Any
 
@@ -85,7 +85,7 @@ def by_name(name: str, path: tuple[str, ...]) -> Projected:
     raise errors.unknown_name(
         "method.gan_encoder", name, ["teacher", "vgg", "module:function"]
     )
-  backbone, params = command.named_function(
+  backbone, params = cli.named_function(
       "method.gan_encoder", name, "that returns (backbone, parameters)"
   )()
   return Projected(backbone, lambda: params)

@@ -16,11 +16,11 @@ from flax import traverse_util
 import jax
 import numpy as np
 
-from bcm_jax import files
 from bcm_jax.errors import UserError
 from bcm_jax.interop import weight_files
 from bcm_jax.metrics import features
 from bcm_jax.models import resnet
+from bcm_jax.utils import files
 
 Params = Any
 

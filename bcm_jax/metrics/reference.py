@@ -18,9 +18,9 @@ import zlib
 from absl import logging
 import numpy as np
 
-from bcm_jax import files
 from bcm_jax.errors import UserError
 from bcm_jax.metrics.moments import Gaussian
+from bcm_jax.utils import files
 
 _STATISTICS = (("mu", "sigma"), ("mu_s", "sigma_s"))
 _MAKE_ANEW = "make the file anew or take another one"

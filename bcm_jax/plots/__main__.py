@@ -1,8 +1,8 @@
 """The command python -m bcm_jax.plots."""
 
-from bcm_jax import command
 from bcm_jax.plots import draw
+from bcm_jax.utils import cli
 
 if __name__ == "__main__":
-  command.quiet_tensorflow()
+  cli.quiet_tensorflow()
   draw.main()

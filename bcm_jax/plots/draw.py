@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from absl import logging
 import numpy as np
 
-from bcm_jax import command
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
 from bcm_jax import generate
@@ -22,6 +21,7 @@ from bcm_jax.metrics import image_grid
 from bcm_jax.plots import figures
 from bcm_jax.plots import records
 from bcm_jax.plots import strips
+from bcm_jax.utils import cli
 
 _COLUMNS = 20
 
@@ -162,8 +162,8 @@ def _names(asked: str) -> list[str]:
   return names
 
 
-def _parser() -> command.Parser:
-  parser = command.Parser("bcm_jax.plots", __doc__)
+def _parser() -> cli.Parser:
+  parser = cli.Parser("bcm_jax.plots", __doc__)
   parser.add_argument("runs", nargs="+", metavar="RUN",
                       help="work directory, or a result file of mode eval")
   parser.add_argument("--out", metavar="DIR",
@@ -205,6 +205,6 @@ def run(paths: Sequence[str], out: str | None, only: str) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
   logging.set_verbosity(logging.WARNING)
-  with command.reporting():
+  with cli.reporting():
     flags = _parser().parse_args(argv)
     run(flags.runs, flags.out, flags.only)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from bcm_jax import files
 from bcm_jax.metrics import image_grid
 from bcm_jax.plots import records
+from bcm_jax.utils import files
 
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"

@@ -31,14 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import __version__
-from bcm_jax import command
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import files
 from bcm_jax import guides
 from bcm_jax import planning
-from bcm_jax import provenance
 from bcm_jax import runs
 from bcm_jax.data import source as sources
 from bcm_jax.release import exported
@@ -47,6 +44,9 @@ from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import rolled
 from bcm_jax.sampling import samplers
 from bcm_jax.training import rng
+from bcm_jax.utils import cli
+from bcm_jax.utils import files
+from bcm_jax.utils import provenance
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 DEFAULT_PLATFORMS = ("cpu", "cuda", "tpu")
@@ -368,7 +368,7 @@ def _store(out: str, members: dict[str, bytes]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  parser = command.Parser("bcm_jax.release.export", __doc__)
+  parser = cli.Parser("bcm_jax.release.export", __doc__)
   parser.add_argument("workdir", help="work directory of the run")
   parser.add_argument("out", help="file to make, such as digits.zip")
   parser.add_argument("--samplers", default="",
@@ -379,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
                       help="of " + ", ".join(PLATFORMS))
   parser.add_argument("--average", help="which moving average")
   parser.add_argument("--step", type=int, help="of the checkpoint")
-  with command.reporting():
+  with cli.reporting():
     argv = sys.argv[1:] if argv is None else argv
     file, overrides, rest = configs.split_overrides(argv)
     args = parser.parse_args(rest)

@@ -20,12 +20,12 @@ import tempfile
 from typing import Any
 
 from bcm_jax import __version__
-from bcm_jax import command
 from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import files
 from bcm_jax.interop import released
 from bcm_jax.release import packing
+from bcm_jax.utils import cli
+from bcm_jax.utils import files
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -138,7 +138,7 @@ def _check_repository(name: str) -> None:
 
 def _library() -> Any:
   """huggingface_hub, which nothing else needs."""
-  return command.optional("huggingface_hub.errors", "the hub", "hub")
+  return cli.optional("huggingface_hub.errors", "the hub", "hub")
 
 
 def _open_hub(library: Any) -> Any:
@@ -201,8 +201,8 @@ def _one_line(error: BaseException, limit: int = 200) -> str:
   return text if len(text) <= limit else text[:limit] + "..."
 
 
-def _parser(verb: str) -> command.Parser:
-  parser = command.Parser("bcm_jax.release.hub", __doc__)
+def _parser(verb: str) -> cli.Parser:
+  parser = cli.Parser("bcm_jax.release.hub", __doc__)
   source, target = _VERBS[verb][1:]
   parser.add_argument("verb", choices=_VERBS)
   parser.add_argument("source", metavar=source)
@@ -227,7 +227,7 @@ _VERBS = {
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  with command.reporting():
+  with cli.reporting():
     argv = sys.argv[1:] if argv is None else argv
     file, overrides, rest = configs.split_overrides(argv)
     if file is not None:
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     words = [word for word in rest if not word.startswith("-")]
     verb = next((w for w in words if w in _VERBS), words[0] if words else None)
     if verb is None:
-      command.Parser("bcm_jax.release.hub", __doc__).parse_args(rest)
+      cli.Parser("bcm_jax.release.hub", __doc__).parse_args(rest)
       raise errors.UserError(
           f"the command is missing; give one of {', '.join(_VERBS)}"
       )

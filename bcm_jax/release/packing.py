@@ -15,10 +15,10 @@ import jax
 from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import experiment as experiments
-from bcm_jax import files
-from bcm_jax import provenance
 from bcm_jax import runs
 from bcm_jax.interop import released
+from bcm_jax.utils import files
+from bcm_jax.utils import provenance
 
 # A released network has one set of parameters and no averages beside it.
 _ALONE = {

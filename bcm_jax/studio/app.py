@@ -14,11 +14,11 @@ import functools
 import sys
 from typing import Any
 
-from bcm_jax import command
 from bcm_jax import errors
 from bcm_jax.editing import facade
 from bcm_jax.editing import recipes
 from bcm_jax.studio import actions
+from bcm_jax.utils import cli
 
 _TITLE = "bcm_jax studio"
 # That a network can be asked for while a person waits.
@@ -27,7 +27,7 @@ _FEW_CLASSES = 100
 
 def _gradio() -> Any:
   """gradio, which takes seconds to import."""
-  return command.optional("gradio", "the studio", "studio")
+  return cli.optional("gradio", "the studio", "studio")
 
 
 def _spoken(function: Callable) -> Callable:
@@ -270,7 +270,7 @@ def launch(
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point."""
-  parser = command.Parser("bcm_jax.studio", __doc__)
+  parser = cli.Parser("bcm_jax.studio", __doc__)
   parser.add_argument(
       "checkpoint", nargs="?",
       help="work directory or released folder; without it the digits",
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--host", default="127.0.0.1")
   parser.add_argument("--port", type=int, default=7860)
   parser.add_argument("--upload-mb", type=int, default=5)
-  with command.reporting():
+  with cli.reporting():
     args: argparse.Namespace = parser.parse_args(
         sys.argv[1:] if argv is None else argv
     )

@@ -13,7 +13,7 @@ import pathlib
 import time
 from typing import Any
 
-from bcm_jax import files
+from bcm_jax.utils import files
 
 FOLDER = "goodput"
 # What a step is not.

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bcm_jax import files
+from bcm_jax.utils import files
 
 # Steps that the guard looks back, so that it never waits for the device.
 _LAG = 2

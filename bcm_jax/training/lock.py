@@ -17,7 +17,7 @@ from typing import Any
 import uuid
 
 from bcm_jax import errors
-from bcm_jax import files
+from bcm_jax.utils import files
 
 FILE = "lock.json"
 _BEAT_SECS = 15.0

@@ -15,7 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from bcm_jax import files
+from bcm_jax.utils import files
 
 FILE = "rollbacks.json"
 

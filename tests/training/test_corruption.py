@@ -10,10 +10,10 @@ import shutil
 import numpy as np
 import pytest
 
-from bcm_jax import command
 from bcm_jax import errors
 from bcm_jax.training import manifest
 from bcm_jax.training.checkpoint import Checkpoints
+from bcm_jax.utils import cli
 from tests.training import damages
 
 # Orbax leaves a coroutine behind when a read fails.
@@ -100,7 +100,7 @@ def test_damage(run, caplog, capsys, damage, extent):
   checkpoints = Checkpoints(run / "checkpoints")
 
   def restore():
-    with command.reporting():
+    with cli.reporting():
       return checkpoints.restore(state(0))
 
   if taken is None:
