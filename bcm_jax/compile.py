@@ -20,7 +20,7 @@ import numpy as np
 
 from bcm_jax import chips
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
+from bcm_jax.config import build
 from bcm_jax.training import executable
 from bcm_jax.training import parallel
 from bcm_jax.training import step as steps
@@ -64,7 +64,7 @@ def compile_for(
     )
   chip = chips.find(topology)
   devices = _devices(topology, chip)
-  experiment = experiments.build(config)
+  experiment = build.build(config)
   backend = experiment.mesh_backend(devices)
   phases = {}
   for phase in experiment.method.phases():
@@ -120,19 +120,19 @@ def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
 
 
 def abstract_inputs(
-    experiment: experiments.Experiment, backend: parallel.Jit
+    experiment: build.Experiment, backend: parallel.Jit
 ) -> tuple[Any, Any, Any]:
   """Shapes of (state, batch, curriculum), and where they lie."""
-  state = jax.eval_shape(lambda: experiments.create_state(experiment))
+  state = jax.eval_shape(lambda: build.create_state(experiment))
   state = backend.abstract(
-      state.replace(frozen=experiments.frozen_shapes(experiment))
+      state.replace(frozen=build.frozen_shapes(experiment))
   )
   n, shape = experiment.config.training.batch_size, experiment.image_shape
   fields = {"image": (shape, np.uint8), "index": ((), np.int32),
             "label": ((), np.int32)}
   if experiment.config.data.pairs is not None:
     fields["noise"] = (shape, np.float16)
-  batch = experiments.network_inputs(experiment, {
+  batch = build.network_inputs(experiment, {
       k: jax.ShapeDtypeStruct(
           (n, *rest), dtype, sharding=backend.batch_sharding()
       ) for k, (rest, dtype) in fields.items()
@@ -145,7 +145,7 @@ def abstract_inputs(
 
 
 def lower(
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     backend: parallel.Jit,
     phase: tuple[str, ...],
 ) -> jax.stages.Lowered:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
 from bcm_jax import planning
 from bcm_jax import rejection
 from bcm_jax import runner as runners
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.data import source as sources
 from bcm_jax.editing import edit
 from bcm_jax.metrics import image_grid
@@ -22,7 +22,7 @@ from bcm_jax.utils import files
 Params = Any
 
 
-def asked_labels(experiment, sample: options.Sample) -> np.ndarray | None:
+def asked_labels(experiment, sample: schema.Sample) -> np.ndarray | None:
   """Classes of the images to generate: one class, or all in equal shares."""
   classes = experiment.num_classes
   if classes is None:
@@ -51,13 +51,13 @@ def scale(experiment) -> int:
 
 
 def sample(
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     workdir: str,
     runner: runners.Runner,
     sampler: str | None = None,
 ) -> str:
   """Mode sample: writes samples.npz and grid.png; returns their folder."""
-  section: options.Sample = experiment.section("sample")
+  section: schema.Sample = experiment.section("sample")
   plan = planning.sampling_plan(experiment, sampler)
   labels = asked_labels(experiment, section)
   rejection.check(experiment)
@@ -89,13 +89,13 @@ def sample(
 
 
 def invert(
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     workdir: str,
     runner: runners.Runner,
     nfe: int | None = None,
 ) -> str:
   """Mode invert: originals, latents, reconstructions and their error."""
-  section: options.Invert = experiment.section("invert")
+  section: schema.Invert = experiment.section("invert")
   plan = planning.inversion_plan(experiment, nfe)
   print(plan)
   batch = runners.test_images(experiment, section.num_images)
@@ -134,10 +134,10 @@ def visible(latents: np.ndarray, sigma_max: float) -> np.ndarray:
 
 
 def run(
-    experiment: experiments.Experiment, workdir: str, mode: str
+    experiment: build.Experiment, workdir: str, mode: str
 ) -> Sequence[str]:
   """Loads the run in workdir and runs a mode; returns the folders written."""
-  section: options.Sample = experiment.section("sample")
+  section: schema.Sample = experiment.section("sample")
   if mode == "edit":
     return edit.run(experiment, workdir)
   if mode == "sample":

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.sampling import guidance
 
 Params = Any
@@ -24,13 +24,13 @@ class Guide(NamedTuple):
   params: Params | None
 
 
-def open_guide(experiment: experiments.Experiment) -> Guide | None:
+def open_guide(experiment: build.Experiment) -> Guide | None:
   """The guide that section sample asks for, None for none.
 
   Raises:
     UserError: it cannot guide this network.
   """
-  sample: options.Sample = experiment.section("sample")
+  sample: schema.Sample = experiment.section("sample")
   if sample.guidance == 1.0:
     return None
   method = experiment.method
@@ -46,7 +46,7 @@ def open_guide(experiment: experiments.Experiment) -> Guide | None:
         lambda p: guidance.without_class(method.flow_map(p)), None
     )
   workdir, step = runs.split_place(sample.guide, "sample.guide")
-  other = experiments.build(runs.config_of(workdir), to_train=False)
+  other = build.build(runs.config_of(workdir), to_train=False)
   if not other.method.solves:
     raise errors.UserError(
         f"sample.guide={workdir} is no denoiser; give a worse network of the "

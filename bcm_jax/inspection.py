@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import planning
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.methods import base
 from bcm_jax.training import checkpoint
 from bcm_jax.training import goodput
@@ -38,7 +38,7 @@ def report(
     compare: 'DIR', 'DIR@STEP' or '@STEP': a checkpoint to compare the newest
       one of workdir with.
   """
-  experiment = experiments.build(config)
+  experiment = build.build(config)
   sections = [
       ("config", _config(experiment)),
       ("players and phases", _players(experiment)),
@@ -71,9 +71,9 @@ def _noise_levels(experiment) -> list[tuple[str, str]]:
 
 
 def _config(experiment) -> str:
-  flat = configs.flatten(configs.to_json(experiment.config))
+  flat = resolve.flatten(resolve.to_json(experiment.config))
   width = max(map(len, flat))
-  lines = [f"digest {configs.digest(experiment.config)}"]
+  lines = [f"digest {resolve.digest(experiment.config)}"]
   return "\n".join(lines + [f"{k:<{width}}  {v}" for k, v in flat.items()])
 
 
@@ -214,7 +214,7 @@ def _plans(experiment) -> str:
 
 
 def _parameters(experiment) -> str:
-  images, labels = experiments.example_batch(experiment)
+  images, labels = build.example_batch(experiment)
   parts = []
   for name, player in experiment.method.players.items():
     shapes = jax.eval_shape(
@@ -284,12 +284,12 @@ def _compare(workdir: str, compare: str) -> str:
       _read(place, workdir) for place in (workdir, compare)
   )
   lines = [f"a = {a_name}, b = {b_name}"]
-  flat = [configs.flatten(m.get("config", {})) for m in (a_meta, b_meta)]
+  flat = [resolve.flatten(m.get("config", {})) for m in (a_meta, b_meta)]
   for key in sorted(flat[0].keys() | flat[1].keys()):
     if flat[0].get(key) != flat[1].get(key):
       lines.append(f"config {key}: {flat[0].get(key)!r} against "
                    f"{flat[1].get(key)!r}")
-  trees = [configs.flatten({n: p["params"] for n, p in s["players"].items()})
+  trees = [resolve.flatten({n: p["params"] for n, p in s["players"].items()})
            for s in (a, b)]
   same, rows = 0, []
   for key in sorted(trees[0].keys() | trees[1].keys()):

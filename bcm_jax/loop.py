@@ -16,12 +16,12 @@ from absl import logging
 import jax
 
 from bcm_jax import __version__
-from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
 from bcm_jax import runs
 from bcm_jax import watch as watches
+from bcm_jax.config import build
+from bcm_jax.config import resolve
+from bcm_jax.config import schema
 from bcm_jax.data import pipeline
 from bcm_jax.data import source as sources
 from bcm_jax.training import checkpoint
@@ -54,7 +54,7 @@ class Run:
     owner: the lock of the work directory; None on all hosts but one.
   """
 
-  experiment: experiments.Experiment
+  experiment: build.Experiment
   workdir: str
   source: sources.Source
   accounts: goodput.Goodput
@@ -63,8 +63,8 @@ class Run:
 
   def __post_init__(self):
     config = self.experiment.config
-    self.training: options.Training = self.experiment.section("training")
-    self.parallel: options.Parallel = self.experiment.section("parallel")
+    self.training: schema.Training = self.experiment.section("training")
+    self.parallel: schema.Parallel = self.experiment.section("parallel")
     self.backend = self.experiment.backend()
     step = steps.make_step(
         self.experiment.method, self.experiment.optimizers(),
@@ -76,7 +76,7 @@ class Run:
     }
     self.compiled: set[Any] = set()
     self.calls = itertools.count()
-    settings: options.Checkpoint = self.experiment.section("checkpoint")
+    settings: schema.Checkpoint = self.experiment.section("checkpoint")
     self.frozen = runs.load_frozen(self.experiment)
     # What a checkpoint does not hold, and a run may not change.
     self.fixed = {
@@ -88,7 +88,7 @@ class Run:
             runs.checkpoint_dir(self.workdir), settings.keep,
             settings.keep_every,
         ),
-        {"config": configs.to_json(config), "version": __version__,
+        {"config": resolve.to_json(config), "version": __version__,
          **self.fixed},
         settings.max_failures, settings.retry_secs,
     )
@@ -125,7 +125,7 @@ class Run:
       time.sleep(seconds)
 
   def _create(self, start_from: Any) -> states.TrainState:
-    return experiments.create_state(self.experiment, start_from)
+    return build.create_state(self.experiment, start_from)
 
   def _start(self) -> states.TrainState:
     """The newest good checkpoint, or a new state, on the devices.
@@ -329,7 +329,7 @@ class Run:
 
 
 def batches(
-    experiment: experiments.Experiment, source: sources.Source
+    experiment: build.Experiment, source: sources.Source
 ) -> pipeline.Batches:
   """This host's part of the batch at a position."""
   config = experiment.config
@@ -340,7 +340,7 @@ def batches(
 
 
 def stream(
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     source: sources.Source,
     backend: parallel.Backend,
     calls: list[tuple[int, int]],
@@ -361,7 +361,7 @@ def stream(
   def inputs(i):
     start, count = calls[i]
     parts = [
-        experiments.network_inputs(experiment, read(window + step))
+        build.network_inputs(experiment, read(window + step))
         for step in range(start, start + count)
     ]
     curriculum = parallel.curricula(experiment.method, start, count)

@@ -13,7 +13,7 @@ from absl import app
 from absl import logging
 
 from bcm_jax import arguments
-from bcm_jax import config as configs
+from bcm_jax.config import resolve
 from bcm_jax.evaluation import tables
 from bcm_jax.utils import cli
 
@@ -26,14 +26,14 @@ def run(file, overrides) -> None:
   if mode == "table":
     tables.run(workdir)
     return
-  config = configs.load(file, overrides, workdir, mode != "train")
+  config = resolve.load(file, overrides, workdir, mode != "train")
   # Imported late: a wrong flag should not wait for TensorFlow.
   from bcm_jax import compile as compilation
-  from bcm_jax import experiment
   from bcm_jax import generate
   from bcm_jax import inspection
   from bcm_jax import pairs
   from bcm_jax import train
+  from bcm_jax.config import build
   from bcm_jax.evaluation import evaluate
   from bcm_jax.evaluation import references
   from bcm_jax.evaluation import search
@@ -56,7 +56,7 @@ def run(file, overrides) -> None:
   if mode == "inspect":
     print(inspection.report(config, workdir, args.compare))
     return
-  built = experiment.build(config, to_train=False)
+  built = build.build(config, to_train=False)
   if mode in ("eval", "search", "reference", "pairs"):
     room = dict(
         eval=evaluate, search=search, reference=references, pairs=pairs
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
   argv = sys.argv if argv is None else argv
   logging.set_verbosity(logging.WARNING)
   with cli.reporting():
-    file, overrides, rest = configs.split_overrides(argv[1:])
+    file, overrides, rest = resolve.split_overrides(argv[1:])
     app.run(
         lambda _: run(file, overrides), [argv[0], *rest],
         flags_parser=arguments.parse,

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import generate
-from bcm_jax import options
 from bcm_jax import planning
 from bcm_jax import runner as runners
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.data import source as sources
 from bcm_jax.sampling import plan as plans
 from bcm_jax.training import rng
@@ -28,13 +28,13 @@ from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 
 
-def run(experiment: experiments.Experiment, workdir: str) -> str:
+def run(experiment: build.Experiment, workdir: str) -> str:
   """Writes the file; returns its path.
 
   Raises:
     UserError: no deterministic solver, or no checkpoint.
   """
-  section: options.Sample = experiment.section("sample")
+  section: schema.Sample = experiment.section("sample")
   plan = planning.sampling_plan(experiment)
   if not experiment.method.solves or any(
       isinstance(step, plans.AddNoise) for step in plan.steps

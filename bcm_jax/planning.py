@@ -11,8 +11,8 @@ import math
 from typing import NamedTuple
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
 from bcm_jax.sampling import plan as plans
@@ -113,7 +113,7 @@ def times_between(
   return _mid_times(start, end, (nfe or 1) - 1, rho)
 
 
-def _pairs(sample: options.Sample) -> Pairs:
+def _pairs(sample: schema.Sample) -> Pairs:
   noise, level = sample.zigzag_noise, sample.zigzag_level
   if len(noise) != len(level):
     raise errors.UserError(
@@ -124,7 +124,7 @@ def _pairs(sample: options.Sample) -> Pairs:
 
 
 def sampling_plan(
-    experiment: experiments.Experiment, sampler: str | None = None
+    experiment: build.Experiment, sampler: str | None = None
 ) -> plans.Plan:
   """The plan of section sample, or of another sampler.
 
@@ -136,7 +136,7 @@ def sampling_plan(
     UserError: unknown sampler, times that do not fit, or a sampler that
       needs end levels which the network does not take.
   """
-  sample: options.Sample = experiment.section("sample")
+  sample: schema.Sample = experiment.section("sample")
   request = parse(sampler or sample.sampler)
   name, nfe, given = request.name, request.nfe, sample.times
   if sampler is None or (nfe is None and name == sample.sampler):
@@ -185,10 +185,10 @@ def _plan(
 
 
 def _solver_plan(
-    experiment: experiments.Experiment, name: str, nfe: int | None
+    experiment: build.Experiment, name: str, nfe: int | None
 ) -> plans.Plan:
   """A solver's plan; nfe None takes sample.num_levels."""
-  sample: options.Sample = experiment.section("sample")
+  sample: schema.Sample = experiment.section("sample")
   if not experiment.method.solves:
     raise errors.UserError(
         f"sampler {name!r} solves the ODE of a denoiser, and this network "
@@ -218,10 +218,10 @@ def _solver_plan(
 
 
 def _guided(
-    experiment: experiments.Experiment, plan: plans.Plan
+    experiment: build.Experiment, plan: plans.Plan
 ) -> plans.Plan:
   """The plan with the guidance that section sample asks for."""
-  sample: options.Sample = experiment.section("sample")
+  sample: schema.Sample = experiment.section("sample")
   if sample.guidance == 1.0:
     return plan
   if not experiment.method.solves:
@@ -239,7 +239,7 @@ def _guided(
 
 
 def inversion_plan(
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     nfe: int | None = None,
     noise: float | None = None,
     times: tuple[float, ...] = (),
@@ -249,7 +249,7 @@ def inversion_plan(
   Intermediate times are those given, those of section invert where they fit,
   or default ones.
   """
-  section: options.Invert = experiment.section("invert")
+  section: schema.Invert = experiment.section("invert")
   given, e = section.times, section.noise if noise is None else noise
   if times:
     given = times
@@ -271,7 +271,7 @@ def inversion_plan(
   return plan
 
 
-def _check_end_levels(experiment: experiments.Experiment, plan) -> None:
+def _check_end_levels(experiment: build.Experiment, plan) -> None:
   low = experiment.levels.sigma_min
   if experiment.method.two_time:
     return

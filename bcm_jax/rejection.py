@@ -9,9 +9,9 @@ import math
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
 from bcm_jax import runner as runners
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.metrics import classifier
 from bcm_jax.sampling import plan as plans
 
@@ -38,14 +38,14 @@ def best(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def generate(
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     runner: runners.Runner,
     plan: plans.Plan,
     count: int,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
   """(uint8 images [count, H, W, C], their classes), after rejection."""
-  section: options.Sample = experiment.section("sample")
+  section: schema.Sample = experiment.section("sample")
   judge = classifier.load_classifier(section.rejection_classifier)
   drawn = math.ceil(count * (1 + section.rejection))
   labels = (np.arange(drawn) % experiment.num_classes).astype(np.int32)
@@ -60,9 +60,9 @@ def generate(
   return images[kept], labels[kept]
 
 
-def check(experiment: experiments.Experiment) -> None:
+def check(experiment: build.Experiment) -> None:
   """Raises UserError where section sample asks for what cannot be done."""
-  section: options.Sample = experiment.section("sample")
+  section: schema.Sample = experiment.section("sample")
   if not section.rejection:
     return
   if section.rejection < 0:

@@ -9,8 +9,8 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from bcm_jax import experiment as experiments
 from bcm_jax import guides
+from bcm_jax.config import build
 from bcm_jax.data import source as sources
 from bcm_jax.sampling import guidance
 from bcm_jax.sampling import plan as plans
@@ -32,7 +32,7 @@ class Runner:
     at_a_time: batch_size, rounded up so that it can be cut over the devices.
   """
 
-  experiment: experiments.Experiment
+  experiment: build.Experiment
   params: Params
   batch_size: int
 
@@ -178,7 +178,7 @@ def _fill(array: np.ndarray, size: int) -> np.ndarray:
 
 
 def generate(
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     runner: Runner,
     plan: plans.Plan,
     labels: np.ndarray | None,
@@ -224,7 +224,7 @@ def on_all_hosts(n: int, rows: Callable[[np.ndarray], Any]) -> Any:
 
 
 def test_images(
-    experiment: experiments.Experiment, count: int | None
+    experiment: build.Experiment, count: int | None
 ) -> dict[str, np.ndarray]:
   """`count` images spread evenly over the test split, all for None.
 
@@ -236,7 +236,7 @@ def test_images(
 
 
 def invert_and_reconstruct(
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     runner: Runner,
     plan: plans.Plan,
     batch: dict[str, np.ndarray],

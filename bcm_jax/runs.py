@@ -9,9 +9,9 @@ import ml_collections
 import numpy as np
 
 from bcm_jax import __version__
-from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.interop import released
 from bcm_jax.interop import vgg_names
 from bcm_jax.training import checkpoint
@@ -52,7 +52,7 @@ def config_of(
   Raises:
     UserError: no run there.
   """
-  config = configs.of_run(workdir, overrides)
+  config = resolve.of_run(workdir, overrides)
   if config is None:
     raise errors.UserError(
         f"{workdir} holds no run (no config.json); give the work directory of "
@@ -63,7 +63,7 @@ def config_of(
 
 def write(
     workdir: str,
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     params: Params,
     step: int,
     facts: dict[str, Any],
@@ -88,9 +88,9 @@ def write(
       "players": {experiment.method.sampled: {"params": params}},
       "averages": {},
   }
-  meta = {"config": configs.to_json(config), "version": __version__, **facts}
+  meta = {"config": resolve.to_json(config), "version": __version__, **facts}
   with files.new_folder(workdir) as made:
-    configs.write(config, made)
+    resolve.write(config, made)
     with checkpoint.Checkpoints(checkpoint_dir(made)) as saved:
       saved.save(step, state, meta)
 
@@ -134,7 +134,7 @@ def load_params(workdir: str, average: str | None) -> Params:
   return choose(player, state, average, "training.init_average")[1]
 
 
-def load_frozen(experiment: experiments.Experiment) -> dict[str, Params]:
+def load_frozen(experiment: build.Experiment) -> dict[str, Params]:
   """Parameters of the networks that a method does not train, on the host.
 
   Raises:
@@ -149,7 +149,7 @@ def load_frozen(experiment: experiments.Experiment) -> dict[str, Params]:
     frozen["lpips"] = vgg_names.load_lpips(*method.lpips_path)
   encoder = getattr(experiment.method, "gan_encoder", None)
   if encoder is not None:
-    images, labels = experiments.example_batch(experiment)
+    images, labels = build.example_batch(experiment)
     # The same mixing at every start, of any seed: it is not saved.
     params = encoder.init(jax.random.key(0), images, labels)
     frozen["gan_encoder"] = jax.tree.map(np.asarray, params)
@@ -157,7 +157,7 @@ def load_frozen(experiment: experiments.Experiment) -> dict[str, Params]:
 
 
 def load_run(
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     workdir: str,
     average: str | None = None,
     step: int | None = None,

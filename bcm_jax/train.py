@@ -13,11 +13,11 @@ import jax
 import ml_collections
 
 from bcm_jax import __version__
-from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import loop
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.evaluation import evaluate
 from bcm_jax.training import faults
 from bcm_jax.training import goodput
@@ -51,7 +51,7 @@ def train_and_evaluate(
     Preempted: by SIGTERM; the state is saved.
   """
   began = time.monotonic()
-  experiment = experiments.build(config)
+  experiment = build.build(config)
   # First of all: what is missing stops it before it writes.
   evaluate.check_before_training(experiment)
   source = experiment.training_source()
@@ -97,15 +97,15 @@ def prepare_workdir(
   """
   with contextlib.ExitStack() as stack:
     try:
-      run = configs.of_run(workdir)
+      run = resolve.of_run(workdir)
       if run is not None:
-        configs.check_resume(run, config)
+        resolve.check_resume(run, config)
       os.makedirs(workdir, exist_ok=True)
       owner = stack.enter_context(lock.Lock(workdir))
       done = os.path.join(workdir, DONE)
       if os.path.exists(done):  # More steps, or numbers made anew.
         os.remove(done)
-      configs.write(config, workdir)
+      resolve.write(config, workdir)
     except OSError as e:
       raise errors.UserError(
           f"cannot write to --workdir={workdir}: {e.strerror}; choose another"

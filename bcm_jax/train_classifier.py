@@ -22,9 +22,9 @@ import ml_collections
 import numpy as np
 import optax
 
-from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.data import pipeline
 from bcm_jax.data import source as sources
 from bcm_jax.metrics import classifier as classifiers
@@ -230,7 +230,7 @@ def train_classifier(
       data set, a folder that cannot be written or holds a classifier.
   """
   _check_out(out, overwrite)
-  experiment = experiments.build(config, to_train=False)
+  experiment = build.build(config, to_train=False)
   train, test = experiment.source("train"), _test_source(experiment)
   _check_source(train)
   settings = settings.for_images(len(train))
@@ -278,7 +278,7 @@ def _check_out(out: str, overwrite: bool) -> None:
     ) from e
 
 
-def _test_source(experiment: experiments.Experiment) -> sources.Source | None:
+def _test_source(experiment: build.Experiment) -> sources.Source | None:
   """The test split; where there is none, that is said."""
   try:
     return experiment.source("test")
@@ -319,11 +319,11 @@ def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
   with cli.reporting():
     argv = sys.argv[1:] if argv is None else argv
-    file, overrides, rest = configs.split_overrides(argv)
+    file, overrides, rest = resolve.split_overrides(argv)
     flags = vars(_parser().parse_args(rest))
     where = {k: flags.pop(k) for k in ("out", "name", "overwrite")}
     settings = Settings(**flags)
-    config = configs.load(file, overrides, None, False)
+    config = resolve.load(file, overrides, None, False)
     hosts.use_cores(config.parallel.cpu_devices, settings.batch_size)
     print(train_classifier(config, settings=settings, **where))
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from bcm_jax import config as configs
-from bcm_jax import experiment as experiments
-from bcm_jax import options
+from bcm_jax.config import build
+from bcm_jax.config import resolve
+from bcm_jax.config import schema
 from bcm_jax.training import hooks
 from bcm_jax.training import writers
 
@@ -56,7 +56,7 @@ class Watch:
 
 
 def open_watch(
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     workdir: str,
     first: int,
     params: Any,
@@ -70,14 +70,14 @@ def open_watch(
     stack: closes what is opened.
   """
   config = experiment.config
-  training: options.Training = experiment.section("training")
-  log: options.Log = experiment.section("log")
+  training: schema.Training = experiment.section("training")
+  log: schema.Log = experiment.section("log")
   writer = writers.create_writer(
       workdir, jax.process_index() == 0, resume_step=first
   )
   stack.callback(writer.close)
   if first == 0:
-    writer.write_hparams(configs.flatten(configs.to_json(config)))
+    writer.write_hparams(resolve.flatten(resolve.to_json(config)))
     hooks.log_parameter_overview(params)
   progress = hooks.Progress(
       training.num_steps, first, every_secs=log.progress_secs

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from bcm_jax.data import datasets
 from bcm_jax.data import pipeline
 from bcm_jax.data import prepare
-from bcm_jax.data import registry
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 
@@ -46,7 +46,7 @@ def write_photos(source: str, out: pathlib.Path) -> None:
 
 def batches_of(name: str, path: str, threads: int | None = None):
   """Batches of a data set, as training takes them."""
-  source = registry.find(name, path=path, threads=threads).open("train", None)
+  source = datasets.find(name, path=path, threads=threads).open("train", None)
   return pipeline.Batches(source, 0, BATCH, flip=True)
 
 

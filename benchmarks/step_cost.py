@@ -16,8 +16,8 @@ from typing import Any
 
 import step_time
 
-from bcm_jax import config as configs
-from bcm_jax import experiment as experiments
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.training import hosts
 from bcm_jax.utils import cli
 from bcm_jax.utils import provenance
@@ -38,12 +38,12 @@ def _config(file: str, teacher: str, pairs: str) -> Any:
       "training.batch_size": str(_BATCH), "training.init_from": "none",
       "optimizer.schedule": "constant",
   }
-  plain = configs.load(f"configs/{file}", overrides, None, False)
+  plain = resolve.load(f"configs/{file}", overrides, None, False)
   if "teacher" in plain.method:
     overrides["method.teacher"] = teacher
   if plain.data.pairs is not None:
     overrides["data.pairs"] = pairs
-  return configs.load(f"configs/{file}", overrides, None, False)
+  return resolve.load(f"configs/{file}", overrides, None, False)
 
 
 def _mean(bench: step_time.Bench) -> float:
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
   benches = {}
   for name in names:
     config = _config(CONFIGS[name], args.teacher, args.pairs)
-    source = experiments.build(config).training_source()
+    source = build.build(config).training_source()
     benches[name] = step_time.Bench(config, "jit", source)
     print(f"{name}: compiled", flush=True)
   for _ in range(_BLOCKS):

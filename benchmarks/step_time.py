@@ -30,10 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import compile as compilation
-from bcm_jax import config as configs
-from bcm_jax import experiment as experiments
 from bcm_jax import loop
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.data import source as sources
 from bcm_jax.training import executable
 from bcm_jax.training import hosts
@@ -68,7 +68,7 @@ def matmul_peak(dtype: str) -> float:
   return 2 * n**3 * repeats / best
 
 
-def synthetic(experiment: experiments.Experiment) -> sources.ArraySource:
+def synthetic(experiment: build.Experiment) -> sources.ArraySource:
   """Random images in memory: the pipeline without a disk and a decoder."""
   rng = np.random.default_rng(0)
   shape = (_SYNTHETIC, *experiment.image_shape)
@@ -86,8 +86,8 @@ class Bench:
 
   def __init__(self, config: Any, backend: str, source: Any):
     overrides = {"parallel.backend": backend}
-    config = configs.resolve(config.to_dict(), overrides)
-    self.experiment = experiments.build(config)
+    config = resolve.resolve(config.to_dict(), overrides)
+    self.experiment = build.build(config)
     self.backend = self.experiment.backend()
     self.source = source
     self.per_call = config.parallel.steps_per_call
@@ -97,7 +97,7 @@ class Bench:
     )
     self.step_fn = self.backend.compile(step, self.per_call > 1)
     self.state = self.backend.create(
-        lambda: experiments.create_state(self.experiment)
+        lambda: build.create_state(self.experiment)
     )
     self.state = self.state.replace(
         frozen=self.backend.place(runs.load_frozen(self.experiment))
@@ -170,7 +170,7 @@ class Bench:
     }
 
 
-def model_flops(experiment: experiments.Experiment, phase: Phase) -> int:
+def model_flops(experiment: build.Experiment, phase: Phase) -> int:
   """Of the global batch's step, without what remat would compute again.
 
   Loops whose length is drawn, such as CTM's solver, count once.
@@ -178,8 +178,8 @@ def model_flops(experiment: experiments.Experiment, phase: Phase) -> int:
   overrides = {"parallel.max_examples": "0"}
   if "remat" in experiment.config.model:
     overrides["model.remat"] = "False"
-  config = configs.resolve(experiment.config.to_dict(), overrides)
-  plain = experiments.build(config)
+  config = resolve.resolve(experiment.config.to_dict(), overrides)
+  plain = build.build(config)
   backend = parallel.Jit(parallel.make_mesh(jax.devices()[:1]))
   step = steps.make_step(
       plain.method, plain.optimizers(), plain.step_options(backend)
@@ -196,10 +196,10 @@ def scaling(config: Any, counts: list[int]) -> list[dict[str, Any]]:
   rows = []
   for count in counts:
     batch = config.training.batch_size * count
-    sized = configs.resolve(
+    sized = resolve.resolve(
         config.to_dict(), {"training.batch_size": str(batch)}
     )
-    experiment = experiments.build(sized)
+    experiment = build.build(sized)
     backend = experiment.mesh_backend(jax.devices()[:count])
     phase = experiment.method.phases()[0]
     cost = executable.cost(
@@ -245,7 +245,7 @@ def write(result: dict[str, Any], rows: dict[str, Any], out: str | None):
 def main(argv: list[str] | None = None) -> None:
   """Measures, prints and writes."""
   argv = sys.argv[1:] if argv is None else argv
-  file, overrides, rest = configs.split_overrides(argv)
+  file, overrides, rest = resolve.split_overrides(argv)
   parser = cli.Parser("benchmarks/step_time.py", __doc__)
   parser.add_argument("--out", metavar="FILE")
   parser.add_argument("--calls", type=int, default=15, help="timed calls")
@@ -253,13 +253,13 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--synthetic", action="store_true")
   parser.add_argument("--scaling", default="", metavar="1,2,4,8")
   args: argparse.Namespace = parser.parse_args(rest)
-  config = configs.load(file, overrides, None, False)
+  config = resolve.load(file, overrides, None, False)
   counts = [int(n) for n in args.scaling.split(",") if n]
   hosts.use_cores(
       max(counts, default=config.parallel.cpu_devices),
       config.training.batch_size,
   )
-  experiment = experiments.build(config)
+  experiment = build.build(config)
   result: dict[str, Any] = {
       "batch_size": config.training.batch_size,
       "steps_per_call": config.parallel.steps_per_call,

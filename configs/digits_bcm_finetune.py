@@ -13,7 +13,7 @@ import pathlib
 
 import ml_collections
 
-from bcm_jax import config_files
+from bcm_jax.config import config_files
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -18,7 +18,7 @@ import pathlib
 
 import ml_collections
 
-from bcm_jax import config_files
+from bcm_jax.config import config_files
 
 VARIANTS = ("dmd2", "no_gan", "dmd")
 

@@ -6,10 +6,10 @@ time.
 
 import dataclasses
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
-from bcm_jax import experiment as experiments
 from bcm_jax import runner as runners
+from bcm_jax.config import build
+from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 from tests import gaussian
 
 
@@ -44,18 +44,18 @@ class ExactMethod:
 
 def experiment(
     shape=(8, 8, 1), num_classes=10, overrides=None, **method
-) -> experiments.Experiment:
+) -> build.Experiment:
   """That of configs/digits.py with an exact network in its place."""
-  config = configs.resolve(
+  config = resolve.resolve(
       config_files.read_file("configs/digits.py"),
       {"sample.batch_size": "4"} | (overrides or {}),
   )
   return dataclasses.replace(
-      experiments.build(config), method=ExactMethod(**method),
+      build.build(config), method=ExactMethod(**method),
       image_shape=shape, num_classes=num_classes,
   )
 
 
-def runner(built: experiments.Experiment) -> runners.Runner:
+def runner(built: build.Experiment) -> runners.Runner:
   """Runs its plans, four images at a time."""
   return runners.Runner(built, {}, 4)

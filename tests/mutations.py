@@ -200,7 +200,7 @@ MUTATIONS = (
         "if False:\n      yield\n      return", "training/test_goodput.py",
     ),
     Mutation(
-        "config drift let pass", "config.py",
+        "config drift let pass", "config/resolve.py",
         '_FREE = ("parallel",', '_FREE = ("optimizer", "model", "parallel",',
         _RESUMING + "test_config_drift_is_refused_with_a_difference",
     ),

@@ -3,8 +3,8 @@
 import contextlib
 from unittest import mock
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
+from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 
 # Where shipped students look for their teacher.
 WORKDIR = "runs/edm"
@@ -17,15 +17,15 @@ _VARIANTS = {
 @contextlib.contextmanager
 def there(student: str):
   """Within it the teacher of a shipped config has a config in WORKDIR."""
-  find = configs.of_run
+  find = resolve.of_run
   file = student.partition("_")[0] + "_edm.py"
   if student in _VARIANTS:
     file += ":" + _VARIANTS[student]
 
   def of_run(workdir, overrides=None):
     if workdir == WORKDIR:
-      return configs.resolve(config_files.read_file(file), overrides)
+      return resolve.resolve(config_files.read_file(file), overrides)
     return find(workdir, overrides)
 
-  with mock.patch.object(configs, "of_run", of_run):
+  with mock.patch.object(resolve, "of_run", of_run):
     yield

@@ -12,9 +12,9 @@ import pytest
 
 from bcm_jax import chips
 from bcm_jax import compile as compilation
-from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.training import executable
 
 pytestmark = pytest.mark.slow
@@ -30,13 +30,13 @@ TINY = {
 
 def tiny(**overrides):
   texts = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
-  return configs.load("configs/digits.py", texts, None, False)
+  return resolve.load("configs/digits.py", texts, None, False)
 
 
 def cost(devices, **overrides):
   """Of the step on CPU devices, eight examples on each."""
   config = tiny(training__batch_size=str(8 * devices), **overrides)
-  experiment = experiments.build(config)
+  experiment = build.build(config)
   backend = experiment.mesh_backend(jax.devices()[:devices])
   phase = experiment.method.phases()[0]
   return executable.cost(
@@ -57,7 +57,7 @@ def test_work_a_device_does_not_grow_with_devices(costs):
   assert four.collectives == two.collectives
   # Every gradient and a few scalars, once.
   state = jax.eval_shape(
-      lambda: experiments.create_state(experiments.build(tiny()))
+      lambda: build.create_state(build.build(tiny()))
   )
   sizes = jax.tree.leaves(state.players["student"].params)
   gradients = 4 * sum(x.size for x in sizes)
@@ -76,7 +76,7 @@ def test_fsdp_holds_less_and_gathers(costs):
 
 def test_gradients_of_microbatches_are_reduced_once(costs):
   config = tiny(training__batch_size="32", parallel__max_examples="4")
-  experiment = experiments.build(config)
+  experiment = build.build(config)
   backend = experiment.mesh_backend(jax.devices()[:4])
   assert backend.local
   assert experiment.step_options(backend).microbatches == 2

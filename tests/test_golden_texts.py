@@ -9,9 +9,9 @@ import pathlib
 
 import pytest
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
-from bcm_jax import experiment as experiments
+from bcm_jax.config import build
+from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 from bcm_jax.interop import transfer
 from tests import teachers
 from tests import text_goldens
@@ -23,7 +23,7 @@ NAMES = config_files.all_variants()
 @functools.cache
 def experiment(name):
   with teachers.there(name):
-    return experiments.build(configs.resolve(config_files.read_file(name)))
+    return build.build(resolve.resolve(config_files.read_file(name)))
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def file_of(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_resolved_config(name):
-  flat = configs.flatten(configs.to_json(experiment(name).config))
+  flat = resolve.flatten(resolve.to_json(experiment(name).config))
   lines = [f"{k} = {v!r}" for k, v in sorted(flat.items())]
   check(f"configs/{file_of(name)}", "\n".join(lines) + "\n")
 

@@ -2,23 +2,23 @@
 
 import pytest
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import planning
+from bcm_jax.config import build
+from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 from bcm_jax.sampling import plan as plans
 
 
 def digits(**overrides: str):
-  return configs.resolve(
+  return resolve.resolve(
       config_files.read_file("configs/digits.py"),
       {k.replace("__", "."): v for k, v in overrides.items()},
   )
 
 
 def plan_of(**overrides: str) -> plans.Plan:
-  return planning.sampling_plan(experiments.build(digits(**overrides)))
+  return planning.sampling_plan(build.build(digits(**overrides)))
 
 
 def test_plans_of_a_config():
@@ -65,11 +65,11 @@ def test_bad_plans(overrides, said):
 
 def test_one_time_network_refuses_other_end_levels():
   def plan(sampler):
-    config = configs.resolve(
+    config = resolve.resolve(
         config_files.read_file("configs/digits_ict.py"),
         {"sample.sampler": sampler, "sample.times": "2"},
     )
-    return planning.sampling_plan(experiments.build(config))
+    return planning.sampling_plan(build.build(config))
 
   with pytest.raises(errors.UserError, match="cm_multistep"):
     plan("ancestral")
@@ -79,7 +79,7 @@ def test_one_time_network_refuses_other_end_levels():
 @pytest.fixture(scope="module")
 def experiment():
   """Digits, with one time and one zigzag of its own."""
-  return experiments.build(digits(
+  return build.build(digits(
       sample__times="1.5", sample__zigzag_noise="0.2",
       sample__zigzag_level="0.9",
   ))

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import rejection
+from bcm_jax.config import build
+from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 
 
 @pytest.mark.parametrize("drawn, count", [(60, 40), (61, 43), (30, 30)])
@@ -36,8 +36,8 @@ def test_the_best_of_every_class_in_their_order(drawn, count):
      "holds no classifier"),
 ])
 def test_what_cannot_be_done(overrides, said):
-  config = configs.resolve(
+  config = resolve.resolve(
       config_files.read_file("configs/digits.py"), overrides
   )
   with pytest.raises(errors.UserError, match=said):
-    rejection.check(experiments.build(config))
+    rejection.check(build.build(config))

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from bcm_jax import config as configs
 from bcm_jax import errors
 from bcm_jax import runs
 from bcm_jax import train
+from bcm_jax.config import resolve
 from bcm_jax.training import checkpoint
 from bcm_jax.training import power_ema
 from bcm_jax.training import state as states
@@ -80,7 +80,7 @@ def test_averages_that_are_not_there(run, stds, average, match):
 
 
 def test_missing_images_stop_before_anything_is_written(tmp_path):
-  config = configs.resolve({
+  config = resolve.resolve({
       "data": {"name": "none", "image_shape": (8, 8, 3)},
       "model": {"name": "ddpmpp"}, "method": {"name": "ict"},
       "eval": {"samplers": ("onestep",)},

@@ -8,10 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import generate
 from bcm_jax import inspection
 from bcm_jax import pairs
@@ -19,6 +16,9 @@ from bcm_jax import planning
 from bcm_jax import runner as runners
 from bcm_jax import runs
 from bcm_jax import train
+from bcm_jax.config import build
+from bcm_jax.config import config_files
+from bcm_jax.config import resolve as configs
 from bcm_jax.data import pairs as pair_files
 from bcm_jax.data import source as sources
 from bcm_jax.evaluation import evaluate
@@ -58,7 +58,7 @@ def teacher(tmp_path_factory):
                    sample__num_levels="4")
   train.train_and_evaluate(config, str(folder))
   pairs.run(
-      experiments.build(
+      build.build(
           configs.of_run(str(folder), {"sample.num_samples": "40"})
       ), str(folder),
   )
@@ -143,10 +143,10 @@ def test_a_student_is_used_without_its_teacher(trained, tmp_path, file):
   gone = {"method.teacher": str(tmp_path / "gone"), "sample.num_samples": "4"}
   config = configs.resolve(config.to_dict(), gone)
   with pytest.raises(errors.UserError, match="gone holds no run"):
-    experiments.build(config)
-  built = experiments.build(config, to_train=False)
+    build.build(config)
+  built = build.build(config, to_train=False)
   _, _, params = runs.load_run(built, str(folder))
-  with_it = experiments.build(trained(file)[0])
+  with_it = build.build(trained(file)[0])
   images = [
       runners.generate(
           e, runners.Runner(e, params, 4), planning.sampling_plan(e, "onestep"),
@@ -212,7 +212,7 @@ def test_another_teacher_stops_a_run_that_goes_on(
 ])
 def test_what_does_not_fit_is_refused(teacher, file, overrides, said):
   with pytest.raises(errors.UserError, match=said):
-    experiments.build(student(file, teacher, **overrides))
+    build.build(student(file, teacher, **overrides))
 
 
 def test_a_network_of_another_width_is_refused(teacher, tmp_path):
@@ -224,7 +224,7 @@ def test_a_network_of_another_width_is_refused(teacher, tmp_path):
 def test_a_student_is_no_teacher(trained):
   _, folder = trained("digits_cd.py")
   with pytest.raises(errors.UserError, match="is no denoiser"):
-    experiments.build(student("digits_cd.py", folder))
+    build.build(student("digits_cd.py", folder))
 
 
 # Pairs ------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_pairs_are_what_the_solver_makes_of_their_noise(teacher):
   assert len(source) == 40 and source.facts["plan"][0].startswith("heun: 7 NFE")
   examples = source.fetch(np.array([3, 17]))
   assert examples["noise"].dtype == np.float16
-  built = experiments.build(configs.of_run(str(teacher)))
+  built = build.build(configs.of_run(str(teacher)))
   _, _, params = runs.load_run(built, str(teacher))
   runner = runners.Runner(built, params, 8)
   plan = planning.sampling_plan(built)
@@ -262,7 +262,7 @@ def test_files_that_hold_no_pairs(teacher, tmp_path):
 
 
 def test_pairs_need_a_solver_that_adds_no_noise(teacher):
-  built = experiments.build(
+  built = build.build(
       configs.of_run(str(teacher), {"sample.s_churn": "10"})
   )
   with pytest.raises(errors.UserError, match="adds no noise"):
@@ -274,7 +274,7 @@ def test_pairs_need_a_solver_that_adds_no_noise(teacher):
 
 def images(teacher, **overrides):
   values = {k.replace("__", "."): v for k, v in overrides.items()}
-  built = experiments.build(
+  built = build.build(
       configs.of_run(str(teacher), {"sample.num_samples": "20"} | values)
   )
   _, _, params = runs.load_run(built, str(teacher))
@@ -307,7 +307,7 @@ def test_guidance_by_the_network_itself_and_by_a_worse_one(teacher):
     ({"sample.guide": "RUN@x"}, "must be a number"),
 ])
 def test_guides_that_cannot(teacher, overrides, said):
-  built = experiments.build(configs.of_run(
+  built = build.build(configs.of_run(
       str(teacher), {"sample.guidance": "2.0"} | overrides
   ))
   _, _, params = runs.load_run(built, str(teacher))
@@ -317,20 +317,20 @@ def test_guides_that_cannot(teacher, overrides, said):
 
 def test_bits_a_dimension_in_mode_eval(teacher):
   overrides = {"eval.likelihood_images": "8"}
-  built = experiments.build(configs.of_run(str(teacher), overrides))
+  built = build.build(configs.of_run(str(teacher), overrides))
   _, _, params = runs.load_run(built, str(teacher))
   numbers = evaluate_likelihood.measure(built, params)
   assert numbers["images"] == 8 and numbers["nfe"] > 20
   # Grey levels of 17 steps, by a network that learnt nothing in four steps.
   assert 3 < numbers["bits_per_dim"] < 12
   assert "8 test images" in evaluate_likelihood.summary(numbers)
-  cm = experiments.build(resolve("digits_ict.py", eval__likelihood_images="8"))
+  cm = build.build(resolve("digits_ict.py", eval__likelihood_images="8"))
   with pytest.raises(errors.UserError, match="holds no denoiser"):
     evaluate.check_outputs(cm)
 
 
 def test_samplers_of_a_denoiser(teacher):
-  built = experiments.build(configs.of_run(str(teacher)))
+  built = build.build(configs.of_run(str(teacher)))
   for text, name, nfe in (
       ("heun:5", "heun", 5), ("ddim:6", "ddim", 6), ("heun", "heun", 7),
   ):
@@ -338,13 +338,13 @@ def test_samplers_of_a_denoiser(teacher):
     assert (plan.name, plan.nfe, plan.end) == (name, nfe, 0.0)
   with pytest.raises(errors.UserError, match="never 6"):
     planning.sampling_plan(built, "heun:6")
-  cm = experiments.build(resolve("digits_ict.py"))
+  cm = build.build(resolve("digits_ict.py"))
   for sampler in ("heun", "ddim"):
     with pytest.raises(errors.UserError, match="learnt to jump"):
       planning.sampling_plan(cm, sampler)
   with pytest.raises(errors.UserError, match="guides denoisers"):
     planning.sampling_plan(
-        experiments.build(resolve("digits_ict.py", sample__guidance="2.0")),
+        build.build(resolve("digits_ict.py", sample__guidance="2.0")),
         "onestep",
     )
   assert isinstance(

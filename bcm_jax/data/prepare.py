@@ -20,10 +20,10 @@ import tqdm
 from bcm_jax import __version__
 from bcm_jax import errors
 from bcm_jax.data import data_set as data_sets
+from bcm_jax.data import datasets
 from bcm_jax.data import encoded
 from bcm_jax.data import pipeline
 from bcm_jax.data import prepared
-from bcm_jax.data import registry
 from bcm_jax.data import resizing
 from bcm_jax.data import source as sources
 from bcm_jax.utils import cli
@@ -77,7 +77,7 @@ def prepare(
   name, path = kind_of(source)
   _check_free(out, overwrite)
   _check_positive(shard_mb=shard_mb, workers=workers)
-  found = registry.find(
+  found = datasets.find(
       name, path=path, size=size, crop=crop, skip_corrupt=skip_corrupt,
       channels=channels, threads=workers,
   )

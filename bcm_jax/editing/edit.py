@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
 from bcm_jax import runner as runners
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.editing import facade
 from bcm_jax.editing import fidelity
 from bcm_jax.editing import pictures
@@ -29,7 +29,7 @@ _SHOWN = 16
 _GROUP = 200
 
 
-def settings(section: options.Edit) -> dict[str, Any]:
+def settings(section: schema.Edit) -> dict[str, Any]:
   """What section edit says of the recipe."""
   return dict(
       noise=section.noise, level=section.level, nfe=section.nfe,
@@ -37,13 +37,13 @@ def settings(section: options.Edit) -> dict[str, Any]:
   )
 
 
-def run(experiment: experiments.Experiment, workdir: str) -> list[str]:
+def run(experiment: build.Experiment, workdir: str) -> list[str]:
   """Mode edit; returns the folders written.
 
   Raises:
     UserError: a task that the network cannot do, or images that do not fit.
   """
-  section: options.Edit = experiment.section("edit")
+  section: schema.Edit = experiment.section("edit")
   # Before the checkpoint is read.
   recipes.recipe(experiment, section.task, **settings(section))
   inputs = pictures.read(experiment)
@@ -61,7 +61,7 @@ def run(experiment: experiments.Experiment, workdir: str) -> list[str]:
 
 def _classify(model: facade.Model, inputs: pictures.Inputs) -> None:
   """Puts the classes that the network finds in place of those given."""
-  section: options.Edit = model.experiment.section("edit")
+  section: schema.Edit = model.experiment.section("edit")
   inputs.labels = model.classify(_shown(section, inputs))
   print("classes found:", *inputs.labels)
   if inputs.second is not None:
@@ -78,7 +78,7 @@ def interpolate(
     inputs: pictures.Inputs | None = None,
 ) -> str:
   """Rows between pairs of images, of section edit or these; their folder."""
-  section: options.Edit = model.experiment.section("edit")
+  section: schema.Edit = model.experiment.section("edit")
   inputs = inputs or pictures.read(model.experiment)
   asked = settings(section)
   recipe = model.recipe("interpolate", **asked)
@@ -115,7 +115,7 @@ def _edit(
     model: facade.Model, workdir: str, inputs: pictures.Inputs
 ) -> str:
   """Runs a task on images and writes them, a picture and numbers."""
-  section: options.Edit = model.experiment.section("edit")
+  section: schema.Edit = model.experiment.section("edit")
   recipe = model.recipe(section.task, **settings(section))
   print(recipe)
   began = time.monotonic()
@@ -162,7 +162,7 @@ def _write_record(
   })
 
 
-def _shown(section: options.Edit, inputs: pictures.Inputs) -> np.ndarray:
+def _shown(section: schema.Edit, inputs: pictures.Inputs) -> np.ndarray:
   """The images as they are edited: holes grey, small ones enlarged."""
   images = inputs.images
   if section.task.startswith("inpaint"):
@@ -173,7 +173,7 @@ def _shown(section: options.Edit, inputs: pictures.Inputs) -> np.ndarray:
 
 
 def perform(
-    model: facade.Model, section: options.Edit, inputs: pictures.Inputs
+    model: facade.Model, section: schema.Edit, inputs: pictures.Inputs
 ) -> tuple[np.ndarray, dict[str, Any]]:
   """A task on images: (uint8 [n, H, W, C], what else came out)."""
   images, common = inputs.images, dict(
@@ -198,7 +198,7 @@ def perform(
       return getattr(model, task)(images, **common), {}
 
 
-def _new_label(section: options.Edit) -> int:
+def _new_label(section: schema.Edit) -> int:
   if section.new_label is None:
     raise errors.UserError(
         f"edit.task={section.task!r} needs edit.new_label, the class to make"
@@ -206,7 +206,7 @@ def _new_label(section: options.Edit) -> int:
   return section.new_label
 
 
-def _attribute(model, section: options.Edit, images, common):
+def _attribute(model, section: schema.Edit, images, common):
   """Moves latents along the way from one group of images to another."""
   labels = (None, None)
   if section.present is not None and section.absent is not None:
@@ -238,7 +238,7 @@ def _attribute(model, section: options.Edit, images, common):
   return moved, {"direction_norm": float(np.linalg.norm(direction))}
 
 
-def _one_label(section: options.Edit) -> int:
+def _one_label(section: schema.Edit) -> int:
   """The class of both groups."""
   if len(set(section.label)) != 1:
     raise errors.UserError(

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import runner as runners
 from bcm_jax import runs
+from bcm_jax.config import build
 from bcm_jax.data import source as sources
 from bcm_jax.editing import pretrained
 from bcm_jax.editing import recipes
@@ -371,7 +371,7 @@ def load(
       )
     experiment, params, _ = packing.load(place)
   else:
-    experiment = experiments.build(runs.config_of(place), to_train=False)
+    experiment = build.build(runs.config_of(place), to_train=False)
     _, _, params = runs.load_run(experiment, place, average, step)
   size = batch_size or experiment.config.sample.batch_size
   return Model(runners.Runner(experiment, params, size))

@@ -8,8 +8,8 @@ import numpy as np
 import PIL.Image
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.data import decoding
 from bcm_jax.data import folder as folders
 from bcm_jax.data import source as sources
@@ -42,20 +42,20 @@ class Inputs:
   second_labels: np.ndarray | None = None
 
 
-def read(experiment: experiments.Experiment) -> Inputs:
+def read(experiment: build.Experiment) -> Inputs:
   """The images of section edit.
 
   Raises:
     UserError: files that are not there, unreadable or do not fit.
   """
-  section: options.Edit = experiment.section("edit")
+  section: schema.Edit = experiment.section("edit")
   _check(experiment, section)
   if section.input is None:
     return _damaged(experiment, section)
   return _files(experiment, section)
 
 
-def _check(experiment, section: options.Edit) -> None:
+def _check(experiment, section: schema.Edit) -> None:
   """Numbers that would go wrong far from here."""
   height, width, _ = experiment.image_shape
   factor = section.factor
@@ -115,7 +115,7 @@ def _content(path: str) -> bytes:
     raise errors.UserError(f"{path} cannot be read ({e.strerror})") from e
 
 
-def _files(experiment, section: options.Edit) -> Inputs:
+def _files(experiment, section: schema.Edit) -> Inputs:
   shape, resize = experiment.image_shape, section.resize
   paths = listing(section.input, "edit.input")
   wanted = shape
@@ -167,7 +167,7 @@ def _as_many(path, what: str, count: int, shape, resize) -> np.ndarray:
   return _read(paths, shape, resize)
 
 
-def _mask(section: options.Edit, shape, count: int) -> np.ndarray:
+def _mask(section: schema.Edit, shape, count: int) -> np.ndarray:
   """Holes: of files, or a square in the middle."""
   if section.mask is None:
     mask = np.zeros(shape[:2], bool)
@@ -195,7 +195,7 @@ def covered(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def labels_of(
-    experiment, section: options.Edit, count: int
+    experiment, section: schema.Edit, count: int
 ) -> np.ndarray | None:
   """Classes of files' images, from edit.label; 0 until they are found."""
   given = section.label
@@ -220,7 +220,7 @@ def labels_of(
 # Test images ----------------------------------------------------------------
 
 
-def _damaged(experiment, section: options.Edit) -> Inputs:
+def _damaged(experiment, section: schema.Edit) -> Inputs:
   """Random test images, and what the task is to undo done to them."""
   source = experiment.source("test")
   ends, key = (2, "pairs") if section.task == "interpolate" else (
@@ -277,7 +277,7 @@ def _damaged(experiment, section: options.Edit) -> Inputs:
 _NOISE = 0.5
 
 
-def _add_noise(inputs: Inputs, section: options.Edit) -> None:
+def _add_noise(inputs: Inputs, section: schema.Edit) -> None:
   level = _NOISE if section.level is None else section.level
   noise = np.random.default_rng(section.seed).standard_normal(
       inputs.images.shape

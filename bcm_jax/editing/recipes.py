@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import planning
+from bcm_jax.config import build
 from bcm_jax.sampling import plan as plans
 
 # Evaluations by which a two-way network measures the noise in an image.
@@ -89,7 +89,7 @@ class Recipe:
 
 
 def recipe(
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     task: str,
     noise: float | None = None,
     level: float | None = None,

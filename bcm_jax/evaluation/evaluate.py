@@ -15,13 +15,13 @@ import jax
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import generate
-from bcm_jax import options
 from bcm_jax import planning
 from bcm_jax import rejection
 from bcm_jax import runner as runners
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.editing import edit
 from bcm_jax.editing import facade
 from bcm_jax.evaluation import evaluate_inversion
@@ -58,9 +58,9 @@ class Evaluation:
       samplers or times.
   """
 
-  def __init__(self, experiment: experiments.Experiment, workdir: str):
+  def __init__(self, experiment: build.Experiment, workdir: str):
     self.experiment, self.workdir = experiment, workdir
-    self.section: options.Eval = experiment.section("eval")
+    self.section: schema.Eval = experiment.section("eval")
     check_outputs(experiment)
     check_protocol(self.section)
     self.features = references.open_features(self.section)
@@ -92,7 +92,7 @@ class Evaluation:
   ) -> dict[str, Any]:
     """All numbers of section eval for one set of parameters."""
     experiment, section = self.experiment, self.section
-    sample: options.Sample = experiment.section("sample")
+    sample: schema.Sample = experiment.section("sample")
     runner = runners.Runner(experiment, params, sample.batch_size)
     result: dict[str, Any] = {"step": step, "average": average}
     if self.judge is not None:
@@ -197,7 +197,7 @@ class Evaluation:
         "compared_one_by_one": 0 if real is None else len(real),
         "neighbours_k": section.k,
     }
-    sample: options.Sample = self.experiment.section("sample")
+    sample: schema.Sample = self.experiment.section("sample")
     if sample.rejection:
       facts["rejection"] = f"{sample.rejection:g} more were drawn a class"
     if sample.guidance != 1:
@@ -251,7 +251,7 @@ def _written(numbers: dict[str, Any]) -> Iterator[str]:
 
 
 def run(
-    experiment: experiments.Experiment, workdir: str
+    experiment: build.Experiment, workdir: str
 ) -> list[dict[str, Any]]:
   """Mode eval: writes workdir/eval/STEP[_AVERAGE].json, prints the numbers."""
   evaluation = Evaluation(experiment, workdir)
@@ -323,12 +323,12 @@ def _evaluate_and_write(evaluation, step, average, params) -> dict[str, Any]:
 
 
 def finish(
-    experiment: experiments.Experiment, workdir: str, step: int,
+    experiment: build.Experiment, workdir: str, step: int,
     average: str, params: Any,
 ) -> dict[str, Any] | None:
   """The end of training: numbers if they are asked for, and pictures."""
-  sample: options.Sample = experiment.section("sample")
-  section: options.Eval = experiment.section("eval")
+  sample: schema.Sample = experiment.section("sample")
+  section: schema.Eval = experiment.section("eval")
   result = None
   if section.at_end:
     evaluation = Evaluation(experiment, workdir)
@@ -348,18 +348,18 @@ def finish(
   return result
 
 
-def check_before_training(experiment: experiments.Experiment) -> None:
+def check_before_training(experiment: build.Experiment) -> None:
   """Finds what would stop `finish` before training, not after it."""
   check_outputs(experiment)
-  section: options.Eval = experiment.section("eval")
+  section: schema.Eval = experiment.section("eval")
   if section.at_end:
     check_protocol(section)
     references.check(section)
 
 
-def check_outputs(experiment: experiments.Experiment) -> None:
+def check_outputs(experiment: build.Experiment) -> None:
   """Finds bad times and labels before any work is done."""
-  section: options.Eval = experiment.section("eval")
+  section: schema.Eval = experiment.section("eval")
   for sampler in section.samplers:
     planning.sampling_plan(experiment, sampler)
   generate.asked_labels(experiment, experiment.section("sample"))
@@ -368,7 +368,7 @@ def check_outputs(experiment: experiments.Experiment) -> None:
   rejection.check(experiment)
 
 
-def check_protocol(section: options.Eval) -> None:
+def check_protocol(section: schema.Eval) -> None:
   """Raises UserError where numbers would be no measurement of the protocol."""
   if section.steps not in _STEPS and not section.steps.isdigit():
     raise errors.unknown_name(

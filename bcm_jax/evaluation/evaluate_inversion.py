@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
 from bcm_jax import planning
 from bcm_jax import runner as runners
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.data import source as sources
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
@@ -33,7 +33,7 @@ Numbers = dict[str, Any]
 
 
 def curve(
-    experiment: experiments.Experiment, runner: runners.Runner
+    experiment: build.Experiment, runner: runners.Runner
 ) -> dict[str, Numbers]:
   """Reconstruction errors by evaluations and initial noise.
 
@@ -42,7 +42,7 @@ def curve(
     noise of eval.inversion_noise; 'DDIM_nfe4_noise0.002' and
     'EDM Heun_nfe4_...' -> those of the baseline's denoiser.
   """
-  section: options.Eval = experiment.section("eval")
+  section: schema.Eval = experiment.section("eval")
   usual = experiment.section("invert").noise
   result = {}
   if not (experiment.method.inverts or section.baseline):
@@ -113,7 +113,7 @@ def ode_round_trip(
 
 
 def _baselines(experiment, batch, measure) -> dict[str, Numbers]:
-  section: options.Eval = experiment.section("eval")
+  section: schema.Eval = experiment.section("eval")
   teacher, params = _open_baseline(experiment, section.baseline)
   runner = runners.Runner(
       teacher, params, experiment.section("sample").batch_size
@@ -157,7 +157,7 @@ def _noisy(experiment, images: np.ndarray, noise: float) -> np.ndarray:
 def _open_baseline(experiment, workdir: str):
   """The denoiser's own experiment and its parameters."""
   config = runs.config_of(workdir)
-  teacher = experiments.build(config, to_train=False)
+  teacher = build.build(config, to_train=False)
   # The form that BCM shares with EDM makes a denoiser of a one-time network.
   shared = not teacher.method.two_time and (
       config.method.preconditioning in ("edm", "bcm")
@@ -190,9 +190,9 @@ def summary(inversion: dict[str, Numbers]) -> list[str]:
   return lines
 
 
-def check(experiment: experiments.Experiment) -> None:
+def check(experiment: build.Experiment) -> None:
   """Finds bad times and baselines before any work is done."""
-  section: options.Eval = experiment.section("eval")
+  section: schema.Eval = experiment.section("eval")
   if experiment.method.inverts:
     for nfe in section.inversion_nfe:
       for noise in (None, *section.inversion_noise):

@@ -6,17 +6,17 @@ import jax
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
 from bcm_jax import runner as runners
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.sampling import likelihood
 
 Numbers = dict[str, Any]
 
 
-def check(experiment: experiments.Experiment) -> None:
+def check(experiment: build.Experiment) -> None:
   """Raises UserError where section eval asks for what cannot be measured."""
-  section: options.Eval = experiment.section("eval")
+  section: schema.Eval = experiment.section("eval")
   if not section.likelihood_images:
     return
   if not hasattr(experiment.method, "denoise"):
@@ -31,10 +31,10 @@ def check(experiment: experiments.Experiment) -> None:
     )
 
 
-def measure(experiment: experiments.Experiment, params: Any) -> Numbers:
+def measure(experiment: build.Experiment, params: Any) -> Numbers:
   """Mean and standard error over test images, some at a time."""
   check(experiment)
-  section: options.Eval = experiment.section("eval")
+  section: schema.Eval = experiment.section("eval")
   method, size = experiment.method, experiment.section("sample").batch_size
   settings = likelihood.Likelihood(
       method.sigma_min, method.sigma_max, method.rho,

@@ -12,8 +12,8 @@ import numpy as np
 import tqdm
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.data import source as sources
 from bcm_jax.interop import inception_names
 from bcm_jax.metrics import classifier
@@ -28,7 +28,7 @@ from bcm_jax.utils import cli
 _BLOCK = 1024
 
 
-def open_features(section: options.Eval) -> feature_lib.Features:
+def open_features(section: schema.Eval) -> feature_lib.Features:
   """The features that section eval names.
 
   Raises:
@@ -71,7 +71,7 @@ def _users_function(name: str) -> feature_lib.Features:
   return feature_lib.FunctionFeatures(found, name, digest)
 
 
-def check(section: options.Eval) -> None:
+def check(section: schema.Eval) -> None:
   """Raises UserError for features or a reference that cannot be used."""
   open_features(section)
   if section.reference is not None:
@@ -145,7 +145,7 @@ def describe(source: sources.Source) -> str:
 
 
 def open_target(
-    experiment: experiments.Experiment,
+    experiment: build.Experiment,
     features: feature_lib.Features,
     folder: str,
 ) -> quality.Target:
@@ -157,7 +157,7 @@ def open_target(
   Raises:
     UserError: a reference file that cannot be used, or of other features.
   """
-  section: options.Eval = experiment.section("eval")
+  section: schema.Eval = experiment.section("eval")
   if section.reference is not None:
     reference = _from_file(section.reference, features)
   else:
@@ -213,13 +213,13 @@ def _of_training_split(experiment, features, folder) -> references.Reference:
   return reference
 
 
-def run(experiment: experiments.Experiment, workdir: str) -> str:
+def run(experiment: build.Experiment, workdir: str) -> str:
   """Mode reference: writes workdir/reference.npz of the training split.
 
   It holds ADM's keys, among them eval.num_reference images for precision and
   recall, so that other evaluators read it too.
   """
-  section: options.Eval = experiment.section("eval")
+  section: schema.Eval = experiment.section("eval")
   features = open_features(section)
   source = experiment.source("train")
   ids = chosen(source, section.num_reference)

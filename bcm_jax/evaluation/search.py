@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
 from bcm_jax import planning
 from bcm_jax import runner as runners
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.diffusion import schedules
 from bcm_jax.evaluation import evaluate
 from bcm_jax.plots import draw
@@ -139,9 +139,9 @@ class Record:
     files.write_json(self._path, self.content)
 
 
-def check(experiment: experiments.Experiment) -> None:
+def check(experiment: build.Experiment) -> None:
   """Finds a search that cannot be made before the checkpoint is read."""
-  section: options.Search = experiment.section("search")
+  section: schema.Search = experiment.section("search")
   least = {"ancestral": 2, "cm_multistep": 2, "zigzag": 3, "mixture": 4}
   name, nfe = section.sampler, section.nfe
   if nfe < least[name] or (name == "zigzag" and nfe % 2 == 0):
@@ -170,7 +170,7 @@ def check(experiment: experiments.Experiment) -> None:
     planning.sampling_plan(experiment, planning.write("zigzag", (), (pair,)))
 
 
-def _candidates(section: options.Search):
+def _candidates(section: schema.Search):
   mid = sorted(section.mid_times, reverse=True)
   pairs = [
       (e, t) for e, t in itertools.product(section.noises, section.levels)
@@ -179,10 +179,10 @@ def _candidates(section: options.Search):
   return mid, pairs
 
 
-def run(experiment: experiments.Experiment, workdir: str) -> dict[str, Any]:
+def run(experiment: build.Experiment, workdir: str) -> dict[str, Any]:
   """Mode search: writes workdir/search/*.json and a plot beside it."""
   check(experiment)
-  section: options.Search = experiment.section("search")
+  section: schema.Search = experiment.section("search")
   step, average, params = runs.load_run(experiment, workdir)
   evaluation = evaluate.Evaluation(experiment, workdir)
   runner = runners.Runner(
@@ -211,7 +211,7 @@ def run(experiment: experiments.Experiment, workdir: str) -> dict[str, Any]:
   return record.content
 
 
-def _search(experiment, section: options.Search, cost: Cost) -> str:
+def _search(experiment, section: schema.Search, cost: Cost) -> str:
   if section.sampler != "cm_multistep":
     return greedy_times(
         cost, section.sampler, section.nfe, *_candidates(section)

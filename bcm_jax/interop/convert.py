@@ -19,10 +19,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.interop import transfer
 from bcm_jax.interop import weight_files
 from bcm_jax.utils import cli
@@ -85,7 +85,7 @@ def _split_model(
   """Applies --config.model.*; returns (model section, the other overrides)."""
   mine = {k: v for k, v in overrides.items() if k.startswith("model.")}
   section = {"name": _MODELS[kind]} | model
-  config = configs.resolve({"model": section, "method": {"name": "ict"}}, mine)
+  config = resolve.resolve({"model": section, "method": {"name": "ict"}}, mine)
   rest = {k: v for k, v in overrides.items() if k not in mine}
   return config.model.to_dict(), rest
 
@@ -127,7 +127,7 @@ def to_workdir(
   )
   size = found.pop("image_size")
   config = _config(found, family.NAME, size, overrides or {})
-  experiment = experiments.build(config)
+  experiment = build.build(config)
   params = transfer.read_params(
       family, experiment.method.network, size, tensors
   )
@@ -150,7 +150,7 @@ def to_workdir(
 def _config(found, kind, image_size, overrides) -> ml_collections.ConfigDict:
   """The config of a converted network, with what the user sets."""
   model, rest = _split_model(overrides, found, kind)
-  return configs.resolve(
+  return resolve.resolve(
       {
           "model": model,
           **method_of(kind, model),
@@ -185,13 +185,13 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
   """
   if os.path.exists(out):
     raise errors.UserError(f"{out} is there already; choose another OUT")
-  config = configs.of_run(workdir)
+  config = resolve.of_run(workdir)
   if config is None:
     raise errors.UserError(
         f"{workdir} holds no run (no config.json); SOURCE must be a work "
         "directory with --reverse"
     )
-  experiment = experiments.build(config, to_train=False)
+  experiment = build.build(config, to_train=False)
   step, _, params = runs.load_run(experiment, workdir, average)
   family = transfer.FAMILIES[_FAMILIES[config.model.name]]
   tensors = transfer.write_tensors(
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--reverse", action="store_true")
   with cli.reporting():
     argv = sys.argv[1:] if argv is None else argv
-    _, overrides, rest = configs.split_overrides(argv)
+    _, overrides, rest = resolve.split_overrides(argv)
     args = parser.parse_args(rest)
     if args.reverse:
       print(to_file(args.source, args.out, args.average))

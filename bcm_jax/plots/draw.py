@@ -15,8 +15,8 @@ from absl import logging
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import generate
+from bcm_jax.config import build
 from bcm_jax.metrics import image_grid
 from bcm_jax.plots import figures
 from bcm_jax.plots import records
@@ -26,7 +26,7 @@ from bcm_jax.utils import cli
 _COLUMNS = 20
 
 
-def overview(experiment: experiments.Experiment, workdir: str) -> str:
+def overview(experiment: build.Experiment, workdir: str) -> str:
   """Stacks samples, inversions and interpolations of a run; returns the path.
 
   Shows what the files below workdir hold, so that the picture and the numbers

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import runner as runners
 from bcm_jax import runs
+from bcm_jax.config import build
 from bcm_jax.data import source as sources
 from bcm_jax.plots import records
 from bcm_jax.sampling import plan as plans
@@ -45,7 +45,7 @@ def trajectory(run: records.Run) -> list[records.Rows]:
     )
   config = runs.config_of(run.path)
   config.sample.guidance = 1.0
-  experiment = experiments.build(config, to_train=False)
+  experiment = build.build(config, to_train=False)
   step, average, params = runs.load_run(experiment, run.path)
   runner = runners.Runner(experiment, params, _ROWS)
   blocks = [_down(experiment, runner)]

@@ -31,12 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import __version__
-from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import guides
 from bcm_jax import planning
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.data import source as sources
 from bcm_jax.release import exported
 from bcm_jax.sampling import guidance
@@ -149,7 +149,7 @@ def _check_platforms(platforms: Sequence[str]) -> None:
 
 def _open(
     workdir: str, overrides: Mapping[str, str] | None
-) -> experiments.Experiment:
+) -> build.Experiment:
   """The experiment of a run, if a single program can hold its sampler."""
   config = runs.config_of(workdir, overrides)
   if config.sample.rejection:
@@ -162,7 +162,7 @@ def _open(
         "model.attention='cudnn' is for NVIDIA's GPUs alone and jax exports "
         "none of its calls; --config.model.attention=xla computes the same"
     )
-  return experiments.build(config, to_train=False)
+  return build.build(config, to_train=False)
 
 
 def to_weights(params: Any, guide: guides.Guide | None = None) -> Weights:
@@ -174,7 +174,7 @@ def to_weights(params: Any, guide: guides.Guide | None = None) -> Weights:
 
 
 def specs(
-    experiment: experiments.Experiment, weights: Weights
+    experiment: build.Experiment, weights: Weights
 ) -> dict[str, Any]:
   """Shapes of all arguments; the batch is the symbol b."""
   (b,) = jax_export.symbolic_shape("b")
@@ -193,7 +193,7 @@ def specs(
 
 
 def _maps(
-    experiment: experiments.Experiment, guide: guides.Guide | None
+    experiment: build.Experiment, guide: guides.Guide | None
 ) -> Callable[[Weights], tuple[Callable, Callable | None]]:
   """Function of the weights to (flow map, guided map or None), of batches.
 
@@ -293,7 +293,7 @@ def serialised(
     return bytes(traced(*(shapes[a] for a in function.arguments)).serialize())
 
 
-def _facts(experiment: experiments.Experiment) -> dict[str, Any]:
+def _facts(experiment: build.Experiment) -> dict[str, Any]:
   config, method = experiment.config, experiment.method
   return {
       "versions": {"bcm_jax": __version__, "jax": jax.__version__},
@@ -301,7 +301,7 @@ def _facts(experiment: experiments.Experiment) -> dict[str, Any]:
           jax.config.jax_export_calling_convention_version,
       "method": config.method.name,
       "data": provenance.data_name(config.data),
-      "config_digest": configs.digest(config),
+      "config_digest": resolve.digest(config),
       "image_shape": list(experiment.image_shape),
       "num_classes": experiment.num_classes,
       "sigma_min": method.sigma_min,
@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--step", type=int, help="of the checkpoint")
   with cli.reporting():
     argv = sys.argv[1:] if argv is None else argv
-    file, overrides, rest = configs.split_overrides(argv)
+    file, overrides, rest = resolve.split_overrides(argv)
     args = parser.parse_args(rest)
     if file is not None:
       raise errors.UserError(

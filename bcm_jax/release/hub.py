@@ -20,8 +20,8 @@ import tempfile
 from typing import Any
 
 from bcm_jax import __version__
-from bcm_jax import config as configs
 from bcm_jax import errors
+from bcm_jax.config import resolve
 from bcm_jax.interop import released
 from bcm_jax.release import packing
 from bcm_jax.utils import cli
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
   with cli.reporting():
     argv = sys.argv[1:] if argv is None else argv
-    file, overrides, rest = configs.split_overrides(argv)
+    file, overrides, rest = resolve.split_overrides(argv)
     if file is not None:
       raise errors.UserError(
           f"--config={file}: a run and a folder have configs of their own; "

@@ -12,10 +12,10 @@ from typing import Any
 from flax import traverse_util
 import jax
 
-from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.interop import released
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
@@ -59,7 +59,7 @@ def pack(
   """
   files.check_free(out)
   config = runs.config_of(workdir, overrides)
-  experiment = experiments.build(config, to_train=False)
+  experiment = build.build(config, to_train=False)
   step, average, params = runs.load_run(experiment, workdir, average, step)
   _check_shapes(workdir, experiment, params)
   result = _result(workdir, step, average)
@@ -69,7 +69,7 @@ def pack(
       "image_shape": experiment.image_shape,
   }
   released.write(
-      out, configs.to_json(config), params, about, dtype, result, license_id
+      out, resolve.to_json(config), params, about, dtype, result, license_id
   )
   count = sum(v.size for v in jax.tree.leaves(params))
   size = os.path.getsize(os.path.join(out, released.WEIGHTS))
@@ -113,7 +113,7 @@ def unpack(
 
 def load(
     folder: str, overrides: Mapping[str, str] | None = None
-) -> tuple[experiments.Experiment, dict[str, Any], dict[str, Any]]:
+) -> tuple[build.Experiment, dict[str, Any], dict[str, Any]]:
   """A released network as objects.
 
   Args:
@@ -132,8 +132,8 @@ def load(
   released.read_result(folder)
   path = os.path.join(folder, released.CONFIG)
   try:
-    config = configs.resolve(_plain(raw), _ALONE | dict(overrides or {}))
-    experiment = experiments.build(config, to_train=False)
+    config = resolve.resolve(_plain(raw), _ALONE | dict(overrides or {}))
+    experiment = build.build(config, to_train=False)
   except errors.UserError as e:
     raise errors.UserError(f"{path}: {e}") from e
   _check_shapes(
@@ -158,7 +158,7 @@ def _check_shapes(place: str, experiment, params: Mapping[str, Any]) -> None:
   method = experiment.method
   init = functools.partial(
       method.players[method.sampled].init, jax.random.key(0),
-      *experiments.example_batch(experiment),
+      *build.example_batch(experiment),
   )
   wanted, found = (
       {name: tuple(v.shape) for name, v in
@@ -213,7 +213,7 @@ def _local_paths(config) -> Iterator[str]:
   """A line about values that tell of this machine's folders, if there are."""
   found = [
       f"{key}={text}"
-      for key, value in configs.flatten(configs.to_json(config)).items()
+      for key, value in resolve.flatten(resolve.to_json(config)).items()
       for text in (value if isinstance(value, list) else [value])
       if isinstance(text, str) and text.startswith(("/", "~"))
   ]

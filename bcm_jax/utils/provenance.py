@@ -11,17 +11,17 @@ import jax
 import ml_collections
 
 from bcm_jax import __version__
-from bcm_jax import config as configs
-from bcm_jax import experiment as experiments
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 
 
-def facts(experiment: experiments.Experiment) -> dict[str, Any]:
+def facts(experiment: build.Experiment) -> dict[str, Any]:
   """What a result file says of the run that it measured."""
   config = experiment.config
   return {
       "data": data_name(config.data),
       "method": config.method.name,
-      "config_digest": configs.digest(config),
+      "config_digest": resolve.digest(config),
   } | machine()
 
 

@@ -8,12 +8,12 @@ import zipfile
 import numpy as np
 import pytest
 
+from bcm_jax.data import datasets
 from bcm_jax.data import decoding
 from bcm_jax.data import encoded
 from bcm_jax.data import folder
 from bcm_jax.data import prepare
 from bcm_jax.data import prepared
-from bcm_jax.data import registry
 from bcm_jax.errors import UserError
 from tests.data import pictures
 
@@ -57,7 +57,7 @@ def test_a_folder_comes_back_example_by_example(
   assert f"train 30, test 3 images of 16x16x{channels}, 2 classes" in text
   decoder = decoding.Decoder(channels, 16, crop)
   expected = folder.data_set(str(images), decoder)
-  found = registry.find("prepared", path=out)
+  found = datasets.find("prepared", path=out)
   assert found.image_shape == (16, 16, channels)
   assert found.class_names == ("a", "b") and found.num_classes == 2
   for split in ("train", "test"):

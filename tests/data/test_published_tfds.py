@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from bcm_jax.data import datasets
 from bcm_jax.data import decoding
 from bcm_jax.data import prepare
 from bcm_jax.data import prepared
 from bcm_jax.data import published_tfds
-from bcm_jax.data import registry
 from bcm_jax.data import resizing
 from bcm_jax.errors import UserError
 from tests.data import pictures
@@ -64,7 +64,7 @@ def tiny(monkeypatch):
       name: ("tiny_images", splits)
       for name, (_, splits) in published_tfds.NAMES.items()
   }
-  assert set(names) == set(registry.PUBLISHED)
+  assert set(names) == set(datasets.PUBLISHED)
   monkeypatch.setattr(published_tfds, "NAMES", names)
 
 
@@ -79,7 +79,7 @@ SPLITS = {
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("name", SPLITS)
 def test_images_come_back_in_their_size(data_dir, name, split, crop):
-  found = registry.find(name, crop=crop)
+  found = datasets.find(name, crop=crop)
   size = {"cifar10": 32}.get(name, 64)
   assert found.image_shape == (size, size, 3)
   source = found.open(split, data_dir)
@@ -98,7 +98,7 @@ def test_images_come_back_in_their_size(data_dir, name, split, crop):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_change_nothing(data_dir, threads):
-  found = registry.find("imagenet2012", size=16, threads=threads)
+  found = datasets.find("imagenet2012", size=16, threads=threads)
   source = found.open("train", data_dir)
   got = source.fetch(np.arange(9))["image"]
   for k in range(9):
@@ -108,31 +108,31 @@ def test_threads_change_nothing(data_dir, threads):
 
 
 def test_nothing_asked_nothing_given(data_dir):
-  got = registry.find("cifar10").open("test", data_dir).fetch(np.arange(0))
+  got = datasets.find("cifar10").open("test", data_dir).fetch(np.arange(0))
   assert got["image"].shape == (0, 32, 32, 3) and got["label"].shape == (0,)
 
 
 @pytest.mark.parametrize("index", [-1, 3])
 def test_an_index_outside_is_an_error(data_dir, index):
-  source = registry.find("cifar10").open("test", data_dir)
+  source = datasets.find("cifar10").open("test", data_dir)
   with pytest.raises(IndexError):
     source.fetch(np.array([0, index]))
 
 
 def test_crop_none_names_the_example(data_dir):
-  source = registry.find("imagenet2012", crop="none").open("train", data_dir)
+  source = datasets.find("imagenet2012", crop="none").open("train", data_dir)
   with pytest.raises(UserError, match="imagenet2012/train: example 1: the "):
     source.fetch(np.array([1]))
 
 
 def test_a_split_that_is_not_there(data_dir):
   with pytest.raises(UserError, match="unknown split of cifar10 'tset'"):
-    registry.find("cifar10").open("tset", data_dir)
+    datasets.find("cifar10").open("tset", data_dir)
 
 
 def test_what_is_not_prepared_says_how(tmp_path):
   with pytest.raises(UserError) as error:
-    registry.find("imagenet2012").open("train", str(tmp_path))
+    datasets.find("imagenet2012").open("train", str(tmp_path))
   message = str(error.value)
   assert "tfds build tiny_images --file_format=array_record" in message
   assert f"--data_dir={tmp_path}" in message and "\n" not in message
@@ -161,7 +161,7 @@ def test_the_published_sets_have_these_features(name, monkeypatch):
   features = tfds.builder(
       there, data_dir=os.environ["TFDS_DATA_DIR"]
   ).info.features
-  size, num_classes = registry.PUBLISHED[name]
+  size, num_classes = datasets.PUBLISHED[name]
   assert features["label"].num_classes == num_classes
   expected = (None, None, 3) if name == "imagenet2012" else (size, size, 3)
   assert features["image"].shape == expected

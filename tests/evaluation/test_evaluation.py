@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import loop
 from bcm_jax import runs
 from bcm_jax import train
+from bcm_jax.config import build
+from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 from bcm_jax.data import source as sources
 from bcm_jax.diffusion import schedules
 from bcm_jax.evaluation import evaluate
@@ -38,10 +38,10 @@ TINY = {
 }
 
 
-def experiment(**overrides: str) -> experiments.Experiment:
+def experiment(**overrides: str) -> build.Experiment:
   values = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
-  return experiments.build(
-      configs.resolve(config_files.read_file("configs/digits.py"), values)
+  return build.build(
+      resolve.resolve(config_files.read_file("configs/digits.py"), values)
   )
 
 
@@ -50,7 +50,7 @@ def run(tmp_path_factory) -> str:
   """A run with checkpoints at steps 2 and 4, of random parameters."""
   built, folder = experiment(), str(tmp_path_factory.mktemp("run"))
   train.prepare_workdir(built.config, folder).release()
-  state = jax.jit(lambda: experiments.create_state(built))()
+  state = jax.jit(lambda: build.create_state(built))()
   rng = np.random.default_rng(0)
   with checkpoint.Checkpoints(runs.checkpoint_dir(folder), None) as saved:
     for step in (2, 4):
@@ -328,13 +328,13 @@ def ddim_factor(times, sd):
 
 def test_baselines_are_the_odes_of_a_denoiser(copy, tmp_path):
   """A fresh network's F is 0: every inversion of it is a known factor."""
-  teacher = experiments.build(configs.resolve(
+  teacher = build.build(resolve.resolve(
       config_files.read_file("configs/digits_ict.py"),
       TINY | {"method.preconditioning": "bcm", "eval.samplers": "onestep,"},
   ))
   folder = str(tmp_path / "teacher")
   train.prepare_workdir(teacher.config, folder).release()
-  state = jax.jit(lambda: experiments.create_state(teacher))()
+  state = jax.jit(lambda: build.create_state(teacher))()
   with checkpoint.Checkpoints(runs.checkpoint_dir(folder)) as saved:
     saved.save(1, state, {})
   evaluate.run(

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
 from bcm_jax import planning
+from bcm_jax.config import build
+from bcm_jax.config import schema
 from bcm_jax.evaluation import search
 from bcm_jax.plots import draw
 from tests.test_planning import digits
@@ -125,8 +125,8 @@ def test_what_was_measured_is_plotted(tmp_path):
     ({"sampler": "zigzag", "nfe": 3, "noises": (1e-9,)}, "outside the trained"),
 ])
 def test_searches_that_cannot_be_made(overrides, said):
-  built = experiments.build(digits())
-  section = options.Search(**overrides)
+  built = build.build(digits())
+  section = schema.Search(**overrides)
   experiment = types.SimpleNamespace(
       levels=built.levels, method=built.method,
       section=lambda name: section if name == "search" else built.section(name),

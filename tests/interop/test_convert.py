@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from bcm_jax import config as configs
-from bcm_jax import experiment as experiments
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.interop import convert
 from bcm_jax.interop import transfer
 from bcm_jax.interop import weight_files
@@ -67,8 +67,8 @@ def test_round_trip_is_bit_identical(name, tmp_path, capsys):
   out = tmp_path / "run"
   run(source_file(name, tmp_path), out, *SETTINGS[name])
   assert "tensors" in capsys.readouterr().out
-  config = configs.of_run(str(out))
-  experiment = experiments.build(config)
+  config = resolve.of_run(str(out))
+  experiment = build.build(config)
   step, _, params = runs.load_run(experiment, str(out))
   assert step == 7
   expected = transfer.shapes(
@@ -97,7 +97,7 @@ def test_jcm_checkpoint(tmp_path):
   ))
   out = tmp_path / "run"
   run(path, out, "--image-size=16", "--config.model.attention_resolutions=8,")
-  experiment = experiments.build(configs.of_run(str(out)))
+  experiment = build.build(resolve.of_run(str(out)))
   step, _, params = runs.load_run(experiment, str(out))
   assert step == 3 and experiment.config.model.name == "ncsnpp"
   back = transfer.write_tensors(
@@ -207,7 +207,7 @@ def test_what_is_assumed_can_be_set(tmp_path, capsys):
   assert config["method"]["preconditioning"] == "cm"
   assert config["data"]["image_shape"] == [16, 16, 3]
   _, _, params = runs.load_run(
-      experiments.build(configs.of_run(str(out))), str(out)
+      build.build(resolve.of_run(str(out))), str(out)
   )
   count = sum(math.prod(np.shape(v)) for v in jax.tree.leaves(params))
   assert f"{count:,} parameters" in said
@@ -217,13 +217,13 @@ def test_a_bidirectional_model_starts_from_converted_weights(tmp_path):
   """EDM's denoiser as the first time branch; F is what it was."""
   out = tmp_path / "run"
   run(source_file("edm_ncsnpp", tmp_path), out)
-  config = configs.of_run(str(out)).to_dict()
+  config = resolve.of_run(str(out)).to_dict()
   config["model"]["two_time"] = True
   config["method"] = {"name": "bcm"}
   config["training"]["init_from"] = str(out)
-  e = experiments.build(configs.resolve(config))
+  e = build.build(resolve.resolve(config))
   start = {"student": runs.load_params(str(out), None)}
-  images, labels = experiments.example_batch(e)
+  images, labels = build.example_batch(e)
   state = jax.jit(lambda: states.create(
       e.method, e.optimizers(), (), 0, images, labels, start
   ))()

@@ -10,17 +10,17 @@ import pytest
 import safetensors.numpy
 import yaml
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
 from bcm_jax import errors
-from bcm_jax import names
+from bcm_jax.config import config_files
+from bcm_jax.config import registry
+from bcm_jax.config import resolve
 from bcm_jax.interop import model_card
 from bcm_jax.interop import released
 from bcm_jax.interop import weight_files
 from tests import toys
 
-CONFIG = configs.to_json(
-    configs.resolve(config_files.read_file("digits.py"))
+CONFIG = resolve.to_json(
+    resolve.resolve(config_files.read_file("digits.py"))
 )
 ABOUT = {
     "step": 1900, "average": "ema_0.999", "data": "digits",
@@ -86,7 +86,7 @@ def test_what_is_written_is_read_back(tmp_path):
   }
   assert metadata["image_shape"] == [8, 8, 1]
   assert metadata["format"] == released.FORMAT
-  assert metadata["config_digest"] == configs.digest(configs.resolve(config))
+  assert metadata["config_digest"] == resolve.digest(resolve.resolve(config))
   assert released.read_result(str(folder)) == RESULT
   assert sorted(os.listdir(folder)) == sorted(released.FILES)
   assert sorted(os.listdir(tmp_path)) == ["a"]
@@ -370,7 +370,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it():
 
 
 def test_every_method_has_words():
-  assert set(model_card._KINDS) == set(names.METHODS)
+  assert set(model_card._KINDS) == set(registry.METHODS)
   other = json.loads(json.dumps(CONFIG))
   other["method"]["name"] = "new"
   metadata = dict(ABOUT, dtype="float32", config_digest="a", bcm_jax="0.1")

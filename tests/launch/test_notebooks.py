@@ -9,10 +9,10 @@ import nbformat
 import numpy as np
 import pytest
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
-from bcm_jax import experiment as experiments
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 from bcm_jax.interop import convert
 from tests import toys
 
@@ -70,15 +70,15 @@ def test_digits(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_published_checkpoint(tmp_path, monkeypatch):
-  config = configs.resolve(
+  config = resolve.resolve(
       config_files.read_file("imagenet64.py"),
       {"model.model_channels": "32", "model.num_head_channels": "32",
        "model.channel_mult": "1,1", "model.num_res_blocks": "1",
        "model.attention_resolutions": "()"},
   )
-  built = experiments.build(config)
+  built = build.build(config)
   params = jax.jit(built.method.init)(
-      jax.random.key(0), *experiments.example_batch(built)
+      jax.random.key(0), *build.example_batch(built)
   )
   source = tmp_path / "source"
   runs.write(str(source), built, jax.tree.map(np.asarray, params), 7, {})

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import projected
 from bcm_jax.methods import trajectory
@@ -120,7 +120,7 @@ def test_vgg_sees_images_of_its_size(monkeypatch):
 
 
 def config(**method):
-  return configs.resolve({
+  return resolve.resolve({
       "data": {"name": "digits"},
       "model": dict(
           name="adm", model_channels=8, channel_mult=(1,), num_res_blocks=1,
@@ -132,11 +132,11 @@ def config(**method):
 
 
 def test_a_config_names_it():
-  experiment = experiments.build(config(gan_encoder=NAME))
+  experiment = build.build(config(gan_encoder=NAME))
   assert experiment.method.critic.encoder.backbone is pyramid
   first, second = (runs.load_frozen(experiment) for _ in range(2))
   toys.assert_equal(first, second)
-  shapes = experiments.frozen_shapes(experiment)
+  shapes = build.frozen_shapes(experiment)
   assert jax.tree.map(np.shape, first) == jax.tree.map(
       lambda s: s.shape, shapes
   )
@@ -151,4 +151,4 @@ def test_a_config_names_it():
 ])
 def test_what_cannot_be_judged_by(method, words):
   with pytest.raises(errors.UserError, match=words):
-    experiments.build(config(**method))
+    build.build(config(**method))

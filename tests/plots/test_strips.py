@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
-from bcm_jax import options
 from bcm_jax import runner as runners
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import config_files
+from bcm_jax.config import resolve
+from bcm_jax.config import schema
 from bcm_jax.data import source as sources
 from bcm_jax.plots import draw
 from bcm_jax.plots import figures
@@ -41,7 +41,7 @@ def quickly():
 def gaussian(method, params, **settings):
   """(experiment, runner) of a method for N(0, SD^2) images of 4 pixels."""
   images = np.random.default_rng(0).integers(0, 256, (9, 2, 2, 1), np.uint8)
-  sections = {"sample": options.Sample(), "invert": options.Invert(**settings)}
+  sections = {"sample": schema.Sample(), "invert": schema.Invert(**settings)}
   experiment = types.SimpleNamespace(
       method=method, num_classes=None, image_shape=(2, 2, 1),
       section=sections.get, config=types.SimpleNamespace(**sections),
@@ -159,16 +159,16 @@ def test_names_stand_at_the_images_that_they_name(
 def untrained(folder, file, **changed):
   """A work directory with a checkpoint of random weights."""
   overrides = toys.TINY | {k.replace("__", "."): v for k, v in changed.items()}
-  config = configs.resolve(config_files.read_file(file), overrides)
-  built = experiments.build(config, to_train=False)
+  config = resolve.resolve(config_files.read_file(file), overrides)
+  built = build.build(config, to_train=False)
   shapes = jax.eval_shape(
-      built.method.init, jax.random.key(0), *experiments.example_batch(built)
+      built.method.init, jax.random.key(0), *build.example_batch(built)
   )
   random = np.random.default_rng(0)
   params = jax.tree.map(
       lambda s: 0.1 * random.standard_normal(s.shape, np.float32), shapes
   )
-  configs.write(config, str(folder))
+  resolve.write(config, str(folder))
   with checkpoint.Checkpoints(runs.checkpoint_dir(str(folder)), None) as saved:
     saved.save(7, {
         "players": {"student": {"params": params}},
@@ -207,7 +207,7 @@ def test_the_way_from_noise_needs_no_images(tmp_path, monkeypatch, capsys):
     raise errors.UserError(f"no {split} images here")
 
   untrained(tmp_path / "run", "digits.py")
-  monkeypatch.setattr(experiments.Experiment, "source", gone)
+  monkeypatch.setattr(build.Experiment, "source", gone)
   (block,) = strips.trajectory(records.open_runs([str(tmp_path / "run")])[0])
   assert "one jump f(x, T, t)" in block.title
   assert "no test images here" in capsys.readouterr().out

@@ -17,15 +17,15 @@ from jax import export as jax_export
 import numpy as np
 import pytest
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import generate
-from bcm_jax import names
 from bcm_jax import planning
 from bcm_jax import runner as runners
 from bcm_jax import runs
+from bcm_jax.config import build
+from bcm_jax.config import config_files
+from bcm_jax.config import registry
+from bcm_jax.config import resolve
 from bcm_jax.release import export
 from bcm_jax.release import exported
 from bcm_jax.sampling import rolled
@@ -50,11 +50,11 @@ def quickly():
 def make_run(folder, file="digits.py", **overrides):
   """A run of random weights and of two averages that differ."""
   values = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
-  config = configs.resolve(config_files.read_file(file), values)
-  built = experiments.build(config, to_train=False)
-  configs.write(config, str(folder))
+  config = resolve.resolve(config_files.read_file(file), values)
+  built = build.build(config, to_train=False)
+  resolve.write(config, str(folder))
   shapes = jax.eval_shape(
-      built.method.init, jax.random.key(0), *experiments.example_batch(built)
+      built.method.init, jax.random.key(0), *build.example_batch(built)
   )
   draw = np.random.default_rng(0).standard_normal
 
@@ -92,7 +92,7 @@ def model(path):
 
 def open_run(run, average=None, overrides=None):
   """(experiment, runner) of a run, as the modes make them."""
-  built = experiments.build(
+  built = build.build(
       runs.config_of(str(run), overrides), to_train=False
   )
   _, _, params = runs.load_run(built, str(run), average)
@@ -249,7 +249,7 @@ def test_the_file_explains_itself(library, path, model):
   contents = members(path)
   manifest = json.loads(contents["manifest.json"])
   built, _ = library
-  assert manifest["config_digest"] == configs.digest(built.config)
+  assert manifest["config_digest"] == resolve.digest(built.config)
   assert manifest["versions"]["jax"] == jax.__version__
   assert (manifest["step"], manifest["data"]) == (8, "digits")
   assert manifest["average"] == "ema_0.9"
@@ -297,7 +297,7 @@ NETWORKS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", names.MODELS)
+@pytest.mark.parametrize("name", registry.MODELS)
 def test_every_network_is_lowered_for_all_platforms(name):
   values = {
       "model.name": name, "model.model_channels": "32",
@@ -306,12 +306,12 @@ def test_every_network_is_lowered_for_all_platforms(name):
       "data.name": "none", "data.image_shape": "(16,16,3)",
       "data.num_classes": "10",
   }
-  config = configs.resolve(
+  config = resolve.resolve(
       {"method": {"name": "edm"}}, values | NETWORKS[name]
   )
-  built = experiments.build(config, to_train=False)
+  built = build.build(config, to_train=False)
   weights = export.to_weights(jax.eval_shape(
-      built.method.init, jax.random.key(0), *experiments.example_batch(built)
+      built.method.init, jax.random.key(0), *build.example_batch(built)
   ))
   plan = planning.sampling_plan(built, "ddim:2")
   program = jax_export.deserialize(bytearray(export.serialised(

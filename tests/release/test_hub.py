@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import yaml
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
 from bcm_jax import main as main_lib
 from bcm_jax import runs
 from bcm_jax import train
+from bcm_jax.config import build
+from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 from bcm_jax.evaluation import evaluate
 from bcm_jax.interop import released
 from bcm_jax.release import hub as hub_command
@@ -52,16 +52,16 @@ def quickly():
 def run(tmp_path_factory) -> pathlib.Path:
   """A run as training leaves it, of random weights, with its numbers."""
   workdir = str(tmp_path_factory.mktemp("run"))
-  config = configs.resolve(config_files.read_file("digits.py"), SETTINGS)
-  experiment = experiments.build(config)
+  config = resolve.resolve(config_files.read_file("digits.py"), SETTINGS)
+  experiment = build.build(config)
   draw = np.random.default_rng(0).standard_normal
 
   def moved(x):
     x = np.asarray(x)
     return x + np.float32(0.1 * draw(x.shape)) if x.dtype == np.float32 else x
 
-  state = jax.jit(lambda: experiments.create_state(experiment))().saved()
-  configs.write(config, workdir)
+  state = jax.jit(lambda: build.create_state(experiment))().saved()
+  resolve.write(config, workdir)
   with checkpoint.Checkpoints(runs.checkpoint_dir(workdir)) as saved:
     for step in (2, 4):
       saved.save(step, jax.tree.map(moved, state), {})
@@ -101,7 +101,7 @@ def fails(capsys, *arguments) -> str:
 
 
 def params_of(workdir, average=None, step=None):
-  experiment = experiments.build(configs.of_run(str(workdir)), to_train=False)
+  experiment = build.build(resolve.of_run(str(workdir)), to_train=False)
   return runs.load_run(experiment, str(workdir), average, step)
 
 
@@ -184,7 +184,7 @@ def test_every_mode_takes_an_unpacked_run(run, folder, tmp_path, capsys):
 def test_a_run_does_not_go_on_in_it_by_mistake(folder, tmp_path):
   out = tmp_path / "unpacked"
   hub("unpack", folder, out)
-  config = configs.of_run(str(out), {"eval.at_end": "false"})
+  config = resolve.of_run(str(out), {"eval.at_end": "false"})
   with pytest.raises(errors.UserError, match="does not fit this state"):
     train.train_and_evaluate(config, str(out))
 

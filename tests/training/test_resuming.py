@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.training import faults
 from bcm_jax.training import goodput
 from tests.training import starts
@@ -34,7 +34,7 @@ def in_step(k):
 def jump():
   """A step after which the curriculum has more noise levels."""
   tiny_run.register()
-  method = experiments.build(configs.resolve(tiny_run.get_config())).method
+  method = build.build(resolve.resolve(tiny_run.get_config())).method
   levels = [int(method.curriculum(k)["num_scales"]) for k in range(STEPS)]
   jumps = [k for k in range(1, STEPS) if levels[k] != levels[k - 1]]
   return next(k for k in jumps if k % EVERY not in (0, 1, EVERY - 1))

@@ -7,7 +7,7 @@ that every stream of noise and every part of the state matters.
 
 import ml_collections
 
-from bcm_jax import names
+from bcm_jax.config import registry
 from bcm_jax.diffusion import preconditioning
 from tests import toys
 
@@ -27,7 +27,7 @@ class Network(toys.MLP):
 
 def register() -> None:
   """Makes the network known to configs by the name 'toy'."""
-  names.MODELS["toy"] = names.Model(Network, preconditioning.adm_noise)
+  registry.MODELS["toy"] = registry.Model(Network, preconditioning.adm_noise)
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -10,14 +10,14 @@ import ml_collections
 import numpy as np
 import optax
 
-from bcm_jax import checks
-from bcm_jax import config as configs
 from bcm_jax import errors
-from bcm_jax import names
-from bcm_jax import options
+from bcm_jax.config import registry
+from bcm_jax.config import resolve
+from bcm_jax.config import schema
+from bcm_jax.config import validate
 from bcm_jax.data import augmentation
+from bcm_jax.data import datasets
 from bcm_jax.data import pairs
-from bcm_jax.data import registry
 from bcm_jax.data import source as sources
 from bcm_jax.interop import vgg_names
 from bcm_jax.methods import base
@@ -53,7 +53,7 @@ class Experiment:
 
   def section(self, name: str) -> Any:
     """A section of the config as its dataclass."""
-    return configs.build_section(self.config, name)
+    return resolve.build_section(self.config, name)
 
   def source(self, split: str) -> sources.Source:
     """The images of a split, 'train' or 'test'."""
@@ -101,7 +101,7 @@ class Experiment:
     Raises:
       UserError: parallel.sharding asks for what the backend cannot do.
     """
-    settings: options.Parallel = self.section("parallel")
+    settings: schema.Parallel = self.section("parallel")
     rules = parallel.parse_rules(settings.sharding)
     if settings.backend == "jit":
       return self.mesh_backend(jax.devices())
@@ -114,7 +114,7 @@ class Experiment:
 
   def mesh_backend(self, devices: Sequence[jax.Device]) -> parallel.Jit:
     """Devices under jit, also of machines that are not there."""
-    settings: options.Parallel = self.section("parallel")
+    settings: schema.Parallel = self.section("parallel")
     rules = parallel.parse_rules(settings.sharding)
     mesh = parallel.make_mesh(devices, settings.fsdp)
     several = parallel.microbatches(
@@ -125,7 +125,7 @@ class Experiment:
 
   def step_options(self, backend: parallel.Backend) -> steps.StepOptions:
     """Options of the training step on these devices."""
-    training: options.Training = self.section("training")
+    training: schema.Training = self.section("training")
     p = self.config.data.augment
     return steps.StepOptions(
         seed=self.config.seed,
@@ -159,25 +159,25 @@ def build(
   method = _method(config, teacher, to_train)
   data = _data_set(config)
   config = _described(config, data)
-  checks.model(config, data)
-  checks.method(config)
+  validate.model(config, data)
+  validate.method(config)
   if to_train:
-    checks.teacher(config, data, teacher)
+    validate.teacher(config, data, teacher)
   return Experiment(
       config, method, data.image_shape, config.model.num_classes, teacher
   )
 
 
-def _data_set(config: ml_collections.ConfigDict) -> registry.DataSet:
+def _data_set(config: ml_collections.ConfigDict) -> datasets.DataSet:
   data = config.data
-  return registry.find(
+  return datasets.find(
       data.name, tuple(data.image_shape), data.num_classes, path=data.path,
       size=data.size, crop=data.crop, skip_corrupt=data.skip_corrupt,
       channels=data.channels, threads=data.threads or None,
   )
 
 
-def _described(config, data: registry.DataSet) -> ml_collections.ConfigDict:
+def _described(config, data: datasets.DataSet) -> ml_collections.ConfigDict:
   """The config with what files under data.path turned out to hold."""
   if config.data.path is None:
     return config
@@ -185,7 +185,7 @@ def _described(config, data: registry.DataSet) -> ml_collections.ConfigDict:
       "data.image_shape": str(tuple(data.image_shape)),
       "data.num_classes": str(data.num_classes),
   }
-  return configs.resolve(config.to_dict(), overrides)
+  return resolve.resolve(config.to_dict(), overrides)
 
 
 def _teacher(config: ml_collections.ConfigDict) -> Experiment | None:
@@ -193,7 +193,7 @@ def _teacher(config: ml_collections.ConfigDict) -> Experiment | None:
   workdir = config.method.get("teacher")
   if workdir is None:
     return None
-  found = configs.of_run(workdir)
+  found = resolve.of_run(workdir)
   if found is None:
     raise errors.UserError(
         f"method.teacher={workdir} holds no run (no config.json); train one "
@@ -208,10 +208,10 @@ def _method(
     to_train: bool,
 ) -> base.Method:
   model = config.model.to_dict()
-  module, noise, _ = names.MODELS[model.pop("name")]
+  module, noise, _ = registry.MODELS[model.pop("name")]
   numbers = config.method.to_dict()
-  cls = names.METHODS[numbers.pop("name")].cls
-  scalings = names.PRECONDITIONINGS[numbers.pop("preconditioning")](numbers)
+  cls = registry.METHODS[numbers.pop("name")].cls
+  scalings = registry.PRECONDITIONINGS[numbers.pop("preconditioning")](numbers)
   if "teacher" in numbers:
     del numbers["teacher"], numbers["teacher_average"]
     numbers["teacher"] = None if teacher is None else teacher.method
@@ -274,7 +274,7 @@ def create_state(
   Args:
     start_from: player -> parameters of another run, or None.
   """
-  training: options.Training = experiment.section("training")
+  training: schema.Training = experiment.section("training")
   images, labels = example_batch(experiment)
   return states.create(
       experiment.method,

@@ -5,9 +5,9 @@ from typing import Any
 import ml_collections
 
 from bcm_jax import errors
-from bcm_jax import names
+from bcm_jax.config import registry
 from bcm_jax.data import augmentation
-from bcm_jax.data import registry
+from bcm_jax.data import datasets
 
 # Keys that must not be smaller.
 _AT_LEAST = {
@@ -22,7 +22,7 @@ _AT_LEAST = {
 
 
 def model(
-    config: ml_collections.ConfigDict, data: registry.DataSet
+    config: ml_collections.ConfigDict, data: datasets.DataSet
 ) -> None:
   """Raises UserError for a network that does not fit the images."""
   section, name = config.model, config.data.name
@@ -163,7 +163,7 @@ def _check_end_levels(section, two_time: bool) -> None:
 
 
 def teacher(
-    config: ml_collections.ConfigDict, data: registry.DataSet, found: Any
+    config: ml_collections.ConfigDict, data: datasets.DataSet, found: Any
 ) -> None:
   """Raises UserError unless the teacher denoises images of this data.
 
@@ -174,7 +174,7 @@ def teacher(
   """
   numbers = config.method
   if found is None:
-    if numbers.name in names.NEED_TEACHER:
+    if numbers.name in registry.NEED_TEACHER:
       raise errors.UserError(
           f"method.name={numbers.name!r} learns from a teacher; name the work "
           "directory of one by method.teacher (train it with "

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from bcm_jax.data import datasets
 from bcm_jax.data import decoding
 from bcm_jax.data import prepare
-from bcm_jax.data import registry
 from bcm_jax.errors import UserError
 from tests.data import pictures
 
@@ -27,12 +27,12 @@ def paths(tmp_path):
 
 @pytest.mark.parametrize("name", ["folder", "npz", "prepared"])
 def test_every_kind_gives_the_same_images(paths, name):
-  found = registry.find(name, path=paths[name], size=16)
+  found = datasets.find(name, path=paths[name], size=16)
   assert found.image_shape == (16, 16, 3) and found.num_classes == 3
   source = found.open("train", None)
   assert source.image_shape == found.image_shape
   assert source.num_classes == found.num_classes
-  expected = registry.find("folder", path=paths["folder"], size=16)
+  expected = datasets.find("folder", path=paths["folder"], size=16)
   for key, value in expected.open("train", None).fetch(np.arange(4)).items():
     np.testing.assert_array_equal(source.fetch(np.arange(4))[key], value)
 
@@ -47,21 +47,21 @@ def test_files_are_described_without_decoding_one(
     raise AssertionError("decoded")
 
   monkeypatch.setattr(decoding.Decoder, "__call__", never)
-  found = registry.find(name, path=paths[name])
+  found = datasets.find(name, path=paths[name])
   assert found.image_shape == shape and found.num_classes == 3
 
 
 def test_channels(paths):
-  found = registry.find("folder", path=paths["folder"], channels=1)
+  found = datasets.find("folder", path=paths["folder"], channels=1)
   assert found.image_shape == (20, 24, 1)
   assert found.open("train", None).fetch(np.arange(1))["image"].shape[-1] == 1
 
 
 def test_sets_that_need_no_files():
-  found = registry.find("digits")
+  found = datasets.find("digits")
   assert found.image_shape == (8, 8, 1) and found.num_classes == 10
-  assert registry.find("digits", size=8).image_shape == (8, 8, 1)
-  found = registry.find("none", (4, 4, 3), 7)
+  assert datasets.find("digits", size=8).image_shape == (8, 8, 1)
+  found = datasets.find("none", (4, 4, 3), 7)
   assert found.image_shape == (4, 4, 3) and found.num_classes == 7
   with pytest.raises(UserError, match="'none' has no images of split 'train'"):
     found.open("train", None)
@@ -76,24 +76,24 @@ def test_sets_that_need_no_files():
     ],
 )
 def test_published_sets_need_not_be_there(name, shape, num_classes):
-  found = registry.find(name)
+  found = datasets.find(name)
   assert found.image_shape == shape and found.num_classes == num_classes
-  assert registry.find(name, size=128).image_shape == (128, 128, 3)
+  assert datasets.find(name, size=128).image_shape == (128, 128, 3)
 
 
-@pytest.mark.parametrize("name", registry.FILES)
+@pytest.mark.parametrize("name", datasets.FILES)
 def test_a_path_that_is_missing(name, tmp_path):
   with pytest.raises(UserError, match=f"data.path is missing; .*{name}"):
-    registry.find(name)
+    datasets.find(name)
   path = str(tmp_path / "gone")
   with pytest.raises(UserError, match="data.path='.*gone' is not there"):
-    registry.find(name, path=path)
+    datasets.find(name, path=path)
 
 
-@pytest.mark.parametrize("name", registry.FILES)
+@pytest.mark.parametrize("name", datasets.FILES)
 def test_files_that_have_gone_are_as_they_were_described(name, tmp_path):
   path = str(tmp_path / "gone")
-  found = registry.find(name, (4, 6, 3), 7, path=path)
+  found = datasets.find(name, (4, 6, 3), 7, path=path)
   assert found.image_shape == (4, 6, 3) and found.num_classes == 7
   with pytest.raises(UserError, match="data.path='.*gone' is not there"):
     found.open("train", None)
@@ -101,10 +101,10 @@ def test_files_that_have_gone_are_as_they_were_described(name, tmp_path):
 
 def test_files_must_be_as_they_were_described(paths):
   path, shape = paths["folder"], (20, 24, 3)
-  assert registry.find("folder", shape, 3, path=path).image_shape == shape
+  assert datasets.find("folder", shape, 3, path=path).image_shape == shape
   for other in ((shape, 4), (shape, None), ((20, 20, 3), 3)):
     with pytest.raises(UserError, match=r"holds images \(20, 24, 3\) of 3 cl"):
-      registry.find("folder", *other, path=path)
+      datasets.find("folder", *other, path=path)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_files_must_be_as_they_were_described(paths):
 )
 def test_keys_that_do_not_go_with_a_name(settings, words):
   with pytest.raises(UserError, match=words):
-    registry.find(**settings)
+    datasets.find(**settings)
 
 
 def test_prepared_images_keep_their_size(paths):
   with pytest.raises(UserError, match="are 16x16; .*anew with --size=32"):
-    registry.find("prepared", path=paths["prepared"], size=32)
+    datasets.find("prepared", path=paths["prepared"], size=32)
 
 
 def test_a_home_folder_is_found(paths, monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(tmp_path))
-  assert registry.find("folder", path="~/in").num_classes == 3
+  assert datasets.find("folder", path="~/in").num_classes == 3

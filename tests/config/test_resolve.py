@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from bcm_jax import config as configs
-from bcm_jax import config_files
 from bcm_jax import errors
-from bcm_jax import experiment as experiments
+from bcm_jax.config import build
+from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 from tests import teachers
 
 SHIPPED = config_files.shipped_configs()
@@ -16,16 +16,16 @@ SHIPPED = config_files.shipped_configs()
 
 def digits(**overrides: str):
   raw = config_files.read_file("configs/digits.py")
-  return configs.resolve(
+  return resolve.resolve(
       raw, {k.replace("__", "."): v for k, v in overrides.items()}
   )
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_shipped_configs_resolve_and_build(path):
-  config = configs.resolve(config_files.read_file(str(path)))
+  config = resolve.resolve(config_files.read_file(str(path)))
   with teachers.there(path.name):
-    experiment = experiments.build(config)
+    experiment = build.build(config)
   assert experiment.method.sigma_min == config.method.sigma_min
   assert experiment.method.network.model_channels == (
       config.model.model_channels
@@ -34,7 +34,7 @@ def test_shipped_configs_resolve_and_build(path):
 
 def test_a_critic_is_as_the_student_but_for_what_it_says():
   raw = config_files.read_file("configs/digits_dmd.py")
-  config = configs.resolve(raw, {"critic.learning_rate": "0.5"})
+  config = resolve.resolve(raw, {"critic.learning_rate": "0.5"})
   student = config.optimizer.to_dict()
   assert config.critic.to_dict() == student | {"learning_rate": 0.5}
   with pytest.raises(errors.UserError, match="'bcm' has none; leave it out"):
@@ -43,9 +43,9 @@ def test_a_critic_is_as_the_student_but_for_what_it_says():
 
 def test_resolved_config_survives_json():
   config = digits()
-  again = configs.resolve(json.loads(json.dumps(configs.to_json(config))))
+  again = resolve.resolve(json.loads(json.dumps(resolve.to_json(config))))
   assert again.to_dict() == config.to_dict()
-  assert configs.digest(again) == configs.digest(config)
+  assert resolve.digest(again) == resolve.digest(config)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_overrides_take_the_type_of_their_key(key, text, value):
 )
 def test_bad_input_is_one_line_that_says_what_to_do(key, text, said):
   with pytest.raises(errors.UserError) as caught:
-    experiments.build(digits(**{key: text}))
+    build.build(digits(**{key: text}))
   assert said in str(caught.value)
   assert "\n" not in str(caught.value)
 
@@ -122,11 +122,11 @@ def test_spans_follow_num_steps_unless_set():
 
 def test_resume_allows_free_keys_and_more_steps():
   run = digits(training__num_steps="100")
-  configs.check_resume(run, digits(
+  resolve.check_resume(run, digits(
       training__num_steps="100", log__every_steps="7", sample__seed="3",
       checkpoint__keep="9", eval__k="5",
   ))
-  configs.check_resume(run, digits(
+  resolve.check_resume(run, digits(
       training__num_steps="150", method__curriculum_steps="100",
       optimizer__schedule_steps="100",
   ))
@@ -148,14 +148,14 @@ def test_resume_refuses_another_run(key, text, named):
   run = digits(training__num_steps="100")
   asked = {"training.num_steps": "100", key: text}
   with pytest.raises(errors.UserError, match=named) as caught:
-    configs.check_resume(run, digits(**asked))
+    resolve.check_resume(run, digits(**asked))
   assert "--workdir" in str(caught.value)
 
 
 def test_refused_stretch_says_how_to_keep_the_curriculum():
   run = digits(training__num_steps="100")
   with pytest.raises(errors.UserError) as caught:
-    configs.check_resume(run, digits(training__num_steps="150"))
+    resolve.check_resume(run, digits(training__num_steps="150"))
   assert "--config.method.curriculum_steps=100" in str(caught.value)
 
 
@@ -174,51 +174,51 @@ def test_files_are_found_from_any_directory(tmp_path, monkeypatch):
 
 
 def test_damaged_config_of_a_run(tmp_path):
-  assert configs.of_run(str(tmp_path)) is None
+  assert resolve.of_run(str(tmp_path)) is None
   (tmp_path / "config.json").write_text('{"seed": ')
   with pytest.raises(errors.UserError, match="damaged"):
-    configs.of_run(str(tmp_path))
+    resolve.of_run(str(tmp_path))
 
 
 def test_split_overrides():
-  file, overrides, rest = configs.split_overrides(
+  file, overrides, rest = resolve.split_overrides(
       ["--config=a.py", "--config.x.y=1", "--mode=eval", "--config.z", "2"]
   )
   assert (file, overrides, rest) == (
       "a.py", {"x.y": "1", "z": "2"}, ["--mode=eval"]
   )
   with pytest.raises(errors.UserError, match="needs a value"):
-    configs.split_overrides(["--config.z"])
+    resolve.split_overrides(["--config.z"])
 
 
 def test_a_conditional_network_needs_labels(tmp_path):
   images = np.zeros((3, 8, 8, 1), np.uint8)
   np.savez(tmp_path / "train.npz", arr_0=images)
   with pytest.raises(errors.UserError, match="have no labels; set model.num"):
-    experiments.build(
+    build.build(
         digits(data__name="npz", data__path=str(tmp_path / "train.npz"))
     )
   free = digits(
       data__name="npz", data__path=str(tmp_path / "train.npz"),
       model__num_classes="none",
   )
-  built = experiments.build(free)
+  built = build.build(free)
   assert tuple(built.config.data.image_shape) == (8, 8, 1)
   # What the files held is remembered where they are not.
   (tmp_path / "train.npz").unlink()
-  assert experiments.build(built.config).image_shape == (8, 8, 1)
+  assert build.build(built.config).image_shape == (8, 8, 1)
   with pytest.raises(errors.UserError, match="is not there"):
-    experiments.build(free)
+    build.build(free)
 
 
 def test_augmentation_must_be_told_to_the_network():
   with pytest.raises(errors.UserError, match="model.augment_dim=9"):
-    experiments.build(digits(data__augment="0.12"))
-  built = experiments.build(
+    build.build(digits(data__augment="0.12"))
+  built = build.build(
       digits(data__augment="0.12", model__augment_dim="9")
   )
   assert built.step_options(built.backend()).augment.p == 0.12
-  plain = experiments.build(digits())
+  plain = build.build(digits())
   assert plain.step_options(plain.backend()).augment is None
 
 

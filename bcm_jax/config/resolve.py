@@ -19,25 +19,25 @@ from typing import Any
 
 import ml_collections
 
-from bcm_jax import config_files
 from bcm_jax import errors
-from bcm_jax import names
-from bcm_jax import options
+from bcm_jax.config import config_files
+from bcm_jax.config import registry
+from bcm_jax.config import schema
 from bcm_jax.training import optim
 from bcm_jax.utils import files
 
 SECTIONS = {
-    "data": options.Data,
+    "data": schema.Data,
     "optimizer": optim.Optimizer,
-    "training": options.Training,
-    "parallel": options.Parallel,
-    "checkpoint": options.Checkpoint,
-    "log": options.Log,
-    "sample": options.Sample,
-    "invert": options.Invert,
-    "edit": options.Edit,
-    "eval": options.Eval,
-    "search": options.Search,
+    "training": schema.Training,
+    "parallel": schema.Parallel,
+    "checkpoint": schema.Checkpoint,
+    "log": schema.Log,
+    "sample": schema.Sample,
+    "invert": schema.Invert,
+    "edit": schema.Edit,
+    "eval": schema.Eval,
+    "search": schema.Search,
 }
 # Keys that span the run unless a config says otherwise.
 _SPANS = (("method", "curriculum_steps"), ("optimizer", "schedule_steps"))
@@ -77,8 +77,8 @@ def resolve(
     if section not in known:
       raise errors.unknown_name("config section", section, known)
   full: dict[str, Any] = {"seed": _convert(given.get("seed", 0), int, "seed")}
-  full["training"] = _fill("training", given, options.Training)
-  name, method = _look_up("method", given, names.METHODS)
+  full["training"] = _fill("training", given, schema.Training)
+  name, method = _look_up("method", given, registry.METHODS)
   given["method"] = {**method.preset, **given["method"]}
   classes = SECTIONS | {"method": method.cls}
   for section, key in _SPANS:
@@ -96,21 +96,21 @@ def resolve(
     own = given.get("critic", {})
     given["critic"] = {**full["optimizer"], **own}
     full["critic"] = _fill("critic", given, optim.Optimizer)
-  model_name, model = _look_up("model", given, names.MODELS)
+  model_name, model = _look_up("model", given, registry.MODELS)
   given["model"] = {**model.preset, **given["model"]}
   full["model"] = {"name": model_name} | _fill("model", given, model.cls)
   full["method"] = {"name": name} | _fill(
       "method", given, method.cls, _named(method)
   )
-  if full["method"]["preconditioning"] not in names.PRECONDITIONINGS:
+  if full["method"]["preconditioning"] not in registry.PRECONDITIONINGS:
     raise errors.unknown_name(
         "preconditioning", full["method"]["preconditioning"],
-        names.PRECONDITIONINGS,
+        registry.PRECONDITIONINGS,
     )
   return ml_collections.ConfigDict(full).lock()
 
 
-def _named(method: names.Method) -> dict[str, tuple[Any, Any]]:
+def _named(method: registry.Method) -> dict[str, tuple[Any, Any]]:
   """Keys of a method whose values are names of what the method is made of."""
   keys: dict[str, tuple[Any, Any]] = {
       "preconditioning": (str, method.preconditioning)

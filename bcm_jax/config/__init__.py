@@ -1,0 +1,1 @@
+"""Config schema, registries, resolution, validation and Experiment."""
