@@ -10,7 +10,7 @@ from bcm_jax import errors
 from bcm_jax import planning
 from bcm_jax import rejection
 from bcm_jax import runner as runners
-from bcm_jax import runs
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.data import source as sources

@@ -17,24 +17,24 @@ import jax
 
 from bcm_jax import __version__
 from bcm_jax import errors
-from bcm_jax import runs
 from bcm_jax import watch as watches
+from bcm_jax.checkpoint import checkpoint
+from bcm_jax.checkpoint import digests
+from bcm_jax.checkpoint import runs
+from bcm_jax.checkpoint import saver
+from bcm_jax.checkpoint import workdir_lock
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.config import schema
 from bcm_jax.data import pipeline
 from bcm_jax.data import source as sources
-from bcm_jax.training import checkpoint
 from bcm_jax.training import faults
 from bcm_jax.training import goodput
 from bcm_jax.training import guard
 from bcm_jax.training import hooks
 from bcm_jax.training import hosts
-from bcm_jax.training import lock
-from bcm_jax.training import manifest
 from bcm_jax.training import parallel
 from bcm_jax.training import rollbacks
-from bcm_jax.training import saver
 from bcm_jax.training import state as states
 from bcm_jax.training import step as steps
 from bcm_jax.training import watchdog
@@ -59,7 +59,7 @@ class Run:
   source: sources.Source
   accounts: goodput.Goodput
   notice: hosts.Notice
-  owner: lock.Lock | None
+  owner: workdir_lock.Lock | None
 
   def __post_init__(self):
     config = self.experiment.config
@@ -81,7 +81,7 @@ class Run:
     # What a checkpoint does not hold, and a run may not change.
     self.fixed = {
         "data_fingerprint": sources.fingerprint(self.source),
-        "frozen": {k: manifest.tree_digest(v) for k, v in self.frozen.items()},
+        "frozen": {k: digests.tree_digest(v) for k, v in self.frozen.items()},
     }
     self.saver = saver.Saver(
         checkpoint.Checkpoints(

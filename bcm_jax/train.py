@@ -15,14 +15,14 @@ import ml_collections
 from bcm_jax import __version__
 from bcm_jax import errors
 from bcm_jax import loop
-from bcm_jax import runs
+from bcm_jax.checkpoint import runs
+from bcm_jax.checkpoint import workdir_lock
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.evaluation import evaluate
 from bcm_jax.training import faults
 from bcm_jax.training import goodput
 from bcm_jax.training import hosts
-from bcm_jax.training import lock
 from bcm_jax.training import state as states
 from bcm_jax.utils import files
 
@@ -70,7 +70,7 @@ def train_and_evaluate(
 
 def _take(
     config: ml_collections.ConfigDict, workdir: str, stack
-) -> lock.Lock | None:
+) -> workdir_lock.Lock | None:
   """Makes this job the folder's one writer; process 0 does it for all."""
   owner, error = None, None
   if jax.process_index() == 0:
@@ -85,7 +85,7 @@ def _take(
 
 def prepare_workdir(
     config: ml_collections.ConfigDict, workdir: str
-) -> lock.Lock:
+) -> workdir_lock.Lock:
   """Makes the directory, or checks that its run may go on; writes config.json.
 
   Returns:
@@ -101,7 +101,7 @@ def prepare_workdir(
       if run is not None:
         resolve.check_resume(run, config)
       os.makedirs(workdir, exist_ok=True)
-      owner = stack.enter_context(lock.Lock(workdir))
+      owner = stack.enter_context(workdir_lock.Lock(workdir))
       done = os.path.join(workdir, DONE)
       if os.path.exists(done):  # More steps, or numbers made anew.
         os.remove(done)

@@ -25,7 +25,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from bcm_jax import errors
-from bcm_jax.training import checkpoint
+from bcm_jax.checkpoint import checkpoint
 from bcm_jax.training import faults
 from bcm_jax.training import goodput
 from bcm_jax.utils import files

@@ -31,7 +31,7 @@ import numpy as np
 
 from bcm_jax import compile as compilation
 from bcm_jax import loop
-from bcm_jax import runs
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.data import source as sources

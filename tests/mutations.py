@@ -43,167 +43,226 @@ _DAMAGED = (
 )
 
 MUTATIONS = (
-    Mutation(
-        "data position dropped on resuming", "loop.py",
-        "read(window + step))", "read(window + step - calls[0][0]))", _NOTICE,
-    ),
-    Mutation(
-        "data window dropped", "loop.py", "read(window + step))", "read(step))",
-        _ONCE,
-    ),
-    Mutation(
-        "Adam's count reset on resuming", "loop.py",
-        '    logging.info("resuming at step %d", at)\n',
-        "    state = jax.tree_util.tree_map_with_path(\n"
-        "        lambda p, x: 0 * x if 'count' in str(p[-1]) else x, state)\n",
-        _NOTICE,
-    ),
-    Mutation(
-        "key of the step reused", "training/step.py",
-        "position = state.step + state.window", "position = 0 * state.step",
-        "training/test_step.py::test_every_step_draws_anew_and_the_seed_matters",
-    ),
-    Mutation(
-        "averages late by one", "training/step.py",
-        "averages = _averages(\n          method, options, state, players,",
-        "averages = _averages(\n"
-        "          method, options, state, state.players,",
-        "training/test_step.py::"
-        "test_averages_take_the_updated_parameters_at_their_own_rates",
-    ),
-    Mutation(
-        "bad update not skipped", "training/step.py",
-        "finite, updated, lambda:", "True, updated, lambda:",
-        _ROLLING + "test_one_bad_step_is_skipped_and_leaves_no_trace",
-    ),
-    Mutation(
-        "pmean left out", "training/step.py",
-        "result = jax.lax.pmean(result, options.axis_name)", "pass",
-        "training/test_parallel.py::test_training_is_the_same[pmap-4]",
-    ),
-    Mutation(
-        "all agree where one does", "training/hosts.py", ".all())", ".any())",
-        "training/test_checkpoint_processes.py::"
-        "test_two_hosts_agree_on_the_fallback",
-    ),
-    Mutation(
-        "notice forgotten after a call", "training/hosts.py",
-        "self._told |= multi", "self._told = multi",
-        "training/test_hosts.py::test_jax_tells_once_and_the_notice_remembers",
-    ),
-    Mutation(
-        "notice at the end ignored", "training/hosts.py",
-        "    if self._told:\n      self._go()\n", "",
-        "training/test_hosts.py::test_a_notice_waits_where_it_is_deferred",
-    ),
-    Mutation(
-        "lock ignored", "training/lock.py", "if not self._dead(owner):",
-        "if False:",
-        "training/test_lock.py::"
-        "test_a_second_writer_is_refused_while_the_first_beats",
-    ),
-    Mutation(
-        "lock of a dead process waited for", "training/lock.py",
-        "if not self._dead(owner):", "if True:",
-        "training/test_lock.py::"
-        "test_a_dead_process_of_this_machine_is_not_waited_for",
-    ),
-    Mutation(
-        "lock that is gone counts as held", "training/lock.py",
-        "if owner is None or owner and", "if owner and",
-        "training/test_lock.py::"
-        "test_a_lost_lock_is_noticed_and_not_released[False]",
-    ),
-    Mutation(
-        "lock not looked at before a save", "loop.py",
-        "(saving and not self.owner.look())", "False",
-        "training/test_mishaps.py::"
-        "test_a_writer_that_was_replaced_stops_before_it_saves",
-    ),
-    Mutation(
-        "digest not checked", "training/manifest.py",
-        'if _digest(array) != entry["sha256"]:', "if False:",
-        "training/test_corruption.py::test_damage",
-    ),
-    Mutation(
-        "digest of the record not checked", "training/checkpoint.py",
-        "if digest != manifest.json_digest(record):", "if False:",
-        "training/test_checkpoint.py",
-    ),
-    Mutation(
-        "call crosses a save", "training/parallel.py",
-        "for s in (most, *stops))", "for s in (most,))",
-        "training/test_layout.py",
-    ),
-    Mutation(
-        "rules ignored", "training/parallel.py",
-        "spec = spec_of(self.rules,", "spec = spec_of((),",
-        "training/test_parallel.py::test_the_state_is_really_cut",
-    ),
-    Mutation(
-        "state not donated", "training/parallel.py",
-        'static_argnames="phase", donate_argnums=0)',
-        'static_argnames="phase")',
-        "training/test_parallel.py::"
-        "test_one_executable_no_transfer_and_no_copy[jit-4]",
-    ),
-    Mutation(
-        "sharding spelt in two ways", "training/parallel.py",
-        "PartitionSpec(*rule.spec[:used])", "PartitionSpec(*rule.spec)",
-        "training/test_parallel.py::"
-        "test_one_executable_no_transfer_and_no_copy[pattern-2x2]",
-    ),
-    Mutation(
-        "window kept on rolling back", "training/state.py",
-        "window=jnp.int32(position - int(good.step))", "window=good.window",
-        _ONCE,
-    ),
-    Mutation(
-        "saved before it was judged", "loop.py",
-        "judge.check(end, metrics, wait=saving)",
-        "judge.check(end, metrics, wait=last)",
-        _ROLLING + "test_a_roll_back_goes_on_with_other_data[at_save]",
-    ),
-    Mutation(
-        "roll-backs forgotten on resuming", "loop.py",
-        "if before is not None:", "if False:",
-        _ROLLING
-        + "test_a_roll_back_that_is_killed_resumes_bit_for_bit[after_second]",
-    ),
-    Mutation(
-        "roll-backs counted anew at every checkpoint", "training/rollbacks.py",
-        "newest <= rollbacks[-1].reached:", "newest <= rollbacks[-1].step:",
-        _ROLLING + "test_a_run_that_fails_at_the_same_step_for_ever_stops",
-    ),
-    Mutation(
-        "metrics of lost steps kept", "training/writers.py",
-        "jsonl.truncate_after(resume_step)", "pass", _DAMAGED,
-    ),
-    Mutation(
-        "last save not waited for", "training/saver.py",
-        "if not (self._settle() and began):",
-        "self.known = [*self.known, step]\n      if not began:",
-        "training/test_saver.py",
-    ),
-    Mutation(
-        "failed saves not counted", "training/saver.py",
-        "self.failures += 1", "pass", "training/test_saver.py",
-    ),
-    Mutation(
-        "watchdog does not bite", "training/watchdog.py",
-        "self._end(errors.EXIT_HANGING)", "pass",
-        "training/test_watchdog.py",
-    ),
-    Mutation(
-        "seconds counted twice", "training/goodput.py",
-        "if self._inside is not None:\n      yield\n      return",
-        "if False:\n      yield\n      return", "training/test_goodput.py",
-    ),
-    Mutation(
-        "config drift let pass", "config/resolve.py",
-        '_FREE = ("parallel",', '_FREE = ("optimizer", "model", "parallel",',
-        _RESUMING + "test_config_drift_is_refused_with_a_difference",
-    ),
+  Mutation(
+    "data position dropped on resuming",
+    "loop.py",
+    "read(window + step))",
+    "read(window + step - calls[0][0]))",
+    _NOTICE,
+  ),
+  Mutation(
+    "data window dropped",
+    "loop.py",
+    "read(window + step))",
+    "read(step))",
+    _ONCE,
+  ),
+  Mutation(
+    "Adam's count reset on resuming",
+    "loop.py",
+    '    logging.info("resuming at step %d", at)\n',
+    "    state = jax.tree_util.tree_map_with_path(\n"
+    "        lambda p, x: 0 * x if 'count' in str(p[-1]) else x, state)\n",
+    _NOTICE,
+  ),
+  Mutation(
+    "key of the step reused",
+    "training/step.py",
+    "position = state.step + state.window",
+    "position = 0 * state.step",
+    "training/test_step.py::test_every_step_draws_anew_and_the_seed_matters",
+  ),
+  Mutation(
+    "averages late by one",
+    "training/step.py",
+    "averages = _averages(\n          method, options, state, players,",
+    "averages = _averages(\n          method, options, state, state.players,",
+    "training/test_step.py::"
+    "test_averages_take_the_updated_parameters_at_their_own_rates",
+  ),
+  Mutation(
+    "bad update not skipped",
+    "training/step.py",
+    "finite, updated, lambda:",
+    "True, updated, lambda:",
+    _ROLLING + "test_one_bad_step_is_skipped_and_leaves_no_trace",
+  ),
+  Mutation(
+    "pmean left out",
+    "training/step.py",
+    "result = jax.lax.pmean(result, options.axis_name)",
+    "pass",
+    "training/test_parallel.py::test_training_is_the_same[pmap-4]",
+  ),
+  Mutation(
+    "all agree where one does",
+    "training/hosts.py",
+    ".all())",
+    ".any())",
+    "training/test_checkpoint_processes.py::"
+    "test_two_hosts_agree_on_the_fallback",
+  ),
+  Mutation(
+    "notice forgotten after a call",
+    "training/hosts.py",
+    "self._told |= multi",
+    "self._told = multi",
+    "training/test_hosts.py::test_jax_tells_once_and_the_notice_remembers",
+  ),
+  Mutation(
+    "notice at the end ignored",
+    "training/hosts.py",
+    "    if self._told:\n      self._go()\n",
+    "",
+    "training/test_hosts.py::test_a_notice_waits_where_it_is_deferred",
+  ),
+  Mutation(
+    "lock ignored",
+    "checkpoint/workdir_lock.py",
+    "if not self._dead(owner):",
+    "if False:",
+    "checkpoint/test_workdir_lock.py::"
+    "test_a_second_writer_is_refused_while_the_first_beats",
+  ),
+  Mutation(
+    "lock of a dead process waited for",
+    "checkpoint/workdir_lock.py",
+    "if not self._dead(owner):",
+    "if True:",
+    "checkpoint/test_workdir_lock.py::"
+    "test_a_dead_process_of_this_machine_is_not_waited_for",
+  ),
+  Mutation(
+    "lock that is gone counts as held",
+    "checkpoint/workdir_lock.py",
+    "if owner is None or owner and",
+    "if owner and",
+    "checkpoint/test_workdir_lock.py::"
+    "test_a_lost_lock_is_noticed_and_not_released[False]",
+  ),
+  Mutation(
+    "lock not looked at before a save",
+    "loop.py",
+    "(saving and not self.owner.look())",
+    "False",
+    "training/test_mishaps.py::"
+    "test_a_writer_that_was_replaced_stops_before_it_saves",
+  ),
+  Mutation(
+    "digest not checked",
+    "checkpoint/digests.py",
+    'if _digest(array) != entry["sha256"]:',
+    "if False:",
+    "training/test_corruption.py::test_damage",
+  ),
+  Mutation(
+    "digest of the record not checked",
+    "checkpoint/checkpoint.py",
+    "if digest != digests.json_digest(record):",
+    "if False:",
+    "checkpoint/test_checkpoint.py",
+  ),
+  Mutation(
+    "call crosses a save",
+    "training/parallel.py",
+    "for s in (most, *stops))",
+    "for s in (most,))",
+    "training/test_layout.py",
+  ),
+  Mutation(
+    "rules ignored",
+    "training/parallel.py",
+    "spec = spec_of(self.rules,",
+    "spec = spec_of((),",
+    "training/test_parallel.py::test_the_state_is_really_cut",
+  ),
+  Mutation(
+    "state not donated",
+    "training/parallel.py",
+    'static_argnames="phase", donate_argnums=0)',
+    'static_argnames="phase")',
+    "training/test_parallel.py::"
+    "test_one_executable_no_transfer_and_no_copy[jit-4]",
+  ),
+  Mutation(
+    "sharding spelt in two ways",
+    "training/parallel.py",
+    "PartitionSpec(*rule.spec[:used])",
+    "PartitionSpec(*rule.spec)",
+    "training/test_parallel.py::"
+    "test_one_executable_no_transfer_and_no_copy[pattern-2x2]",
+  ),
+  Mutation(
+    "window kept on rolling back",
+    "training/state.py",
+    "window=jnp.int32(position - int(good.step))",
+    "window=good.window",
+    _ONCE,
+  ),
+  Mutation(
+    "saved before it was judged",
+    "loop.py",
+    "judge.check(end, metrics, wait=saving)",
+    "judge.check(end, metrics, wait=last)",
+    _ROLLING + "test_a_roll_back_goes_on_with_other_data[at_save]",
+  ),
+  Mutation(
+    "roll-backs forgotten on resuming",
+    "loop.py",
+    "if before is not None:",
+    "if False:",
+    _ROLLING
+    + "test_a_roll_back_that_is_killed_resumes_bit_for_bit[after_second]",
+  ),
+  Mutation(
+    "roll-backs counted anew at every checkpoint",
+    "training/rollbacks.py",
+    "newest <= rollbacks[-1].reached:",
+    "newest <= rollbacks[-1].step:",
+    _ROLLING + "test_a_run_that_fails_at_the_same_step_for_ever_stops",
+  ),
+  Mutation(
+    "metrics of lost steps kept",
+    "training/writers.py",
+    "jsonl.truncate_after(resume_step)",
+    "pass",
+    _DAMAGED,
+  ),
+  Mutation(
+    "last save not waited for",
+    "checkpoint/saver.py",
+    "if not (self._settle() and began):",
+    "self.known = [*self.known, step]\n      if not began:",
+    "checkpoint/test_saver.py",
+  ),
+  Mutation(
+    "failed saves not counted",
+    "checkpoint/saver.py",
+    "self.failures += 1",
+    "pass",
+    "checkpoint/test_saver.py",
+  ),
+  Mutation(
+    "watchdog does not bite",
+    "training/watchdog.py",
+    "self._end(errors.EXIT_HANGING)",
+    "pass",
+    "training/test_watchdog.py",
+  ),
+  Mutation(
+    "seconds counted twice",
+    "training/goodput.py",
+    "if self._inside is not None:\n      yield\n      return",
+    "if False:\n      yield\n      return",
+    "training/test_goodput.py",
+  ),
+  Mutation(
+    "config drift let pass",
+    "config/resolve.py",
+    '_FREE = ("parallel",',
+    '_FREE = ("optimizer", "model", "parallel",',
+    _RESUMING + "test_config_drift_is_refused_with_a_difference",
+  ),
 )
 
 
@@ -225,14 +284,27 @@ def notices(mutation: Mutation, folder: pathlib.Path) -> bool:
     copy(ROOT / name, root / name)
   mutate(root, mutation)
   env = os.environ | {
-      "PYTHONPATH": str(root), "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-      "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(root),
+    "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+    "JAX_PLATFORMS": "cpu",
   }
   done = subprocess.run(
-      [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-       f"tests/{mutation.test}"],
-      cwd=root, env=env, capture_output=True, text=True, timeout=600,
-      check=False,
+    [
+      sys.executable,
+      "-m",
+      "pytest",
+      "-x",
+      "-q",
+      "-p",
+      "no:cacheprovider",
+      f"tests/{mutation.test}",
+    ],
+    cwd=root,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
   )
   shutil.rmtree(root)
   # 1: tests failed. Others: none was found, or pytest itself broke.
@@ -247,13 +319,12 @@ def main(wanted: str = "") -> int:
   missed = 0
   with tempfile.TemporaryDirectory() as folder:
     with futures.ThreadPoolExecutor(2) as pool:
-      found = pool.map(
-          lambda m: (m, notices(m, pathlib.Path(folder))), chosen
-      )
+      found = pool.map(lambda m: (m, notices(m, pathlib.Path(folder))), chosen)
       for mutation, noticed in found:
         missed += not noticed
-        print(f"{'noticed' if noticed else 'MISSED '}  {mutation.name}",
-              flush=True)
+        print(
+          f"{'noticed' if noticed else 'MISSED '}  {mutation.name}", flush=True
+        )
   print(f"{len(chosen) - missed} of {len(chosen)} mutations were noticed")
   return missed
 

@@ -14,8 +14,9 @@ from bcm_jax import inspection
 from bcm_jax import pairs
 from bcm_jax import planning
 from bcm_jax import runner as runners
-from bcm_jax import runs
 from bcm_jax import train
+from bcm_jax.checkpoint import checkpoint
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve as configs
@@ -24,7 +25,6 @@ from bcm_jax.data import source as sources
 from bcm_jax.evaluation import evaluate
 from bcm_jax.evaluation import evaluate_likelihood
 from bcm_jax.sampling import plan as plans
-from bcm_jax.training import checkpoint
 from tests import toys
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,8 @@ from bcm_jax import generate
 from bcm_jax import planning
 from bcm_jax import rejection
 from bcm_jax import runner as runners
-from bcm_jax import runs
+from bcm_jax.checkpoint import checkpoint
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.editing import edit
@@ -33,7 +34,6 @@ from bcm_jax.metrics import moments
 from bcm_jax.metrics import neighbours
 from bcm_jax.metrics import quality
 from bcm_jax.plots import draw
-from bcm_jax.training import checkpoint
 from bcm_jax.training import goodput
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance

@@ -19,7 +19,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax import planning
 from bcm_jax import runner as runners
-from bcm_jax import runs
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.diffusion import schedules

@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import runs
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.interop import transfer

@@ -13,7 +13,7 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax import runner as runners
-from bcm_jax import runs
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.data import source as sources
 from bcm_jax.plots import records

@@ -34,7 +34,7 @@ from bcm_jax import __version__
 from bcm_jax import errors
 from bcm_jax import guides
 from bcm_jax import planning
-from bcm_jax import runs
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.data import source as sources

@@ -13,7 +13,7 @@ from flax import traverse_util
 import jax
 
 from bcm_jax import errors
-from bcm_jax import runs
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.interop import released

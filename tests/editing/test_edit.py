@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import runs
+from bcm_jax.checkpoint import runs
 from bcm_jax.data import source as sources
 from bcm_jax.editing import edit
 from bcm_jax.editing import pictures

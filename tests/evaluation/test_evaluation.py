@@ -10,8 +10,9 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax import loop
-from bcm_jax import runs
 from bcm_jax import train
+from bcm_jax.checkpoint import checkpoint
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve
@@ -24,7 +25,6 @@ from bcm_jax.evaluation import tables
 from bcm_jax.metrics import features as feature_lib
 from bcm_jax.metrics import quality
 from bcm_jax.metrics import reference as reference_lib
-from bcm_jax.training import checkpoint
 from tests import toys
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from bcm_jax import runs
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.interop import convert

@@ -9,7 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from bcm_jax import runs
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve

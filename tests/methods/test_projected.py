@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import runs
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.diffusion import preconditioning

@@ -11,7 +11,8 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax import runner as runners
-from bcm_jax import runs
+from bcm_jax.checkpoint import checkpoint
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve
@@ -22,7 +23,6 @@ from bcm_jax.plots import figures
 from bcm_jax.plots import records
 from bcm_jax.plots import strips
 from bcm_jax.sampling import samplers
-from bcm_jax.training import checkpoint
 from bcm_jax.training import rng
 from tests import toys
 

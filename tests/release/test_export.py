@@ -21,7 +21,8 @@ from bcm_jax import errors
 from bcm_jax import generate
 from bcm_jax import planning
 from bcm_jax import runner as runners
-from bcm_jax import runs
+from bcm_jax.checkpoint import checkpoint
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import registry
@@ -29,7 +30,6 @@ from bcm_jax.config import resolve
 from bcm_jax.release import export
 from bcm_jax.release import exported
 from bcm_jax.sampling import rolled
-from bcm_jax.training import checkpoint
 from tests import toys
 
 TINY = {

@@ -16,8 +16,9 @@ import yaml
 
 from bcm_jax import errors
 from bcm_jax import main as main_lib
-from bcm_jax import runs
 from bcm_jax import train
+from bcm_jax.checkpoint import checkpoint
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve
@@ -25,7 +26,6 @@ from bcm_jax.evaluation import evaluate
 from bcm_jax.interop import released
 from bcm_jax.release import hub as hub_command
 from bcm_jax.release import packing
-from bcm_jax.training import checkpoint
 from tests import hub_server
 from tests import toys
 

@@ -11,7 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from bcm_jax.training.checkpoint import Checkpoints
+from bcm_jax.checkpoint.checkpoint import Checkpoints
 
 
 def run_python(code, *args, **env):
@@ -30,7 +30,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
   done = run_python("""
       import os, sys
       import numpy as np
-      from bcm_jax.training.checkpoint import Checkpoints
+      from bcm_jax.checkpoint.checkpoint import Checkpoints
       def die(*args, **kwargs):
         os._exit(9)
       # The commit is a rename; the arrays are written by native code.
@@ -57,7 +57,7 @@ def test_restore_onto_other_devices_is_exact(tmp_path):
       import sys
       import jax, numpy as np
       from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-      from bcm_jax.training.checkpoint import Checkpoints
+      from bcm_jax.checkpoint.checkpoint import Checkpoints
       assert jax.device_count() == 4
       def sharding(n, *spec):
         return NamedSharding(Mesh(np.array(jax.devices()[:n]), ("d",)),
@@ -85,7 +85,7 @@ def test_two_hosts_agree_on_the_fallback(tmp_path):
       from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
       jax.config.update("jax_cpu_collectives_implementation", "gloo")
       jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
-      from bcm_jax.training import checkpoint, manifest
+      from bcm_jax.checkpoint import checkpoint, manifest
       mesh = Mesh(np.array(jax.devices()), ("d",))
       x = np.arange(8, dtype=np.float32)
       def array(scale):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax.training import manifest
-from bcm_jax.training.checkpoint import Checkpoints
+from bcm_jax.checkpoint import digests
+from bcm_jax.checkpoint.checkpoint import Checkpoints
 from bcm_jax.utils import cli
 from tests.training import damages
 
@@ -67,11 +67,11 @@ def stale_digest(folder):
   record = json.loads(path.read_text())
   del record["sha256"]
   (entry,) = [e for e in record["leaves"] if e["path"] == ["params", "a"]]
-  other = manifest.make_record(9, manifest.flatten(state(9)), {})
+  other = digests.make_record(9, digests.flatten(state(9)), {})
   (wrong,) = [e for e in other["leaves"] if e["path"] == ["params", "a"]]
   assert entry["sha256"] != wrong["sha256"]
   entry["sha256"] = wrong["sha256"]
-  record["sha256"] = manifest.json_digest(record)
+  record["sha256"] = digests.json_digest(record)
   path.write_text(json.dumps(record))
 
 

@@ -20,8 +20,8 @@ STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 # Beats of a tenth of a second instead of a quarter of a minute.
 BEATS = """
 import time
-from bcm_jax.training import lock
-lock.Lock.__init__.__defaults__ = (0.1, time.sleep)
+from bcm_jax.checkpoint import workdir_lock
+workdir_lock.Lock.__init__.__defaults__ = (0.1, time.sleep)
 """
 
 
@@ -123,7 +123,7 @@ watch.Watch.__call__ = stuck
 """
 # The first save never ends; the run learns of it when it waits for it.
 HUNG_DISK = HANG + """
-from bcm_jax.training import checkpoint
+from bcm_jax.checkpoint import checkpoint
 def hung(self, *args):
   checkpoint.Checkpoints.wait = stuck
 checkpoint.Checkpoints.save = hung

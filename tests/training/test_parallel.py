@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from bcm_jax.training import checkpoint
+from bcm_jax.checkpoint import checkpoint
 from bcm_jax.training import parallel
 from tests import quick
 from tests import toys

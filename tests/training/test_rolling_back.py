@@ -43,7 +43,7 @@ def poison(*positions):
 
 def state(workdir, step=STEPS):
   """Step, window, skipped and updates of a checkpoint, and all it holds."""
-  from bcm_jax.training import checkpoint
+  from bcm_jax.checkpoint import checkpoint
 
   saved = checkpoint.Checkpoints(workdir / "checkpoints")
   _, tree, _ = saved.read_raw(step)

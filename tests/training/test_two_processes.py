@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax.training import checkpoint
+from bcm_jax.checkpoint import checkpoint
 from bcm_jax.training import faults
 from tests.training import starts
 from tests.training import test_rolling_back as rolling_back

@@ -7,10 +7,10 @@ import ml_collections
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import runs
 from bcm_jax import train
+from bcm_jax.checkpoint import checkpoint
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import resolve
-from bcm_jax.training import checkpoint
 from bcm_jax.training import power_ema
 from bcm_jax.training import state as states
 

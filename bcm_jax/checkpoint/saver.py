@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from bcm_jax import errors
-from bcm_jax.training import checkpoint
+from bcm_jax.checkpoint import checkpoint
 from bcm_jax.training import faults
 from bcm_jax.training import hosts
 

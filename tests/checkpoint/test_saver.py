@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax.training import checkpoint
-from bcm_jax.training import saver
+from bcm_jax.checkpoint import checkpoint
+from bcm_jax.checkpoint import saver
 
 # Orbax leaves a coroutine behind when a write fails.
 pytestmark = pytest.mark.filterwarnings(

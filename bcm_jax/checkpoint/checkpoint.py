@@ -31,9 +31,9 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
+from bcm_jax.checkpoint import digests
 from bcm_jax.errors import UserError
 from bcm_jax.training import hosts
-from bcm_jax.training import manifest
 
 _STATE, _META = "state", "meta"
 # Trouble of the machine, not of the files: these never condemn a checkpoint.
@@ -46,7 +46,7 @@ class _Loaded:
   """A verified step on the host: `leaves` maps paths to host values."""
 
   step: int
-  leaves: dict[manifest.Path, Any]
+  leaves: dict[digests.Path, Any]
   meta: dict[str, Any]
 
 
@@ -119,20 +119,20 @@ class Checkpoints:
       UserError: the directory cannot be written.
     """
     step = int(step)
-    leaves = {path: manifest.to_host(path, leaf)
-              for path, leaf in manifest.flatten(state).items()}
+    leaves = {path: digests.to_host(path, leaf)
+              for path, leaf in digests.flatten(state).items()}
     if jax.process_index() != 0:
       return True
-    record = manifest.make_record(step, leaves, meta)
+    record = digests.make_record(step, leaves, meta)
     manager = self._writer()
     if step in self.all_steps():
       if not force:
         return False
       manager.delete(step)
-    arrays = {p: x for p, x in leaves.items() if manifest.is_stored(x)}
+    arrays = {p: x for p, x in leaves.items() if digests.is_stored(x)}
     # Orbax's own force means: also when a later step exists.
     return bool(manager.save(step, force=True, args=ocp.args.Composite(**{
-        _STATE: ocp.args.StandardSave(manifest.unflatten(arrays)),
+        _STATE: ocp.args.StandardSave(digests.unflatten(arrays)),
         _META: ocp.args.JsonSave(record),
     })))
 
@@ -178,13 +178,13 @@ class Checkpoints:
         an intact one that does not fit the template.
     """
     loaded, damaged = self._load(step)
-    want = manifest.flatten(template)
+    want = digests.flatten(template)
     self._check_fits(want, loaded)
     for bad, reason in damaged:
       self.set_aside(bad, f"damaged: {reason}", loaded.step)
-    leaves = {path: manifest.place(leaf, loaded.leaves[path])
+    leaves = {path: digests.place(leaf, loaded.leaves[path])
               for path, leaf in want.items()}
-    state = serialization.from_state_dict(template, manifest.unflatten(leaves))
+    state = serialization.from_state_dict(template, digests.unflatten(leaves))
     return loaded.step, state, loaded.meta
 
   def read_raw(
@@ -203,7 +203,7 @@ class Checkpoints:
     for bad, reason in damaged:
       logging.error("checkpoint step %d in %s is damaged (%s); using step %d",
                     bad, self.directory, reason, loaded.step)
-    return loaded.step, manifest.unflatten(loaded.leaves), loaded.meta
+    return loaded.step, digests.unflatten(loaded.leaves), loaded.meta
 
   def wait(self) -> None:
     """Blocks until a save under way is committed; raises its error if any."""
@@ -262,7 +262,7 @@ class Checkpoints:
       reason = loaded = None
       try:
         loaded = _read_step(self._directory / str(candidate), candidate)
-      except manifest.Damage as e:
+      except digests.Damage as e:
         reason = str(e)
       if hosts.all_agree(loaded is not None):
         return loaded, damaged
@@ -281,9 +281,9 @@ class Checkpoints:
     return [int(s) for s in multihost_utils.broadcast_one_to_all(padded)]
 
   def _check_fits(
-      self, want: dict[manifest.Path, Any], loaded: _Loaded
+      self, want: dict[digests.Path, Any], loaded: _Loaded
   ) -> None:
-    wrong = manifest.differences(want, loaded.leaves)
+    wrong = digests.differences(want, loaded.leaves)
     if wrong:
       more = len(wrong) - _MAX_LISTED
       listed = ", ".join(wrong[:_MAX_LISTED])
@@ -338,14 +338,14 @@ def _read_step(folder: epath.Path, step: int) -> _Loaded:
       folder / _META, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()))
   record = dict(record) if isinstance(record, dict) else {}
   digest = record.pop("sha256", None)
-  if digest != manifest.json_digest(record):
-    raise manifest.Damage("meta: digest differs")
-  if record["format"] != manifest.FORMAT:
+  if digest != digests.json_digest(record):
+    raise digests.Damage("meta: digest differs")
+  if record["format"] != digests.FORMAT:
     raise UserError(
         f"checkpoint {folder} has format {record['format']}; expected "
-        f"{manifest.FORMAT}; use the version of the library that wrote it")
+        f"{digests.FORMAT}; use the version of the library that wrote it")
   if record["step"] != step:
-    raise manifest.Damage(f"meta: belongs to step {record['step']}")
+    raise digests.Damage(f"meta: belongs to step {record['step']}")
   tree: dict[str, Any] = {}
   if any(e["kind"] == "array" and 0 not in e["shape"]
          for e in record["leaves"]):
@@ -355,7 +355,7 @@ def _read_step(folder: epath.Path, step: int) -> _Loaded:
   leaves = {}
   for entry in record["leaves"]:
     path = tuple(entry["path"])
-    leaves[path] = manifest.verified(entry, tree, path)
+    leaves[path] = digests.verified(entry, tree, path)
   return _Loaded(step, leaves, record["meta"])
 
 
@@ -379,7 +379,7 @@ def _attempt(what: str, read: Callable[[], Any]) -> Any:
   except _NOT_DAMAGE:
     raise
   except Exception as e:  # Orbax raises bare Exceptions for bad data.
-    raise manifest.Damage(f"{what}: {_one_line(e)}") from e
+    raise digests.Damage(f"{what}: {_one_line(e)}") from e
 
 
 def _one_line(error: BaseException, limit: int = 160) -> str:

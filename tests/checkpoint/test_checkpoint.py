@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+from bcm_jax.checkpoint import digests
+from bcm_jax.checkpoint.checkpoint import Checkpoints
 from bcm_jax.errors import UserError
-from bcm_jax.training import manifest
-from bcm_jax.training.checkpoint import Checkpoints
 from tests.training import damages
 
 pytestmark = pytest.mark.slow
@@ -96,7 +96,7 @@ def test_read_raw_needs_no_classes(run):
 def test_saving_copies_before_the_buffer_is_reused(make):
   """On CPU np.asarray shares memory with a buffer that may be donated."""
   leaf = make(100_000)
-  host = manifest.to_host(("x",), leaf)
+  host = digests.to_host(("x",), leaf)
   assert not np.shares_memory(host, np.asarray(leaf))
   np.testing.assert_array_equal(host, np.arange(100_000))
 
@@ -294,7 +294,7 @@ def test_trouble_of_the_machine_condemns_nothing(run, monkeypatch):
   def no_access(*args):
     raise PermissionError("no access")
 
-  monkeypatch.setattr("bcm_jax.training.checkpoint._read_item", no_access)
+  monkeypatch.setattr("bcm_jax.checkpoint.checkpoint._read_item", no_access)
   with pytest.raises(PermissionError):
     Checkpoints(run / "checkpoints").restore(make_state())
   assert not (run / "damaged").exists()

@@ -10,11 +10,11 @@ import numpy as np
 
 from bcm_jax import __version__
 from bcm_jax import errors
+from bcm_jax.checkpoint import checkpoint
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.interop import released
 from bcm_jax.interop import vgg_names
-from bcm_jax.training import checkpoint
 from bcm_jax.training import power_ema
 from bcm_jax.training import state as states
 from bcm_jax.utils import files

@@ -1,0 +1,1 @@
+"""Checkpoints with digests, and the work directory of a run."""
