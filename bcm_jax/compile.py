@@ -22,8 +22,8 @@ from bcm_jax import chips
 from bcm_jax import errors
 from bcm_jax.config import build
 from bcm_jax.training import executable
-from bcm_jax.training import parallel
-from bcm_jax.training import step as steps
+from bcm_jax.training import sharding as parallel
+from bcm_jax.training import train_step
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 
@@ -150,7 +150,7 @@ def lower(
     phase: tuple[str, ...],
 ) -> jax.stages.Lowered:
   """The training step of a phase on a backend, of shapes alone."""
-  step = steps.make_step(
+  step = train_step.make_step(
       experiment.method, experiment.optimizers(),
       experiment.step_options(backend),
   )

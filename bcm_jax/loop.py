@@ -17,7 +17,6 @@ import jax
 
 from bcm_jax import __version__
 from bcm_jax import errors
-from bcm_jax import watch as watches
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import digests
 from bcm_jax.checkpoint import runs
@@ -28,15 +27,16 @@ from bcm_jax.config import resolve
 from bcm_jax.config import schema
 from bcm_jax.data import pipeline
 from bcm_jax.data import source as sources
-from bcm_jax.training import faults
+from bcm_jax.training import fault_injection
 from bcm_jax.training import goodput
-from bcm_jax.training import guard
 from bcm_jax.training import hooks
-from bcm_jax.training import hosts
-from bcm_jax.training import parallel
+from bcm_jax.training import metric_logger
+from bcm_jax.training import multihost
+from bcm_jax.training import nonfinite
 from bcm_jax.training import rollbacks
-from bcm_jax.training import state as states
-from bcm_jax.training import step as steps
+from bcm_jax.training import sharding
+from bcm_jax.training import train_state
+from bcm_jax.training import train_step
 from bcm_jax.training import watchdog
 from bcm_jax.utils import provenance
 
@@ -58,7 +58,7 @@ class Run:
   workdir: str
   source: sources.Source
   accounts: goodput.Goodput
-  notice: hosts.Notice
+  notice: multihost.Notice
   owner: workdir_lock.Lock | None
 
   def __post_init__(self):
@@ -66,7 +66,7 @@ class Run:
     self.training: schema.Training = self.experiment.section("training")
     self.parallel: schema.Parallel = self.experiment.section("parallel")
     self.backend = self.experiment.backend()
-    step = steps.make_step(
+    step = train_step.make_step(
         self.experiment.method, self.experiment.optimizers(),
         self.experiment.step_options(self.backend),
     )
@@ -93,14 +93,14 @@ class Run:
         settings.max_failures, settings.retry_secs,
     )
 
-  def train(self) -> states.TrainState:
+  def train(self) -> train_state.TrainState:
     """The state after the last step."""
     total = self.training.num_steps
     with contextlib.ExitStack() as stack:
       stack.enter_context(self.saver.saved)
       self.dog = watchdog.Watchdog(
           self.training.hang_secs,
-          os.path.join(self.workdir, guard.FOLDER,
+          os.path.join(self.workdir, nonfinite.FOLDER,
                        f"stacks-host{jax.process_index()}.txt"),
       )
       self.saver.sleep = self._sleep
@@ -114,7 +114,7 @@ class Run:
       while True:
         try:
           return self._until_end(state)
-        except guard.NotFinite as e:
+        except nonfinite.NotFinite as e:
           # Its frames hold a state, whose place the next one needs.
           error = e.with_traceback(None)
         with self.accounts.part("rollback"):
@@ -124,10 +124,10 @@ class Run:
     with self.dog.paused():
       time.sleep(seconds)
 
-  def _create(self, start_from: Any) -> states.TrainState:
+  def _create(self, start_from: Any) -> train_state.TrainState:
     return build.create_state(self.experiment, start_from)
 
-  def _start(self) -> states.TrainState:
+  def _start(self) -> train_state.TrainState:
     """The newest good checkpoint, or a new state, on the devices.
 
     Where it was rolled back to before, it goes on as it did then.
@@ -137,10 +137,10 @@ class Run:
         rollbacks.history(self.workdir), int(state.step), int(state.window)
     )
     if before is not None:
-      state = states.roll_back(state, before.position)
+      state = train_state.roll_back(state, before.position)
     return self.backend.place(state.replace(frozen=self.frozen))
 
-  def _new(self) -> states.TrainState:
+  def _new(self) -> train_state.TrainState:
     """The state before the first step."""
     method, init_from = self.experiment.method, self.training.init_from
     start_from = {
@@ -166,7 +166,7 @@ class Run:
           "time branch"
       ) from e
 
-  def _restore(self, step: int | None = None) -> states.TrainState:
+  def _restore(self, step: int | None = None) -> train_state.TrainState:
     """The newest good checkpoint, or that of a step."""
     template = jax.eval_shape(lambda: self._create(None))
     at, state, meta = self.saver.saved.restore(
@@ -176,7 +176,7 @@ class Run:
     logging.info("resuming at step %d", at)
     return state
 
-  def _until_end(self, state: states.TrainState) -> states.TrainState:
+  def _until_end(self, state: train_state.TrainState) -> train_state.TrainState:
     """Runs the steps after state.step; saves, reports, and listens.
 
     Raises:
@@ -188,15 +188,15 @@ class Run:
     first, window = (
         int(self.backend.fetch(x)) for x in (state.step, state.window)
     )
-    calls = parallel.calls(
+    calls = sharding.calls(
         method, first, total, self.parallel.steps_per_call, (every,)
     )
-    judge = guard.Guard(self.training.max_skipped_in_row)
+    judge = nonfinite.Guard(self.training.max_skipped_in_row)
     self.window = window
     self.accounts.begin(first)
     with contextlib.ExitStack() as stack:
       player = state.players[method.sampled]
-      watch = watches.open_watch(
+      watch = metric_logger.open_watch(
           self.experiment, self.workdir, first,
           self.backend.fetch(player.params), stack,
       )
@@ -254,7 +254,7 @@ class Run:
       ) from e
     return state, self.backend.fetch(metrics)
 
-  def _save(self, step: int, state: states.TrainState, last: bool) -> None:
+  def _save(self, step: int, state: train_state.TrainState, last: bool) -> None:
     """Saves what one copy of the state holds."""
     save = self.saver.finish if last else self.saver.save
     save(step, self.backend.fetch(state.saved()))
@@ -270,7 +270,7 @@ class Run:
           "gave no sign of life; this one stops"
       )
 
-  def _roll_back(self, error: guard.NotFinite) -> states.TrainState:
+  def _roll_back(self, error: nonfinite.NotFinite) -> train_state.TrainState:
     """A saved state, going on with the data after the step that failed.
 
     All depends on what is on disk alone, and no kill changes it.
@@ -278,7 +278,7 @@ class Run:
     Raises:
       UserError: it was tried too often; a bundle is left.
     """
-    faults.point("before_rollback")
+    fault_injection.point("before_rollback")
     stored, most = self.saver.steps(), self.training.max_rollbacks
     before, reached = rollbacks.in_row(
         rollbacks.history(self.workdir), stored[-1] if stored else 0
@@ -302,13 +302,13 @@ class Run:
         "%s; going on from step %d with other data (roll-back %d of %d)",
         error, int(good.step), before + 1, most,
     )
-    again = states.roll_back(good, position)
+    again = train_state.roll_back(good, position)
     return self.backend.place(again.replace(frozen=self.frozen))
 
-  def _give_up(self, error: guard.NotFinite) -> errors.UserError:
+  def _give_up(self, error: nonfinite.NotFinite) -> errors.UserError:
     read = batches(self.experiment, self.source)
     batch = read(self.window + error.step - 1)
-    state = hosts.to_host(self.backend.fetch(self.latest.saved()))
+    state = multihost.to_host(self.backend.fetch(self.latest.saved()))
     folder = "that of process 0"
     if jax.process_index() == 0:
       facts = {
@@ -317,34 +317,38 @@ class Run:
           "facts": provenance.facts(self.experiment),
       }
       try:
-        folder = guard.write_bundle(self.workdir, error, state, batch, facts)
+        folder = nonfinite.write_bundle(self.workdir, error, state, batch, facts)
       except OSError as e:
         folder = f"no file ({e.strerror})"
     return errors.UserError(
-        f"{error}; {self.training.max_rollbacks} roll-backs did not help. The "
-        f"metrics, tensors and images of that step are in {folder}. Lower "
-        "optimizer.learning_rate, set optimizer.grad_clip, or look for bad "
-        "images"
+      f"{error}; {self.training.max_rollbacks} roll-backs did not help. The "
+      f"metrics, tensors and images of that step are in {folder}. Lower "
+      "optimizer.learning_rate, set optimizer.grad_clip, or look for bad "
+      "images"
     )
 
 
 def batches(
-    experiment: build.Experiment, source: sources.Source
+  experiment: build.Experiment, source: sources.Source
 ) -> pipeline.Batches:
   """This host's part of the batch at a position."""
   config = experiment.config
   return pipeline.Batches(
-      source, config.seed, config.training.batch_size, flip=config.data.flip,
-      process_index=jax.process_index(), process_count=jax.process_count(),
+    source,
+    config.seed,
+    config.training.batch_size,
+    flip=config.data.flip,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
   )
 
 
 def stream(
-    experiment: build.Experiment,
-    source: sources.Source,
-    backend: parallel.Backend,
-    calls: list[tuple[int, int]],
-    window: int,
+  experiment: build.Experiment,
+  source: sources.Source,
+  backend: sharding.Backend,
+  calls: list[tuple[int, int]],
+  window: int,
 ):
   """Batches and curricula of calls, made and put on the devices ahead.
 
@@ -361,33 +365,33 @@ def stream(
   def inputs(i):
     start, count = calls[i]
     parts = [
-        build.network_inputs(experiment, read(window + step))
-        for step in range(start, start + count)
+      build.network_inputs(experiment, read(window + step))
+      for step in range(start, start + count)
     ]
-    curriculum = parallel.curricula(experiment.method, start, count)
+    curriculum = sharding.curricula(experiment.method, start, count)
     return backend.batch(*parts), backend.replicate(curriculum)
 
   return contextlib.closing(pipeline.prefetch(inputs, 0, len(calls)))
 
 
 def _check_unchanged(
-    meta: dict[str, Any], fixed: dict[str, Any], name: str
+  meta: dict[str, Any], fixed: dict[str, Any], name: str
 ) -> None:
   """Raises UserError where a path leads to others than the run began with."""
   began, found = (m.get("data_fingerprint") for m in (meta, fixed))
   if began not in (None, found):
     raise errors.UserError(
-        f"{name} holds other images than those the run in the work "
-        f"directory was trained on (fingerprint {found}, not {began}); correct "
-        "data.path, or use another --workdir"
+      f"{name} holds other images than those the run in the work "
+      f"directory was trained on (fingerprint {found}, not {began}); correct "
+      "data.path, or use another --workdir"
     )
   began, found = meta.get("frozen", {}), fixed["frozen"]
   for which in sorted(began.keys() | found.keys()):
     if began.get(which) != found.get(which):
       key = {"lpips": "lpips_path"}.get(which, which)
       raise errors.UserError(
-          f"method.{key} has other weights (digest {found.get(which)}) than "
-          "those the run in the work directory began with "
-          f"({began.get(which)}); correct method.{key}, or use another "
-          "--workdir"
+        f"method.{key} has other weights (digest {found.get(which)}) than "
+        "those the run in the work directory began with "
+        f"({began.get(which)}); correct method.{key}, or use another "
+        "--workdir"
       )

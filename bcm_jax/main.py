@@ -37,16 +37,16 @@ def run(file, overrides) -> None:
   from bcm_jax.evaluation import evaluate
   from bcm_jax.evaluation import references
   from bcm_jax.evaluation import search
-  from bcm_jax.training import hosts
+  from bcm_jax.training import multihost
 
   if mode == "compile":
     compilation.run(config, args.topology, args.out)
     return
-  hosts.connect(
+  multihost.connect(
       args.coordinator, args.num_processes, args.process_id,
       config.parallel.heartbeat_secs, workdir,
   )
-  hosts.use_cores(
+  multihost.use_cores(
       config.parallel.cpu_devices, config.training.batch_size,
       args.num_processes or 1,
   )

@@ -15,8 +15,8 @@ from bcm_jax.data import source as sources
 from bcm_jax.sampling import guidance
 from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
-from bcm_jax.training import parallel
 from bcm_jax.training import rng
+from bcm_jax.training import sharding
 
 Params = Any
 
@@ -37,8 +37,8 @@ class Runner:
   batch_size: int
 
   def __post_init__(self):
-    mesh = parallel.make_mesh(jax.local_devices())
-    devices = parallel.Jit(mesh)
+    mesh = sharding.make_mesh(jax.local_devices())
+    devices = sharding.Jit(mesh)
     method = self.experiment.method
     function = jax.jit(
         lambda p, x, t, u, labels: method.flow_map(p)(x, t, u, labels)

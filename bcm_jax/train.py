@@ -20,10 +20,10 @@ from bcm_jax.checkpoint import workdir_lock
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.evaluation import evaluate
-from bcm_jax.training import faults
+from bcm_jax.training import fault_injection
 from bcm_jax.training import goodput
-from bcm_jax.training import hosts
-from bcm_jax.training import state as states
+from bcm_jax.training import multihost
+from bcm_jax.training import train_state
 from bcm_jax.utils import files
 
 # Written when a run is finished; launchers stop there.
@@ -32,7 +32,7 @@ DONE = "DONE"
 
 def train_and_evaluate(
     config: ml_collections.ConfigDict, workdir: str
-) -> states.TrainState:
+) -> train_state.TrainState:
   """Trains, resuming if the work directory holds a run, then evaluates.
 
   Args:
@@ -60,7 +60,7 @@ def train_and_evaluate(
     accounts = goodput.Goodput(
         workdir if jax.process_index() == 0 else None, began=began
     )
-    notice = hosts.Notice()
+    notice = multihost.Notice()
     stack.enter_context(notice.listening())
     run = loop.Run(experiment, workdir, source, accounts, notice, owner)
     state = run.train()
@@ -79,7 +79,7 @@ def _take(
       stack.callback(owner.release)
     except errors.UserError as e:
       error = e
-  hosts.raise_everywhere(error)
+  multihost.raise_everywhere(error)
   return owner
 
 
@@ -111,7 +111,7 @@ def prepare_workdir(
           f"cannot write to --workdir={workdir}: {e.strerror}; choose another"
       ) from e
     stack.pop_all()  # The lock is kept from here on.
-  faults.point("config_written")
+  fault_injection.point("config_written")
   return owner
 
 
@@ -125,10 +125,10 @@ def _finish(experiment, workdir: str, state, accounts) -> None:
         experiment.config.sample.average,
         "sample.average",
     )
-    params = hosts.to_host(params)
+    params = multihost.to_host(params)
     evaluate.finish(experiment, workdir, total, average, params)
   accounts.save(total, total)
-  faults.point("before_done")
+  fault_injection.point("before_done")
   if jax.process_index() == 0:
     facts = {"step": total, "version": __version__}
     files.write_json(os.path.join(workdir, DONE), facts)

@@ -30,10 +30,10 @@ from bcm_jax.data import source as sources
 from bcm_jax.metrics import classifier as classifiers
 from bcm_jax.models import resnet
 from bcm_jax.training import hooks
-from bcm_jax.training import hosts
+from bcm_jax.training import multihost
 from bcm_jax.training import optim
-from bcm_jax.training import parallel
 from bcm_jax.training import rng
+from bcm_jax.training import sharding
 from bcm_jax.utils import cli
 from bcm_jax.utils import provenance
 
@@ -163,7 +163,7 @@ def fit(
       source, settings.seed, settings.batch_size, flip=flip
   )
   devices = jax.devices()[: math.gcd(jax.device_count(), settings.batch_size)]
-  runner = parallel.Jit(parallel.make_mesh(devices))
+  runner = sharding.Jit(sharding.make_mesh(devices))
   params = runner.place(_init(network, source.image_shape, settings.seed))
   opt_state = runner.place(settings.optimizer().init(params))
   step_fn = jax.jit(
@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     where = {k: flags.pop(k) for k in ("out", "name", "overwrite")}
     settings = Settings(**flags)
     config = resolve.load(file, overrides, None, False)
-    hosts.use_cores(config.parallel.cpu_devices, settings.batch_size)
+    multihost.use_cores(config.parallel.cpu_devices, settings.batch_size)
     print(train_classifier(config, settings=settings, **where))
 
 

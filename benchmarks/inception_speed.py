@@ -24,8 +24,8 @@ import numpy as np
 from bcm_jax.interop import inception_names
 from bcm_jax.metrics import inception as metric
 from bcm_jax.models import inception
-from bcm_jax.training import hosts
-from bcm_jax.training import parallel
+from bcm_jax.training import multihost
+from bcm_jax.training import sharding
 from bcm_jax.utils import files
 
 BATCHES = (16, 32, 64)
@@ -74,8 +74,8 @@ def products(
     rows: int, columns: int, features: int, operations: int
 ) -> Callable[[], None]:
   """float32 products on all devices, of this many multiply-adds together."""
-  mesh = parallel.make_mesh()
-  split = jax.NamedSharding(mesh, jax.P((parallel.DATA, parallel.FSDP)))
+  mesh = sharding.make_mesh()
+  split = jax.NamedSharding(mesh, jax.P((sharding.DATA, sharding.FSDP)))
   rng = np.random.default_rng(0)
   a, b = (
       jax.device_put(rng.standard_normal((mesh.size, *s), np.float32), split)
@@ -121,7 +121,7 @@ def measure(params: dict[str, Any], batch: int) -> dict[str, float]:
 
 def main() -> None:
   """Measures, prints and writes."""
-  hosts.use_cores(0, math.gcd(*BATCHES))
+  multihost.use_cores(0, math.gcd(*BATCHES))
   params = weights()
   print(f"{'batch':>5} {'images/s':>9} {'a core':>7} {'x products':>11} cpu")
   result = {}

@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
-from bcm_jax.training import faults
+from bcm_jax.training import fault_injection
 from bcm_jax.training import goodput
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
@@ -39,12 +39,12 @@ PER_CYCLE = 20
 STEP_SECS = 0.02
 SLOW = f"""
 import time
-from bcm_jax import watch
-report = watch.Watch.__call__
+from bcm_jax.training import metric_logger
+report = metric_logger.Watch.__call__
 def slowly(self, step, count, metrics):
   report(self, step, count, metrics)
   time.sleep({STEP_SECS})
-watch.Watch.__call__ = slowly
+metric_logger.Watch.__call__ = slowly
 from bcm_jax.training import goodput
 goodput._WRITE_SECS = 0.05
 """
@@ -95,8 +95,8 @@ class Soak:
     if kind == "fault":
       name = self.random.choice(list(POINTS))
       count = self.random.randint(1, POINTS[name])
-      running = self.start(**{faults.ENVIRONMENT: f"{name}:{count}"})
-      allowed = {faults.EXIT_KILLED, 0}
+      running = self.start(**{fault_injection.ENVIRONMENT: f"{name}:{count}"})
+      allowed = {fault_injection.EXIT_KILLED, 0}
     else:
       running = self.start()
       number = getattr(signal, kind)

@@ -18,7 +18,7 @@ import step_time
 
 from bcm_jax.config import build
 from bcm_jax.config import resolve
-from bcm_jax.training import hosts
+from bcm_jax.training import multihost
 from bcm_jax.utils import cli
 from bcm_jax.utils import provenance
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
   args: argparse.Namespace = parser.parse_args(
       sys.argv[1:] if argv is None else argv
   )
-  hosts.use_cores(0, _BATCH)
+  multihost.use_cores(0, _BATCH)
   names = args.only.split(",") if args.only else list(CONFIGS)
   benches = {}
   for name in names:

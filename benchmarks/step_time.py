@@ -36,9 +36,9 @@ from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.data import source as sources
 from bcm_jax.training import executable
-from bcm_jax.training import hosts
-from bcm_jax.training import parallel
-from bcm_jax.training import step as steps
+from bcm_jax.training import multihost
+from bcm_jax.training import sharding
+from bcm_jax.training import train_step
 from bcm_jax.utils import cli
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
@@ -91,7 +91,7 @@ class Bench:
     self.backend = self.experiment.backend()
     self.source = source
     self.per_call = config.parallel.steps_per_call
-    step = steps.make_step(
+    step = train_step.make_step(
         self.experiment.method, self.experiment.optimizers(),
         self.experiment.step_options(self.backend),
     )
@@ -180,8 +180,8 @@ def model_flops(experiment: build.Experiment, phase: Phase) -> int:
     overrides["model.remat"] = "False"
   config = resolve.resolve(experiment.config.to_dict(), overrides)
   plain = build.build(config)
-  backend = parallel.Jit(parallel.make_mesh(jax.devices()[:1]))
-  step = steps.make_step(
+  backend = sharding.Jit(sharding.make_mesh(jax.devices()[:1]))
+  step = train_step.make_step(
       plain.method, plain.optimizers(), plain.step_options(backend)
   )
   state, batch, curriculum = compilation.abstract_inputs(plain, backend)
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
   args: argparse.Namespace = parser.parse_args(rest)
   config = resolve.load(file, overrides, None, False)
   counts = [int(n) for n in args.scaling.split(",") if n]
-  hosts.use_cores(
+  multihost.use_cores(
       max(counts, default=config.parallel.cpu_devices),
       config.training.batch_size,
   )

@@ -67,36 +67,36 @@ MUTATIONS = (
   ),
   Mutation(
     "key of the step reused",
-    "training/step.py",
+    "training/train_step.py",
     "position = state.step + state.window",
     "position = 0 * state.step",
-    "training/test_step.py::test_every_step_draws_anew_and_the_seed_matters",
+    "training/test_train_step.py::test_every_step_draws_anew_and_the_seed_matters",
   ),
   Mutation(
     "averages late by one",
-    "training/step.py",
+    "training/train_step.py",
     "averages = _averages(\n          method, options, state, players,",
     "averages = _averages(\n          method, options, state, state.players,",
-    "training/test_step.py::"
+    "training/test_train_step.py::"
     "test_averages_take_the_updated_parameters_at_their_own_rates",
   ),
   Mutation(
     "bad update not skipped",
-    "training/step.py",
+    "training/train_step.py",
     "finite, updated, lambda:",
     "True, updated, lambda:",
     _ROLLING + "test_one_bad_step_is_skipped_and_leaves_no_trace",
   ),
   Mutation(
     "pmean left out",
-    "training/step.py",
+    "training/train_step.py",
     "result = jax.lax.pmean(result, options.axis_name)",
     "pass",
-    "training/test_parallel.py::test_training_is_the_same[pmap-4]",
+    "training/test_sharding.py::test_training_is_the_same[pmap-4]",
   ),
   Mutation(
     "all agree where one does",
-    "training/hosts.py",
+    "training/multihost.py",
     ".all())",
     ".any())",
     "training/test_checkpoint_processes.py::"
@@ -104,17 +104,17 @@ MUTATIONS = (
   ),
   Mutation(
     "notice forgotten after a call",
-    "training/hosts.py",
+    "training/multihost.py",
     "self._told |= multi",
     "self._told = multi",
-    "training/test_hosts.py::test_jax_tells_once_and_the_notice_remembers",
+    "training/test_multihost.py::test_jax_tells_once_and_the_notice_remembers",
   ),
   Mutation(
     "notice at the end ignored",
-    "training/hosts.py",
+    "training/multihost.py",
     "    if self._told:\n      self._go()\n",
     "",
-    "training/test_hosts.py::test_a_notice_waits_where_it_is_deferred",
+    "training/test_multihost.py::test_a_notice_waits_where_it_is_deferred",
   ),
   Mutation(
     "lock ignored",
@@ -164,37 +164,37 @@ MUTATIONS = (
   ),
   Mutation(
     "call crosses a save",
-    "training/parallel.py",
+    "training/sharding.py",
     "for s in (most, *stops))",
     "for s in (most,))",
     "training/test_layout.py",
   ),
   Mutation(
     "rules ignored",
-    "training/parallel.py",
+    "training/sharding.py",
     "spec = spec_of(self.rules,",
     "spec = spec_of((),",
-    "training/test_parallel.py::test_the_state_is_really_cut",
+    "training/test_sharding.py::test_the_state_is_really_cut",
   ),
   Mutation(
     "state not donated",
-    "training/parallel.py",
+    "training/sharding.py",
     'static_argnames="phase", donate_argnums=0)',
     'static_argnames="phase")',
-    "training/test_parallel.py::"
+    "training/test_sharding.py::"
     "test_one_executable_no_transfer_and_no_copy[jit-4]",
   ),
   Mutation(
     "sharding spelt in two ways",
-    "training/parallel.py",
+    "training/sharding.py",
     "PartitionSpec(*rule.spec[:used])",
     "PartitionSpec(*rule.spec)",
-    "training/test_parallel.py::"
+    "training/test_sharding.py::"
     "test_one_executable_no_transfer_and_no_copy[pattern-2x2]",
   ),
   Mutation(
     "window kept on rolling back",
-    "training/state.py",
+    "training/train_state.py",
     "window=jnp.int32(position - int(good.step))",
     "window=good.window",
     _ONCE,
@@ -223,7 +223,7 @@ MUTATIONS = (
   ),
   Mutation(
     "metrics of lost steps kept",
-    "training/writers.py",
+    "training/metric_writers.py",
     "jsonl.truncate_after(resume_step)",
     "pass",
     _DAMAGED,

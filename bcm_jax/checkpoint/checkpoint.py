@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 
 from bcm_jax.checkpoint import digests
 from bcm_jax.errors import UserError
-from bcm_jax.training import hosts
+from bcm_jax.training import multihost
 
 _STATE, _META = "state", "meta"
 # Trouble of the machine, not of the files: these never condemn a checkpoint.
@@ -264,7 +264,7 @@ class Checkpoints:
         loaded = _read_step(self._directory / str(candidate), candidate)
       except digests.Damage as e:
         reason = str(e)
-      if hosts.all_agree(loaded is not None):
+      if multihost.all_agree(loaded is not None):
         return loaded, damaged
       damaged.append((candidate, reason or "damaged as another host sees it"))
     raise self._none_good(damaged, step)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bcm_jax.training import hosts
+from bcm_jax.training import multihost
 
 FORMAT = 1
 
@@ -61,7 +61,7 @@ def to_host(path: Path, leaf: Any) -> Any:
       raise TypeError(
           f"{'/'.join(path)}: typed PRNG keys are not saved; derive keys from "
           "seed and step")
-  host = hosts.to_host(leaf)
+  host = multihost.to_host(leaf)
   if host.dtype.kind in "OUSMm":
     raise TypeError(f"{'/'.join(path)}: expected an array of numbers, got "
                     f"{type(leaf).__name__} of dtype {host.dtype}")

@@ -15,8 +15,8 @@ from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.interop import released
 from bcm_jax.interop import vgg_names
-from bcm_jax.training import power_ema
-from bcm_jax.training import state as states
+from bcm_jax.training import phema
+from bcm_jax.training import train_state
 from bcm_jax.utils import files
 
 Params = Any
@@ -205,13 +205,13 @@ def _posthoc(saved, step: int, average: str, stds) -> Params:
         "with training.ema_stds=0.05,0.1 and checkpoint.keep=none"
     )
   stored = [(at, s) for at in saved.all_steps() if 0 < at <= step for s in stds]
-  weights = power_ema.coefficients(
+  weights = phema.coefficients(
       [at for at, _ in stored], [s for _, s in stored], step, std
   )
 
   def trees():
     for at in sorted({at for at, _ in stored}):
       _, state, _ = saved.read_raw(at)
-      yield from (state["averages"][states.power_name(s)] for s in stds)
+      yield from (state["averages"][train_state.power_name(s)] for s in stds)
 
-  return power_ema.reconstruct(trees(), weights)
+  return phema.reconstruct(trees(), weights)

@@ -8,8 +8,8 @@ from typing import Any
 
 from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
-from bcm_jax.training import faults
-from bcm_jax.training import hosts
+from bcm_jax.training import fault_injection
+from bcm_jax.training import multihost
 
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ class Saver:
     Raises:
       MachineError: too many in a row have failed.
     """
-    faults.point("before_save")
+    fault_injection.point("before_save")
     self._settle()
     self._attempt(lambda: self._begin(step, state))
 
@@ -61,7 +61,7 @@ class Saver:
 
   def _begin(self, step: int, state: Any) -> None:
     self.saved.save(step, state, dict(self.meta))
-    faults.point("mid_write")
+    fault_injection.point("mid_write")
 
   def _settle(self) -> bool:
     """Waits for the save under way, and looks what is there.
@@ -74,7 +74,7 @@ class Saver:
     self.known, before = self.saved.common_steps(), self.newest
     self.newest = max(self.known, default=None)
     if self.known and (before is None or self.newest > before):
-      faults.point("after_commit")
+      fault_injection.point("after_commit")
       self.failures = 0
     return True
 
@@ -87,7 +87,7 @@ class Saver:
       raise
     except Exception as e:  # Orbax raises bare Exceptions.
       problem = e
-    if hosts.all_agree(problem is None):
+    if multihost.all_agree(problem is None):
       return True
     self.failures += 1
     text = " ".join(str(problem or "on another host").split())

@@ -23,9 +23,9 @@ from bcm_jax.interop import vgg_names
 from bcm_jax.methods import base
 from bcm_jax.methods import projected
 from bcm_jax.sampling import plan as plans
-from bcm_jax.training import parallel
-from bcm_jax.training import state as states
-from bcm_jax.training import step as steps
+from bcm_jax.training import sharding
+from bcm_jax.training import train_state
+from bcm_jax.training import train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +95,14 @@ class Experiment:
         for name in self.method.players
     }
 
-  def backend(self) -> parallel.Backend:
+  def backend(self) -> sharding.Backend:
     """The devices that train: jit over a mesh, or pmap.
 
     Raises:
       UserError: parallel.sharding asks for what the backend cannot do.
     """
     settings: schema.Parallel = self.section("parallel")
-    rules = parallel.parse_rules(settings.sharding)
+    rules = sharding.parse_rules(settings.sharding)
     if settings.backend == "jit":
       return self.mesh_backend(jax.devices())
     if any(rule.spec != "replicate" for rule in rules):
@@ -110,29 +110,29 @@ class Experiment:
           f"parallel.sharding={settings.sharding} needs parallel.backend='jit';"
           " under pmap every device holds the whole state"
       )
-    return parallel.Pmap(tuple(jax.local_devices()))
+    return sharding.Pmap(tuple(jax.local_devices()))
 
-  def mesh_backend(self, devices: Sequence[jax.Device]) -> parallel.Jit:
+  def mesh_backend(self, devices: Sequence[jax.Device]) -> sharding.Jit:
     """Devices under jit, also of machines that are not there."""
     settings: schema.Parallel = self.section("parallel")
-    rules = parallel.parse_rules(settings.sharding)
-    mesh = parallel.make_mesh(devices, settings.fsdp)
-    several = parallel.microbatches(
+    rules = sharding.parse_rules(settings.sharding)
+    mesh = sharding.make_mesh(devices, settings.fsdp)
+    several = sharding.microbatches(
         self.config.training.batch_size, len(devices), settings.max_examples
     ) > 1
     whole = all(rule.spec == "replicate" for rule in rules)
-    return parallel.Jit(mesh, rules, several and whole and len(devices) > 1)
+    return sharding.Jit(mesh, rules, several and whole and len(devices) > 1)
 
-  def step_options(self, backend: parallel.Backend) -> steps.StepOptions:
+  def step_options(self, backend: sharding.Backend) -> train_step.StepOptions:
     """Options of the training step on these devices."""
     training: schema.Training = self.section("training")
     p = self.config.data.augment
-    return steps.StepOptions(
+    return train_step.StepOptions(
         seed=self.config.seed,
         ema_rates=training.ema_rates,
         ema_warmup=training.ema_warmup,
         ema_stds=training.ema_stds,
-        microbatches=parallel.microbatches(
+        microbatches=sharding.microbatches(
             training.batch_size, backend.devices,
             self.config.parallel.max_examples,
         ),
@@ -268,7 +268,7 @@ def frozen_shapes(experiment: Experiment) -> dict[str, Any]:
 
 def create_state(
     experiment: Experiment, start_from: Any = None
-) -> states.TrainState:
+) -> train_state.TrainState:
   """The state before the first step; pure, so it can be jitted.
 
   Args:
@@ -276,7 +276,7 @@ def create_state(
   """
   training: schema.Training = experiment.section("training")
   images, labels = example_batch(experiment)
-  return states.create(
+  return train_state.create(
       experiment.method,
       experiment.optimizers(),
       training.ema_rates,

@@ -18,14 +18,14 @@ from absl import logging
 import jax
 import numpy as np
 
-from bcm_jax.training import writers
+from bcm_jax.training import metric_writers
 
 _REFRESH_SECS = 0.5
 
 
 def report_progress(
     num_train_steps: int,
-    writer: writers.MetricWriter | None = None,
+    writer: metric_writers.MetricWriter | None = None,
     every_secs: float | None = 60.0,
     every_steps: int | None = None,
 ) -> Any:
@@ -41,7 +41,7 @@ def report_progress(
     clu.periodic_actions.ReportProgress or `ReportProgress`: `hook(step)`
     after each step, `with hook.timed(name):` around parts to be measured.
   """
-  clu_actions = writers.import_clu("periodic_actions")
+  clu_actions = metric_writers.import_clu("periodic_actions")
   cls = ReportProgress if clu_actions is None else clu_actions.ReportProgress
   return cls(num_train_steps=num_train_steps, writer=writer,
              every_secs=every_secs, every_steps=every_steps)
@@ -65,7 +65,7 @@ def profile(
     clu.periodic_actions.Profile or `Profile`, called as `hook(step)`; where
     the platform cannot be traced it logs that and does nothing.
   """
-  clu_actions = writers.import_clu("periodic_actions")
+  clu_actions = metric_writers.import_clu("periodic_actions")
   if clu_actions is None:
     cls = Profile
   else:
@@ -76,14 +76,14 @@ def profile(
 
 def log_parameter_overview(params: Any, msg: str | None = None) -> None:
   """Logs a table of names, shapes, dtypes and sizes of a parameter tree."""
-  overview = writers.import_clu("parameter_overview")
+  overview = metric_writers.import_clu("parameter_overview")
   if overview is not None:
     overview.log_parameter_overview(params, include_stats=False, msg=msg)
 
 
 def parameter_table(params: Any) -> str:
   """Table of names, shapes, dtypes and sizes; arrays or their shapes."""
-  overview = writers.import_clu("parameter_overview")
+  overview = metric_writers.import_clu("parameter_overview")
   if overview is not None:
     return overview.get_parameter_overview(params, include_stats=False)
   rows = [
@@ -101,7 +101,7 @@ class ReportProgress:
       self,
       *,
       num_train_steps: int | None = None,
-      writer: writers.MetricWriter | None = None,
+      writer: metric_writers.MetricWriter | None = None,
       every_secs: float | None = 60.0,
       every_steps: int | None = None,
       clock: Callable[[], float] = time.monotonic,

@@ -11,8 +11,8 @@ from bcm_jax import train
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import resolve
-from bcm_jax.training import power_ema
-from bcm_jax.training import state as states
+from bcm_jax.training import phema
+from bcm_jax.training import train_state
 
 STDS = (0.05, 0.1)
 
@@ -35,12 +35,12 @@ def run(tmp_path_factory):
     for step in range(1, 81):
       value = jnp.sqrt(jnp.float32(step))
       for std in tracked:
-        tracked[std] = power_ema.update(tracked[std], value, std, step, 1)
+        tracked[std] = phema.update(tracked[std], value, std, step, 1)
       if step % 10 == 0:
         saved.save(step, {
             "players": {"student": {"params": {"w": value}}},
             "averages": {
-                states.power_name(s): {"w": tracked[s]} for s in STDS
+                train_state.power_name(s): {"w": tracked[s]} for s in STDS
             },
         }, {})
   return str(folder), tracked

@@ -20,7 +20,7 @@ from bcm_jax.interop import weight_files
 from bcm_jax.models import adm
 from bcm_jax.models import edm2
 from bcm_jax.models import song
-from bcm_jax.training import state as states
+from bcm_jax.training import train_state
 from tests import golden
 
 # File -> what its tensors do not tell.
@@ -224,7 +224,7 @@ def test_a_bidirectional_model_starts_from_converted_weights(tmp_path):
   e = build.build(resolve.resolve(config))
   start = {"student": runs.load_params(str(out), None)}
   images, labels = build.example_batch(e)
-  state = jax.jit(lambda: states.create(
+  state = jax.jit(lambda: train_state.create(
       e.method, e.optimizers(), (), 0, images, labels, start
   ))()
   new = state.players["student"].params

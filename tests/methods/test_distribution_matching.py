@@ -11,8 +11,8 @@ import pytest
 
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import distribution_matching as dm
-from bcm_jax.training import state as states
-from bcm_jax.training import step as steps
+from bcm_jax.training import train_state
+from bcm_jax.training import train_step
 from tests import toys
 
 B = 20_000
@@ -260,10 +260,10 @@ def test_the_fake_loss_gives_the_generator_nothing():
 def begin(method, images):
   optimizers = {name: optax.adam(1e-2) for name in method.players}
   start = {"student": ZERO, "fake_score": ZERO}
-  state = states.create(
+  state = train_state.create(
       method, optimizers, (), 0, images, None, start
   ).replace(frozen={"teacher": ZERO})
-  step = steps.make_step(method, optimizers, steps.StepOptions(ema_rates=()))
+  step = train_step.make_step(method, optimizers, train_step.StepOptions(ema_rates=()))
   return state, jax.jit(step, static_argnames="phase")
 
 
@@ -294,35 +294,37 @@ def test_who_learns_from_the_discriminator():
   fake = state.players["fake_score"].params
   assert set(fake) == {"network", "head"}
   ctx = toys.context(
-      images, players={"student": {"scale": jnp.float32(0.3)},
-                       "fake_score": fake}, frozen={"teacher": ZERO},
+    images,
+    players={"student": {"scale": jnp.float32(0.3)}, "fake_score": fake},
+    frozen={"teacher": ZERO},
   )
-  grads = jax.grad(lambda p: jnp.mean(method.fake_loss(p, ctx)[1]["loss_gan"])
-                   )(fake)
+  grads = jax.grad(lambda p: jnp.mean(method.fake_loss(p, ctx)[1]["loss_gan"]))(
+    fake
+  )
   assert optax.global_norm(grads["head"]) > 0
   # This toy's features come before its only parameter: no encoder to train.
   assert grads["network"]["scale"] == 0
-  student = jax.grad(lambda p: jnp.mean(
-      method.student_loss(p, ctx)[1]["loss_gan"]
-  ))({"scale": jnp.float32(0.3)})
+  student = jax.grad(
+    lambda p: jnp.mean(method.student_loss(p, ctx)[1]["loss_gan"])
+  )({"scale": jnp.float32(0.3)})
   assert student["scale"] != 0
 
 
 def test_regression_is_on_pairs():
   method = make(dm.DMD, metric="l2")
-  assert set(method.players["fake_score"].init(
-      jax.random.key(0), IMAGES[:1], None
-  )) == {"network"}
+  assert set(
+    method.players["fake_score"].init(jax.random.key(0), IMAGES[:1], None)
+  ) == {"network"}
   noise = jax.random.normal(jax.random.key(1), (8, 2, 2, 1))
   made = method.denoiser.denoise(
-      {"scale": jnp.float32(0.4)}, 80 * noise, jnp.full(8, 80.0), None
+    {"scale": jnp.float32(0.4)}, 80 * noise, jnp.full(8, 80.0), None
   )
   ctx = context(
-      np.asarray(made), extra={"noise": np.asarray(noise, np.float16)}
+    np.asarray(made), extra={"noise": np.asarray(noise, np.float16)}
   )
   right, wrong = (
-      method.student_loss({"scale": jnp.float32(s)}, ctx)[1]["loss_regression"]
-      for s in (0.4, 0.6)
+    method.student_loss({"scale": jnp.float32(s)}, ctx)[1]["loss_regression"]
+    for s in (0.4, 0.6)
   )
   assert np.max(right) < 1e-5 and np.min(wrong) > 100 * np.max(right)
   assert method.phases() == (("student", "fake_score"),)

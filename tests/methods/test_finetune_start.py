@@ -10,7 +10,7 @@ import pytest
 
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.models import adm
-from bcm_jax.training import state
+from bcm_jax.training import train_state
 from tests import toys
 
 B = 8
@@ -91,7 +91,7 @@ def test_a_source_that_does_not_fit_is_refused(change, named):
   network, source, _ = finetuning()
   with pytest.raises(ValueError, match=named):
     jax.eval_shape(
-        lambda: state.create(
+        lambda: train_state.create(
             toys.bidirectional_toy(network(True)), {"student": optax.sgd(1)},
             (), 0, jnp.asarray(IMAGES), None, {"student": source | change},
         )

@@ -15,8 +15,8 @@ from bcm_jax.methods import projected
 from bcm_jax.methods import trajectory
 from bcm_jax.metrics import lpips
 from bcm_jax.models import projection
-from bcm_jax.training import state as states
-from bcm_jax.training import step as steps
+from bcm_jax.training import train_state
+from bcm_jax.training import train_step
 from tests import toys
 
 
@@ -81,13 +81,15 @@ def test_a_discriminator_of_it_plays_and_it_stays_as_it_was():
   )
   images = toys.images(8, 4)
   optimizers = {name: optax.adam(1e-2) for name in method.players}
-  state = states.create(method, optimizers, (), 0, images, None)
+  state = train_state.create(method, optimizers, (), 0, images, None)
   frozen = {"teacher": {"scale": jnp.zeros(())},
             "gan_encoder": encoder.init(jax.random.key(0), images, None)}
   state = state.replace(frozen=frozen)
   step = jax.jit(
-      steps.make_step(method, optimizers, steps.StepOptions(ema_rates=())),
-      static_argnames="phase",
+    train_step.make_step(
+      method, optimizers, train_step.StepOptions(ema_rates=())
+    ),
+    static_argnames="phase",
   )
   batch = {"image": images, "index": np.arange(8)}
   new, row = step(state, batch, method.curriculum(0), ("student",))
@@ -98,8 +100,9 @@ def test_a_discriminator_of_it_plays_and_it_stays_as_it_was():
   heads = last.players["discriminator"].params
   assert set(heads) == {"level0", "level1", "level2"}
   moved = jax.tree.map(
-      lambda a, b: np.abs(a - b).max(), heads,
-      new.players["discriminator"].params,
+    lambda a, b: np.abs(a - b).max(),
+    heads,
+    new.players["discriminator"].params,
   )
   for level in moved.values():
     assert level["logit"]["kernel"] > 0 and level["last"]["kernel"] > 0
@@ -120,15 +123,24 @@ def test_vgg_sees_images_of_its_size(monkeypatch):
 
 
 def config(**method):
-  return resolve.resolve({
+  return resolve.resolve(
+    {
       "data": {"name": "digits"},
       "model": dict(
-          name="adm", model_channels=8, channel_mult=(1,), num_res_blocks=1,
-          attention_resolutions=(), num_head_channels=8, out_channels=1,
-          num_groups=4, two_time=True, end_branch="blocks",
+        name="adm",
+        model_channels=8,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        num_head_channels=8,
+        out_channels=1,
+        num_groups=4,
+        two_time=True,
+        end_branch="blocks",
       ),
       "method": dict(name="ctm", sigma_data=0.75, gan=True, **method),
-  })
+    }
+  )
 
 
 def test_a_config_names_it():
@@ -138,17 +150,20 @@ def test_a_config_names_it():
   toys.assert_equal(first, second)
   shapes = build.frozen_shapes(experiment)
   assert jax.tree.map(np.shape, first) == jax.tree.map(
-      lambda s: s.shape, shapes
+    lambda s: s.shape, shapes
   )
 
 
-@pytest.mark.parametrize("method, words", [
+@pytest.mark.parametrize(
+  "method, words",
+  [
     (dict(gan_encoder="vgg"), "method.gan_encoder_path"),
     (dict(gan_encoder="vg"), "did you mean 'vgg'"),
     (dict(gan_encoder="nowhere:backbone"), "cannot be imported"),
     (dict(gan_encoder="tests.toys:nothing"), "cannot be imported"),
     (dict(), "method.gan_encoder"),
-])
+  ],
+)
 def test_what_cannot_be_judged_by(method, words):
   with pytest.raises(errors.UserError, match=words):
     build.build(config(**method))

@@ -16,8 +16,8 @@ from bcm_jax.diffusion import schedules
 from bcm_jax.methods import bidirectional
 from bcm_jax.training import optim
 from bcm_jax.training import rng
-from bcm_jax.training import state as states
-from bcm_jax.training import step as steps
+from bcm_jax.training import train_state
+from bcm_jax.training import train_step
 from tests import toys
 
 BATCH = 512
@@ -52,10 +52,12 @@ def train(data, num_steps, width=128, **options):
   )
   optimizers = {"student": optimizer.build()}
   images = jnp.zeros((BATCH, 1, 1, 1))
-  create = functools.partial(states.create, method, optimizers, (RATE,), SEED)
+  create = functools.partial(
+    train_state.create, method, optimizers, (RATE,), SEED
+  )
   state = jax.jit(create)(images, None)
-  step = steps.make_step(
-      method, optimizers, steps.StepOptions(seed=SEED, ema_rates=(RATE,))
+  step = train_step.make_step(
+    method, optimizers, train_step.StepOptions(seed=SEED, ema_rates=(RATE,))
   )
   index = jnp.arange(BATCH)
 
@@ -75,7 +77,9 @@ def train(data, num_steps, width=128, **options):
     state, losses = stage(state, method.curriculum(k))
     assert np.isfinite(losses).all()
   assert state.skipped == 0 and state.step == num_steps
-  flow = jax.jit(method.flow_map(state.averages[states.average_name(RATE)]))
+  flow = jax.jit(
+    method.flow_map(state.averages[train_state.average_name(RATE)])
+  )
 
   def jump(x, t, u):
     x = jnp.asarray(x, jnp.float32).reshape(-1, 1, 1, 1)
@@ -105,9 +109,7 @@ def mixture_flow(x, t, u, points=400):
 def test_points():
   """Images of the mixture, and the same at level LOW."""
   noise = np.random.default_rng(0)
-  x0 = np.repeat([-0.5, 0.5], POINTS // 2) + 0.1 * noise.standard_normal(
-      POINTS
-  )
+  x0 = np.repeat([-0.5, 0.5], POINTS // 2) + 0.1 * noise.standard_normal(POINTS)
   return x0, x0 + LOW * noise.standard_normal(POINTS)
 
 
@@ -141,7 +143,7 @@ def test_the_soft_term_teaches_the_way_up():
 @pytest.mark.slow
 def test_without_it_the_way_up_is_not_learnt():
   error, reconstruction = measure(
-      train(mixture, 2500, bidirectional_weight=0.0)
+    train(mixture, 2500, bidirectional_weight=0.0)
   )
   assert error > 0.75
   assert reconstruction > 0.1
@@ -155,8 +157,8 @@ def gaussian_jump():
 # For F = 0 the errors are 1, 0.8, 0.8 and 0.14.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "t,u,tolerance",
-    [(80.0, EPS, 0.5), (2.5, EPS, 0.3), (0.07, 15.0, 0.4), (0.5, 2.0, 0.1)],
+  "t,u,tolerance",
+  [(80.0, EPS, 0.5), (2.5, EPS, 0.3), (0.07, 15.0, 0.4), (0.5, 2.0, 0.1)],
 )
 def test_gaussian_data_lead_to_the_exact_map(t, u, tolerance):
   noise = np.random.default_rng(1).standard_normal(POINTS)

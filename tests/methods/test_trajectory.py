@@ -16,8 +16,8 @@ from bcm_jax.models import second_time
 from bcm_jax.models import song
 from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
-from bcm_jax.training import state as states
-from bcm_jax.training import step as steps
+from bcm_jax.training import train_state
+from bcm_jax.training import train_step
 from tests import toys
 
 IMAGES = toys.images(512)
@@ -276,10 +276,10 @@ def test_unweighed_terms_are_summed():
 
 def players(method, images):
   optimizers = {name: optax.adam(1e-2) for name in method.players}
-  state = states.create(method, optimizers, (0.9,), 0, images, None)
+  state = train_state.create(method, optimizers, (0.9,), 0, images, None)
   state = state.replace(frozen={"teacher": ZERO})
-  step = steps.make_step(
-      method, optimizers, steps.StepOptions(ema_rates=(0.9,))
+  step = train_step.make_step(
+      method, optimizers, train_step.StepOptions(ema_rates=(0.9,))
   )
   return state, jax.jit(step, static_argnames="phase")
 

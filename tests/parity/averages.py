@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax.training import ema
-from bcm_jax.training import power_ema
+from bcm_jax.training import phema as power_ema
 from tests.parity import files
 from tests.parity import report
 

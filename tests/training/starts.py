@@ -26,12 +26,12 @@ def slow(secs: float = 0.1) -> str:
   """Code for slow steps, so that what comes from outside meets one."""
   return f"""
 import time
-from bcm_jax import watch
-at_once = watch.Watch.__call__
+from bcm_jax.training import metric_logger
+at_once = metric_logger.Watch.__call__
 def slowly(self, step, count, metrics):
   at_once(self, step, count, metrics)
   time.sleep({secs})
-watch.Watch.__call__ = slowly
+metric_logger.Watch.__call__ = slowly
 """
 
 

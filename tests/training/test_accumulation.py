@@ -8,9 +8,9 @@ import optax
 import pytest
 
 from bcm_jax import errors
-from bcm_jax.training import parallel
-from bcm_jax.training import state as states
-from bcm_jax.training import step as steps
+from bcm_jax.training import sharding
+from bcm_jax.training import train_state
+from bcm_jax.training import train_step
 from tests import toys
 
 B, STEPS = 16, 3
@@ -26,23 +26,23 @@ def quickly():
 def trained(devices, parts, local, per_call=1):
   method = toys.bidirectional_toy(toys.MLP(width=8, depth=1, dropout=0.3))
   optimizers = {"student": optax.radam(1e-2)}
-  backend = parallel.Jit(
-      parallel.make_mesh(jax.devices()[:devices]), local=local
+  backend = sharding.Jit(
+      sharding.make_mesh(jax.devices()[:devices]), local=local
   )
   step = backend.compile(
-      steps.make_step(method, optimizers, steps.StepOptions(
+      train_step.make_step(method, optimizers, train_step.StepOptions(
           ema_rates=(0.9,), microbatches=parts, axis_name=backend.axis_name,
       )), per_call > 1,
   )
   images = toys.images(B)
   state = backend.create(
-      lambda: states.create(method, optimizers, (0.9,), 0, images, None)
+      lambda: train_state.create(method, optimizers, (0.9,), 0, images, None)
   )
   batch = {"image": images, "index": np.arange(B, dtype=np.int32)}
   for start in range(0, STEPS, per_call):
     state, metrics = step(
         state, backend.batch(*[batch] * per_call),
-        backend.replicate(parallel.curricula(method, start, per_call)),
+        backend.replicate(sharding.curricula(method, start, per_call)),
         ("student",),
     )
   return jax.tree.map(np.asarray, (state, metrics))
@@ -74,9 +74,9 @@ def test_several_steps_a_call():
 def test_the_global_batch_holds_on_any_number_of_devices(
     batch_size, devices, limit, parts
 ):
-  assert parallel.microbatches(batch_size, devices, limit) == parts
+  assert sharding.microbatches(batch_size, devices, limit) == parts
 
 
 def test_a_batch_that_cannot_be_cut_says_so():
   with pytest.raises(errors.UserError, match="multiple of 8"):
-    parallel.microbatches(100, 8, 0)
+    sharding.microbatches(100, 8, 0)

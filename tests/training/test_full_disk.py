@@ -2,11 +2,11 @@
 
 import json
 
-from bcm_jax.training import writers
+from bcm_jax.training import metric_writers
 
 
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path, caplog):
-  writer = writers.JsonlWriter(str(tmp_path))
+  writer = metric_writers.JsonlWriter(str(tmp_path))
   writer.write_scalars(1, {"loss": 1.0})
   whole, written = writer._file, []
 
@@ -45,7 +45,7 @@ def test_tensorboard_may_fail_and_the_run_goes_on(caplog):
       raise OSError(28, "No space left on device")
 
   failing = Failing()
-  board = writers._HostValues(failing)
+  board = metric_writers._HostValues(failing)
   for step in range(3):
     board.write_scalars(step, {"loss": 1.0})
   board.flush()

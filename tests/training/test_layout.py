@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 import pytest
 
 from bcm_jax import errors
-from bcm_jax.training import parallel
+from bcm_jax.training import sharding
 
 
 @pytest.mark.parametrize("devices, fsdp, shape", [
@@ -18,23 +18,23 @@ from bcm_jax.training import parallel
     (2, 4, (1, 2)),
 ])
 def test_the_mesh_takes_the_next_smaller_divisor(devices, fsdp, shape):
-  mesh = parallel.make_mesh(jax.devices()[:devices], fsdp)
+  mesh = sharding.make_mesh(jax.devices()[:devices], fsdp)
   assert dict(mesh.shape) == dict(zip(("data", "fsdp"), shape, strict=True))
   assert set(mesh.devices.flat) == set(jax.devices()[:devices])
 
 
 def test_the_mesh_takes_all_devices():
-  assert parallel.make_mesh().devices.size == jax.device_count()
+  assert sharding.make_mesh().devices.size == jax.device_count()
 
 
 @pytest.mark.parametrize("batch, devices", itertools.product(
     (8, 24, 96, 256), (1, 2, 8)
 ))
 def test_microbatches_are_as_few_as_fit(batch, devices):
-  assert parallel.microbatches(batch, devices, 0) == 1
+  assert sharding.microbatches(batch, devices, 0) == 1
   each = batch // devices
   for limit in (1, 2, 3, 5, 7, 16, 1000):
-    found = parallel.microbatches(batch, devices, limit)
+    found = sharding.microbatches(batch, devices, limit)
     assert each % found == 0 and each // found <= limit
     assert not any(
         each % m == 0 and each // m <= limit for m in range(1, found)
@@ -43,7 +43,7 @@ def test_microbatches_are_as_few_as_fit(batch, devices):
 
 def test_a_batch_that_cannot_be_cut_is_an_error():
   with pytest.raises(errors.UserError, match="make it a multiple of 3"):
-    parallel.microbatches(16, 3, 0)
+    sharding.microbatches(16, 3, 0)
 
 
 @pytest.mark.parametrize("text, pattern, spec", [
@@ -55,7 +55,7 @@ def test_a_batch_that_cannot_be_cut_is_an_error():
     ("bias=-", "bias", (None,)),
 ])
 def test_rules_are_read(text, pattern, spec):
-  assert parallel.parse_rules([text]) == (parallel.Rule(pattern, spec),)
+  assert sharding.parse_rules([text]) == (sharding.Rule(pattern, spec),)
 
 
 @pytest.mark.parametrize("text", [
@@ -64,21 +64,21 @@ def test_rules_are_read(text, pattern, spec):
 ])
 def test_a_rule_that_means_nothing_is_an_error(text):
   with pytest.raises(errors.UserError, match="parallel.sharding has"):
-    parallel.parse_rules([text])
+    sharding.parse_rules([text])
 
 
 def test_a_pattern_that_is_none_is_an_error():
   with pytest.raises(errors.UserError, match="no regular expression"):
-    parallel.parse_rules(["kernel(=fsdp"])
+    sharding.parse_rules(["kernel(=fsdp"])
 
 
 @pytest.fixture
 def mesh():
-  return parallel.make_mesh(jax.devices()[:4], 2)
+  return sharding.make_mesh(jax.devices()[:4], 2)
 
 
 def spec(mesh, rules, path="players/student/params/a/kernel", shape=(3, 512)):
-  return parallel.spec_of(parallel.parse_rules(rules), path, shape, mesh)
+  return sharding.spec_of(sharding.parse_rules(rules), path, shape, mesh)
 
 
 @pytest.mark.parametrize("shape, expected", [
@@ -96,7 +96,7 @@ def test_fsdp_cuts_the_longest_axis(mesh, shape, expected):
 
 
 def test_on_one_device_of_fsdp_nothing_is_cut():
-  mesh = parallel.make_mesh(jax.devices()[:4], 1)
+  mesh = sharding.make_mesh(jax.devices()[:4], 1)
   assert spec(mesh, ["fsdp"], shape=(512, 512)) == P()
 
 
@@ -138,7 +138,7 @@ def test_calls_cross_nothing_and_do_not_depend_on_where_they_begin(seed):
   method = Phases("".join(draw.choices("AB", k=draw.randint(1, 6))))
   total, most = draw.randint(1, 60), draw.randint(1, 9)
   stops = tuple(draw.randint(1, 20) for _ in range(draw.randint(0, 2)))
-  calls = parallel.calls(method, 0, total, most, stops)
+  calls = sharding.calls(method, 0, total, most, stops)
   assert [s for first, n in calls for s in range(first, first + n)] == list(
       range(total)
   )
@@ -148,17 +148,17 @@ def test_calls_cross_nothing_and_do_not_depend_on_where_they_begin(seed):
     assert not any(step % s == 0 for step in inside for s in (most, *stops))
     assert len({method.phase(s) for s in range(first, first + count)}) == 1
   for i, (first, _) in enumerate(calls):
-    assert parallel.calls(method, first, total, most, stops) == calls[i:]
+    assert sharding.calls(method, first, total, most, stops) == calls[i:]
 
 
 def test_calls_are_as_long_as_they_may_be():
-  calls = parallel.calls(Phases("A"), 0, 10, 4, (6,))
+  calls = sharding.calls(Phases("A"), 0, 10, 4, (6,))
   assert calls == [(0, 4), (4, 2), (6, 2), (8, 2)]
-  assert parallel.calls(Phases("A"), 0, 4, 1, ()) == [(i, 1) for i in range(4)]
-  assert parallel.calls(Phases("AAB"), 0, 6, 6, ()) == [
+  assert sharding.calls(Phases("A"), 0, 4, 1, ()) == [(i, 1) for i in range(4)]
+  assert sharding.calls(Phases("AAB"), 0, 6, 6, ()) == [
       (0, 2), (2, 1), (3, 2), (5, 1)
   ]
-  assert parallel.calls(Phases("A"), 7, 7, 4, ()) == []
+  assert sharding.calls(Phases("A"), 7, 7, 4, ()) == []
 
 
 def test_curricula_are_stacked():
@@ -166,8 +166,8 @@ def test_curricula_are_stacked():
     def curriculum(self, step):
       return {"n": step, "table": [step, step + 1.0]}
 
-  one = parallel.curricula(Ramp(), 3, 1)
+  one = sharding.curricula(Ramp(), 3, 1)
   assert one["n"].shape == () and one["n"] == 3
-  three = parallel.curricula(Ramp(), 3, 3)
+  three = sharding.curricula(Ramp(), 3, 3)
   assert list(three["n"]) == [3, 4, 5]
   assert math.prod(jax.tree.leaves(three)[1].shape) == 3

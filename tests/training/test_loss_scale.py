@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from bcm_jax.methods import base
-from bcm_jax.training import state as states
-from bcm_jax.training import step as steps
+from bcm_jax.training import train_state
+from bcm_jax.training import train_step
 from tests import toys
 
 BATCH = {
@@ -40,12 +40,14 @@ class Half(base.OnePlayer):
 
 def train(method, loss_scaling, count=1):
   optimizer = {"student": optax.sgd(1.0)}
-  state = states.create(
+  state = train_state.create(
       method, optimizer, (), 0, BATCH["image"], None, None, loss_scaling
   )
   step = jax.jit(
-      steps.make_step(method, optimizer, steps.StepOptions(ema_rates=())),
-      static_argnames="phase",
+    train_step.make_step(
+      method, optimizer, train_step.StepOptions(ema_rates=())
+    ),
+    static_argnames="phase",
   )
   for _ in range(count):
     state, metrics = step(state, BATCH, {}, ("student",))

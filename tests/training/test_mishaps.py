@@ -65,11 +65,11 @@ def test_an_unwritable_place_is_an_error_at_once(server, tmp_path):
 # process without the limit.
 FULL = """
 import os, resource, subprocess, time
-from bcm_jax import watch
+from bcm_jax.training import metric_logger
 cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=1)
 os.dup2(cat.stdin.fileno(), 1)
 os.dup2(cat.stdin.fileno(), 2)
-report = watch.Watch.__call__
+report = metric_logger.Watch.__call__
 def limited(self, step, count, metrics):
   report(self, step, count, metrics)
   hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -78,7 +78,7 @@ def limited(self, step, count, metrics):
   if step == UNTIL:
     time.sleep(1.0)  # The save under way shall meet it.
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-watch.Watch.__call__ = limited
+metric_logger.Watch.__call__ = limited
 """
 
 
@@ -107,7 +107,7 @@ def test_a_disk_that_stays_full_ends_the_run_as_the_machines_fault(
 # Patience is cut short where it hangs, for it must last while all compiles.
 HANG = """
 import time
-from bcm_jax import watch
+from bcm_jax.training import metric_logger
 from bcm_jax.training import watchdog
 dogs, begin = [], watchdog.Watchdog.start
 def start(self):

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from bcm_jax.methods import base
-from bcm_jax.training import state as states
-from bcm_jax.training import step as steps
+from bcm_jax.training import train_state
+from bcm_jax.training import train_step
 from tests import toys
 
 B = 4
@@ -33,9 +33,9 @@ def begin(method, microbatches=1):
   """(state, jitted step) of a method under SGD."""
   optimizers = {name: optax.sgd(0.1) for name in method.players}
   images = batch()["image"]
-  state = states.create(method, optimizers, (0.9,), 0, images, None)
-  options = steps.StepOptions(ema_rates=(0.9,), microbatches=microbatches)
-  step = steps.make_step(method, optimizers, options)
+  state = train_state.create(method, optimizers, (0.9,), 0, images, None)
+  options = train_step.StepOptions(ema_rates=(0.9,), microbatches=microbatches)
+  step = train_step.make_step(method, optimizers, options)
   return state, jax.jit(step, static_argnames="phase")
 
 
@@ -120,9 +120,15 @@ def test_a_loss_reaches_its_own_player_alone(name, expected):
         for n, p in state.players.items()
     }
     changed = dataclasses.replace(state, players=players)
-    value, _ = steps._loss(
-        {"w": params[name]}, None, name, method, steps.StepOptions(), changed,
-        batch(), {},
+    value, _ = train_step._loss(
+      {"w": params[name]},
+      None,
+      name,
+      method,
+      train_step.StepOptions(),
+      changed,
+      batch(),
+      {},
     )
     return value
 
@@ -153,8 +159,8 @@ def test_averages_of_the_sampled_player_move_in_its_own_turns():
   for k in range(4):
     new, _ = step(state, batch(), method.curriculum(k), method.phase(k))
     moved.append(
-        float(new.averages["ema_0.9"]["w"])
-        != float(state.averages["ema_0.9"]["w"])
+      float(new.averages["ema_0.9"]["w"])
+      != float(state.averages["ema_0.9"]["w"])
     )
     state = new
   assert moved == [True, False, False, True]
@@ -181,12 +187,13 @@ class Balanced(base.OnePlayer):
     shared = jax.random.uniform(ctx.shared_key("shared"))
     own = jax.vmap(jax.random.uniform)(ctx.keys("own"))
     terms = {
-        "a": (params["w"] * x) ** 2,
-        "b": self.factor * (params["w"] * own) ** 2,
+      "a": (params["w"] * x) ** 2,
+      "b": self.factor * (params["w"] * own) ** 2,
     }
     return terms, {
-        "shared": jnp.full(len(x), shared), "own": own,
-        "teacher": jnp.full(len(x), ctx.frozen["teacher"]["w"]),
+      "shared": jnp.full(len(x), shared),
+      "own": own,
+      "teacher": jnp.full(len(x), ctx.frozen["teacher"]["w"]),
     }
 
   def curriculum(self, step):
@@ -197,25 +204,26 @@ class Balanced(base.OnePlayer):
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
 @pytest.mark.parametrize("factor", [1.0, 7.0])
 def test_terms_are_weighed_by_gradients_of_the_global_batch(
-    factor, microbatches
+  factor, microbatches
 ):
   method = Balanced(factor)
   state, step = begin(method, microbatches)
   state = state.replace(frozen={"teacher": {"w": jnp.float32(0.25)}})
   data = batch() | {
-      "image": np.arange(1, B + 1, dtype=np.float32).reshape(B, 1, 1, 1)
+    "image": np.arange(1, B + 1, dtype=np.float32).reshape(B, 1, 1, 1)
   }
   new, metrics = step(state, data, {}, ("student",))
   gradient = 2 * 2.0 * np.mean(np.arange(1, B + 1) ** 2.0)
   # Weighed, the second term pulls as the first one, whatever its factor.
   np.testing.assert_allclose(
-      new.players["student"].params["w"], 2.0 - 0.1 * 2 * gradient, rtol=1e-5
+    new.players["student"].params["w"], 2.0 - 0.1 * 2 * gradient, rtol=1e-5
   )
   for name in ("shared", "own"):
     np.testing.assert_allclose(metrics[name], _drawn(method)[name], rtol=1e-6)
   np.testing.assert_allclose(
-      metrics["weight_b"] * metrics["loss_b"] + metrics["loss_a"],
-      metrics["loss"], rtol=1e-6,
+    metrics["weight_b"] * metrics["loss_b"] + metrics["loss_a"],
+    metrics["loss"],
+    rtol=1e-6,
   )
   assert metrics["teacher"] == 0.25
   toys.assert_equal(new.frozen, state.frozen)

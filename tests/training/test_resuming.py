@@ -15,7 +15,7 @@ import pytest
 from bcm_jax import errors
 from bcm_jax.config import build
 from bcm_jax.config import resolve
-from bcm_jax.training import faults
+from bcm_jax.training import fault_injection
 from bcm_jax.training import goodput
 from tests.training import starts
 from tests.training import tiny_run
@@ -61,7 +61,7 @@ KILLS = {
 def test_every_fault_point_is_killed_at():
   killed = {k.partition(":")[0] for k in KILLS.values()} - {"jump"}
   # That of a roll-back is killed at in test_rolling_back.py.
-  assert killed == set(faults.POINTS) - {"before_rollback"}
+  assert killed == set(fault_injection.POINTS) - {"before_rollback"}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,9 @@ def killed(server, tmp_path_factory):
   def broken(name):
     workdir = tmp_path_factory.mktemp(name)
     fault = in_step(jump()) if KILLS[name] == "jump" else KILLS[name]
-    server.start(workdir, TRAINING_FAULT=fault).wait(faults.EXIT_KILLED)
+    server.start(workdir, TRAINING_FAULT=fault).wait(
+      fault_injection.EXIT_KILLED
+    )
     assert not (workdir / "DONE").exists()
     server.start(workdir).wait(0)
     return workdir
@@ -90,9 +92,7 @@ def test_a_killed_run_resumes_bit_for_bit(killed, unbroken, name):
   assert kept == [EVERY, 2 * EVERY, STEPS]  # No half of a save is left.
 
 
-def test_kills_at_any_moment_cost_nothing_but_time(
-    server, unbroken, tmp_path
-):
+def test_kills_at_any_moment_cost_nothing_but_time(server, unbroken, tmp_path):
   seeded = random.Random(0)
   killed = 0
   while not (tmp_path / "DONE").exists():
@@ -111,19 +111,19 @@ def test_kills_at_any_moment_cost_nothing_but_time(
 # The process sends itself the notice when a step is done.
 TOLD = """
 import os, signal
-from bcm_jax import watch
-report = watch.Watch.__call__
+from bcm_jax.training import metric_logger
+report = metric_logger.Watch.__call__
 def told(self, step, count, metrics):
   report(self, step, count, metrics)
   if step == STEP:
     os.kill(os.getpid(), signal.SIGTERM)
-watch.Watch.__call__ = told
+metric_logger.Watch.__call__ = told
 """
 
 
 @pytest.mark.parametrize("step", [1, EVERY, EVERY + 1, STEPS])
 def test_a_notice_saves_the_step_and_the_next_start_goes_on(
-    server, unbroken, tmp_path, step
+  server, unbroken, tmp_path, step
 ):
   start = server.start(tmp_path, code=TOLD.replace("STEP", str(step)))
   start.wait(errors.EXIT_PREEMPTED)
@@ -160,7 +160,7 @@ def test_several_steps_a_call_resume_too(server, tmp_path):
   b.wait(errors.EXIT_PREEMPTED)
   assert f"preempted: step 6 of {STEPS} is saved" in b.text
   server.start(broken, several, TRAINING_FAULT=in_step(2)).wait(
-      faults.EXIT_KILLED
+    fault_injection.EXIT_KILLED
   )
   server.start(broken, several).wait(0)
   a.wait(0)
@@ -168,7 +168,7 @@ def test_several_steps_a_call_resume_too(server, tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_alone(
-    server, unbroken, tmp_path
+  server, unbroken, tmp_path
 ):
   shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
   flip_a_bit(tmp_path / "checkpoints" / str(STEPS))
@@ -201,15 +201,20 @@ def test_no_good_checkpoint_is_refused(server, unbroken, tmp_path):
 
 
 def test_config_drift_is_refused_with_a_difference(server, tmp_path):
-  server.start(tmp_path, TRAINING_FAULT=in_step(6)).wait(faults.EXIT_KILLED)
+  server.start(tmp_path, TRAINING_FAULT=in_step(6)).wait(
+    fault_injection.EXIT_KILLED
+  )
   files = [tmp_path / "config.json", tmp_path / "lock.json"]
   before = [path.read_text() for path in files]
   start = server.start(
-      tmp_path, "optimizer.learning_rate=0.5", "model.width=16", "seed=3"
+    tmp_path, "optimizer.learning_rate=0.5", "model.width=16", "seed=3"
   )
   start.wait(errors.EXIT_BAD_INPUT)
-  for said in ("optimizer.learning_rate is 0.01 there, 0.5 here",
-               "model.width is 32 there, 16 here", "seed is 0 there, 3 here"):
+  for said in (
+    "optimizer.learning_rate is 0.01 there, 0.5 here",
+    "model.width is 32 there, 16 here",
+    "seed is 0 there, 3 here",
+  ):
     assert said in start.text
   assert [path.read_text() for path in files] == before
 
@@ -221,13 +226,21 @@ profile = hooks.profile
 hooks.profile = lambda folder, first_profile: profile(folder, 2, 2)
 """
   server.start(
-      tmp_path, "log.every_steps=5", "log.profile=true",
-      "log.progress_secs=0.0", "checkpoint.every_steps=5", "eval.seeds=1,2",
-      "sample.num_samples=7", code=early + TOLD.replace("STEP", "7"),
+    tmp_path,
+    "log.every_steps=5",
+    "log.profile=true",
+    "log.progress_secs=0.0",
+    "checkpoint.every_steps=5",
+    "eval.seeds=1,2",
+    "sample.num_samples=7",
+    code=early + TOLD.replace("STEP", "7"),
   ).wait(errors.EXIT_PREEMPTED)
   server.start(
-      tmp_path, "log.every_steps=3", "checkpoint.every_steps=7",
-      "checkpoint.keep=1", "eval.samplers=onestep",
+    tmp_path,
+    "log.every_steps=3",
+    "checkpoint.every_steps=7",
+    "checkpoint.keep=1",
+    "eval.samplers=onestep",
   ).wait(0)
   assert starts.leaves(tmp_path, STEPS) == starts.leaves(unbroken, STEPS)
   lines = {line.get("step"): line for line in starts.metrics(unbroken)}
@@ -241,13 +254,13 @@ def test_where_the_time_went_adds_up(server, tmp_path):
   """The parts to the wall time, and that to the clock of who waits for it."""
   began = time.time()
   server.start(tmp_path, TRAINING_FAULT=in_step(10), code=starts.slow()).wait(
-      faults.EXIT_KILLED
+    fault_injection.EXIT_KILLED
   )
   server.start(tmp_path, code=starts.slow()).wait(0)
   whole = time.time() - began
   records = [
-      json.loads(path.read_text())
-      for path in sorted((tmp_path / goodput.FOLDER).iterdir())
+    json.loads(path.read_text())
+    for path in sorted((tmp_path / goodput.FOLDER).iterdir())
   ]
   for record in records:
     assert sum(record["seconds"].values()) == pytest.approx(record["wall"])

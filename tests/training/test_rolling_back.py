@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax.training import faults
+from bcm_jax.training import fault_injection
 from tests.training import starts
 from tests.training import tiny_run
 
@@ -131,13 +131,13 @@ def test_a_roll_back_goes_on_with_other_data(whole, name):
 # Sets a fault point when a roll-back is written down, the COUNT-th in a row.
 ARMED = """
 import os
-from bcm_jax.training import faults
+from bcm_jax.training import fault_injection
 from bcm_jax.training import rollbacks
 add = rollbacks.add
 def armed(workdir, rollback):
   add(workdir, rollback)
   if rollback.count == COUNT:
-    os.environ[faults.ENVIRONMENT] = "POINT"
+    os.environ[fault_injection.ENVIRONMENT] = "POINT"
 rollbacks.add = armed
 """
 # Name -> (which of RUNS, deaths of the starts before the last: the roll-back
@@ -167,7 +167,7 @@ def broken(server, tmp_path_factory):
       server.start(
           workdir, TWO, code=code + (armed if count else ""),
           TRAINING_FAULT="" if count else fault,
-      ).wait(faults.EXIT_KILLED)
+      ).wait(fault_injection.EXIT_KILLED)
     start = server.start(workdir, TWO, code=code)
     start.wait(0)
     return workdir, start.text

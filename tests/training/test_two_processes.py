@@ -12,7 +12,7 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
-from bcm_jax.training import faults
+from bcm_jax.training import fault_injection
 from tests.training import starts
 from tests.training import test_rolling_back as rolling_back
 from tests.training import tiny_run
@@ -104,13 +104,13 @@ def test_two_processes_train_as_one_does(unbroken, alone, kind):
 # A process sends itself the notice when a step is done.
 TOLD = """
 import os, signal
-from bcm_jax import watch
-report = watch.Watch.__call__
+from bcm_jax.training import metric_logger
+report = metric_logger.Watch.__call__
 def told(self, step, count, metrics):
   report(self, step, count, metrics)
   if step == 5:
     os.kill(os.getpid(), signal.SIGTERM)
-watch.Watch.__call__ = told
+metric_logger.Watch.__call__ = told
 """
 # Long enough for a notice to pass from one process to the other.
 SLOW = starts.slow(0.2)
@@ -153,7 +153,7 @@ def test_a_death_ends_the_other_and_the_next_start_goes_on(
 
 def test_a_kill_in_a_save_of_cut_tensors_resumes(server, unbroken, tmp_path):
   both = pair(server, tmp_path, *FSDP, TRAINING_FAULT="mid_write:2")
-  wait(both, faults.EXIT_KILLED)
+  wait(both, fault_injection.EXIT_KILLED)
   wait(pair(server, tmp_path, *FSDP), 0)
   starts.assert_same_run(tmp_path, unbroken["fsdp"], STEPS)
 
@@ -180,8 +180,8 @@ def test_a_bad_image_on_one_host_is_skipped_and_rolled_back_on_both(
 
 # Three seconds of patience instead of five minutes.
 HASTY = """
-from bcm_jax.training import hosts
-hosts.connect.__defaults__ = (*hosts.connect.__defaults__[:-1], 3)
+from bcm_jax.training import multihost
+multihost.connect.__defaults__ = (*multihost.connect.__defaults__[:-1], 3)
 """
 
 

@@ -15,10 +15,10 @@ import optax
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
 from bcm_jax.methods import trajectory
-from bcm_jax.training import parallel
 from bcm_jax.training import rng
-from bcm_jax.training import state as states
-from bcm_jax.training import step as steps
+from bcm_jax.training import sharding
+from bcm_jax.training import train_state
+from bcm_jax.training import train_step
 from tests import toys
 
 B = 16
@@ -55,9 +55,9 @@ def runner(topology):
   devices = jax.devices()[:n]
   assert len(devices) == n
   if kind == "pmap":
-    return parallel.Pmap(tuple(devices))
-  mesh = parallel.make_mesh(devices, int(fsdp or 1))
-  return parallel.Jit(mesh, parallel.parse_rules(RULES[kind]))
+    return sharding.Pmap(tuple(devices))
+  mesh = sharding.make_mesh(devices, int(fsdp or 1))
+  return sharding.Jit(mesh, sharding.parse_rules(RULES[kind]))
 
 
 def optimizers():
@@ -67,17 +67,17 @@ def optimizers():
 @functools.cache
 def compiled(topology, microbatches=1, several=False):
   devices = runner(topology)
-  options = steps.StepOptions(
+  options = train_step.StepOptions(
       ema_rates=(0.9,), microbatches=microbatches,
       axis_name=devices.axis_name,
   )
-  step = steps.make_step(method(), optimizers(), options)
+  step = train_step.make_step(method(), optimizers(), options)
   return devices, devices.compile(step, several)
 
 
 def create():
   one = batch()
-  return states.create(
+  return train_state.create(
       method(), optimizers(), (0.9,), 0, one["image"], one["label"]
   )
 
@@ -98,7 +98,7 @@ class Ramp:
 def inputs(devices, *at):
   """Batches and curricula of steps, on the devices."""
   return devices.batch(*map(batch, at)), devices.replicate(
-      parallel.curricula(Ramp(), at[0], len(at))
+      sharding.curricula(Ramp(), at[0], len(at))
   )
 
 
@@ -135,12 +135,12 @@ def weighed(topology):
   )
   optimizer = {name: optax.sgd(1e-2) for name in ctm.players}
   devices = runner(topology)
-  step = devices.compile(steps.make_step(
+  step = devices.compile(train_step.make_step(
       ctm, optimizer,
-      steps.StepOptions(ema_rates=(), axis_name=devices.axis_name),
+      train_step.StepOptions(ema_rates=(), axis_name=devices.axis_name),
   ))
   images = toys.images(B, 4)
-  state = states.create(ctm, optimizer, (), 0, images, None)
+  state = train_state.create(ctm, optimizer, (), 0, images, None)
   # Away from the optimum, where there is nothing to weigh.
   state.players["student"].params["scale"] = jnp.float32(0.7)
   state = devices.place(state.replace(

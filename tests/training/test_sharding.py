@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bcm_jax.checkpoint import checkpoint
-from bcm_jax.training import parallel
+from bcm_jax.training import sharding
 from tests import quick
 from tests import toys
 from tests.training import topologies
@@ -32,10 +32,10 @@ CUT = ("fsdp-2x2", "fsdp-1x4", "pattern-2x2")
 @pytest.fixture(autouse=True, scope="module")
 def quickly():
   # The toy's tensors are smaller than what is worth cutting.
-  before, parallel._MIN_CUT_SIZE = parallel._MIN_CUT_SIZE, 16
+  before, sharding._MIN_CUT_SIZE = sharding._MIN_CUT_SIZE, 16
   with toys.quick_compilation():
     yield
-  parallel._MIN_CUT_SIZE = before
+  sharding._MIN_CUT_SIZE = before
 
 
 @functools.cache

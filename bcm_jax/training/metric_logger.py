@@ -11,7 +11,7 @@ from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.config import schema
 from bcm_jax.training import hooks
-from bcm_jax.training import writers
+from bcm_jax.training import metric_writers
 
 
 @dataclasses.dataclass
@@ -28,7 +28,7 @@ class Watch:
     newest: metric -> (its last values, the one of them that is the newest).
   """
 
-  writer: writers.MetricWriter
+  writer: metric_writers.MetricWriter
   report: Any
   profile: Any
   progress: hooks.Progress
@@ -72,7 +72,7 @@ def open_watch(
   config = experiment.config
   training: schema.Training = experiment.section("training")
   log: schema.Log = experiment.section("log")
-  writer = writers.create_writer(
+  writer = metric_writers.create_writer(
       workdir, jax.process_index() == 0, resume_step=first
   )
   stack.callback(writer.close)

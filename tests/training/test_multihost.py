@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax.training import hosts
+from bcm_jax.training import multihost
 
 
 @pytest.mark.parametrize("given", [
@@ -21,17 +21,17 @@ from bcm_jax.training import hosts
 ])
 def test_half_an_address_is_refused(given):
   with pytest.raises(errors.UserError, match="belong together"):
-    hosts.connect(*given)
+    multihost.connect(*given)
 
 
 @pytest.mark.parametrize("number", [-1, 2])
 def test_a_number_outside_is_refused(number):
   with pytest.raises(errors.UserError, match="must lie in 0 .. 1"):
-    hosts.connect("127.0.0.1:1", 2, number)
+    multihost.connect("127.0.0.1:1", 2, number)
 
 
 def test_without_a_cluster_it_is_one_process():
-  hosts.connect()
+  multihost.connect()
   assert jax.process_count() == 1
 
 
@@ -48,7 +48,7 @@ def test_cores_become_devices_that_divide_the_batch(
   )
   updates = []
   monkeypatch.setattr(jax.config, "update", lambda *x: updates.append(x))
-  hosts.use_cores(asked, batch, processes)
+  multihost.use_cores(asked, batch, processes)
   assert updates == [("jax_num_cpu_devices", devices)]
 
 
@@ -57,14 +57,14 @@ def test_a_number_of_devices_in_the_environment_wins(monkeypatch):
   monkeypatch.setattr(
       jax.config, "update", lambda *x: pytest.fail(f"set {x}")
   )
-  hosts.use_cores(2, 64)
+  multihost.use_cores(2, 64)
 
 
 def test_alone_one_agrees_with_oneself():
-  assert hosts.all_agree(True) and not hosts.all_agree(False)
-  hosts.raise_everywhere(None)
+  assert multihost.all_agree(True) and not multihost.all_agree(False)
+  multihost.raise_everywhere(None)
   with pytest.raises(errors.UserError, match="mine"):
-    hosts.raise_everywhere(errors.UserError("mine"))
+    multihost.raise_everywhere(errors.UserError("mine"))
 
 
 def test_copies_share_no_memory_and_are_whole():
@@ -72,7 +72,7 @@ def test_copies_share_no_memory_and_are_whole():
   cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
   x = jnp.arange(8.0)
   tree = {"cut": jax.device_put(x, cut), "one": x, "host": np.arange(3)}
-  copies = hosts.to_host(tree)
+  copies = multihost.to_host(tree)
   for name, value in tree.items():
     assert isinstance(copies[name], np.ndarray)
     np.testing.assert_array_equal(copies[name], np.asarray(value))
@@ -80,7 +80,7 @@ def test_copies_share_no_memory_and_are_whole():
 
 
 def test_a_notice_waits_where_it_is_deferred():
-  notice = hosts.Notice()
+  notice = multihost.Notice()
   before = signal.getsignal(signal.SIGTERM)
   with notice.listening():
     with pytest.raises(errors.Preempted, match="nothing to save"):
@@ -96,7 +96,7 @@ def test_a_notice_waits_where_it_is_deferred():
 
 
 def test_what_the_loop_raises_is_not_hidden_by_a_notice():
-  notice = hosts.Notice()
+  notice = multihost.Notice()
   with notice.listening(), pytest.raises(KeyError):
     with notice.deferred():
       os.kill(os.getpid(), signal.SIGTERM)
@@ -104,7 +104,7 @@ def test_what_the_loop_raises_is_not_hidden_by_a_notice():
 
 
 def test_without_a_notice_nothing_is_raised():
-  notice = hosts.Notice()
+  notice = multihost.Notice()
   with notice.listening(), notice.deferred():
     assert not notice.reached(0)
 
@@ -113,7 +113,7 @@ def test_in_a_thread_nothing_listens():
   before, seen = signal.getsignal(signal.SIGTERM), []
 
   def in_thread():
-    with hosts.Notice().listening():
+    with multihost.Notice().listening():
       seen.append(signal.getsignal(signal.SIGTERM))
 
   thread = threading.Thread(target=in_thread)
@@ -126,8 +126,8 @@ def test_jax_tells_once_and_the_notice_remembers(monkeypatch):
   """With several processes, the point to stop at may be rolled back over."""
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(
-      hosts.multihost_utils, "reached_preemption_sync_point",
+      multihost.multihost_utils, "reached_preemption_sync_point",
       lambda call: call == 3,
   )
-  notice = hosts.Notice()
+  notice = multihost.Notice()
   assert [notice.reached(call) for call in range(6)] == [False] * 3 + [True] * 3

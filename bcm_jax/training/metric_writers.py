@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from absl import logging
 import numpy as np
 
-from bcm_jax.training import faults
+from bcm_jax.training import fault_injection
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -208,7 +208,7 @@ class JsonlWriter(NullWriter):
     # At once: a killed job loses at most the line it is at.
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     half = len(line) // 2
-    faults.point("metrics_half", lambda: self._append(line[:half]))
+    fault_injection.point("metrics_half", lambda: self._append(line[:half]))
     self._append(line)
 
   def _append(self, text: bytes) -> None:

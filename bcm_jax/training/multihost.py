@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax.training import arrivals
+from bcm_jax.training import host_arrivals
 
 
 def connect(
@@ -59,7 +59,7 @@ def connect(
         f"for --num_processes={num_processes}"
     )
   try:
-    with arrivals.watched(workdir, process_id, num_processes,
+    with host_arrivals.watched(workdir, process_id, num_processes,
                           min(20.0, patience_secs / 6)):
       jax.distributed.initialize(
           *given, initialization_timeout=patience_secs,

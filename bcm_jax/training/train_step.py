@@ -20,9 +20,9 @@ from bcm_jax.data import augmentation
 from bcm_jax.data import source as sources
 from bcm_jax.methods import base
 from bcm_jax.training import ema
-from bcm_jax.training import power_ema
+from bcm_jax.training import phema
 from bcm_jax.training import rng
-from bcm_jax.training import state as states
+from bcm_jax.training import train_state
 
 Batch = dict[str, jax.Array]
 # Floats of the 256 grey levels, looked up: XLA divides by a constant in other
@@ -30,7 +30,7 @@ Batch = dict[str, jax.Array]
 _GREY = sources.to_float(np.arange(256, dtype=np.uint8))
 # Fields of a batch that a loss finds in its context by another name.
 _KNOWN = ("image", "label", "index")
-Step = Callable[..., tuple[states.TrainState, dict[str, jax.Array]]]
+Step = Callable[..., tuple[train_state.TrainState, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def make_step(
         finite, updated, lambda: (dict(state.players), dict(state.averages))
     )
     bad = 1 - finite.astype(jnp.int32)
-    new = states.TrainState(
+    new = train_state.TrainState(
         step=state.step + 1,
         window=state.window,
         players=players,
@@ -115,7 +115,7 @@ def make_step(
   return step
 
 
-def _reported(method, new: states.TrainState, metrics) -> dict[str, Any]:
+def _reported(method, new: train_state.TrainState, metrics) -> dict[str, Any]:
   """Metrics of all players of the phase, and what the state counts."""
   flat = {
       (k if len(method.players) == 1 else f"{name}/{k}"): v
@@ -258,7 +258,7 @@ def _update(player, grads, optimizer, project):
   params = optax.apply_updates(player.params, updates)
   if project is not None:
     params = project(params)
-  return states.PlayerState(params, opt_state, player.updates + 1)
+  return train_state.PlayerState(params, opt_state, player.updates + 1)
 
 
 def _averages(
@@ -284,13 +284,13 @@ def _sampled_averages(options, old, sampled) -> dict[str, Any]:
   """The sampled player's averages after its update."""
   averages = {}
   for rate in options.ema_rates:
-    name = states.average_name(rate)
+    name = train_state.average_name(rate)
     if options.ema_warmup:
       rate = ema.warmed_rate(rate, sampled.updates)
     averages[name] = ema.update(old[name], sampled.params, rate)
   for std in options.ema_stds:
-    name = states.power_name(std)
-    averages[name] = power_ema.update(
+    name = train_state.power_name(std)
+    averages[name] = phema.update(
         old[name], sampled.params, std, sampled.updates, 1
     )
   return averages

@@ -7,7 +7,7 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.training import ema
-from bcm_jax.training import power_ema
+from bcm_jax.training import phema
 from tests import golden
 
 FILE = "edm2_phema"
@@ -26,37 +26,37 @@ def close(actual, name, rtol=1e-9, atol=0.0):
 
 
 def test_lengths_and_exponents():
-  close(power_ema.std_to_exp(meta("stds")), "std_to_exp")
+  close(phema.std_to_exp(meta("stds")), "std_to_exp")
   close(
-      power_ema.exp_to_std(expected("std_to_exp")), "exp_to_std", rtol=1e-12
+      phema.exp_to_std(expected("std_to_exp")), "exp_to_std", rtol=1e-12
   )
   # The closed form, its uniform limit and shapes.
-  assert power_ema.exp_to_std(0.0) == pytest.approx(power_ema.LARGEST_STD)
-  assert power_ema.std_to_exp(0.05).shape == ()
+  assert phema.exp_to_std(0.0) == pytest.approx(phema.LARGEST_STD)
+  assert phema.std_to_exp(0.05).shape == ()
   stds = np.array([[0.005, 0.28], [0.1, 0.2]])
   np.testing.assert_allclose(
-      power_ema.exp_to_std(power_ema.std_to_exp(stds)), stds, rtol=1e-9
+      phema.exp_to_std(phema.std_to_exp(stds)), stds, rtol=1e-9
   )
 
 
 @pytest.mark.parametrize("std", [0.0, -0.1, 0.2887, 1.0, np.nan, [0.1, 0.3]])
 def test_lengths_out_of_range(std):
   with pytest.raises(errors.UserError, match=r"sigma_rel = .*0\.2887"):
-    power_ema.std_to_exp(std)
+    phema.std_to_exp(std)
 
 
 def test_beta():
   times = expected("beta_t_next"), expected("beta_t_delta")
   with jax.enable_x64(True):
-    ours = [power_ema.beta(std, *times) for std in meta("stds")]
+    ours = [phema.beta(std, *times) for std in meta("stds")]
   close(ours, "beta")
   # In float32, and traced, what is new keeps its digits only without 1 - beta.
   late = dict(t_next=jnp.float32(1e6), t_delta=jnp.float32(1))
-  beta = jax.jit(lambda t: power_ema.beta(0.05, t, 1.0))(late["t_next"])
+  beta = jax.jit(lambda t: phema.beta(0.05, t, 1.0))(late["t_next"])
   assert beta.dtype == jnp.float32
   exact = 17.97219 * 1e-6
   assert 1 - float(beta) == pytest.approx(exact, rel=1e-2)
-  new = power_ema.update(jnp.float32(0), jnp.float32(1), 0.05, **late)
+  new = phema.update(jnp.float32(0), jnp.float32(1), 0.05, **late)
   assert float(new) == pytest.approx(exact, rel=1e-5)
 
 
@@ -66,10 +66,10 @@ def test_averages_of_a_run():
   @jax.jit
   def step(powers, plain, value, images):
     powers = [
-        power_ema.update(average, value, std, images, batch)
+        phema.update(average, value, std, images, batch)
         for average, std in zip(powers, stds, strict=True)
     ]
-    rate = power_ema.halflife_beta(images, batch, halflife=5000)
+    rate = phema.halflife_beta(images, batch, halflife=5000)
     return powers, ema.update(plain, value, rate)
 
   track, old = [], []
@@ -84,28 +84,28 @@ def test_averages_of_a_run():
 
 
 def test_half_life():
-  assert power_ema.halflife_beta(1e6, 500, 500, None) == 0.5
-  assert power_ema.halflife_beta(1e6, 1000, 500, 0.05) == 0.25
-  ramped = power_ema.halflife_beta(1000.0, 100, 500, 0.05)
+  assert phema.halflife_beta(1e6, 500, 500, None) == 0.5
+  assert phema.halflife_beta(1e6, 1000, 500, 0.05) == 0.25
+  ramped = phema.halflife_beta(1000.0, 100, 500, 0.05)
   assert float(ramped) == pytest.approx(0.5 ** (100 / 50))
-  assert power_ema.halflife_beta(0.0, 100, 500) == 0
+  assert phema.halflife_beta(0.0, 100, 500) == 0
 
 
 def test_learning_rate():
   images = [0, 1e5, 1e6, 1e7, 1e8, 1.4336e8, 2e8, 1e9]
   with jax.enable_x64(True):
-    close(power_ema.learning_rate(jnp.asarray(images), 2048), "lr", rtol=1e-12)
-  rate = jax.jit(lambda n: power_ema.learning_rate(n, 2048))(jnp.int32(10**9))
+    close(phema.learning_rate(jnp.asarray(images), 2048), "lr", rtol=1e-12)
+  rate = jax.jit(lambda n: phema.learning_rate(n, 2048))(jnp.int32(10**9))
   assert rate.dtype == jnp.float32
   assert float(rate) == pytest.approx(expected("lr")[-1], rel=1e-6)
-  assert power_ema.learning_rate(1e9, 2048, 0.5, 0, 0) == 0.5
+  assert phema.learning_rate(1e9, 2048, 0.5, 0, 0) == 0.5
 
 
 def test_responses():
-  ours = [power_ema.response(50, std, 64) for std in meta("stds")]
+  ours = [phema.response(50, std, 64) for std in meta("stds")]
   close(ours, "response", atol=1e-18)
   np.testing.assert_array_equal(
-      power_ema.response(50, 0.1, 20), power_ema.response(50, 0.1, 64)[:20]
+      phema.response(50, 0.1, 20), phema.response(50, 0.1, 64)[:20]
   )
 
 
@@ -116,22 +116,22 @@ def profiles(times):
 
 def test_inner_products_of_profiles():
   stored = expected("in_ofs"), expected("in_std")
-  close(power_ema.correlation(*stored, *stored), "correlation")
+  close(phema.correlation(*stored, *stored), "correlation")
   # Against the integral, for one earlier and one later profile.
   s = (np.arange(200_000) + 0.5) / 200_000 * 3
 
   def density(t, std):
-    g = power_ema.std_to_exp(std)
+    g = phema.std_to_exp(std)
     return np.where(s < t, (g + 1) * (s / t) ** g / t, 0)
 
   for a, b in (((2, 0.1), (3, 0.2)), ((3, 0.2), (2, 0.1))):
     numeric = (density(*a) * density(*b)).mean() * 3
-    ours = power_ema.correlation([a[0]], [a[1]], [b[0]], [b[1]])
+    ours = phema.correlation([a[0]], [a[1]], [b[0]], [b[1]])
     assert ours.item() == pytest.approx(numeric, rel=1e-4)
 
 
 def test_coefficients_are_the_official_ones():
-  ours = power_ema.solve_posthoc_coefficients(
+  ours = phema.solve_posthoc_coefficients(
       *(expected(k) for k in ("in_ofs", "in_std", "out_ofs", "out_std"))
   )
   scale = np.abs(expected("coefficients")).max()
@@ -141,7 +141,7 @@ def test_coefficients_are_the_official_ones():
   known = (-0.000562, 0.001944, -0.013148, 0.038020, -0.077958, 0.200409,
            -0.264062, 1.115357)
   np.testing.assert_allclose(
-      power_ema.coefficients(*profiles([8, 16, 24, 32]), 32, 0.15), known,
+      phema.coefficients(*profiles([8, 16, 24, 32]), 32, 0.15), known,
       atol=1e-6,
   )
 
@@ -149,7 +149,7 @@ def test_coefficients_are_the_official_ones():
 def test_a_stored_average_is_its_own_reconstruction():
   times, stds = profiles([100, 200, 300, 400, 500])
   for i in (0, 3, 8):
-    ours = power_ema.coefficients(times, stds, times[i], stds[i])
+    ours = phema.coefficients(times, stds, times[i], stds[i])
     np.testing.assert_allclose(ours, np.eye(10)[i], atol=1e-9)
 
 
@@ -157,10 +157,10 @@ def test_snapshots_at_the_start_and_later_ones_are_left_out():
   times, stds = profiles([0, 8, 16, 24, 32, 40])
   order = np.random.default_rng(0).permutation(len(times))
   ours = np.empty(len(times))
-  ours[order] = power_ema.coefficients(times[order], stds[order], 24, 0.15)
+  ours[order] = phema.coefficients(times[order], stds[order], 24, 0.15)
   assert not ours[[0, 1, 8, 9, 10, 11]].any()
   np.testing.assert_allclose(
-      ours[2:8], power_ema.coefficients(*profiles([8, 16, 24]), 24, 0.15),
+      ours[2:8], phema.coefficients(*profiles([8, 16, 24]), 24, 0.15),
       rtol=1e-8,
   )
 
@@ -173,10 +173,10 @@ def test_averages_of_a_known_path_are_found_again(std, count, limit, power):
   times, stds = profiles((np.arange(count) + 1) / count)
 
   def average(t, s):  # The mean of x^power under the profile, exactly.
-    g = power_ema.std_to_exp(s)
+    g = phema.std_to_exp(s)
     return t**power * (g + 1) / (g + power + 1)
 
-  ours = power_ema.coefficients(times, stds, 1, std) @ average(times, stds)
+  ours = phema.coefficients(times, stds, 1, std) @ average(times, stds)
   assert ours == pytest.approx(average(1, std), rel=limit)
 
 
@@ -194,7 +194,7 @@ def test_reconstruction_of_trees():
       }
       for _ in weights
   ]
-  out = power_ema.reconstruct(iter(trees), weights)
+  out = phema.reconstruct(iter(trees), weights)
   for name, leaf in out.items():
     assert isinstance(leaf, np.ndarray)
     exact = sum(
@@ -210,7 +210,7 @@ def test_reconstruction_of_trees():
 
 def test_weights_are_taken_as_they_are():
   # Their sum is 2, not 1.
-  out = power_ema.reconstruct([{"a": np.ones(2)}, {"a": np.zeros(2)}], [3, -1])
+  out = phema.reconstruct([{"a": np.ones(2)}, {"a": np.zeros(2)}], [3, -1])
   np.testing.assert_array_equal(out["a"], [3, 3])
 
 
@@ -224,7 +224,7 @@ def test_weights_are_taken_as_they_are():
 ])
 def test_wishes_that_cannot_be_met(times, stds, time, std, match):
   with pytest.raises(errors.UserError, match=match):
-    power_ema.coefficients(times, stds, time, std)
+    phema.coefficients(times, stds, time, std)
 
 
 def test_systems_that_cannot_be_solved():
@@ -233,7 +233,7 @@ def test_systems_that_cannot_be_solved():
       (([0, 1], [0.1, 0.1], [1], [0.1]), "time 0"),
   ):
     with pytest.raises(errors.UserError, match=match):
-      power_ema.solve_posthoc_coefficients(*args)
+      phema.solve_posthoc_coefficients(*args)
 
 
 @pytest.mark.parametrize("trees, weights", [
@@ -241,4 +241,4 @@ def test_systems_that_cannot_be_solved():
 ])
 def test_snapshots_and_weights_of_different_number(trees, weights):
   with pytest.raises(errors.UserError, match=f"{trees} snapshots for"):
-    power_ema.reconstruct([{"a": np.ones(2)}] * trees, weights)
+    phema.reconstruct([{"a": np.ones(2)}] * trees, weights)

@@ -14,11 +14,11 @@ from bcm_jax.data import augmentation
 from bcm_jax.data import source as sources
 from bcm_jax.methods import base
 from bcm_jax.training import ema
-from bcm_jax.training import parallel
-from bcm_jax.training import power_ema
+from bcm_jax.training import phema
 from bcm_jax.training import rng
-from bcm_jax.training import state as states
-from bcm_jax.training import step as steps
+from bcm_jax.training import sharding
+from bcm_jax.training import train_state
+from bcm_jax.training import train_step
 from tests import toys
 
 B = 8
@@ -81,11 +81,11 @@ def begin(method, optimizers=None, rates=(0.9,), **options):
       name: optax.sgd(0.1) for name in method.players
   }
   data = batch()
-  state = states.create(
+  state = train_state.create(
       method, optimizers, rates, 0, data["image"], data["label"]
   )
-  options = steps.StepOptions(ema_rates=rates, **options)
-  step = steps.make_step(method, optimizers, options)
+  options = train_step.StepOptions(ema_rates=rates, **options)
+  step = train_step.make_step(method, optimizers, options)
   return state, jax.jit(step, static_argnames="phase")
 
 
@@ -231,11 +231,13 @@ def test_the_target_network_of_ct_lags_by_mu_of_k():
   )
   optimizers = {"student": optax.sgd(0.1)}
   images = toys.images()
-  create = functools.partial(states.create, method, optimizers, (0.9,), 0)
+  create = functools.partial(train_state.create, method, optimizers, (0.9,), 0)
   state = jax.jit(create)(images, None)
   step = jax.jit(
-      steps.make_step(method, optimizers, steps.StepOptions(ema_rates=(0.9,))),
-      static_argnames="phase",
+    train_step.make_step(
+      method, optimizers, train_step.StepOptions(ema_rates=(0.9,))
+    ),
+    static_argnames="phase",
   )
   expected = state.players["student"].params
   data = {"image": images, "index": np.arange(len(images))}
@@ -244,8 +246,9 @@ def test_the_target_network_of_ct_lags_by_mu_of_k():
     mu = np.exp(2 * np.log(0.9) / (n - 1))
     state, _ = run(method, step, state, data)
     expected = jax.tree.map(
-        lambda e, p, mu=mu: mu * e + (1 - mu) * p, expected,
-        state.players["student"].params,
+      lambda e, p, mu=mu: mu * e + (1 - mu) * p,
+      expected,
+      state.players["student"].params,
     )
   toys.assert_close(state.averages["target"], expected)
   assert step._cache_size() == 1
@@ -256,11 +259,13 @@ def test_the_curriculum_does_not_recompile_the_step():
   method = toys.bidirectional_toy(toys.MLP(width=4))
   optimizers = {"student": optax.adam(1e-3)}
   images = toys.images()
-  create = functools.partial(states.create, method, optimizers, (0.9,), 0)
+  create = functools.partial(train_state.create, method, optimizers, (0.9,), 0)
   state = jax.jit(create)(images, None)
   step = jax.jit(
-      steps.make_step(method, optimizers, steps.StepOptions(ema_rates=(0.9,))),
-      static_argnames="phase",
+    train_step.make_step(
+      method, optimizers, train_step.StepOptions(ema_rates=(0.9,))
+    ),
+    static_argnames="phase",
   )
   data = {"image": images, "index": np.arange(len(images))}
   scales = set()
@@ -280,8 +285,8 @@ def test_a_state_is_a_function_of_the_seed():
 
   @functools.partial(jax.jit, static_argnums=0)
   def create(seed):
-    return states.create(
-        method, optimizers, (0.9, 0.9999), seed, toys.images(), None
+    return train_state.create(
+      method, optimizers, (0.9, 0.9999), seed, toys.images(), None
     )
 
   one, two = create(0), create(1)
@@ -302,9 +307,14 @@ def test_starting_from_another_run(adapt):
       return {"student": dataclasses.replace(toys.scale_player(), adapt=adapt)}
 
   data = batch()
-  state = states.create(
-      From(), {"student": optax.adam(0.1)}, (0.9,), 0, data["image"], None,
-      {"student": {"w": jnp.float32(5)}},
+  state = train_state.create(
+    From(),
+    {"student": optax.adam(0.1)},
+    (0.9,),
+    0,
+    data["image"],
+    None,
+    {"student": {"w": jnp.float32(5)}},
   )
   expected = 6 if adapt else 5
   assert state.players["student"].params["w"] == expected
@@ -316,8 +326,10 @@ def test_no_buffer_of_the_state_appears_twice():
   method = Averaged()
   optimizers = {"student": optax.sgd(0.1)}
   state, _ = begin(method)
-  step = parallel.Jit(parallel.make_mesh(jax.devices()[:1])).compile(
-      steps.make_step(method, optimizers, steps.StepOptions(ema_rates=(0.9,)))
+  step = sharding.Jit(sharding.make_mesh(jax.devices()[:1])).compile(
+    train_step.make_step(
+      method, optimizers, train_step.StepOptions(ema_rates=(0.9,))
+    )
   )
   new, _ = run(method, step, state, batch())
   assert state.step.is_deleted() and new.step == 1
@@ -325,25 +337,30 @@ def test_no_buffer_of_the_state_appears_twice():
 
 def test_a_projection_follows_every_update():
   class Projected(Regression):
-
     @property
     def players(self):
       player = toys.scale_player()
-      return {"student": dataclasses.replace(
+      return {
+        "student": dataclasses.replace(
           player, project=lambda p: {"w": jnp.round(p["w"])}
-      )}
+        )
+      }
 
   method = Projected()
   state, step = begin(method, {"student": optax.sgd(0.7)})
   free, _ = begin(Regression(), {"student": optax.sgd(0.7)})
-  free, _ = run(Regression(), begin(
-      Regression(), {"student": optax.sgd(0.7)})[1], free, batch())
+  free, _ = run(
+    Regression(),
+    begin(Regression(), {"student": optax.sgd(0.7)})[1],
+    free,
+    batch(),
+  )
   state, _ = run(method, step, state, batch())
   plain = float(free.players["student"].params["w"])
   assert plain != round(plain)
   assert float(state.players["student"].params["w"]) == round(plain)
   np.testing.assert_allclose(
-      state.averages["ema_0.9"]["w"], 0.9 + 0.1 * round(plain), rtol=1e-6
+    state.averages["ema_0.9"]["w"], 0.9 + 0.1 * round(plain), rtol=1e-6
   )
 
 
@@ -351,23 +368,29 @@ def test_power_function_average_forgets_the_start():
   method = Regression()
   optimizers = {"student": optax.sgd(0.1)}
   data = batch()
-  state = states.create(
-      method, optimizers, (), 0, data["image"], data["label"],
-      ema_stds=(0.1,),
+  state = train_state.create(
+    method,
+    optimizers,
+    (),
+    0,
+    data["image"],
+    data["label"],
+    ema_stds=(0.1,),
   )
   step = jax.jit(
-      steps.make_step(method, optimizers, steps.StepOptions(
-          ema_rates=(), ema_stds=(0.1,))),
-      static_argnames="phase",
+    train_step.make_step(
+      method, optimizers, train_step.StepOptions(ema_rates=(), ema_stds=(0.1,))
+    ),
+    static_argnames="phase",
   )
   expected = None
   for k in range(1, 6):
     state, _ = run(method, step, state, data)
     w = float(state.players["student"].params["w"])
-    keep = float(power_ema.beta(0.1, k, 1))
+    keep = float(phema.beta(0.1, k, 1))
     expected = w if k == 1 else keep * expected + (1 - keep) * w
   np.testing.assert_allclose(
-      state.averages["power_0.1"]["w"], expected, rtol=1e-5
+    state.averages["power_0.1"]["w"], expected, rtol=1e-5
   )
 
 
@@ -392,9 +415,7 @@ def test_bytes_become_floats_on_the_devices():
   state, step = begin(Seen())
   _, metrics = step(state, photographs(), {}, ("student",))
   expected = sources.to_float(photographs()["image"])
-  _, same = step(
-      state, photographs() | {"image": expected}, {}, ("student",)
-  )
+  _, same = step(state, photographs() | {"image": expected}, {}, ("student",))
   assert metrics["images"] == same["images"]
   np.testing.assert_allclose(metrics["images"], expected.mean(), rtol=1e-5)
   assert "labels" not in metrics
@@ -407,12 +428,12 @@ def test_augmentation_is_keyed_and_told_to_the_loss():
   _, metrics = step(state, photographs(), {}, ("student",))
   keys = rng.example_keys(3, "augment", 0, np.arange(B))
   images, labels = augmentation.apply(
-      pipe, sources.to_float(photographs()["image"]), augmentation.draw(keys)
+    pipe, sources.to_float(photographs()["image"]), augmentation.draw(keys)
   )
   assert float(jnp.sum(jnp.abs(labels))) > 0
   np.testing.assert_allclose(metrics["images"], jnp.mean(images), rtol=1e-3)
   np.testing.assert_allclose(
-      metrics["labels"], jnp.mean(jnp.sum(jnp.abs(labels), -1)), rtol=1e-5
+    metrics["labels"], jnp.mean(jnp.sum(jnp.abs(labels), -1)), rtol=1e-5
   )
 
 
@@ -438,7 +459,7 @@ def test_labels_of_augmentation_reach_every_pass(toy):
   two_time = toy == "bidirectional_toy"
   method = getattr(toys, toy)(network=Told(two_time=two_time))
   ctx = toys.context(toys.images(), method.curriculum(0))._replace(
-      augment_labels=jnp.ones((B, 9))
+    augment_labels=jnp.ones((B, 9))
   )
   method.loss({"w": jnp.ones(())}, ctx)
   # The two online passes of BCM are one of twice the batch.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bcm_jax.training import guard
+from bcm_jax.training import nonfinite
 
 
 def metrics(*in_row):
@@ -16,7 +16,7 @@ def metrics(*in_row):
 
 
 def test_good_steps_pass():
-  judge = guard.Guard(2)
+  judge = nonfinite.Guard(2)
   for step in range(1, 20):
     judge.check(step, metrics(step % 2), wait=step == 19)
 
@@ -29,7 +29,7 @@ class Unread:
 
 
 def test_the_device_is_not_waited_for():
-  judge = guard.Guard(2)
+  judge = nonfinite.Guard(2)
   judge.check(1, metrics(0))
   judge.check(2, {"skipped_in_row": Unread()})
   judge.check(3, {"skipped_in_row": Unread()})
@@ -38,10 +38,10 @@ def test_the_device_is_not_waited_for():
 
 
 def test_too_many_in_a_row_are_told_two_calls_later():
-  judge = guard.Guard(3)
+  judge = nonfinite.Guard(3)
   for step, in_row in enumerate((0, 1, 2, 3, 4), start=1):
     judge.check(step, metrics(in_row))
-  with pytest.raises(guard.NotFinite) as error:
+  with pytest.raises(nonfinite.NotFinite) as error:
     judge.check(6, metrics(5))
   assert error.value.step == 4  # The first that was too many.
   assert error.value.metrics == {"skipped_in_row": 3.0, "loss": 1.5}
@@ -51,22 +51,22 @@ def test_too_many_in_a_row_are_told_two_calls_later():
 
 
 def test_what_is_saved_is_judged_before():
-  judge = guard.Guard(2)
+  judge = nonfinite.Guard(2)
   judge.check(1, metrics(1))
-  with pytest.raises(guard.NotFinite) as error:
+  with pytest.raises(nonfinite.NotFinite) as error:
     judge.check(2, metrics(2), wait=True)
   assert error.value.step == 2
 
 
 def test_the_step_is_found_in_a_call_of_several():
-  judge = guard.Guard(2)
+  judge = nonfinite.Guard(2)
   judge.check(4, metrics(0, 0, 0, 1))
-  with pytest.raises(guard.NotFinite) as error:
+  with pytest.raises(nonfinite.NotFinite) as error:
     judge.check(8, metrics(2, 3, 0, 0), wait=True)
   assert error.value.step == 5 and error.value.metrics["loss"] == 1.0
   # Steps that were good again later are no excuse.
-  with pytest.raises(guard.NotFinite) as error:
-    guard.Guard(2).check(8, metrics(0, 1, 2, 0), wait=True)
+  with pytest.raises(nonfinite.NotFinite) as error:
+    nonfinite.Guard(2).check(8, metrics(0, 1, 2, 0), wait=True)
   assert error.value.step == 7
 
 
@@ -76,8 +76,8 @@ def test_the_bundle_tells_where_it_is_not_finite(tmp_path):
       "half": jnp.ones(4, jnp.bfloat16), "none": None,
       "empty": np.zeros((0, 3), np.float32),
   }
-  error = guard.NotFinite(7, 2, {"loss": float("nan"), "grad_norm": 2.0})
-  folder = guard.write_bundle(
+  error = nonfinite.NotFinite(7, 2, {"loss": float("nan"), "grad_norm": 2.0})
+  folder = nonfinite.write_bundle(
       str(tmp_path), error, state, {"image": np.full((2, 1), np.nan)},
       {"rollbacks": 3},
   )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bcm_jax.training import hooks
-from bcm_jax.training import writers
+from bcm_jax.training import metric_writers as writers
 
 
 @pytest.fixture(params=["clu", "fallback"])

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax.training import step as steps
+from bcm_jax.training import train_step
 
 Tree = Any
 Batch = dict[str, np.ndarray]
@@ -174,7 +174,7 @@ def _stack(trees: Sequence[Tree]) -> Tree:
   return jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *trees)
 
 
-def _scanned(step: steps.Step) -> steps.Step:
+def _scanned(step: train_step.Step) -> train_step.Step:
   """step(state, batches, curricula, phase) over a leading axis of steps."""
 
   def many(state, batches, curricula, phase):
@@ -265,7 +265,7 @@ class Jit:
         for k, v in (_stack(batches) if several else batches[0]).items()
     }
 
-  def compile(self, step: steps.Step, several: bool = False) -> steps.Step:
+  def compile(self, step: train_step.Step, several: bool = False) -> train_step.Step:
     """Compiles a step made with this axis_name; donates the state.
 
     Args:
@@ -281,8 +281,11 @@ class Jit:
       run = functools.partial(step, phase=phase)
       if self.local:
         run = jax.shard_map(
-            run, mesh=self.mesh, in_specs=(whole, cut, whole),
-            out_specs=whole, check_vma=False,
+          run,
+          mesh=self.mesh,
+          in_specs=(whole, cut, whole),
+          out_specs=whole,
+          check_vma=False,
         )
       new, metrics = run(state, batch, curriculum)
       # XLA would be free to leave a part elsewhere, and compile twice.
@@ -311,7 +314,7 @@ class Pmap:
   def abstract(self, tree: Tree) -> Tree:
     """Shapes of a state, restored to the host."""
     return jax.tree.map(
-        lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree
+      lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree
     )
 
   def create(self, make: Callable[..., Tree], *args: Any) -> Tree:
@@ -342,15 +345,17 @@ class Pmap:
       return cut[0]
     return {k: np.stack([c[k] for c in cut], axis=1) for k in cut[0]}
 
-  def compile(self, step: steps.Step, several: bool = False) -> steps.Step:
+  def compile(
+    self, step: train_step.Step, several: bool = False
+  ) -> train_step.Step:
     """Compiles a step made with axis_name='data'; see Jit.compile."""
     return jax.pmap(
-        _scanned(step) if several else step,
-        axis_name=AXIS,
-        in_axes=(0, 0, None, None),
-        static_broadcasted_argnums=3,
-        donate_argnums=0,
-        devices=self.local_devices if jax.process_count() == 1 else None,
+      _scanned(step) if several else step,
+      axis_name=AXIS,
+      in_axes=(0, 0, None, None),
+      static_broadcasted_argnums=3,
+      donate_argnums=0,
+      devices=self.local_devices if jax.process_count() == 1 else None,
     )
 
   def fetch(self, tree: Tree) -> Tree:
@@ -367,14 +372,13 @@ Backend = Jit | Pmap
 
 
 def curricula(method: Any, first: int, count: int) -> Tree:
-  """What a method's curriculum hands to a call of `count` steps, on the host.
-  """
+  """What a method's curriculum hands to a call of `count` steps, on the host."""
   each = [method.curriculum(first + i) for i in range(count)]
   return jax.tree.map(np.asarray, each[0]) if count == 1 else _stack(each)
 
 
 def calls(
-    method: Any, first: int, total: int, most: int, stops: Sequence[int]
+  method: Any, first: int, total: int, most: int, stops: Sequence[int]
 ) -> list[tuple[int, int]]:
   """Cuts steps first .. total - 1 into calls of at most `most` steps.
 
@@ -389,7 +393,7 @@ def calls(
     end = min([total, *((start // s + 1) * s for s in (most, *stops))])
     phase = method.phase(start)
     end = next(
-        (s for s in range(start + 1, end) if method.phase(s) != phase), end
+      (s for s in range(start + 1, end) if method.phase(s) != phase), end
     )
     result.append((start, end - start))
     start = end
