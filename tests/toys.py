@@ -10,9 +10,9 @@ import numpy as np
 
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import base
-from bcm_jax.methods import bidirectional
+from bcm_jax.methods import bcm
 from bcm_jax.methods import consistency
-from bcm_jax.methods import diffusion
+from bcm_jax.methods import edm
 from bcm_jax.models import layers
 from bcm_jax.training import rng
 
@@ -113,7 +113,7 @@ class GaussianDenoiser(nn.Module):
 
 def gaussian_teacher(**options):
   """(Diffusion with the exact denoiser of such images, its parameters)."""
-  method = diffusion.Diffusion(
+  method = edm.Diffusion(
       GaussianDenoiser(), preconditioning.EDM(SIGMA_DATA), **options
   )
   return method, {"scale": jnp.zeros(())}
@@ -193,7 +193,7 @@ def bidirectional_toy(network=None, **options):
       network=network or MLP(), scalings=preconditioning.Bidirectional(),
       s0=10, s1=40, curriculum_steps=30,
   )
-  return bidirectional.BidirectionalTraining(**(settings | options))
+  return bcm.BidirectionalTraining(**(settings | options))
 
 
 def consistency_toy(network=None, **options):

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 
 from bcm_jax.diffusion import preconditioning
-from bcm_jax.methods import bidirectional
+from bcm_jax.methods import bcm
+from bcm_jax.methods import cd
 from bcm_jax.methods import consistency
-from bcm_jax.methods import diffusion
-from bcm_jax.methods import distillation
-from bcm_jax.methods import distribution_matching
-from bcm_jax.methods import trajectory
+from bcm_jax.methods import ctm
+from bcm_jax.methods import dmd
+from bcm_jax.methods import edm
 from bcm_jax.models import adm
 from bcm_jax.models import edm2
 from bcm_jax.models import song
@@ -63,20 +63,20 @@ METHODS = {
     name: Method(consistency.ConsistencyTraining, preset)
     for name, preset in consistency.PRESETS.items()
 } | {
-    "bcm": Method(bidirectional.BidirectionalTraining, preconditioning="bcm"),
-    "edm": Method(diffusion.Diffusion, preconditioning="edm"),
+    "bcm": Method(bcm.BidirectionalTraining, preconditioning="bcm"),
+    "edm": Method(edm.Diffusion, preconditioning="edm"),
     "ctm": Method(
-        trajectory.TrajectoryDistillation, preconditioning="ctm", critic=True
+        ctm.TrajectoryDistillation, preconditioning="ctm", critic=True
     ),
     "dmd": Method(
-        distribution_matching.DistributionMatching, distribution_matching.DMD,
+        dmd.DistributionMatching, dmd.DMD,
         "edm", critic=True,
     ),
     "dmd2": Method(
-        distribution_matching.DistributionMatching, distribution_matching.DMD2,
+        dmd.DistributionMatching, dmd.DMD2,
         "edm", critic=True,
     ),
-    "cd": Method(distillation.ConsistencyDistillation, distillation.PRESET),
+    "cd": Method(cd.ConsistencyDistillation, cd.PRESET),
 }
 
 # Methods that are nothing without method.teacher.

@@ -21,7 +21,7 @@ from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.methods import base
-from bcm_jax.methods import flow_maps
+from bcm_jax.methods import flow_map
 
 # Options that make the three published methods of the one loss.
 PRESETS: Mapping[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ class Times(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConsistencyTraining(flow_maps.NetworkMap, base.OnePlayer):
+class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
   """The loss above with its options; the defaults are iCT's.
 
   Attributes:

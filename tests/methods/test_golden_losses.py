@@ -13,7 +13,7 @@ import pytest
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
-from bcm_jax.methods import bidirectional
+from bcm_jax.methods import bcm
 from bcm_jax.methods import consistency
 from tests import golden
 from tests import toys
@@ -90,7 +90,7 @@ def bcm_losses(gradients):
 
   def run(params, target, images, labels, z, times, coefficients):
     t, r, u = times
-    method = toys.at_times(bidirectional.BidirectionalTraining, t, r, u)(
+    method = toys.at_times(bcm.BidirectionalTraining, t, r, u)(
         net, preconditioning.Bidirectional(), huber_c=0.06
     )
     ctx = toys.context(images, None, labels, {"target": target})

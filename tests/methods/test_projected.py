@@ -11,8 +11,8 @@ from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.diffusion import preconditioning
+from bcm_jax.methods import ctm
 from bcm_jax.methods import projected
-from bcm_jax.methods import trajectory
 from bcm_jax.metrics import lpips
 from bcm_jax.models import projection
 from bcm_jax.training import train_state
@@ -73,7 +73,7 @@ def test_mixing_by_hand():
 def test_a_discriminator_of_it_plays_and_it_stays_as_it_was():
   encoder = projected.by_name(NAME, ())
   teacher, _ = toys.gaussian_teacher()
-  method = trajectory.TrajectoryDistillation(
+  method = ctm.TrajectoryDistillation(
       network=toys.GaussianFlow(), noise=preconditioning.adm_noise,
       scalings=preconditioning.Trajectory(preconditioning.EDM()),
       teacher=teacher, metric="l2", gan=True, gan_features=4,

@@ -13,7 +13,7 @@ import pytest
 
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import schedules
-from bcm_jax.methods import bidirectional
+from bcm_jax.methods import bcm
 from bcm_jax.training import optim
 from bcm_jax.training import rng
 from bcm_jax.training import train_state
@@ -42,7 +42,7 @@ def gaussian(key):
 
 def train(data, num_steps, width=128, **options):
   """flow(x, t, u) of the averaged parameters after training."""
-  method = bidirectional.BidirectionalTraining(
+  method = bcm.BidirectionalTraining(
       toys.MLP(width=width, depth=3), preconditioning.Bidirectional(),
       s0=10, s1=80, curriculum_steps=num_steps, **options,
   )

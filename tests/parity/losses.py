@@ -10,10 +10,10 @@ import numpy as np
 from bcm_jax.diffusion import preconditioning as pre
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
-from bcm_jax.methods import bidirectional
+from bcm_jax.methods import bcm
+from bcm_jax.methods import cd
 from bcm_jax.methods import consistency
-from bcm_jax.methods import diffusion
-from bcm_jax.methods import distillation
+from bcm_jax.methods import edm as diffusion
 from bcm_jax.models import edm2
 from tests import toys
 from tests.parity import files
@@ -102,7 +102,7 @@ def bidirectional_loss(file, precision):
         files.ROUNDED * np.abs(level),
     )
   sigma_data = file.setting("sigma_data", 0.5)
-  cls = toys.at_times(bidirectional.BidirectionalTraining, *times)
+  cls = toys.at_times(bcm.BidirectionalTraining, *times)
   method = cls(
       model.compiled, pre.Bidirectional(sigma_data), sigma_data=sigma_data,
       sigma_min=low, sigma_max=high, rho=rho, huber_c=file.setting("c", 0.06),
@@ -183,7 +183,7 @@ def _distillation(
   batch.context = batch.context._replace(frozen={"teacher": frozen})
 
   def make(**options):
-    cls = toys.at_times(distillation.ConsistencyDistillation, *times)
+    cls = toys.at_times(cd.ConsistencyDistillation, *times)
     return cls(
         model.compiled, pre.ConsistencyBoundary(sigma_data, low), model.noise,
         teacher=teacher, sigma_data=sigma_data, sigma_min=low, **options,

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from bcm_jax.diffusion import preconditioning as pre
 from bcm_jax.diffusion import process
-from bcm_jax.methods import trajectory
-from bcm_jax.methods import trajectory_levels
+from bcm_jax.methods import ctm as trajectory
+from bcm_jax.methods import ctm_levels
 from tests import toys
 from tests.parity import files
 from tests.parity import weights
@@ -73,7 +73,7 @@ def ctm(file: files.Reference, precision: str):
     i = jnp.asarray(file["in/t_idx"])
     grid = method.grid.astype(precision)
     cls.recorded = {
-        "times": trajectory_levels.Times(
+        "times": ctm_levels.Times(
             grid[i], grid[i + steps], grid[jnp.asarray(file["in/s_idx"])], i,
             jnp.asarray(steps),
         ),

@@ -14,7 +14,7 @@ import optax
 
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
-from bcm_jax.methods import trajectory
+from bcm_jax.methods import ctm as trajectory
 from bcm_jax.training import rng
 from bcm_jax.training import sharding
 from bcm_jax.training import train_state

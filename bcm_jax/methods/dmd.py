@@ -27,10 +27,10 @@ import jax.numpy as jnp
 from bcm_jax.diffusion import distances
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
-from bcm_jax.methods import adversarial
 from bcm_jax.methods import base
-from bcm_jax.methods import diffusion
-from bcm_jax.methods import distillation
+from bcm_jax.methods import cd
+from bcm_jax.methods import edm
+from bcm_jax.methods import gan
 from bcm_jax.models import discriminator
 
 # Options that make the two published methods of the one class.
@@ -70,7 +70,7 @@ class DistributionMatching:
   network: nn.Module
   scalings: preconditioning.Preconditioning
   noise: Callable[[jax.Array], jax.Array] = preconditioning.edm_noise
-  teacher: diffusion.Diffusion = dataclasses.field(kw_only=True)
+  teacher: edm.Diffusion = dataclasses.field(kw_only=True)
   sigma_data: float = 0.5
   sigma_min: float = 0.002
   sigma_max: float = 80.0
@@ -141,18 +141,18 @@ class DistributionMatching:
     )
 
   @property
-  def denoiser(self) -> diffusion.Diffusion:
+  def denoiser(self) -> edm.Diffusion:
     """The generator and mu_fake as what they are evaluated as."""
-    return diffusion.Diffusion(
+    return edm.Diffusion(
         self.network, self.scalings, self.noise, self.sigma_data,
         self.sigma_min, self.sigma_max, self.rho,
     )
 
   @property
-  def critic(self) -> adversarial.Critic:
+  def critic(self) -> gan.Critic:
     """The head on mu_fake's encoder; images are noised, not augmented."""
     heads = discriminator.Heads(self.gan_levels or (-1,), self.gan_features)
-    return adversarial.Critic(
+    return gan.Critic(
         self.denoiser, heads, self.sigma_max, augment=False
     )
 
@@ -256,7 +256,7 @@ class DistributionMatching:
       logits = self.logits(
           ctx.players["fake_score"], x, labels, ctx, "generator"
       )
-      parts["loss_gan"] = adversarial.softplus_generator(logits)
+      parts["loss_gan"] = gan.softplus_generator(logits)
       loss += self.gan_weight * parts["loss_gan"]
     return loss, parts
 
@@ -265,7 +265,7 @@ class DistributionMatching:
     start = self.sigma_max * ctx.extra["noise"].astype(ctx.images.dtype)
     sigma = jnp.full(len(start), self.sigma_max, start.dtype)
     x = self.denoiser.denoise(params, start, sigma, ctx.labels)
-    return distillation.distance(self, x, ctx.images, ctx)
+    return cd.distance(self, x, ctx.images, ctx)
 
   # mu_fake --------------------------------------------------------------------
 
@@ -296,7 +296,7 @@ class DistributionMatching:
               params, ctx.images, ctx.labels, ctx, "judge_real"
           ),
       }
-      parts["loss_gan"] = adversarial.softplus_discriminator(**judged)
+      parts["loss_gan"] = gan.softplus_discriminator(**judged)
       parts |= {f"logit_{k}": v.mean(axis=-1) for k, v in judged.items()}
       loss = loss + self.gan_fake_weight * parts["loss_gan"]
     return loss, parts

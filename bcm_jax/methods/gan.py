@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from bcm_jax.diffusion import process
 from bcm_jax.methods import base
 from bcm_jax.methods import diff_augment
-from bcm_jax.methods import diffusion
+from bcm_jax.methods import edm
 from bcm_jax.methods import projected
 from bcm_jax.models import discriminator
 
@@ -33,7 +33,7 @@ class Critic:
     augment: whether images go through DiffAugment first.
   """
 
-  encoder: diffusion.Diffusion | projected.Projected
+  encoder: edm.Diffusion | projected.Projected
   heads: discriminator.Heads
   sigma_max: float | None = 80.0
   augment: bool = True

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from bcm_jax.diffusion import preconditioning
-from bcm_jax.methods import distribution_matching as dm
+from bcm_jax.methods import dmd
 from bcm_jax.training import train_state
 from bcm_jax.training import train_step
 from tests import toys
@@ -26,7 +26,7 @@ def quickly():
     yield
 
 
-def make(preset=dm.DMD2, cls=dm.DistributionMatching, **options):
+def make(preset=dmd.DMD2, cls=dmd.DistributionMatching, **options):
   teacher, _ = toys.gaussian_teacher()
   settings = dict(
       network=toys.GaussianDenoiser(), scalings=preconditioning.EDM(),
@@ -48,7 +48,7 @@ def context(images=IMAGES, student=ZERO, fake=ZERO, step=0, **more):
 def test_levels_are_those_of_the_released_grid():
   """1,000 levels, of which 20 to 980: 0.00323 to 72.05."""
   method = make()
-  sigma = np.asarray(method.levels(context(), "x", dm._LOW, dm._HIGH))
+  sigma = np.asarray(method.levels(context(), "x", dmd._LOW, dmd._HIGH))
   assert sigma.min() == pytest.approx(0.0032316, rel=0.02)
   assert sigma.max() == pytest.approx(72.0539, rel=0.01)
   ramp = (sigma ** (1 / 7) - 0.002 ** (1 / 7)) / (
@@ -70,7 +70,7 @@ def test_the_loss_has_the_gradient():
   x = method.generate(params, ctx, labels)
   grad = method.gradient(ctx, x, labels)
 
-  class Shifted(dm.DistributionMatching):
+  class Shifted(dmd.DistributionMatching):
     """Images x + shift, so that the loss can be derived by them."""
 
     def generate(self, params, ctx, labels):
@@ -97,7 +97,7 @@ def test_it_is_the_gradient_of_the_divergence(mean, spread, sigma):
     ratio = (spread**2 / (spread**2 + s**2))[:, None, None, None]
     return mean + ratio * (x - mean)
 
-  class Exact(dm.DistributionMatching):
+  class Exact(dmd.DistributionMatching):
     """Denoisers of both distributions, at one level."""
 
     def levels(self, ctx, stream, low, high):
@@ -141,7 +141,7 @@ def test_a_vanishing_denominator_is_no_nan():
   ctx = context(np.zeros((4, 2, 2, 1), np.float32),
                 fake={"scale": jnp.float32(0.5)})
 
-  class Perfect(dm.DistributionMatching):
+  class Perfect(dmd.DistributionMatching):
     def levels(self, ctx, stream, low, high):
       return jnp.full(len(ctx.images), 1e-12)
 
@@ -221,7 +221,7 @@ def _noise(ctx, k):
 
 def test_the_fake_denoiser_learns_what_the_generator_makes():
   """Its optimum for images of spread a is another than the data's."""
-  class Wide(dm.DistributionMatching):
+  class Wide(dmd.DistributionMatching):
     def generate(self, params, ctx, labels):
       return 2.0 * ctx.images
 
@@ -234,7 +234,7 @@ def test_the_fake_denoiser_learns_what_the_generator_makes():
     )
 
   assert jax.grad(mean)(jnp.float32(0.0)) < -0.1
-  same = make(cls=type("Same", (dm.DistributionMatching,), {
+  same = make(cls=type("Same", (dmd.DistributionMatching,), {
       "generate": lambda self, params, ctx, labels: ctx.images
   }), gan_weight=0.0)
   flat = jax.grad(lambda s: jnp.mean(
@@ -311,7 +311,7 @@ def test_who_learns_from_the_discriminator():
 
 
 def test_regression_is_on_pairs():
-  method = make(dm.DMD, metric="l2")
+  method = make(dmd.DMD, metric="l2")
   assert set(
     method.players["fake_score"].init(jax.random.key(0), IMAGES[:1], None)
   ) == {"network"}

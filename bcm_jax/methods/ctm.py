@@ -31,13 +31,13 @@ from bcm_jax.diffusion import distances
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import solvers
-from bcm_jax.methods import adversarial
 from bcm_jax.methods import base
-from bcm_jax.methods import diffusion
-from bcm_jax.methods import distillation
-from bcm_jax.methods import flow_maps
+from bcm_jax.methods import cd
+from bcm_jax.methods import ctm_levels
+from bcm_jax.methods import edm
+from bcm_jax.methods import flow_map
+from bcm_jax.methods import gan as adversarial
 from bcm_jax.methods import projected
-from bcm_jax.methods import trajectory_levels
 from bcm_jax.models import discriminator
 from bcm_jax.models import second_time
 
@@ -47,7 +47,7 @@ _EPSILON, _MOST, _GAN_BOUNDS = 1e-4, 1e4, (0.01, 10.0)
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoryDistillation(
-    trajectory_levels.TrajectoryLevels, flow_maps.NetworkMap
+    ctm_levels.TrajectoryLevels, flow_map.NetworkMap
 ):
   """The losses above; the defaults are the released CIFAR-10 settings.
 
@@ -87,7 +87,7 @@ class TrajectoryDistillation(
   network: nn.Module
   scalings: preconditioning.Preconditioning
   noise: Callable[[jax.Array], jax.Array] = preconditioning.edm_noise
-  teacher: diffusion.Diffusion | None = dataclasses.field(kw_only=True)
+  teacher: edm.Diffusion | None = dataclasses.field(kw_only=True)
   sigma_data: float = 0.5
   sigma_min: float = 0.002
   sigma_max: float = 80.0
@@ -284,7 +284,7 @@ class TrajectoryDistillation(
 
   def distance(self, a, b, ctx: base.Context) -> jax.Array:
     """d(a, b) for [B, ...] twice -> [B]."""
-    return distillation.distance(self, a, b, ctx)
+    return cd.distance(self, a, b, ctx)
 
   # Losses ---------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bcm_jax.methods import adversarial
 from bcm_jax.methods import diff_augment
+from bcm_jax.methods import gan
 from bcm_jax.models import discriminator
 from tests import toys
 
@@ -23,10 +23,10 @@ def quickly():
 
 def test_losses_by_hand():
   np.testing.assert_allclose(
-      adversarial.hinge_generator(FAKE), [0.75, -1.5]
+      gan.hinge_generator(FAKE), [0.75, -1.5]
   )
   np.testing.assert_allclose(
-      adversarial.hinge_discriminator(FAKE, REAL),
+      gan.hinge_discriminator(FAKE, REAL),
       [(0 + 1.5) / 2 + (0 + 0.5) / 2, (1 + 4) / 2 + (2 + 1) / 2],
   )
 
@@ -34,11 +34,11 @@ def test_losses_by_hand():
     return -np.log1p(np.exp(-np.asarray(x, np.float64)))
 
   np.testing.assert_allclose(
-      adversarial.softplus_generator(FAKE), -log_sigmoid(FAKE).mean(-1),
+      gan.softplus_generator(FAKE), -log_sigmoid(FAKE).mean(-1),
       rtol=1e-6,
   )
   np.testing.assert_allclose(
-      adversarial.softplus_discriminator(FAKE, REAL),
+      gan.softplus_discriminator(FAKE, REAL),
       -log_sigmoid(-FAKE).mean(-1) - log_sigmoid(REAL).mean(-1), rtol=1e-6,
   )
 
@@ -127,6 +127,6 @@ def test_it_is_differentiable():
 
 def test_levels_stay_below_the_highest():
   teacher, _ = toys.gaussian_teacher()
-  critic = adversarial.Critic(teacher, discriminator.Heads(), sigma_max=1.0)
+  critic = gan.Critic(teacher, discriminator.Heads(), sigma_max=1.0)
   sigma = np.asarray(critic.levels(KEYS))
   assert 0.002 <= sigma.min() and 0.9 < sigma.max() <= 1.0

@@ -9,7 +9,7 @@ from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
-from bcm_jax.methods import diffusion
+from bcm_jax.methods import edm
 from bcm_jax.models import adm
 from bcm_jax.models import edm2
 from bcm_jax.models import song
@@ -60,7 +60,7 @@ def test_levels_are_log_normal():
   assert np.std(logs) == pytest.approx(1.6, abs=0.07)
 
 
-class Told(diffusion.Diffusion):
+class Told(edm.Diffusion):
   """Keeps the labels that the network was told."""
 
   def denoise(self, params, x, sigma, labels, *args):
@@ -92,7 +92,7 @@ def test_the_log_variance_head_balances_the_loss():
       logvar_channels=8,
   )
   plain, told = (
-      diffusion.Diffusion(network, preconditioning.EDM(), uncertainty=u)
+      edm.Diffusion(network, preconditioning.EDM(), uncertainty=u)
       for u in (False, True)
   )
   images = toys.images(4, 4)
@@ -182,7 +182,7 @@ def test_churn_keeps_the_spread_of_the_images():
      ), (8, 16)),
 ], ids=["adm", "song", "edm2"])
 def test_features_are_the_encoders_one_a_level(network, widths):
-  method = diffusion.Diffusion(network, preconditioning.EDM())
+  method = edm.Diffusion(network, preconditioning.EDM())
   images = toys.images(3, 8)
   params = toys.parameters(method, images)
   sigma = jnp.array([0.1, 1.0, 10.0])

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from bcm_jax.diffusion import preconditioning
-from bcm_jax.methods import distillation
-from bcm_jax.methods import trajectory
+from bcm_jax.methods import cd
+from bcm_jax.methods import ctm
 from bcm_jax.models import adm
 from bcm_jax.models import second_time
 from bcm_jax.models import song
@@ -38,7 +38,7 @@ def make(**options):
       scalings=preconditioning.Trajectory(preconditioning.EDM()),
       noise=preconditioning.adm_noise, teacher=teacher, metric="l2",
   )
-  return trajectory.TrajectoryDistillation(**(settings | options))
+  return ctm.TrajectoryDistillation(**(settings | options))
 
 
 def context(images=IMAGES, target=ONE, seed=0, step=0, **more):
@@ -168,7 +168,7 @@ def test_lpips_sees_enlarged_images(monkeypatch, pooling):
     return jnp.mean((a - b) ** 2, axis=(1, 2, 3))
 
   seen = []
-  monkeypatch.setattr(distillation.lpips, "distance", distance)
+  monkeypatch.setattr(cd.lpips, "distance", distance)
   method = make(metric="lpips", lpips_pooling=pooling)
   a, b = (jnp.full((2, 8, 8, 1), v) for v in (0.5, 0.25))
   ctx = context(a)._replace(frozen={"lpips": "weights"})
@@ -211,7 +211,7 @@ def test_gradients_pass_the_outer_jump_to_the_inner_one():
   method = make()
   assert gradient(method, 0) != 0
 
-  class Blocked(trajectory.TrajectoryDistillation):
+  class Blocked(ctm.TrajectoryDistillation):
     def to_end(self, ctx, x, s, stream):
       return super().to_end(ctx, jax.lax.stop_gradient(x), s, stream)
 

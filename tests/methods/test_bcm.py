@@ -10,11 +10,11 @@ import pytest
 
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
-from bcm_jax.methods import bidirectional
+from bcm_jax.methods import bcm
 from bcm_jax.models import layers
 from tests import toys
 
-BCM = bidirectional.BidirectionalTraining
+BCM = bcm.BidirectionalTraining
 IMAGES = toys.images()
 B = len(IMAGES)
 # Jumps up and down, from and to the ends, and one to r itself.

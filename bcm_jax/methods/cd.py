@@ -20,7 +20,7 @@ from bcm_jax.diffusion import process
 from bcm_jax.diffusion import solvers
 from bcm_jax.methods import base
 from bcm_jax.methods import consistency
-from bcm_jax.methods import diffusion
+from bcm_jax.methods import edm
 from bcm_jax.metrics import lpips
 
 # Song et al.'s on CIFAR-10, but for the distance: 18 levels, a target network.
@@ -67,7 +67,7 @@ class ConsistencyDistillation(consistency.ConsistencyTraining):
     lpips_pooling: in its network; released is 'average', published 'max'.
   """
 
-  teacher: diffusion.Diffusion = dataclasses.field(kw_only=True)
+  teacher: edm.Diffusion = dataclasses.field(kw_only=True)
   solver: Literal["heun", "euler"] = "heun"
   metric: Literal["pseudo_huber", "l2", "l1", "features", "lpips"] = "features"
   feature_sigma: float = 0.05
