@@ -19,7 +19,7 @@ from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.methods import base
 from bcm_jax.methods import consistency
-from bcm_jax.models import second_time
+from bcm_jax.models import end_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     """
     if self.network.ALIGN in source:
       return source
-    return second_time.add_second_time(self.network, source, fresh)
+    return end_time.add_second_time(self.network, source, fresh)
 
   def sample_end(self, ctx: base.Context, index: jax.Array) -> jax.Array:
     """End levels u != t, [B], given t's index in the grid."""

@@ -39,7 +39,7 @@ from bcm_jax.methods import flow_map
 from bcm_jax.methods import gan as adversarial
 from bcm_jax.methods import projected
 from bcm_jax.models import discriminator
-from bcm_jax.models import second_time
+from bcm_jax.models import end_time
 
 # Weights of the released code: floor of the denominator, and bounds.
 _EPSILON, _MOST, _GAN_BOUNDS = 1e-4, 1e4, (0.01, 10.0)
@@ -204,7 +204,7 @@ class TrajectoryDistillation(
 
   def adapt(self, source, fresh):
     """Starts from the teacher; parameters that have s already stay."""
-    return second_time.add_end(source, fresh, self.end_init == "zero")
+    return end_time.add_end(source, fresh, self.end_init == "zero")
 
   def weigh(self, norms: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """lambda by term, from the gradients' norms: VQGAN's rule."""

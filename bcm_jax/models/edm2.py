@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from bcm_jax.models import layers
-from bcm_jax.models import magnitude as mp
+from bcm_jax.models import mp_layers
 from bcm_jax.models import resampling
 
 
@@ -44,7 +44,11 @@ def normalize_weights(params: Any) -> Any:
 
   def one(path, leaf):
     name = getattr(path[-1], "key", None) if path else None
-    return mp.unit_kernel(leaf).astype(leaf.dtype) if name == "kernel" else leaf
+    return (
+      mp_layers.unit_kernel(leaf).astype(leaf.dtype)
+      if name == "kernel"
+      else leaf
+    )
 
   return jax.tree_util.tree_map_with_path(one, params)
 
@@ -84,17 +88,17 @@ class Block(nn.Module):
     x = resampling.BY_NAME[self.resample](x)
     if not self.decoder:
       x = layers.unit_rms(self._widen(x))
-    y = mp.MPConv(self.features, 3, name="conv_res0")(mp.silu(x))
+    y = mp_layers.MPConv(self.features, 3, name="conv_res0")(mp_layers.silu(x))
     gain = self.param("emb_gain", nn.initializers.zeros_init(), ())
-    scale = 1 + mp.MPConv(self.features, name="emb_linear")(emb, gain)
-    y = mp.silu(y * scale.astype(y.dtype)[:, None, None, :])
+    scale = 1 + mp_layers.MPConv(self.features, name="emb_linear")(emb, gain)
+    y = mp_layers.silu(y * scale.astype(y.dtype)[:, None, None, :])
     y = layers.Dropout(self.dropout)(y, dropout_keys)
-    y = mp.MPConv(self.features, 3, name="conv_res1")(y)
+    y = mp_layers.MPConv(self.features, 3, name="conv_res1")(y)
     if self.decoder:
       x = self._widen(x)
-    x = mp.add(x, y, self.res_balance)
+    x = mp_layers.add(x, y, self.res_balance)
     if self.num_heads:
-      x = mp.add(x, self._attend(x), self.attn_balance)
+      x = mp_layers.add(x, self._attend(x), self.attn_balance)
     if self.clip_act is not None:
       x = jnp.clip(x, -self.clip_act, self.clip_act)
     return x
@@ -102,16 +106,16 @@ class Block(nn.Module):
   def _widen(self, x):
     if x.shape[-1] == self.features:
       return x
-    return mp.MPConv(self.features, 1, name="conv_skip")(x)
+    return mp_layers.MPConv(self.features, 1, name="conv_skip")(x)
 
   def _attend(self, x):
     b, h, w, c = x.shape
-    qkv = mp.MPConv(3 * c, 1, name="attn_qkv")(x)
+    qkv = mp_layers.MPConv(3 * c, 1, name="attn_qkv")(x)
     qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
     qkv = layers.unit_rms(qkv)  # The values too.
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     y = layers.attention(q, k, v, self.attention)
-    return mp.MPConv(c, 1, name="attn_proj")(y.reshape(x.shape))
+    return mp_layers.MPConv(c, 1, name="attn_proj")(y.reshape(x.shape))
 
 
 class EDM2(nn.Module):
@@ -170,8 +174,8 @@ class EDM2(nn.Module):
     return normalize_weights(params)
 
   def setup(self):
-    self.logvar_fourier = mp.MPFourier(self.logvar_channels)
-    self.logvar_linear = mp.MPConv(1)
+    self.logvar_fourier = mp_layers.MPFourier(self.logvar_channels)
+    self.logvar_linear = mp_layers.MPConv(1)
 
   def logvar(self, c_noise: jax.Array) -> jax.Array:
     """Log-variance u(sigma) of the loss, for training only (eq. 21).
@@ -188,12 +192,12 @@ class EDM2(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: jax.Array,
-      c_noise: jax.Array,
-      c_noise_end: jax.Array | None = None,
-      labels: jax.Array | None = None,
-      dropout_keys: jax.Array | None = None,
+    self,
+    x: jax.Array,
+    c_noise: jax.Array,
+    c_noise_end: jax.Array | None = None,
+    labels: jax.Array | None = None,
+    dropout_keys: jax.Array | None = None,
   ) -> jax.Array:
     """Evaluates the raw network.
 
@@ -223,33 +227,31 @@ class EDM2(nn.Module):
     skips = self._encoder(h, emb, dropout_keys)
     h = self._decoder(skips, emb, dropout_keys).astype(wide)
     gain = self.param("out_gain", nn.initializers.zeros_init(), ())
-    return mp.MPConv(self.out_channels, 3, name="out_conv")(h, gain)
+    return mp_layers.MPConv(self.out_channels, 3, name="out_conv")(h, gain)
 
   def _check(self, x, c_noise_end, labels):
     if c_noise_end is not None:
       raise ValueError("EDM2 has one noise level; c_noise_end must be None")
     layers.check_inputs(self, x, c_noise_end, labels)
-    if labels is not None and labels.shape[1:] not in (
-        (), (self.num_classes,)
-    ):
+    if labels is not None and labels.shape[1:] not in ((), (self.num_classes,)):
       raise ValueError(
-          f"labels of shape {labels.shape}; expected [B] classes or "
-          f"[B, {self.num_classes}] weights"
+        f"labels of shape {labels.shape}; expected [B] classes or "
+        f"[B, {self.num_classes}] weights"
       )
 
   def _embedding(self, c_noise, labels):
     """Embedding [B, widest level] of level and class, float32 or wider."""
     width = self.model_channels * max(self.channel_mult)
     features = self.model_channels * self.channel_mult[0]
-    emb = mp.MPFourier(features, name="emb_fourier")(c_noise)
-    emb = mp.MPConv(width, name="emb_noise")(emb)
+    emb = mp_layers.MPFourier(features, name="emb_fourier")(c_noise)
+    emb = mp_layers.MPConv(width, name="emb_noise")(emb)
     if labels is not None:
       if labels.ndim == 1:
         labels = jax.nn.one_hot(labels, self.num_classes, dtype=emb.dtype)
       labels = labels.astype(emb.dtype) * math.sqrt(self.num_classes)
-      label = mp.MPConv(width, name="emb_label")(labels)
-      emb = mp.add(emb, label, self.label_balance)
-    return mp.silu(emb)
+      label = mp_layers.MPConv(width, name="emb_label")(labels)
+      emb = mp_layers.add(emb, label, self.label_balance)
+    return mp_layers.silu(emb)
 
   def _block(self, h, emb, keys, part, features, attend=False, resample=None):
     """One block of 'enc' or 'dec', named by the resolution it works at."""
@@ -258,36 +260,45 @@ class EDM2(nn.Module):
       size = size // 2 if resample == "down" else size * 2
     side, kind = part.split("_")
     attend = attend or (
-        kind.startswith("block") and size in self.attention_resolutions
+      kind.startswith("block") and size in self.attention_resolutions
     )
     heads = features // self.num_head_channels if attend else 0
     if heads and features % heads:
       raise ValueError(
-          f"{features} channels at {size}x{size} do not divide into {heads} "
-          f"heads, as num_head_channels={self.num_head_channels} asks"
+        f"{features} channels at {size}x{size} do not divide into {heads} "
+        f"heads, as num_head_channels={self.num_head_channels} asks"
       )
     block = nn.remat(Block) if self.remat else Block
     return block(
-        features, side == "dec", resample, heads, self.dropout,
-        self.res_balance, self.attn_balance, self.clip_act, self.attention,
-        name=f"{side}_{size}x{size}_{kind}",
+      features,
+      side == "dec",
+      resample,
+      heads,
+      self.dropout,
+      self.res_balance,
+      self.attn_balance,
+      self.clip_act,
+      self.attention,
+      name=f"{side}_{size}x{size}_{kind}",
     )(h, emb, keys)
 
   def _encoder(self, h, emb, keys):
     """Outputs of all blocks of the encoder, first to last."""
     size = h.shape[1]
     width = self.model_channels * self.channel_mult[0]
-    skips = [mp.MPConv(width, 3, name=f"enc_{size}x{size}_conv")(h)]
+    skips = [mp_layers.MPConv(width, 3, name=f"enc_{size}x{size}_conv")(h)]
     for level, mult in enumerate(self.channel_mult):
       if level:
         width = skips[-1].shape[-1]
-        skips.append(self._block(
-            skips[-1], emb, keys, "enc_down", width, resample="down"
-        ))
+        skips.append(
+          self._block(skips[-1], emb, keys, "enc_down", width, resample="down")
+        )
       for i in range(self.num_res_blocks):
-        skips.append(self._block(
+        skips.append(
+          self._block(
             skips[-1], emb, keys, f"enc_block{i}", self.model_channels * mult
-        ))
+          )
+        )
       layers.sow_level(self, level, skips[-1])
     return skips
 
@@ -302,8 +313,8 @@ class EDM2(nn.Module):
       else:
         h = self._block(h, emb, keys, "dec_up", width, resample="up")
       for i in range(self.num_res_blocks + 1):
-        h = mp.concatenate(h, skips.pop(), self.concat_balance)
+        h = mp_layers.concatenate(h, skips.pop(), self.concat_balance)
         h = self._block(
-            h, emb, keys, f"dec_block{i}", self.model_channels * mult
+          h, emb, keys, f"dec_block{i}", self.model_channels * mult
         )
     return h

@@ -12,7 +12,7 @@ from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import cd
 from bcm_jax.methods import ctm
 from bcm_jax.models import adm
-from bcm_jax.models import second_time
+from bcm_jax.models import end_time
 from bcm_jax.models import song
 from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
@@ -351,14 +351,14 @@ def test_it_starts_as_the_teachers_euler_step(cls, options):
   teacher = jax.jit(one.init)(jax.random.key(0), x, t)["params"]
   fresh = jax.jit(two.init)(jax.random.key(1), x, t, s)["params"]
   new, random = (
-      second_time.add_end(teacher, fresh, zero) for zero in (True, False)
+      end_time.add_end(teacher, fresh, zero) for zero in (True, False)
   )
   assert jax.tree.structure(new) == jax.tree.structure(fresh)
   out = jax.jit(one.apply)({"params": teacher}, x, t)
   np.testing.assert_allclose(
       jax.jit(two.apply)({"params": new}, x, t, s), out, atol=1e-6
   )
-  assert second_time.add_end(new, fresh, True) is new
+  assert end_time.add_end(new, fresh, True) is new
   # As released the branch is fresh: only what is new differs.
   for tree in (new, random):
     toys.assert_equal(shared(tree, teacher), shared(teacher, tree))

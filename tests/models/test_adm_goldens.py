@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bcm_jax.diffusion import preconditioning as pre
-from bcm_jax.models import second_time
+from bcm_jax.models import end_time
 from tests import golden
 
 BCM = golden.with_more(["bcm_unet"], "bcm_unet_ssn", "bcm_unet_depth")
@@ -116,7 +116,7 @@ def extended():
             jnp.ones(1), jnp.zeros(1, jnp.int32),
         )
     )["params"]
-    return one, weights, two, second_time.add_second_time(two, weights, fresh)
+    return one, weights, two, end_time.add_second_time(two, weights, fresh)
 
 
 def test_second_time_branch_is_the_published_one(extended):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bcm_jax.models import edm2
-from bcm_jax.models import magnitude as mp
+from bcm_jax.models import mp_layers
 from tests import quick
 
 TINY = dict(
@@ -81,42 +81,49 @@ def test_published_sizes(settings, size, published):
     assert counted.get(width, count) == count
 
 
-@pytest.mark.parametrize("operation", [
-    lambda k: mp.silu(normal(k, 200_000)),
-    lambda k: mp.add(normal(k, 200_000), normal(k + 9, 200_000), 0.3),
-    lambda k: mp.concatenate(normal(k, 4000, 40), normal(k + 9, 4000, 10), 0.2),
-    lambda k: module(mp.MPConv(300), normal(k, 300, 200)),
-    lambda k: module(mp.MPConv(100, 1), normal(k, 20, 4, 4, 100)),
+@pytest.mark.parametrize(
+  "operation",
+  [
+    lambda k: mp_layers.silu(normal(k, 200_000)),
+    lambda k: mp_layers.add(normal(k, 200_000), normal(k + 9, 200_000), 0.3),
+    lambda k: mp_layers.concatenate(
+      normal(k, 4000, 40), normal(k + 9, 4000, 10), 0.2
+    ),
+    lambda k: module(mp_layers.MPConv(300), normal(k, 300, 200)),
+    lambda k: module(mp_layers.MPConv(100, 1), normal(k, 20, 4, 4, 100)),
     # 3x3 at inner pixels: zeros come in at the border.
-    lambda k: module(mp.MPConv(100, 3), normal(k, 20, 8, 8, 40))[:, 1:-1, 1:-1],
-    lambda k: module(mp.MPFourier(500), normal(k, 300)),
-], ids=["silu", "add", "concatenate", "dense", "conv1", "conv3", "fourier"])
+    lambda k: module(mp_layers.MPConv(100, 3), normal(k, 20, 8, 8, 40))[
+      :, 1:-1, 1:-1
+    ],
+    lambda k: module(mp_layers.MPFourier(500), normal(k, 300)),
+  ],
+  ids=["silu", "add", "concatenate", "dense", "conv1", "conv3", "fourier"],
+)
 def test_operations_preserve_magnitude(operation):
   assert rms(operation(1)) == pytest.approx(1, abs=0.02)
 
 
 def module(layer, x):
   return quick.jit(
-      lambda: layer.init_with_output(
-          jax.random.key(0, impl="unsafe_rbg"), x
-      )[0]
+    lambda: layer.init_with_output(jax.random.key(0, impl="unsafe_rbg"), x)[0]
   )()
 
 
 def test_balances_are_shares():
   a, b = normal(0, 5, 4), normal(1, 5, 12)
-  joined = mp.concatenate(a, b, 0.2)
+  joined = mp_layers.concatenate(a, b, 0.2)
   # Of the squared magnitude of what follows, whatever the widths.
   first, second = (
-      np.sum(np.square(part), axis=-1) / np.sum(np.square(whole), axis=-1)
-      * whole.shape[-1]
-      for part, whole in ((joined[:, :4], a), (joined[:, 4:], b))
+    np.sum(np.square(part), axis=-1)
+    / np.sum(np.square(whole), axis=-1)
+    * whole.shape[-1]
+    for part, whole in ((joined[:, :4], a), (joined[:, 4:], b))
   )
   np.testing.assert_allclose(second / first, (0.2 / 0.8) ** 2, rtol=1e-5)
-  total = mp.add(jnp.float32(1), jnp.float32(0), 0.2)
+  total = mp_layers.add(jnp.float32(1), jnp.float32(0), 0.2)
   assert total == pytest.approx(0.8 / np.hypot(0.8, 0.2))
-  assert mp.add(jnp.float32(3), jnp.float32(5), 0.0) == 3
-  assert mp.add(jnp.float32(3), jnp.float32(5), 1.0) == 5
+  assert mp_layers.add(jnp.float32(3), jnp.float32(5), 0.0) == 3
+  assert mp_layers.add(jnp.float32(3), jnp.float32(5), 1.0) == 5
 
 
 def random_kernels(shaped):
@@ -135,7 +142,7 @@ def random_kernels(shaped):
 def run(net):
   """f(params, x, c_noise, labels, dropout_keys), compiled."""
   return quick.jit(
-      lambda p, x, c, y, keys: net.apply({"params": p}, x, c, None, y, keys)
+    lambda p, x, c, y, keys: net.apply({"params": p}, x, c, None, y, keys)
   )
 
 
@@ -156,7 +163,7 @@ def tiny():
 
   known = quick.jit(gains)()
   fresh = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: known.get(name_of(path), leaf), drawn
+    lambda path, leaf: known.get(name_of(path), leaf), drawn
   )
 
   def awake(path, leaf):
@@ -195,13 +202,20 @@ def test_network_preserves_magnitude():
   params = random_kernels(shapes(net, 8))
   # As a fresh network gives 0, look inside. Attention is left out, for a mean
   # of uncorrelated values is smaller than they are.
-  _, seen = quick.jit(lambda p: net.apply(
-      {"params": p}, x, c, labels=y, mutable=True,
+  _, seen = quick.jit(
+    lambda p: net.apply(
+      {"params": p},
+      x,
+      c,
+      labels=y,
+      mutable=True,
       capture_intermediates=lambda m, _: isinstance(m, edm2.Block),
-  ))(params)
+    )
+  )(params)
   blocks = {
-      k: rms(v["__call__"][0])
-      for k, v in seen["intermediates"].items() if "__call__" in v
+    k: rms(v["__call__"][0])
+    for k, v in seen["intermediates"].items()
+    if "__call__" in v
   }
   assert len(blocks) == 5
   for name, size in blocks.items():  # Zeros come in at the borders.
@@ -221,8 +235,13 @@ def test_forced_normalisation(tiny):
   projected = quick.jit(edm2.normalize_weights)(grown)
   assert jax.tree.structure(projected) == jax.tree.structure(grown)
   kernels = {k for k in leaves(grown) if k.endswith("/kernel")}
-  assert {"logvar_linear/kernel", "emb_noise/kernel", "emb_label/kernel",
-          "out_conv/kernel", "enc_4x4_conv/kernel"} < kernels
+  assert {
+    "logvar_linear/kernel",
+    "emb_noise/kernel",
+    "emb_label/kernel",
+    "out_conv/kernel",
+    "enc_4x4_conv/kernel",
+  } < kernels
   for name, leaf in leaves(projected).items():
     before = leaves(grown)[name]
     assert leaf.dtype == before.dtype
@@ -235,16 +254,20 @@ def test_forced_normalisation(tiny):
   out = apply(grown, *inputs(), None)
   # Up to the 1e-4 in the norm, of which rows of 0.2 feel five times as much.
   np.testing.assert_allclose(
-      apply(projected, *inputs(), None), out, atol=2e-3 * np.abs(out).max()
+    apply(projected, *inputs(), None), out, atol=2e-3 * np.abs(out).max()
   )
   np.testing.assert_allclose(
-      apply(gains, *inputs(), None), out, atol=2e-3 * np.abs(out).max()
+    apply(gains, *inputs(), None), out, atol=2e-3 * np.abs(out).max()
   )
 
 
-@pytest.mark.parametrize("layer, shape", [
-    (mp.MPConv(7), (2, 30)), (mp.MPConv(5, 3), (1, 2, 2, 6)),
-])
+@pytest.mark.parametrize(
+  "layer, shape",
+  [
+    (mp_layers.MPConv(7), (2, 30)),
+    (mp_layers.MPConv(5, 3), (1, 2, 2, 6)),
+  ],
+)
 def test_fresh_kernels_are_normalised(layer, shape):
   key = jax.random.key(0, impl="unsafe_rbg")
   params = quick.jit(lambda: layer.init(key, jnp.ones(shape)))()
@@ -292,7 +315,7 @@ def test_activations_are_clipped():
 
   block = edm2.Block(4, decoder=True, clip_act=None)
   params = random_kernels(
-      jax.eval_shape(lambda: block.init(jax.random.key(0), x, emb))
+    jax.eval_shape(lambda: block.init(jax.random.key(0), x, emb))
   )
 
   def output(bound):
@@ -300,18 +323,14 @@ def test_activations_are_clipped():
 
   free = output(None)
   assert np.abs(free).max() > 64
-  np.testing.assert_allclose(
-      output(64.0), np.clip(free, -64, 64), rtol=1e-5
-  )
+  np.testing.assert_allclose(output(64.0), np.clip(free, -64, 64), rtol=1e-5)
   assert edm2.EDM2().clip_act == edm2.Block(4).clip_act == 256
 
 
 def test_logvar_is_made_by_init_and_needs_no_image(tiny):
   net, _, fresh, _ = tiny
   c = normal(2, 3)
-  out = quick.jit(
-      lambda p: net.apply({"params": p}, c, method="logvar")
-  )(fresh)
+  out = quick.jit(lambda p: net.apply({"params": p}, c, method="logvar"))(fresh)
   kernel = np.asarray(fresh["logvar_linear"]["kernel"], np.float64)
   f, p = (np.asarray(fresh["logvar_fourier"][k]) for k in ("freqs", "phases"))
   features = np.sqrt(2) * np.cos(c[:, None] * f + p)
@@ -321,8 +340,8 @@ def test_logvar_is_made_by_init_and_needs_no_image(tiny):
 
 def test_bfloat16_stays_inside_the_torso():
   net = edm2.EDM2(
-      **TINY | dict(channel_mult=(1, 2), attention_resolutions=(4,)),
-      dtype="bfloat16",
+    **TINY | dict(channel_mult=(1, 2), attention_resolutions=(4,)),
+    dtype="bfloat16",
   )
   seen = {}
 
@@ -341,13 +360,22 @@ def test_bfloat16_stays_inside_the_torso():
   narrow = {k for k, v in seen.items() if v == jnp.bfloat16}
   top = {k for k in wide if "/" not in k}
   assert top == {
-      "", "out_conv", "emb_fourier", "emb_noise", "emb_label",
-      "logvar_fourier", "logvar_linear",
+    "",
+    "out_conv",
+    "emb_fourier",
+    "emb_noise",
+    "emb_label",
+    "logvar_fourier",
+    "logvar_linear",
   }
   assert {k.split("/")[1] for k in wide - top} == {"emb_linear"}
   assert {k.split("/")[-1] for k in narrow} >= {
-      "enc_8x8_conv", "conv_res0", "conv_res1", "conv_skip", "attn_qkv",
-      "attn_proj",
+    "enc_8x8_conv",
+    "conv_res0",
+    "conv_res1",
+    "conv_skip",
+    "attn_qkv",
+    "attn_proj",
   }
 
 
@@ -368,7 +396,7 @@ def test_recomputation_changes_nothing(tiny):
   assert "remat" not in str(apply.trace(*args).jaxpr)
   out = apply(*args)
   np.testing.assert_allclose(
-      again(*args), out, rtol=0, atol=1e-5 * np.abs(out).max()
+    again(*args), out, rtol=0, atol=1e-5 * np.abs(out).max()
   )
 
 
@@ -384,12 +412,12 @@ def test_inputs_that_contradict_the_network():
 
   one = jnp.ones(1)
   for changes, args, match in (
-      (dict(channel_mult=(1, 1, 1)), dict(size=6), "6x6 .*2 times.* of 4"),
-      ({}, dict(c_noise_end=one), "one noise level"),
-      ({}, dict(labels=None), "num_classes=3 .*-1"),
-      (dict(num_classes=None), {}, "num_classes=None"),
-      ({}, dict(labels=jnp.ones((1, 2))), r"\[B, 3\]"),
-      (dict(num_head_channels=3), {}, "16 channels at 4x4 .* 5 heads"),
+    (dict(channel_mult=(1, 1, 1)), dict(size=6), "6x6 .*2 times.* of 4"),
+    ({}, dict(c_noise_end=one), "one noise level"),
+    ({}, dict(labels=None), "num_classes=3 .*-1"),
+    (dict(num_classes=None), {}, "num_classes=None"),
+    ({}, dict(labels=jnp.ones((1, 2))), r"\[B, 3\]"),
+    (dict(num_head_channels=3), {}, "16 channels at 4x4 .* 5 heads"),
   ):
     with pytest.raises(ValueError, match=match):
       init(changes, **args)

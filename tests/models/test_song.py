@@ -11,7 +11,7 @@ import pytest
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.interop import transfer
 from bcm_jax.models import adm
-from bcm_jax.models import second_time
+from bcm_jax.models import end_time
 from bcm_jax.models import song
 from tests import golden
 from tests import quick
@@ -203,7 +203,7 @@ def test_bidirectional_form_starts_as_the_one_time_network():
   two = one.clone(two_time=True)
   x, t, _, _ = arguments(one)
   fresh = filled(two)
-  params = second_time.add_second_time(two, old, fresh)
+  params = end_time.add_second_time(two, old, fresh)
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
   apply = quick.jit(two.apply)
   before = quick.jit(one.apply)({"params": old}, x, t)

@@ -7,7 +7,7 @@ import numpy as np
 
 from bcm_jax.diffusion import preconditioning as pre
 from bcm_jax.models import edm2
-from bcm_jax.models import second_time
+from bcm_jax.models import end_time
 from tests.parity import files
 from tests.parity import report
 from tests.parity import weights
@@ -94,7 +94,7 @@ def finetune_start(file, precision):
   )
   w, given = one.weights(precision), Inputs(file, precision)
   y = one.labels(file)
-  extended = second_time.add_second_time(two.network, w, two.params)
+  extended = end_time.add_second_time(two.network, w, two.params)
   if precision == "float32":
     ours = two.named(extended)
     for name, value in added.items():
