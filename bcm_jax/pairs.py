@@ -22,7 +22,7 @@ from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.data import source as sources
-from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import sampling_plan
 from bcm_jax.training import rng
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
@@ -37,7 +37,7 @@ def run(experiment: build.Experiment, workdir: str) -> str:
   section: schema.Sample = experiment.section("sample")
   plan = planning.sampling_plan(experiment)
   if not experiment.method.solves or any(
-      isinstance(step, plans.AddNoise) for step in plan.steps
+      isinstance(step, sampling_plan.AddNoise) for step in plan.steps
   ):
     raise errors.UserError(
         "mode pairs needs a denoiser and a sampler that adds no noise, so that "

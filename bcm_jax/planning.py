@@ -15,7 +15,7 @@ from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
-from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import sampling_plan as plans
 
 SAMPLERS = ("onestep", "ancestral", "zigzag", "mixture", "cm_multistep",
             "gamma", "ddim", "heun")

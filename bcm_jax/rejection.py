@@ -13,7 +13,7 @@ from bcm_jax import runner as runners
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.metrics import classifier
-from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import sampling_plan
 
 
 def best(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
@@ -40,7 +40,7 @@ def best(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
 def generate(
     experiment: build.Experiment,
     runner: runners.Runner,
-    plan: plans.Plan,
+    plan: sampling_plan.Plan,
     count: int,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:

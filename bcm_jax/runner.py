@@ -13,8 +13,8 @@ from bcm_jax import guides
 from bcm_jax.config import build
 from bcm_jax.data import source as sources
 from bcm_jax.sampling import guidance
-from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
+from bcm_jax.sampling import sampling_plan
 from bcm_jax.training import rng
 from bcm_jax.training import sharding
 
@@ -67,7 +67,7 @@ class Runner:
 
   def __call__(
       self,
-      plan: plans.Plan,
+      plan: sampling_plan.Plan,
       images: np.ndarray,
       labels: np.ndarray | None,
       keys: np.ndarray,
@@ -180,7 +180,7 @@ def _fill(array: np.ndarray, size: int) -> np.ndarray:
 def generate(
     experiment: build.Experiment,
     runner: Runner,
-    plan: plans.Plan,
+    plan: sampling_plan.Plan,
     labels: np.ndarray | None,
     index: np.ndarray,
     seed: int,
@@ -238,7 +238,7 @@ def test_images(
 def invert_and_reconstruct(
     experiment: build.Experiment,
     runner: Runner,
-    plan: plans.Plan,
+    plan: sampling_plan.Plan,
     batch: dict[str, np.ndarray],
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -248,6 +248,6 @@ def invert_and_reconstruct(
   latents = runner(
       plan, sources.to_float(batch["image"]), batch["label"], keys
   )
-  back = plans.ancestral((), experiment.levels)
+  back = sampling_plan.ancestral((), experiment.levels)
   images = runner(back, latents, batch["label"], keys)
   return latents, sources.to_uint8(images)

@@ -7,7 +7,7 @@ from bcm_jax import planning
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve
-from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import sampling_plan
 
 
 def digits(**overrides: str):
@@ -17,7 +17,7 @@ def digits(**overrides: str):
   )
 
 
-def plan_of(**overrides: str) -> plans.Plan:
+def plan_of(**overrides: str) -> sampling_plan.Plan:
   return planning.sampling_plan(build.build(digits(**overrides)))
 
 
@@ -86,7 +86,7 @@ def experiment():
 
 
 def times(plan):
-  return [s.u for s in plan.steps if isinstance(s, plans.Jump)]
+  return [s.u for s in plan.steps if isinstance(s, sampling_plan.Jump)]
 
 
 def test_samplers_by_name_number_and_times(experiment):
@@ -136,6 +136,6 @@ def test_bad_notation_says_what_is_wrong(experiment, text, said):
 
 def test_inversions_by_number_and_noise(experiment):
   plan = planning.inversion_plan(experiment, 3, 0.2)
-  assert plan.steps[0] == plans.AddNoise(0.2, 0.2)
+  assert plan.steps[0] == sampling_plan.AddNoise(0.2, 0.2)
   assert plan.nfe == 3
   assert planning.inversion_plan(experiment).steps[0].scale == 0.07

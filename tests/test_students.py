@@ -24,7 +24,7 @@ from bcm_jax.data import pairs as pair_files
 from bcm_jax.data import source as sources
 from bcm_jax.evaluation import evaluate
 from bcm_jax.evaluation import evaluate_likelihood
-from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import sampling_plan
 from tests import toys
 
 pytestmark = pytest.mark.slow
@@ -348,5 +348,5 @@ def test_samplers_of_a_denoiser(teacher):
         "onestep",
     )
   assert isinstance(
-      planning.sampling_plan(built, "heun").steps[0], plans.HeunJump
+      planning.sampling_plan(built, "heun").steps[0], sampling_plan.HeunJump
   )

@@ -22,7 +22,7 @@ from bcm_jax.data import source as sources
 from bcm_jax.interop import vgg_names
 from bcm_jax.methods import base
 from bcm_jax.methods import projected
-from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import sampling_plan
 from bcm_jax.training import sharding
 from bcm_jax.training import train_state
 from bcm_jax.training import train_step
@@ -47,9 +47,9 @@ class Experiment:
   teacher: "Experiment | None" = None
 
   @property
-  def levels(self) -> plans.Range:
+  def levels(self) -> sampling_plan.Range:
     """Noise levels that the network is trained on."""
-    return plans.Range(self.method.sigma_min, self.method.sigma_max)
+    return sampling_plan.Range(self.method.sigma_min, self.method.sigma_max)
 
   def section(self, name: str) -> Any:
     """A section of the config as its dataclass."""

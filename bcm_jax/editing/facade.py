@@ -29,8 +29,8 @@ from bcm_jax.editing import recipes
 from bcm_jax.editing.pretrained import Labels
 from bcm_jax.interop import released
 from bcm_jax.release import packing
-from bcm_jax.sampling import editing
 from bcm_jax.sampling import operators
+from bcm_jax.sampling import zero_shot
 
 # A network that is there wherever the package is.
 SHIPPED = pathlib.Path(__file__).parents[1] / "networks" / "digits"
@@ -90,7 +90,7 @@ class Model(pretrained.Pretrained):
     ]
     columns = []
     for weight in weights:
-      mixed = editing.slerp(
+      mixed = zero_shot.slerp(
           jnp.asarray(ends[0][0]), jnp.asarray(ends[1][0]),
           jnp.full(count, weight, jnp.float32),
       )
@@ -128,7 +128,7 @@ class Model(pretrained.Pretrained):
 
     def fill(flow_map, x, labels, keys):
       if task == "inpaint":
-        return editing.inpaint(
+        return zero_shot.inpaint(
             flow_map, x["images"], x["known"], plan, labels, keys,
             sigma_data, _FEATHER,
         )
@@ -136,7 +136,7 @@ class Model(pretrained.Pretrained):
       keep = functools.partial(
           operators.keep_pixels, known=blank, mask=x["known"]
       )
-      return editing.regenerate(flow_map, blank, plan, labels, keys, keep)
+      return zero_shot.regenerate(flow_map, blank, plan, labels, keys, keep)
 
     filled = self._edit(fill, images, labels, seed, known=known)
     return np.where(known > 0, images, filled)
@@ -151,7 +151,7 @@ class Model(pretrained.Pretrained):
     def colour(flow_map, x, labels, keys):
       grey = operators.to_grey(x["images"])
       keep = functools.partial(operators.keep_grey, known=grey)
-      return editing.regenerate(flow_map, grey, plan, labels, keys, keep)
+      return zero_shot.regenerate(flow_map, grey, plan, labels, keys, keep)
 
     return self._edit(colour, self.images(images), labels, seed)
 
@@ -176,7 +176,7 @@ class Model(pretrained.Pretrained):
       keep = functools.partial(
           operators.keep_means, known=blocks, size=factor
       )
-      return editing.regenerate(flow_map, blocks, plan, labels, keys, keep)
+      return zero_shot.regenerate(flow_map, blocks, plan, labels, keys, keep)
 
     return self._edit(detail, images, labels, seed)
 
@@ -207,12 +207,12 @@ class Model(pretrained.Pretrained):
       if level is not None:
         sigma = jnp.full(len(x["images"]), level, jnp.float32)
       elif method.inverts:
-        sigma = editing.noise_level(
+        sigma = zero_shot.noise_level(
             flow_map, x["images"], levels, *measure, labels, recipes.ESTIMATE
         )
       else:
-        sigma = editing.wavelet_noise_level(x["images"])
-      return editing.denoise(
+        sigma = zero_shot.wavelet_noise_level(x["images"])
+      return zero_shot.denoise(
           flow_map, x["images"], sigma, levels, labels
       ), sigma
 
@@ -276,7 +276,7 @@ class Model(pretrained.Pretrained):
     )
     has = np.arange(sum(counts)) < counts[0]
     return np.asarray(
-        editing.direction(jnp.asarray(latents), jnp.asarray(has))
+        zero_shot.direction(jnp.asarray(latents), jnp.asarray(has))
     )
 
   def shift(
@@ -300,7 +300,7 @@ class Model(pretrained.Pretrained):
     """Makes images of sketches; of them there stays what the noise leaves."""
     (plan,) = self.recipe("stroke", **settings).plans
     return self._edit(
-        lambda flow_map, x, labels, keys: editing.regenerate(
+        lambda flow_map, x, labels, keys: zero_shot.regenerate(
             flow_map, x["images"], plan, labels, keys
         ),
         self.images(images), labels, seed,
@@ -321,7 +321,7 @@ class Model(pretrained.Pretrained):
       )
 
     def edit(flow_map, x, labels, keys):
-      return editing.round_trip(
+      return zero_shot.round_trip(
           flow_map, x["images"], there, back, labels, keys,
           x.get("new_labels"), shift,
       )

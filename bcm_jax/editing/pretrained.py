@@ -19,7 +19,7 @@ from bcm_jax import runner as runners
 from bcm_jax.data import source as sources
 from bcm_jax.diffusion import process
 from bcm_jax.editing import recipes
-from bcm_jax.sampling import editing
+from bcm_jax.sampling import zero_shot
 from bcm_jax.training import rng
 
 # How noise is measured: by so many images, at so many levels.
@@ -142,7 +142,7 @@ class Pretrained:
 
     def judge(flow_map, x, labels, keys):
       del labels
-      return editing.class_errors(
+      return zero_shot.class_errors(
           flow_map, x, recipes.CLASS_TIMES, recipes.CLASS_DRAWS,
           self.experiment.levels, self.num_classes, keys,
       )
@@ -169,7 +169,7 @@ class Pretrained:
     def measure(flow_map, x, labels, keys):
       noise = process.normal_like(keys, x)
       return jnp.stack([
-          editing.latent_variance(
+          zero_shot.latent_variance(
               flow_map, x + level * noise,
               jnp.full(len(x), level, jnp.float32), levels.sigma_max, labels,
           )

@@ -14,7 +14,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax import planning
 from bcm_jax.config import build
-from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import sampling_plan
 
 # Evaluations by which a two-way network measures the noise in an image.
 ESTIMATE = 12
@@ -73,7 +73,7 @@ class Recipe:
   """
 
   task: str
-  plans: tuple[plans.Plan, ...]
+  plans: tuple[sampling_plan.Plan, ...]
   more: int = 0
 
   @property
@@ -133,7 +133,7 @@ def recipe(
         times, known.nfe if nfe is None and not times else nfe, start,
         levels.sigma_min, experiment.method.rho, "edit",
     )
-    plan = plans.cm_multistep(mid, levels, start)
+    plan = sampling_plan.cm_multistep(mid, levels, start)
     return Recipe(task, (plan,))
   if nfe is None and not times:
     nfe = known.nfe
@@ -144,7 +144,7 @@ def recipe(
   there = planning.inversion_plan(
       experiment, None if nfe is None else nfe - 1, noise, times
   )
-  return Recipe(task, (there, plans.ancestral((), experiment.levels)))
+  return Recipe(task, (there, sampling_plan.ancestral((), experiment.levels)))
 
 
 def _check(experiment, task: str, known: Task, noise, level) -> None:
@@ -182,8 +182,8 @@ def _denoising(experiment, level, nfe, times) -> Recipe:
     estimate = ESTIMATE if experiment.method.inverts else 0
     return Recipe("denoise", (), estimate + 1)
   levels.check((level,), "edit.level")
-  jump = plans.Jump(level, levels.sigma_min)
-  return Recipe("denoise", (plans.Plan("denoise", level, (jump,)),))
+  jump = sampling_plan.Jump(level, levels.sigma_min)
+  return Recipe("denoise", (sampling_plan.Plan("denoise", level, (jump,)),))
 
 
 def _inpainting(experiment, noise: float, nfe: int | None, times) -> Recipe:
@@ -210,4 +210,4 @@ def _inpainting(experiment, noise: float, nfe: int | None, times) -> Recipe:
   noises = [noise, *np.geomspace(noise, min(noise, LAST_NOISE), rounds)[1:]]
   times = times or [min(RISE * e, levels.sigma_max) for e in noises]
   pairs = [(float(e), t) for e, t in zip(noises, times, strict=True)]
-  return Recipe("inpaint", (plans.zigzags(pairs, levels),))
+  return Recipe("inpaint", (sampling_plan.zigzags(pairs, levels),))

@@ -17,8 +17,8 @@ from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.data import source as sources
 from bcm_jax.plots import records
-from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
+from bcm_jax.sampling import sampling_plan
 from bcm_jax.training import rng
 
 _COLUMNS = 12
@@ -77,7 +77,9 @@ def shown(
 
 def _jump(runner, x, labels, t: float, u: float) -> np.ndarray:
   """x [B, H, W, C] from level t to u."""
-  return runner(plans.Plan("strip", t, (plans.Jump(t, u),)), x, labels, None)
+  return runner(
+    sampling_plan.Plan("strip", t, (sampling_plan.Jump(t, u),)), x, labels, None
+  )
 
 
 def _down(experiment, runner) -> records.Rows:
@@ -85,39 +87,43 @@ def _down(experiment, runner) -> records.Rows:
   method = experiment.method
   count = _ROWS if method.two_time and not method.solves else _PAIRS
   keys = rng.example_keys(
-      experiment.config.sample.seed, "sample/start", 0, jnp.arange(count)
+    experiment.config.sample.seed, "sample/start", 0, jnp.arange(count)
   )
   noise = np.asarray(
-      samplers.start_noise(keys, experiment.image_shape, method.sigma_max)
+    samplers.start_noise(keys, experiment.image_shape, method.sigma_max)
   )
   labels, names = None, [f"sample {i + 1}" for i in range(count)]
   if experiment.num_classes is not None:
     labels = (np.arange(count) * experiment.num_classes // count).astype(
-        np.int32
+      np.int32
     )
     names = [f"class {label}" for label in labels]
   levels = levels_between(method.sigma_max, method.sigma_min)
-  way = _along_solver if method.solves else (
-      _one_jump if method.two_time else _noised_again
+  way = (
+    _along_solver
+    if method.solves
+    else (_one_jump if method.two_time else _noised_again)
   )
   title, parts = way(method, runner, noise, labels, levels)
   images = np.stack(
-      [shown(x, at, method.sigma_data) for _, x, at in parts], axis=1
+    [shown(x, at, method.sigma_data) for _, x, at in parts], axis=1
   )
   return records.Rows(
-      title, _AXIS, [f"{t:.2g}" for t in levels],
-      [row.format(name) for name in names for row, _, _ in parts],
-      images.reshape(-1, *images.shape[2:]),
+    title,
+    _AXIS,
+    [f"{t:.2g}" for t in levels],
+    [row.format(name) for name in names for row, _, _ in parts],
+    images.reshape(-1, *images.shape[2:]),
   )
 
 
 def _one_jump(method, runner, noise, labels, levels):
   start = levels[0]
   states = [noise] + [
-      _jump(runner, noise, labels, start, t) for t in levels[1:]
+    _jump(runner, noise, labels, start, t) for t in levels[1:]
   ]
   return "from noise, one jump f(x, T, t) to every level", [
-      ("{}", states, levels)
+    ("{}", states, levels)
   ]
 
 
@@ -125,17 +131,20 @@ def _along_solver(method, runner, noise, labels, levels):
   states = [noise]
   for t, u in zip(levels, levels[1:], strict=False):
     middle = math.sqrt(t * u)
-    plan = plans.Plan(
-        "strip", t, (plans.HeunJump(t, middle), plans.HeunJump(middle, u))
+    plan = sampling_plan.Plan(
+      "strip",
+      t,
+      (sampling_plan.HeunJump(t, middle), sampling_plan.HeunJump(middle, u)),
     )
     states.append(runner(plan, states[-1], labels, None))
   # A denoiser's map to level 0 is the denoiser.
   said = [
-      _jump(runner, x, labels, t, 0.0)
-      for x, t in zip(states, levels, strict=True)
+    _jump(runner, x, labels, t, 0.0)
+    for x, t in zip(states, levels, strict=True)
   ]
   return "along Heun's solver: the state x at t, and the denoiser D(x, t)", [
-      ("{}: x", states, levels), ("D(x, t)", said, [0.0] * len(levels))
+    ("{}: x", states, levels),
+    ("D(x, t)", said, [0.0] * len(levels)),
   ]
 
 
@@ -144,15 +153,16 @@ def _noised_again(method, runner, noise, labels, levels):
   images = _jump(runner, noise, labels, start, end)
   states = [images + noise * (t / start) for t in levels]
   said = [
-      _jump(runner, x, labels, t, end)
-      for x, t in zip(states, levels, strict=True)
+    _jump(runner, x, labels, t, end)
+    for x, t in zip(states, levels, strict=True)
   ]
   title = "one-step samples noised again to x at t, and f(x, t)"
   known = getattr(method, "start_levels", ())
   if known:  # It learnt nothing of the others.
     title += f"; trained at t = {', '.join(f'{t:.2g}' for t in known)} alone"
   return title, [
-      ("{}: x", states, levels), ("f(x, t)", said, [0.0] * len(levels))
+    ("{}: x", states, levels),
+    ("f(x, t)", said, [0.0] * len(levels)),
   ]
 
 
@@ -161,27 +171,31 @@ def _up(experiment, runner) -> records.Rows:
   method, section = experiment.method, experiment.section("invert")
   batch = runners.test_images(experiment, _ROWS)
   x, labels = sources.to_float(batch["image"]), batch["label"]
-  keys = rng.example_keys(
-      section.seed, "invert/added", 0, jnp.arange(len(x))
-  )
+  keys = rng.example_keys(section.seed, "invert/added", 0, jnp.arange(len(x)))
   levels = levels_between(section.noise, method.sigma_max)
   noisy = runner(
-      plans.Plan("strip", method.sigma_min, (
-          plans.AddNoise(section.noise, section.noise),
-      )), x, labels, keys,
+    sampling_plan.Plan(
+      "strip",
+      method.sigma_min,
+      (sampling_plan.AddNoise(section.noise, section.noise),),
+    ),
+    x,
+    labels,
+    keys,
   )
   states = [noisy] + [
-      _jump(runner, noisy, labels, section.noise, t) for t in levels[1:]
+    _jump(runner, noisy, labels, section.noise, t) for t in levels[1:]
   ]
-  back = _jump(
-      runner, states[-1], labels, method.sigma_max, method.sigma_min
-  )
+  back = _jump(runner, states[-1], labels, method.sigma_max, method.sigma_min)
   images = shown([x, *states, back], [0.0, *levels, 0.0], method.sigma_data)
   names = [f"class {label}" for label in labels]
   if experiment.num_classes is None:
     names = [f"image {i + 1}" for i in range(len(x))]
   return records.Rows(
-      f"real images, noise e = {section.noise:g} added: one jump f(x, e, t) up "
-      "to every level, and one back",
-      _AXIS, ["real", *(f"{t:.2g}" for t in levels), "back"], names, images,
+    f"real images, noise e = {section.noise:g} added: one jump f(x, e, t) up "
+    "to every level, and one back",
+    _AXIS,
+    ["real", *(f"{t:.2g}" for t in levels), "back"],
+    names,
+    images,
   )

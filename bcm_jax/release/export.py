@@ -40,9 +40,9 @@ from bcm_jax.config import resolve
 from bcm_jax.data import source as sources
 from bcm_jax.release import exported
 from bcm_jax.sampling import guidance
-from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import rolled
 from bcm_jax.sampling import samplers
+from bcm_jax.sampling import sampling_plan
 from bcm_jax.training import rng
 from bcm_jax.utils import cli
 from bcm_jax.utils import files
@@ -72,7 +72,7 @@ class Function(NamedTuple):
 
   arguments: tuple[str, ...]
   call: Callable[..., jax.Array]
-  plan: plans.Plan
+  plan: sampling_plan.Plan
 
 
 def write(
@@ -227,7 +227,7 @@ def _named(experiment, *arguments: str) -> tuple[str, ...]:
   return ("weights", *arguments, *labels)
 
 
-def sampler(experiment, guide, plan: plans.Plan) -> Function:
+def sampler(experiment, guide, plan: sampling_plan.Plan) -> Function:
   """Images number `index` of `seed`, as runner.generate draws them."""
   maps = _maps(experiment, guide)
 
@@ -242,7 +242,7 @@ def sampler(experiment, guide, plan: plans.Plan) -> Function:
   return Function(_named(experiment, "seed", "index"), sample, plan)
 
 
-def _inverter(experiment, guide, plan: plans.Plan) -> Function:
+def _inverter(experiment, guide, plan: sampling_plan.Plan) -> Function:
   """Latents of images, as runner.invert_and_reconstruct finds them."""
   maps = _maps(experiment, guide)
 
@@ -257,7 +257,7 @@ def _inverter(experiment, guide, plan: plans.Plan) -> Function:
 def _decoder(experiment, guide) -> Function:
   """Images of latents, in one step."""
   maps = _maps(experiment, guide)
-  plan = plans.ancestral((), experiment.levels)
+  plan = sampling_plan.ancestral((), experiment.levels)
 
   def decode(weights, latents, labels=None):
     return _to_uint8(rolled.run(plan, *maps(weights), latents, labels, None))

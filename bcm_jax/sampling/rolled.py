@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from bcm_jax.diffusion import process
-from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
+from bcm_jax.sampling import sampling_plan
 
 UNROLLED = 16
 
@@ -25,7 +25,7 @@ Turn = list[tuple[int, Any]]
 
 
 def run(
-    plan: plans.Plan,
+    plan: sampling_plan.Plan,
     flow_map: samplers.FlowMap,
     guided_map: samplers.FlowMap | None,
     x: jax.Array,
@@ -45,10 +45,10 @@ def run(
     return samplers.run(plan, flow_map, x, labels, keys, guided_map)
 
   def apply(x, place, step):
-    if isinstance(step, plans.AddNoise):
+    if isinstance(step, sampling_plan.AddNoise):
       fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
       return x + step.scale * process.normal_like(fold(keys, place), x)
-    alone = plans.Plan(plan.name, step.t, (step,))
+    alone = sampling_plan.Plan(plan.name, step.t, (step,))
     return samplers.run(alone, flow_map, x, labels, None, guided_map)
 
   for turns in alike(plan):
@@ -65,23 +65,27 @@ def run(
   return x
 
 
-def _levels(step: plans.Jump | plans.AddNoise) -> tuple[float, float]:
+def _levels(
+  step: sampling_plan.Jump | sampling_plan.AddNoise,
+) -> tuple[float, float]:
   """The two numbers of a step, its first fields."""
   return dataclasses.astuple(step)[:2]
 
 
-def _with_levels(step, levels: jax.Array) -> plans.Jump | plans.AddNoise:
+def _with_levels(
+  step, levels: jax.Array
+) -> sampling_plan.Jump | sampling_plan.AddNoise:
   """The step with other numbers, also traced ones."""
   names = [field.name for field in dataclasses.fields(step)[:2]]
   return dataclasses.replace(step, **{names[0]: levels[0], names[1]: levels[1]})
 
 
-def alike(plan: plans.Plan) -> Iterator[list[Turn]]:
+def alike(plan: sampling_plan.Plan) -> Iterator[list[Turn]]:
   """Stretches of turns that differ in numbers alone."""
   turns: list[Turn] = [[]]
   for place, step in enumerate(plan.steps):
     turns[-1].append((place, step))
-    if isinstance(step, plans.Jump):
+    if isinstance(step, sampling_plan.Jump):
       turns.append([])
 
   def kind(turn):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bcm_jax.diffusion import process
-from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import sampling_plan
 
 FlowMap = Callable[..., jax.Array]
 
@@ -20,7 +20,7 @@ def start_noise(
 
 
 def run(
-    plan: plans.Plan,
+    plan: sampling_plan.Plan,
     flow_map: FlowMap,
     x: jax.Array,
     labels: jax.Array | None = None,
@@ -51,7 +51,7 @@ def run(
     raise ValueError(f"{plan.name} is guided and needs a guided map")
   batch, wide = x.shape[:1], jnp.promote_types(jnp.float32, x.dtype)
   for i, step in enumerate(plan.steps):
-    if isinstance(step, plans.AddNoise):
+    if isinstance(step, sampling_plan.AddNoise):
       if keys is None:
         raise ValueError(f"{plan.name} adds noise and needs keys")
       fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
@@ -61,7 +61,7 @@ def run(
       t = jnp.full(batch, step.t, wide)
       u = jnp.full(batch, step.u, wide)
       y = f(x, t, u, labels)
-      if isinstance(step, plans.HeunJump):
+      if isinstance(step, sampling_plan.HeunJump):
         y = y + (x - f(y, u, t, labels)) / 2
       x = y if at_image is None or step.u != plan.end else at_image(y)
   return x

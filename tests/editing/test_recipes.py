@@ -4,7 +4,7 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.editing import recipes
-from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import sampling_plan
 from tests import exact
 
 
@@ -21,7 +21,7 @@ def one_way():
 def jumps(recipe):
   return [
       (s.t, s.u) for plan in recipe.plans for s in plan.steps
-      if isinstance(s, plans.Jump)
+      if isinstance(s, sampling_plan.Jump)
   ]
 
 
@@ -55,7 +55,7 @@ def test_inpainting_inverts_lower_and_lower_with_less_and_less_noise(
     both_ways
 ):
   (plan,) = recipes.recipe(both_ways, "inpaint").plans
-  added = [s.scale for s in plan.steps if isinstance(s, plans.AddNoise)]
+  added = [s.scale for s in plan.steps if isinstance(s, sampling_plan.AddNoise)]
   assert added[0] == 1.0 and added[-1] == pytest.approx(0.3)
   assert added == sorted(added, reverse=True)
   tops = [u for t, u in jumps(recipes.recipe(both_ways, "inpaint")) if u > t]

@@ -14,8 +14,8 @@ from bcm_jax.methods import ctm
 from bcm_jax.models import adm
 from bcm_jax.models import end_time
 from bcm_jax.models import song
-from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
+from bcm_jax.sampling import sampling_plan
 from bcm_jax.training import train_state
 from bcm_jax.training import train_step
 from tests import toys
@@ -186,7 +186,7 @@ def test_from_scratch_the_average_takes_the_teachers_place():
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9, 1.0])
 def test_gamma_sampling_keeps_the_spread(gamma):
-  plan = plans.gamma_sampling((10.0, 1.0, 0.3), gamma, plans.Range())
+  plan = sampling_plan.gamma_sampling((10.0, 1.0, 0.3), gamma, sampling_plan.Range())
   keys = jax.random.split(jax.random.key(1), 20_000)
   x = samplers.start_noise(keys, (2, 2, 1), 80.0)
   out = samplers.run(plan, make().flow_map(ONE), x, keys=keys)
@@ -198,6 +198,7 @@ def test_gamma_sampling_keeps_the_spread(gamma):
 
 def gradient(method, wrt, online=0.9, target=0.8):
   """d mean L_CTM / d scale of the online network or of its average."""
+
   def mean(online, target):
     ctx = context(IMAGES[:64], target={"scale": target})
     terms, _ = method.student_loss({"scale": online}, ctx)
@@ -215,9 +216,7 @@ def test_gradients_pass_the_outer_jump_to_the_inner_one():
     def to_end(self, ctx, x, s, stream):
       return super().to_end(ctx, jax.lax.stop_gradient(x), s, stream)
 
-  fields = {
-      f.name: getattr(method, f.name) for f in dataclasses.fields(method)
-  }
+  fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
   assert gradient(Blocked(**fields), 0) == 0
 
 
@@ -234,31 +233,33 @@ def test_the_target_takes_no_gradient():
     return jnp.mean(jnp.square(estimate - target))
 
   np.testing.assert_allclose(
-      gradient(method, 0), jax.grad(held)(jnp.float32(0.9)), rtol=1e-4
+    gradient(method, 0), jax.grad(held)(jnp.float32(0.9)), rtol=1e-4
   )
   online, average = (
-      make(target_inner=name).target(
-          {"scale": jnp.float32(0.9)}, ctx, x_t, times
-      ) for name in ("online", "average")
+    make(target_inner=name).target({"scale": jnp.float32(0.9)}, ctx, x_t, times)
+    for name in ("online", "average")
   )
   assert not np.allclose(online, average)
 
 
 def test_weights_make_gradients_equally_long():
   method = make(gan=True)
-  norms = {"ctm": jnp.float32(2.0), "dsm": jnp.float32(0.5),
-           "gan": jnp.float32(1e-6)}
+  norms = {
+    "ctm": jnp.float32(2.0),
+    "dsm": jnp.float32(0.5),
+    "gan": jnp.float32(1e-6),
+  }
   weights = method.weigh(norms)
   assert weights["ctm"] == 1
   assert weights["dsm"] == pytest.approx(4, rel=1e-3)
   assert weights["gan"] == 10  # Its bound.
   assert method.weigh(norms | {"gan": jnp.float32(1e6)})["gan"] == (
-      pytest.approx(0.01)
+    pytest.approx(0.01)
   )
   fixed = make(gan=True, adaptive=False, dsm_weight=0.5, gan_weight=0.1)
   plain = fixed.weigh(norms)
   assert (plain["ctm"], plain["dsm"], plain["gan"]) == pytest.approx(
-      (1, 0.5, 0.1)
+    (1, 0.5, 0.1)
   )
 
 
@@ -266,7 +267,7 @@ def test_unweighed_terms_are_summed():
   method = make(adaptive=False, dsm_weight=0.5)
   loss, parts = method.student_loss({"scale": jnp.float32(0.9)}, context())
   np.testing.assert_allclose(
-      loss, parts["loss_ctm"] + 0.5 * parts["loss_dsm"], rtol=1e-5
+    loss, parts["loss_ctm"] + 0.5 * parts["loss_dsm"], rtol=1e-5
   )
   assert method.players["student"].balance is None
 
@@ -279,7 +280,7 @@ def players(method, images):
   state = train_state.create(method, optimizers, (0.9,), 0, images, None)
   state = state.replace(frozen={"teacher": ZERO})
   step = train_step.make_step(
-      method, optimizers, train_step.StepOptions(ema_rates=(0.9,))
+    method, optimizers, train_step.StepOptions(ema_rates=(0.9,))
   )
   return state, jax.jit(step, static_argnames="phase")
 
@@ -318,12 +319,12 @@ def test_a_discriminator_learns_to_tell():
   for _ in range(150):
     batch = {"image": images, "index": np.arange(32)}
     state, metrics = step(
-        state, batch, method.curriculum(1), ("discriminator",)
+      state, batch, method.curriculum(1), ("discriminator",)
     )
     losses.append(float(metrics["discriminator/loss"]))
   assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
-  assert metrics["discriminator/logit_real"] > (
-      metrics["discriminator/logit_fake"]
+  assert (
+    metrics["discriminator/logit_real"] > (metrics["discriminator/logit_fake"])
   )
 
 
@@ -332,17 +333,25 @@ def test_a_discriminator_learns_to_tell():
 
 def networks(cls, **options):
   one = cls(
-      model_channels=8, channel_mult=(1, 2), num_res_blocks=1, out_channels=1,
-      attention_resolutions=(), **options,
+    model_channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    out_channels=1,
+    attention_resolutions=(),
+    **options,
   )
   return one, one.clone(two_time=True, end_branch="blocks")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cls, options", [
+@pytest.mark.parametrize(
+  "cls, options",
+  [
     (adm.ADM, dict(num_groups=4, num_head_channels=8)),
     (song.SongUNet, dict(augment_dim=9)),
-], ids=["adm", "song"])
+  ],
+  ids=["adm", "song"],
+)
 def test_it_starts_as_the_teachers_euler_step(cls, options):
   one, two = networks(cls, **options)
   two = two.clone(augment_dim=0) if "augment_dim" in options else two
@@ -351,12 +360,12 @@ def test_it_starts_as_the_teachers_euler_step(cls, options):
   teacher = jax.jit(one.init)(jax.random.key(0), x, t)["params"]
   fresh = jax.jit(two.init)(jax.random.key(1), x, t, s)["params"]
   new, random = (
-      end_time.add_end(teacher, fresh, zero) for zero in (True, False)
+    end_time.add_end(teacher, fresh, zero) for zero in (True, False)
   )
   assert jax.tree.structure(new) == jax.tree.structure(fresh)
   out = jax.jit(one.apply)({"params": teacher}, x, t)
   np.testing.assert_allclose(
-      jax.jit(two.apply)({"params": new}, x, t, s), out, atol=1e-6
+    jax.jit(two.apply)({"params": new}, x, t, s), out, atol=1e-6
   )
   assert end_time.add_end(new, fresh, True) is new
   # As released the branch is fresh: only what is new differs.

@@ -13,12 +13,12 @@ from bcm_jax.methods import edm
 from bcm_jax.models import adm
 from bcm_jax.models import edm2
 from bcm_jax.models import song
-from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
+from bcm_jax.sampling import sampling_plan
 from tests import toys
 
 IMAGES = toys.images(4096)
-LEVELS = plans.Range()
+LEVELS = sampling_plan.Range()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -127,7 +127,7 @@ def test_solvers_converge_to_the_exact_flow(heun, order):
   exact = toys.exact_flow(x, 80.0, 0.0)
   errors = []
   for n in (20, 40, 80):
-    plan = plans.ode(grid(n), solvers.Churn(), heun, LEVELS)
+    plan = sampling_plan.ode(grid(n), solvers.Churn(), heun, LEVELS)
     assert plan.nfe == (2 * n - 1 if heun else n)
     out = samplers.run(plan, method.flow_map(params), x)
     errors.append(float(np.max(np.abs(out - exact))))
@@ -138,7 +138,7 @@ def test_solvers_converge_to_the_exact_flow(heun, order):
 def test_a_heun_jump_is_the_solvers_step():
   method, params = toys.gaussian_teacher()
   x, t, u = start(8), 3.0, 1.2
-  plan = plans.Plan("one", t, (plans.HeunJump(t, u),))
+  plan = sampling_plan.Plan("one", t, (sampling_plan.HeunJump(t, u),))
   out = samplers.run(plan, method.flow_map(params), x)
 
   def denoise(x, sigma):
@@ -152,8 +152,8 @@ def test_a_heun_jump_is_the_solvers_step():
 def test_churn_keeps_the_spread_of_the_images():
   method, params = toys.gaussian_teacher()
   churn = solvers.Churn(40.0, 0.05, 50.0, 1.0)
-  plan = plans.ode(grid(200), churn, True, LEVELS)
-  added = [s for s in plan.steps if isinstance(s, plans.AddNoise)]
+  plan = sampling_plan.ode(grid(200), churn, True, LEVELS)
+  added = [s for s in plan.steps if isinstance(s, sampling_plan.AddNoise)]
   assert added and all(0.05 <= s.level <= 50 * np.sqrt(2) for s in added)
   keys = jax.random.split(jax.random.key(5), 4096)
   x = samplers.start_noise(keys, (2, 2, 1), 80.0)

@@ -12,8 +12,8 @@ from bcm_jax.diffusion import preconditioning as pre
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
-from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
+from bcm_jax.sampling import sampling_plan
 from tests.parity import report
 from tests.parity import weights
 
@@ -34,7 +34,7 @@ class Start:
 
   flow_map: Callable
   labels: jax.Array | None
-  levels: plans.Range
+  levels: sampling_plan.Range
   precision: str
 
   def run(self, plan, x, noises, clip=np.inf):
@@ -68,16 +68,16 @@ class Start:
       )
 
 
-def _shortened(plan: plans.Plan, count: int) -> plans.Plan:
+def _shortened(plan: sampling_plan.Plan, count: int) -> sampling_plan.Plan:
   return dataclasses.replace(plan, steps=plan.steps[:count])
 
 
-def _sequence(numbers, levels: plans.Range) -> plans.Plan:
+def _sequence(numbers, levels: sampling_plan.Range) -> sampling_plan.Plan:
   """(top, mid ..., bottom, [added noise, amplified to, bottom] ...)."""
   end = numbers.index(levels.sigma_min)
   rest = numbers[end + 1:]
   pairs = [tuple(rest[i:i + 2]) for i in range(0, len(rest), 3)]
-  return plans.mixture(numbers[1:end], pairs, levels)
+  return sampling_plan.mixture(numbers[1:end], pairs, levels)
 
 
 def _jumps(file, start: Start):
@@ -103,15 +103,15 @@ def _jumps(file, start: Start):
         yield name + suffix, start.run(_shortened(plan, steps), top, noises)
   for key in (k for k in p if k.startswith("inv")):
     noise, *mid, high, low = p[key]
-    levels = plans.Range(low, high)
-    there = plans.inversion(noise, mid, levels)
+    levels = sampling_plan.Range(low, high)
+    there = sampling_plan.inversion(noise, mid, levels)
     image = jnp.asarray(file.image("in/img"), start.precision)
     latent = start.run(there, image, [z])
     yield f"{key}_latent", latent
-    yield f"{key}_recon", start.run(plans.ancestral((), levels), latent, [])
+    yield f"{key}_recon", start.run(sampling_plan.ancestral((), levels), latent, [])
 
 
-def _multistep(file, start: Start) -> plans.Plan:
+def _multistep(file, start: Start) -> sampling_plan.Plan:
   """stochastic_iterative_sampler's plan: at recorded indices of a grid."""
   steps = int(file.setting("steps", 40))
   low, high = start.levels.sigma_min, start.levels.sigma_max
@@ -120,13 +120,16 @@ def _multistep(file, start: Start) -> plans.Plan:
   # noise, of 1e-10 or so.
   ends = [high ** (1 / rho), low ** (1 / rho)]
   times = [
-      min(max((ends[0] + i / (steps - 1) * (ends[1] - ends[0])) ** rho, low),
-          high)
-      for i in file.meta["params"]["ts"]
+    min(
+      max((ends[0] + i / (steps - 1) * (ends[1] - ends[0])) ** rho, low), high
+    )
+    for i in file.meta["params"]["ts"]
   ]
-  plan = plans.cm_multistep(times[1:-1], plans.Range(low, times[0]))
+  plan = sampling_plan.cm_multistep(
+    times[1:-1], sampling_plan.Range(low, times[0])
+  )
   scale = float(np.sqrt(times[-1] ** 2 - low**2))
-  added = plans.AddNoise(scale, times[-1])
+  added = sampling_plan.AddNoise(scale, times[-1])
   return dataclasses.replace(plan, steps=(*plan.steps, added))
 
 
@@ -136,10 +139,10 @@ def _karras(file, start: Start, name: str):
   clip = np.inf if "noclip" in options else 1.0
   p, zs = file.meta["params"], file.image("in/zs")
   top = jnp.asarray(
-      start.levels.sigma_max * file.image("in/zT"), start.precision
+    start.levels.sigma_max * file.image("in/zT"), start.precision
   )
   if sampler == "onestep":
-    out = start.run(plans.ancestral((), start.levels), top, [], clip)
+    out = start.run(sampling_plan.ancestral((), start.levels), top, [], clip)
   elif sampler == "multistep":
     out = start.run(_multistep(file, start), top, list(zs), clip)
   else:
@@ -147,8 +150,10 @@ def _karras(file, start: Start, name: str):
     if solver not in solvers.SOLVERS:
       return f"diffusion.solvers has no solver {sampler!r}"
     grid = schedules.karras_sigmas(
-        int(p.get(sampler) or p["anc"]), start.levels.sigma_min,
-        start.levels.sigma_max, p.get("rho", 7.0),
+      int(p.get(sampler) or p["anc"]),
+      start.levels.sigma_min,
+      start.levels.sigma_max,
+      p.get("rho", 7.0),
     )[::-1]
     churn = solvers.Churn()
     if "churn" in options:
@@ -168,7 +173,7 @@ def bcm(file, precision):
 
   top, *_, low = file.meta["params"].get("one", (80.0, 0.002))
   start = Start(
-      flow_map, model.labels(file), plans.Range(low, top), precision
+    flow_map, model.labels(file), sampling_plan.Range(low, top), precision
   )
   for name, value in _jumps(file, start):
     yield file.check(name, value, precision)
@@ -191,30 +196,36 @@ def edm(file, precision):
     return model.map(params, form, x, t, u, labels)
 
   # EDM's denoiser knows no lower end.
-  start = Start(denoise, model.labels(file), plans.Range(0.0), precision)
+  start = Start(
+    denoise, model.labels(file), sampling_plan.Range(0.0), precision
+  )
   for name in file.outputs:
     options = file.settings(name)
     options |= file.meta.get(name.removeprefix("edm_heun_"), {})
     low, high, rho = (
-        options.pop(k, v) for k, v in
-        (("sigma_min", 0.002), ("sigma_max", 80.0), ("rho", 7.0))
+      options.pop(k, v)
+      for k, v in (("sigma_min", 0.002), ("sigma_max", 80.0), ("rho", 7.0))
     )
     steps = int(options.pop("num_steps", file.meta["num_steps"]))
-    churn = solvers.Churn(**{
-        {"s_min": "s_tmin", "s_max": "s_tmax"}.get(k.lower(), k.lower()):
-        float(v) for k, v in options.items()
-    })
+    churn = solvers.Churn(
+      **{
+        {"s_min": "s_tmin", "s_max": "s_tmax"}.get(k.lower(), k.lower()): float(
+          v
+        )
+        for k, v in options.items()
+      }
+    )
     low = max(low, float(file.constructor.get("sigma_min", 0)))
     high = min(high, float(file.constructor.get("sigma_max", "inf")))
     sigmas = schedules.karras_sigmas(steps, low, high, rho)[::-1]
     x = jnp.asarray(high * file.image("in/latents"), precision)
     out = start.solve(
-        x, np.append(sigmas, 0.0), "heun", churn, file.image("in/zs")
+      x, np.append(sigmas, 0.0), "heun", churn, file.image("in/zs")
     )
     yield file.check(name, out, precision)
 
 
 RUNNERS = [
-    (lambda f: "in/zT" in f and "params" in f.meta, bcm),
-    (lambda f: "in/latents" in f and f.source.endswith("NVlabs/edm"), edm),
+  (lambda f: "in/zT" in f and "params" in f.meta, bcm),
+  (lambda f: "in/latents" in f and f.source.endswith("NVlabs/edm"), edm),
 ]

@@ -7,10 +7,10 @@ import pytest
 from bcm_jax import errors
 from bcm_jax.diffusion import solvers
 from bcm_jax.sampling import guidance
-from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
+from bcm_jax.sampling import sampling_plan
 
-LEVELS = plans.Range()
+LEVELS = sampling_plan.Range()
 GRID = (80.0, 10.0, 2.0, 0.5, 0.002)
 X = jnp.linspace(-2, 2, 6).reshape(3, 2)
 LABELS = jnp.array([0, 1, 2])
@@ -65,7 +65,9 @@ def test_without_class_is_label_minus_one():
     ((100.0, 200.0), (False,) * 5),
 ])
 def test_only_levels_of_the_interval_are_guided(interval, guided):
-  plan = plans.guide(plans.ode(GRID, solvers.Churn(), True, LEVELS), *interval)
+  plan = sampling_plan.guide(
+    sampling_plan.ode(GRID, solvers.Churn(), True, LEVELS), *interval
+  )
   assert tuple(s.guided for s in plan.steps) == guided
   calls = {"plain": 0, "guided": 0}
 
@@ -83,7 +85,9 @@ def test_only_levels_of_the_interval_are_guided(interval, guided):
 
 
 def test_a_guided_plan_without_a_guide_is_an_error():
-  plan = plans.guide(plans.ode(GRID, solvers.Churn(), False, LEVELS))
+  plan = sampling_plan.guide(
+    sampling_plan.ode(GRID, solvers.Churn(), False, LEVELS)
+  )
   with pytest.raises(ValueError, match="needs a guided map"):
     samplers.run(plan, euler(denoiser(0.1)), X, LABELS)
 
@@ -93,9 +97,9 @@ def test_a_guided_plan_without_a_guide_is_an_error():
 
 def test_gamma_spans_from_ancestral_to_multistep():
   mid = (10.0, 2.0)
-  zero, one = (plans.gamma_sampling(mid, g, LEVELS) for g in (0.0, 1.0))
-  assert zero.steps == plans.ancestral(mid, LEVELS).steps
-  expected = plans.cm_multistep(mid, LEVELS).steps
+  zero, one = (sampling_plan.gamma_sampling(mid, g, LEVELS) for g in (0.0, 1.0))
+  assert zero.steps == sampling_plan.ancestral(mid, LEVELS).steps
+  expected = sampling_plan.cm_multistep(mid, LEVELS).steps
   assert len(one.steps) == len(expected)
   for mine, theirs in zip(one.steps, expected, strict=True):
     assert type(mine) is type(theirs)
@@ -107,4 +111,4 @@ def test_gamma_spans_from_ancestral_to_multistep():
 @pytest.mark.parametrize("gamma", [-0.1, 1.1])
 def test_gamma_out_of_range(gamma):
   with pytest.raises(errors.UserError, match=r"lies in \[0, 1\]"):
-    plans.gamma_sampling((1.0,), gamma, LEVELS)
+    sampling_plan.gamma_sampling((1.0,), gamma, LEVELS)

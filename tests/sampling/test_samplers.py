@@ -8,21 +8,21 @@ import pytest
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
-from bcm_jax.sampling import editing
-from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
+from bcm_jax.sampling import sampling_plan
+from bcm_jax.sampling import zero_shot
 from tests import gaussian
 from tests import golden
 
-LEVELS = plans.Range()
+LEVELS = sampling_plan.Range()
 SD2, EPS2 = gaussian.SD**2, 0.002**2
 ALL = [
-    plans.ancestral((), LEVELS),
-    plans.ancestral((9.0, 2.4), LEVELS),
-    plans.zigzag([(0.1, 1.2)], LEVELS),
-    plans.mixture((3.0,), [(0.12, 0.4)], LEVELS),
-    plans.cm_multistep((2.0, 0.5), LEVELS),
-    plans.inversion(0.07, (15.0,), LEVELS),
+    sampling_plan.ancestral((), LEVELS),
+    sampling_plan.ancestral((9.0, 2.4), LEVELS),
+    sampling_plan.zigzag([(0.1, 1.2)], LEVELS),
+    sampling_plan.mixture((3.0,), [(0.12, 0.4)], LEVELS),
+    sampling_plan.cm_multistep((2.0, 0.5), LEVELS),
+    sampling_plan.inversion(0.07, (15.0,), LEVELS),
 ]
 
 
@@ -51,7 +51,9 @@ def test_every_jump_is_one_call(plan):
 
   x = jnp.ones((3, 2))
   samplers.run(plan, counted, x, "labels", keys(3))
-  expected = [(s.t, s.u) for s in plan.steps if isinstance(s, plans.Jump)]
+  expected = [
+    (s.t, s.u) for s in plan.steps if isinstance(s, sampling_plan.Jump)
+  ]
   np.testing.assert_allclose(calls, expected, rtol=1e-6)
   assert len(calls) == plan.nfe
 
@@ -61,17 +63,17 @@ def test_start_noise():
   assert x.dtype == jnp.float32
   assert float(x.std()) == pytest.approx(80, rel=0.02)
   np.testing.assert_array_equal(
-      x[2:4], samplers.start_noise(keys(500)[2:4], (64,), 80.0)
+    x[2:4], samplers.start_noise(keys(500)[2:4], (64,), 80.0)
   )
 
 
 def test_noise_of_a_step_and_an_example_is_its_own():
-  plan = plans.zigzag([(1.0, 2.0), (1.0, 2.0)], LEVELS)
+  plan = sampling_plan.zigzag([(1.0, 2.0), (1.0, 2.0)], LEVELS)
   still = lambda x, *_: x  # noqa: E731
   x, k = jnp.zeros((4, 50)), keys(4)
   out = samplers.run(plan, still, x, keys=k)
   np.testing.assert_array_equal(
-      out[1:3], samplers.run(plan, still, x[1:3], keys=k[1:3])
+    out[1:3], samplers.run(plan, still, x[1:3], keys=k[1:3])
   )
   assert len(np.unique(out)) == out.size
   # Two steps draw two noises, so variances add.
@@ -83,15 +85,17 @@ def test_noise_of_a_step_and_an_example_is_its_own():
 def test_plan_with_noise_needs_keys():
   x = jnp.zeros((4, 5))
   with pytest.raises(ValueError, match="zigzag.*keys"):
-    samplers.run(plans.zigzag([(0.1, 1.0)], LEVELS), gaussian.flow_map, x)
-  samplers.run(plans.ancestral((), LEVELS), gaussian.flow_map, x)
+    samplers.run(
+      sampling_plan.zigzag([(0.1, 1.0)], LEVELS), gaussian.flow_map, x
+    )
+  samplers.run(sampling_plan.ancestral((), LEVELS), gaussian.flow_map, x)
 
 
 @pytest.mark.parametrize("mid", [(0.01,), (2.4,), (79.0,), (30.0, 2.0, 0.1)])
 def test_ancestral_does_not_depend_on_its_stops(mid, x64):
   x = start(20).astype(jnp.float64)
-  one = samplers.run(plans.ancestral((), LEVELS), gaussian.flow_map, x)
-  out = samplers.run(plans.ancestral(mid, LEVELS), gaussian.flow_map, x)
+  one = samplers.run(sampling_plan.ancestral((), LEVELS), gaussian.flow_map, x)
+  out = samplers.run(sampling_plan.ancestral(mid, LEVELS), gaussian.flow_map, x)
   np.testing.assert_allclose(out, one, rtol=1e-9)
   np.testing.assert_allclose(one, gaussian.phi(x, 80.0, 0.002), rtol=1e-9)
 
@@ -99,8 +103,8 @@ def test_ancestral_does_not_depend_on_its_stops(mid, x64):
 def test_zigzag_without_pairs_is_one_step():
   x = start(20)
   np.testing.assert_array_equal(
-      samplers.run(plans.zigzag((), LEVELS), gaussian.flow_map, x),
-      samplers.run(plans.ancestral((), LEVELS), gaussian.flow_map, x),
+    samplers.run(sampling_plan.zigzag((), LEVELS), gaussian.flow_map, x),
+    samplers.run(sampling_plan.ancestral((), LEVELS), gaussian.flow_map, x),
   )
 
 
@@ -109,13 +113,13 @@ def test_multistep_keeps_the_variance_of_the_data():
   for t in (10.0, 1.0, 0.2):
     variance = (variance + t**2 - EPS2) * (SD2 + EPS2) / (SD2 + t**2)
   assert variance == pytest.approx(SD2, rel=1e-4)
-  plan = plans.cm_multistep((10.0, 1.0, 0.2), LEVELS)
+  plan = sampling_plan.cm_multistep((10.0, 1.0, 0.2), LEVELS)
   out = samplers.run(plan, gaussian.flow_map, start(), keys=keys(500, 1))
   assert float(out.var()) == pytest.approx(variance, rel=0.03)
 
 
 def test_zigzag_adds_the_published_variance():
-  plan = plans.zigzag([(0.3, 2.0)], LEVELS)
+  plan = sampling_plan.zigzag([(0.3, 2.0)], LEVELS)
   out = samplers.run(plan, gaussian.flow_map, start(), keys=keys(500, 1))
   # The noise is added in full, on top of sigma_min's.
   one = (SD2 + EPS2) * 6400 / (6400 + SD2)
@@ -126,11 +130,12 @@ def test_zigzag_adds_the_published_variance():
 @pytest.mark.parametrize("mid", [(), (15.0,), (0.5, 15.0)])
 def test_inversion_round_trip(mid):
   x = gaussian.SD * jax.random.normal(jax.random.key(3), (500, 64))
-  there, back = plans.inversion(0.07, mid, LEVELS), plans.ancestral((), LEVELS)
-  latents = samplers.run(there, gaussian.flow_map, x, keys=keys(500))
-  out = editing.round_trip(
-      gaussian.flow_map, x, there, back, keys=keys(500)
+  there, back = (
+    sampling_plan.inversion(0.07, mid, LEVELS),
+    sampling_plan.ancestral((), LEVELS),
   )
+  latents = samplers.run(there, gaussian.flow_map, x, keys=keys(500))
+  out = zero_shot.round_trip(gaussian.flow_map, x, there, back, keys=keys(500))
   assert float(latents.std()) == pytest.approx(80, rel=0.02)
   step_keys = jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys(500))
   noisy = x + 0.07 * process.normal_like(step_keys, x)
@@ -138,34 +143,32 @@ def test_inversion_round_trip(mid):
   assert factor == pytest.approx(0.99035, abs=5e-6)
   np.testing.assert_allclose(out, factor * noisy, rtol=2e-4, atol=1e-5)
   # On the [0, 1] scale of published numbers.
-  assert float(((out - x) ** 2).mean()) / 4 == pytest.approx(
-      0.001207, rel=0.03
-  )
+  assert float(((out - x) ** 2).mean()) / 4 == pytest.approx(0.001207, rel=0.03)
 
 
 def reference_case(name, g):
   """(plan, input, list of noises, output transform) of a recorded run."""
   p = g.meta["params"]
   z_t, z1, zs = g.image("in/zT"), g.image("in/z1"), g["in/zs"]
-  generate = plans.ancestral((), LEVELS)
+  generate = sampling_plan.ancestral((), LEVELS)
   noise = [z1]
   if name.startswith("ks_multistep"):
     grid = schedules.karras_sigmas(40)[::-1]
     # The last recorded time is sigma_min itself: a jump of length zero.
     assert p["ts"][0] == 0 and p["ts"][-1] == 39
-    plan = plans.cm_multistep([grid[i] for i in p["ts"][1:-1]], LEVELS)
+    plan = sampling_plan.cm_multistep([grid[i] for i in p["ts"][1:-1]], LEVELS)
     noise = [np.moveaxis(zs[0].astype(np.float64), 1, -1)]
     return plan, 80 * z_t, noise
   if name.startswith("inv"):
     e, *mid, top, _ = p[name[:4]]
     assert top == 80
-    return plans.inversion(e, mid, LEVELS), g.image("in/img"), noise
+    return sampling_plan.inversion(e, mid, LEVELS), g.image("in/img"), noise
   plan = {
-      "bcm_1step": generate,
-      "ks_onestep": generate,
-      "bcm_2step": plans.ancestral(p["two"][1:2], LEVELS),
-      "bcm_3step": plans.zigzag([p["zig"][2:4]], LEVELS),
-      "bcm_4step": plans.mixture(p["mix"][1:2], [p["mix"][3:5]], LEVELS),
+    "bcm_1step": generate,
+    "ks_onestep": generate,
+    "bcm_2step": sampling_plan.ancestral(p["two"][1:2], LEVELS),
+    "bcm_3step": sampling_plan.zigzag([p["zig"][2:4]], LEVELS),
+    "bcm_4step": sampling_plan.mixture(p["mix"][1:2], [p["mix"][3:5]], LEVELS),
   }[name]
   return plan, 80 * z_t, noise
 
@@ -177,7 +180,7 @@ def reference_map(g, clip=np.inf):
     # The compiled network takes four images, the file has two.
     x, t, u, labels = (jnp.concatenate([v, v]) for v in (x, t, u, labels))
     out = preconditioning.precondition(
-        lambda *a: raw(*a, labels), preconditioning.Bidirectional(), x, t, u
+      lambda *a: raw(*a, labels), preconditioning.Bidirectional(), x, t, u
     )
     return jnp.clip(out[:2], -clip, clip)
 
@@ -185,15 +188,25 @@ def reference_map(g, clip=np.inf):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [
-    "bcm_1step", "bcm_2step", "bcm_3step", "bcm_4step", "inv1_latent",
-    "inv2_latent", "ks_onestep", "ks_multistep", "ks_multistep_noclip",
-])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "bcm_1step",
+    "bcm_2step",
+    "bcm_3step",
+    "bcm_4step",
+    "inv1_latent",
+    "inv2_latent",
+    "ks_onestep",
+    "ks_multistep",
+    "ks_multistep_noclip",
+  ],
+)
 def test_runs_are_the_reference_ones(name, x64, monkeypatch):
   g = golden.load("bcm_samplers")
   plan, x, noise = reference_case(name, g)
   monkeypatch.setattr(
-      process, "normal_like", lambda keys, x: jnp.asarray(noise.pop(0))
+    process, "normal_like", lambda keys, x: jnp.asarray(noise.pop(0))
   )
   clipped = name in ("ks_onestep", "ks_multistep")
   flow_map = reference_map(g, 1.0 if clipped else np.inf)
@@ -204,5 +217,5 @@ def test_runs_are_the_reference_ones(name, x64, monkeypatch):
   rel = 1e-9 if "multistep" in name else 1e-10
   golden.close(final, g, name, rel=rel)
   if name.startswith("inv"):
-    recon = samplers.run(plans.ancestral((), LEVELS), flow_map, out, y)
+    recon = samplers.run(sampling_plan.ancestral((), LEVELS), flow_map, out, y)
     golden.close(recon, g, name.replace("latent", "recon"), rel=1e-10)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from bcm_jax.diffusion import process
-from bcm_jax.sampling import editing
 from bcm_jax.sampling import operators
-from bcm_jax.sampling import plan as plans
+from bcm_jax.sampling import sampling_plan
+from bcm_jax.sampling import zero_shot
 from tests import gaussian
 
-LEVELS = plans.Range()
+LEVELS = sampling_plan.Range()
 SD2 = gaussian.SD**2
 B, SHAPE = 6, (8, 8, 3)
 
@@ -58,9 +58,9 @@ def norms(x):
 
 def test_ends():
   a, b = pair()
-  np.testing.assert_allclose(editing.slerp(a, b, jnp.zeros(4)), a, rtol=1e-6)
+  np.testing.assert_allclose(zero_shot.slerp(a, b, jnp.zeros(4)), a, rtol=1e-6)
   np.testing.assert_allclose(
-      editing.slerp(a, b, jnp.ones(4)), b, rtol=1e-5, atol=1e-4
+      zero_shot.slerp(a, b, jnp.ones(4)), b, rtol=1e-5, atol=1e-4
   )
 
 
@@ -68,7 +68,7 @@ def test_ends():
 def test_equal_norms_are_kept_and_angles_divided(weight):
   a, b = pair()
   b = b * (norms(a) / norms(b))[:, None, None, None].astype(np.float32)
-  out = editing.slerp(a, b, jnp.full(4, weight))
+  out = zero_shot.slerp(a, b, jnp.full(4, weight))
   np.testing.assert_allclose(norms(out), norms(a), rtol=1e-5)
   # A straight line would cut the corner.
   assert (norms((a + b) / 2) < 0.9 * norms(a)).all()
@@ -83,10 +83,10 @@ def test_equal_norms_are_kept_and_angles_divided(weight):
 def test_each_image_has_its_own_weight():
   a, b = pair()
   weights = jnp.array([0.0, 0.3, 0.6, 1.0])
-  out = editing.slerp(a, b, weights)
+  out = zero_shot.slerp(a, b, weights)
   for i in range(4):
     np.testing.assert_allclose(
-        out[i], editing.slerp(a[i:i + 1], b[i:i + 1], weights[i:i + 1])[0],
+        out[i], zero_shot.slerp(a[i:i + 1], b[i:i + 1], weights[i:i + 1])[0],
         rtol=1e-5, atol=1e-4,
     )
 
@@ -94,12 +94,12 @@ def test_each_image_has_its_own_weight():
 def test_result_scales_with_its_inputs_and_is_symmetric():
   a, b = pair()
   w = jnp.full(4, 0.3)
-  out = editing.slerp(a, b, w)
+  out = zero_shot.slerp(a, b, w)
   np.testing.assert_allclose(
-      editing.slerp(a / 80, b / 80, w), out / 80, rtol=1e-4, atol=1e-5
+      zero_shot.slerp(a / 80, b / 80, w), out / 80, rtol=1e-4, atol=1e-5
   )
   np.testing.assert_allclose(
-      editing.slerp(b, a, 1 - w), out, rtol=1e-4, atol=1e-4
+      zero_shot.slerp(b, a, 1 - w), out, rtol=1e-4, atol=1e-4
   )
 
 
@@ -107,20 +107,20 @@ def test_parallel_latents_are_interpolated_linearly():
   a, _ = pair()
   w = jnp.full(4, 0.25)
   for factor in (1.0, 3.0, 1.0001):
-    out = editing.slerp(a, factor * a, w)
+    out = zero_shot.slerp(a, factor * a, w)
     np.testing.assert_allclose(
         out, (0.75 + 0.25 * factor) * a, rtol=1e-5, atol=1e-4
     )
 
 
-THERE = plans.inversion(0.1, (), LEVELS)
-BACK = plans.ancestral((), LEVELS)
+THERE = sampling_plan.inversion(0.1, (), LEVELS)
+BACK = sampling_plan.ancestral((), LEVELS)
 
 
 @pytest.mark.slow
 def test_a_round_trip_shrinks_the_noise_that_it_adds():
   x = real()
-  out = editing.round_trip(
+  out = zero_shot.round_trip(
       gaussian.flow_map, x, THERE, BACK, keys=keys()
   )
   close(out, factor(0.1, 0.002) * (x + 0.1 * noise(0, x)))
@@ -134,21 +134,21 @@ def test_latents_are_shifted_and_classes_changed_between_there_and_back():
     seen.append(labels)
     return gaussian.flow_map(x, t, u)
 
-  out = editing.round_trip(
+  out = zero_shot.round_trip(
       flow_map, x, THERE, BACK, "old", keys(), "new", shift
   )
   there = factor(0.1, 80) * (x + 0.1 * noise(0, x))
   close(out, factor(80, 0.002) * (there + shift))
   assert seen == ["old", "new"]
   seen.clear()
-  editing.round_trip(flow_map, x, THERE, BACK, "old", keys())
+  zero_shot.round_trip(flow_map, x, THERE, BACK, "old", keys())
   assert seen == ["old", "old"]
 
 
 @pytest.mark.slow
 def test_direction_is_the_difference_of_means():
   latents, present = real(5), jnp.array([True, False, False, True, False])
-  out = editing.direction(latents, present)
+  out = zero_shot.direction(latents, present)
   close(out, latents[present].mean(0) - latents[~present].mean(0))
 
 
@@ -167,11 +167,17 @@ def rounds(x, pairs, width):
 @pytest.mark.parametrize("width", [0.0, 1.0])
 def test_inpainting(width):
   x, pairs = real(), [(0.1, 80.0), (0.2, 5.0), (0.3, 0.6)]
-  plan = plans.zigzags(pairs, LEVELS)
+  plan = sampling_plan.zigzags(pairs, LEVELS)
   assert plan.nfe == 6 and plan.start == plan.end == 0.002
   fill = functools.partial(
-      editing.inpaint, gaussian.flow_map, mask=known(x), plan=plan, labels=None,
-      keys=keys(), fill=0.5, width=width,
+    zero_shot.inpaint,
+    gaussian.flow_map,
+    mask=known(x),
+    plan=plan,
+    labels=None,
+    keys=keys(),
+    fill=0.5,
+    width=width,
   )
   out = fill(x)
   close(out, rounds(x, pairs, width))
@@ -185,9 +191,9 @@ def test_inpainting(width):
 def test_data_are_made_again_from_the_noise_in_a_hole():
   """Enough rounds forget what the hole was filled with but for its level."""
   x = real(200)
-  plan = plans.zigzags([(0.5, 80.0)] * 6, LEVELS)
-  out = editing.inpaint(
-      gaussian.flow_map, x, known(x), plan, None, keys(200), 0.01, 0.0
+  plan = sampling_plan.zigzags([(0.5, 80.0)] * 6, LEVELS)
+  out = zero_shot.inpaint(
+    gaussian.flow_map, x, known(x), plan, None, keys(200), 0.01, 0.0
   )
   # v <- min(v, clipped) at the fixed point: clipping at 2 SD takes 7.4%.
   variance = float(out[:, 2:6, 2:6].var())
@@ -199,14 +205,12 @@ def test_data_are_made_again_from_the_noise_in_a_hole():
 
 
 OPERATORS = {
-    "free": None,
-    "pixels": lambda x: functools.partial(
-        operators.keep_pixels, known=x, mask=known(x)
-    ),
-    "grey": lambda x: functools.partial(operators.keep_grey, known=x),
-    "means": lambda x: functools.partial(
-        operators.keep_means, known=x, size=2
-    ),
+  "free": None,
+  "pixels": lambda x: functools.partial(
+    operators.keep_pixels, known=x, mask=known(x)
+  ),
+  "grey": lambda x: functools.partial(operators.keep_grey, known=x),
+  "means": lambda x: functools.partial(operators.keep_means, known=x, size=2),
 }
 
 
@@ -214,8 +218,8 @@ OPERATORS = {
 def test_regeneration_puts_the_known_part_back_every_time(name):
   x = real()
   keep = None if name == "free" else OPERATORS[name](x)
-  plan = plans.cm_multistep((5.0, 0.7), LEVELS, start=20.0)
-  out = editing.regenerate(gaussian.flow_map, x, plan, None, keys(), keep)
+  plan = sampling_plan.cm_multistep((5.0, 0.7), LEVELS, start=20.0)
+  out = zero_shot.regenerate(gaussian.flow_map, x, plan, None, keys(), keep)
   keep = keep or (lambda v: v)
   low = LEVELS.sigma_min
   h = x + 20 * noise(5, x)
@@ -225,9 +229,9 @@ def test_regeneration_puts_the_known_part_back_every_time(name):
     h = keep(jnp.clip(factor(t, low) * h, -1, 1))
   if name in ("grey", "means"):
     # What left the range, with all that it is bound to, was brought into it.
-    shape, axes = {
-        "grey": (x.shape, 3), "means": ((B, 4, 2, 4, 2, 3), (2, 4))
-    }[name]
+    shape, axes = {"grey": (x.shape, 3), "means": ((B, 4, 2, 4, 2, 3), (2, 4))}[
+      name
+    ]
     inside = (abs(h) <= 1).reshape(shape).all(axis=axes, keepdims=True)
     inside = np.broadcast_to(inside, shape).reshape(x.shape)
     assert 0.3 < inside.mean() < 0.99
@@ -244,8 +248,8 @@ def test_strokes_keep_more_of_the_guide_the_lower_they_start():
   x = real(50)
   kept = []
   for start in (0.2, 1.0, 5.0):
-    plan = plans.cm_multistep((), LEVELS, start=start)
-    out = editing.regenerate(gaussian.flow_map, x, plan, None, keys(50))
+    plan = sampling_plan.cm_multistep((), LEVELS, start=start)
+    out = zero_shot.regenerate(gaussian.flow_map, x, plan, None, keys(50))
     kept.append(float(jnp.corrcoef(out.ravel(), x.ravel())[0, 1]))
   expected = [gaussian.SD / np.sqrt(SD2 + t**2) for t in (0.2, 1.0, 5.0)]
   np.testing.assert_allclose(kept, expected, atol=0.02)
@@ -257,23 +261,27 @@ def test_noise_is_measured_and_taken_out(sigma):
   x = real() + sigma * noise(0, real())
   grid = jnp.geomspace(0.002, 80.0, 3)
   one = jnp.ones(3)
-  expected = jnp.stack([
-      editing.latent_variance(
-          gaussian.flow_map,
-          jnp.ones((1, *SHAPE)) * np.sqrt(SD2 + level**2), level[None], 80.0
+  expected = jnp.stack(
+    [
+      zero_shot.latent_variance(
+        gaussian.flow_map,
+        jnp.ones((1, *SHAPE)) * np.sqrt(SD2 + level**2),
+        level[None],
+        80.0,
       )[0]
       for level in grid
-  ])
+    ]
+  )
   np.testing.assert_allclose(expected, (SD2 + 6400) * one, rtol=1e-4)
-  found = editing.noise_level(
-      gaussian.flow_map, x, LEVELS, grid, expected, evaluations=20
+  found = zero_shot.noise_level(
+    gaussian.flow_map, x, LEVELS, grid, expected, evaluations=20
   )
   # The closed form: the level at which N(0, SD^2) has the image's variance.
   variance = np.mean(np.square(np.asarray(x, np.float64)), axis=(1, 2, 3))
   expected = np.sqrt(np.maximum(variance - SD2, 0.002**2))
   np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-4)
   levels = jnp.linspace(0.001, 100.0, B)
-  out = editing.denoise(gaussian.flow_map, x, levels, LEVELS)
+  out = zero_shot.denoise(gaussian.flow_map, x, levels, LEVELS)
   clipped = np.clip(levels, 0.002, 80.0)[:, None, None, None]
   close(out, factor(clipped, 0.002) * x)
 
@@ -282,11 +290,11 @@ def test_noise_is_measured_and_taken_out(sigma):
 def test_noise_of_smooth_images_is_measured_without_a_network():
   ramp = jnp.linspace(-1, 1, 64)
   smooth = jnp.broadcast_to(
-      (ramp[:, None] * ramp)[None, :, :, None], (4, 64, 64, 1)
+    (ramp[:, None] * ramp)[None, :, :, None], (4, 64, 64, 1)
   )
   for sigma in (0.05, 0.4):
     noisy = smooth + sigma * jax.random.normal(jax.random.key(0), smooth.shape)
-    found = editing.wavelet_noise_level(noisy)
+    found = zero_shot.wavelet_noise_level(noisy)
     np.testing.assert_allclose(found, sigma, rtol=0.1)
 
 
@@ -302,7 +310,7 @@ def test_correlated_pixels_are_filled_by_their_neighbours():
   def flow_map(x, t, u, labels=None):
     del labels
     flat = x.reshape(len(x), 64) @ basis
-    scale = jnp.sqrt((values + u[:, None]**2) / (values + t[:, None]**2))
+    scale = jnp.sqrt((values + u[:, None] ** 2) / (values + t[:, None] ** 2))
     return ((flat * scale) @ basis.T).reshape(x.shape)
 
   n = 100
@@ -311,25 +319,32 @@ def test_correlated_pixels_are_filled_by_their_neighbours():
   x = jnp.asarray(flat.reshape(n, 8, 8, 1), jnp.float32)
   hole = np.asarray(known(x)[0]).ravel() == 0
   gain = covariance[np.ix_(hole, ~hole)] @ np.linalg.inv(
-      covariance[np.ix_(~hole, ~hole)]
+    covariance[np.ix_(~hole, ~hole)]
   )
   mean = flat[:, ~hole] @ gain.T
   times, noises = np.geomspace(80, 0.05, 24), np.geomspace(1, 0.02, 24)
-  inverted = editing.inpaint(
-      flow_map, x, known(x),
-      plans.zigzags([(e, 10 * e) for e in noises], LEVELS),
-      None, keys(n), 0.3, 0.0,
+  inverted = zero_shot.inpaint(
+    flow_map,
+    x,
+    known(x),
+    sampling_plan.zigzags([(e, 10 * e) for e in noises], LEVELS),
+    None,
+    keys(n),
+    0.3,
+    0.0,
   )
-  replaced = editing.regenerate(
-      flow_map, x * known(x), plans.cm_multistep(tuple(times[1:]), LEVELS),
-      None, keys(n), functools.partial(
-          operators.keep_pixels, known=x, mask=known(x)
-      ),
+  replaced = zero_shot.regenerate(
+    flow_map,
+    x * known(x),
+    sampling_plan.cm_multistep(tuple(times[1:]), LEVELS),
+    None,
+    keys(n),
+    functools.partial(operators.keep_pixels, known=x, mask=known(x)),
   )
   spread = np.square(mean).mean()
   errors = [
-      np.square(np.asarray(out).reshape(n, 64)[:, hole] - mean).mean() / spread
-      for out in (inverted, replaced)
+    np.square(np.asarray(out).reshape(n, 64)[:, hole] - mean).mean() / spread
+    for out in (inverted, replaced)
   ]
   # 1 is what a grey hole would have, and 0.06 samples of the posterior.
   assert max(errors) < 0.45
@@ -346,7 +361,7 @@ def test_the_class_that_denoises_best_has_the_nearest_mean():
   true = np.array([3, 0, 2, 1, 1, 3])
   x = means[true][:, None, None, None] + real()
   times = (0.3, 1.0)
-  found = editing.class_errors(conditional, x, times, 40, LEVELS, 4, keys())
+  found = zero_shot.class_errors(conditional, x, times, 40, LEVELS, 4, keys())
   assert found.shape == (B, 4)
   np.testing.assert_allclose(found.mean(axis=1), 1.0, rtol=1e-5)
   # E (f - x)^2 = (1 - a)^2 mean (x - m)^2 + a^2 t^2, a = phi's factor.

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from bcm_jax.diffusion import process
 from bcm_jax.sampling import operators
-from bcm_jax.sampling import plan as plans
 from bcm_jax.sampling import samplers
+from bcm_jax.sampling import sampling_plan
 
 Keep = Callable[[jax.Array], jax.Array]
 # Rounds of clipping and keeping that end a regeneration: projections in turn
@@ -56,8 +56,8 @@ def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
 def round_trip(
     flow_map: samplers.FlowMap,
     images: jax.Array,
-    there: plans.Plan,
-    back: plans.Plan,
+    there: sampling_plan.Plan,
+    back: sampling_plan.Plan,
     labels: jax.Array | None = None,
     keys: jax.Array | None = None,
     new_labels: jax.Array | None = None,
@@ -107,7 +107,7 @@ def inpaint(
     flow_map: samplers.FlowMap,
     images: jax.Array,
     mask: jax.Array,
-    plan: plans.Plan,
+    plan: sampling_plan.Plan,
     labels: jax.Array | None,
     keys: jax.Array,
     fill: float,
@@ -165,7 +165,7 @@ def latent_variance(
 def noise_level(
     flow_map: samplers.FlowMap,
     images: jax.Array,
-    levels: plans.Range,
+    levels: sampling_plan.Range,
     grid: jax.Array,
     expected: jax.Array,
     labels: jax.Array | None = None,
@@ -212,7 +212,7 @@ def denoise(
     flow_map: samplers.FlowMap,
     images: jax.Array,
     sigma: jax.Array,
-    levels: plans.Range,
+    levels: sampling_plan.Range,
     labels: jax.Array | None = None,
 ) -> jax.Array:
   """Images without the white noise of standard deviation sigma [B] in them.
@@ -229,7 +229,7 @@ def class_errors(
     images: jax.Array,
     times: Sequence[float],
     draws: int,
-    levels: plans.Range,
+    levels: sampling_plan.Range,
     num_classes: int,
     keys: jax.Array,
 ) -> jax.Array:
@@ -274,7 +274,7 @@ def class_errors(
 def regenerate(
     flow_map: samplers.FlowMap,
     images: jax.Array,
-    plan: plans.Plan,
+    plan: sampling_plan.Plan,
     labels: jax.Array | None,
     keys: jax.Array,
     keep: Keep | None = None,
