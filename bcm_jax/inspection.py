@@ -9,11 +9,11 @@ import ml_collections
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import planning
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
+from bcm_jax.generate import planning
 from bcm_jax.methods import base
 from bcm_jax.training import goodput
 from bcm_jax.training import hooks

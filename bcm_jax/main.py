@@ -29,14 +29,14 @@ def run(file, overrides) -> None:
   config = resolve.load(file, overrides, workdir, mode != "train")
   # Imported late: a wrong flag should not wait for TensorFlow.
   from bcm_jax import compile as compilation
-  from bcm_jax import generate
   from bcm_jax import inspection
-  from bcm_jax import pairs
+  from bcm_jax import sample
   from bcm_jax import train
   from bcm_jax.config import build
   from bcm_jax.evaluation import evaluate
   from bcm_jax.evaluation import references
   from bcm_jax.evaluation import search
+  from bcm_jax.generate import teacher_pairs
   from bcm_jax.training import multihost
 
   if mode == "compile":
@@ -59,11 +59,11 @@ def run(file, overrides) -> None:
   built = build.build(config, to_train=False)
   if mode in ("eval", "search", "reference", "pairs"):
     room = dict(
-        eval=evaluate, search=search, reference=references, pairs=pairs
+        eval=evaluate, search=search, reference=references, pairs=teacher_pairs
     )[mode]
     room.run(built, workdir)
   else:
-    for folder in generate.run(built, workdir, mode):
+    for folder in sample.run(built, workdir, mode):
       print(f"written: {folder}")
 
 

@@ -6,10 +6,10 @@ time.
 
 import dataclasses
 
-from bcm_jax import runner as runners
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve
+from bcm_jax.generate import batched_sampler
 from tests import gaussian
 
 
@@ -56,6 +56,6 @@ def experiment(
   )
 
 
-def runner(built: build.Experiment) -> runners.Runner:
+def runner(built: build.Experiment) -> batched_sampler.Runner:
   """Runs its plans, four images at a time."""
-  return runners.Runner(built, {}, 4)
+  return batched_sampler.Runner(built, {}, 4)

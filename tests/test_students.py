@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import generate
 from bcm_jax import inspection
-from bcm_jax import pairs
-from bcm_jax import planning
-from bcm_jax import runner as runners
+from bcm_jax import sample
 from bcm_jax import train
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
@@ -24,6 +21,9 @@ from bcm_jax.data import pairs as pair_files
 from bcm_jax.data import source as sources
 from bcm_jax.evaluation import evaluate
 from bcm_jax.evaluation import evaluate_likelihood
+from bcm_jax.generate import batched_sampler
+from bcm_jax.generate import planning
+from bcm_jax.generate import teacher_pairs
 from bcm_jax.sampling import sampling_plan
 from tests import toys
 
@@ -57,7 +57,7 @@ def teacher(tmp_path_factory):
   config = resolve("digits_edm.py", method__label_dropout="0.2",
                    sample__num_levels="4")
   train.train_and_evaluate(config, str(folder))
-  pairs.run(
+  teacher_pairs.run(
       build.build(
           configs.of_run(str(folder), {"sample.num_samples": "40"})
       ), str(folder),
@@ -148,11 +148,15 @@ def test_a_student_is_used_without_its_teacher(trained, tmp_path, file):
   _, _, params = runs.load_run(built, str(folder))
   with_it = build.build(trained(file)[0])
   images = [
-      runners.generate(
-          e, runners.Runner(e, params, 4), planning.sampling_plan(e, "onestep"),
-          np.arange(4), np.arange(4), seed=0,
-      )
-      for e in (built, with_it)
+    batched_sampler.generate(
+      e,
+      batched_sampler.Runner(e, params, 4),
+      planning.sampling_plan(e, "onestep"),
+      np.arange(4),
+      np.arange(4),
+      seed=0,
+    )
+    for e in (built, with_it)
   ]
   np.testing.assert_array_equal(*images)
 
@@ -181,13 +185,11 @@ def test_students_start_as_their_teacher(teacher, trained):
   expected = tree(teacher, 4)[0]["averages"]["ema_0.5"]
   toys.assert_close(players["student"]["params"], expected, rtol=1e-6)
   toys.assert_close(
-      players["fake_score"]["params"]["network"], expected, rtol=1e-6
+    players["fake_score"]["params"]["network"], expected, rtol=1e-6
   )
 
 
-def test_another_teacher_stops_a_run_that_goes_on(
-    teacher, trained, tmp_path
-):
+def test_another_teacher_stops_a_run_that_goes_on(teacher, trained, tmp_path):
   _, folder = trained("digits_cd.py")
   shutil.copytree(folder, tmp_path / "run")
   # Moved is fine, of other weights is not.
@@ -199,7 +201,9 @@ def test_another_teacher_stops_a_run_that_goes_on(
     train.train_and_evaluate(config, str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("file, overrides, said", [
+@pytest.mark.parametrize(
+  "file, overrides, said",
+  [
     ("digits_cd.py", {"method__teacher": "none"}, "learns from a teacher"),
     ("digits_cd.py", {"method__teacher": "/nowhere"}, "holds no run"),
     ("digits_cd.py", {"model__num_classes": "none"}, "classes 10, and this"),
@@ -209,7 +213,8 @@ def test_another_teacher_stops_a_run_that_goes_on(
     ("digits_dmd.py:dmd", {"data__pairs": "none"}, "regresses on pairs"),
     ("digits_dmd.py:dmd", {"data__flip": "true"}, "tear apart"),
     ("digits_dmd.py:dmd2", {"model__two_time": "true"}, "takes no end level"),
-])
+  ],
+)
 def test_what_does_not_fit_is_refused(teacher, file, overrides, said):
   with pytest.raises(errors.UserError, match=said):
     build.build(student(file, teacher, **overrides))
@@ -231,21 +236,19 @@ def test_a_student_is_no_teacher(trained):
 
 
 def test_pairs_are_what_the_solver_makes_of_their_noise(teacher):
-  source = pair_files.PairSource(
-      str(teacher / "pairs.npz"), (8, 8, 1), 10
-  )
+  source = pair_files.PairSource(str(teacher / "pairs.npz"), (8, 8, 1), 10)
   assert len(source) == 40 and source.facts["plan"][0].startswith("heun: 7 NFE")
   examples = source.fetch(np.array([3, 17]))
   assert examples["noise"].dtype == np.float16
   built = build.build(configs.of_run(str(teacher)))
   _, _, params = runs.load_run(built, str(teacher))
-  runner = runners.Runner(built, params, 8)
+  runner = batched_sampler.Runner(built, params, 8)
   plan = planning.sampling_plan(built)
   out = runner(
-      plan, examples["noise"].astype(np.float32) * 40, examples["label"], None
+    plan, examples["noise"].astype(np.float32) * 40, examples["label"], None
   )
   difference = np.abs(
-      sources.to_uint8(out).astype(int) - examples["image"].astype(int)
+    sources.to_uint8(out).astype(int) - examples["image"].astype(int)
   )
   assert difference.max() <= 1
   noise = source.fetch(np.arange(40))["noise"].astype(float)
@@ -262,11 +265,9 @@ def test_files_that_hold_no_pairs(teacher, tmp_path):
 
 
 def test_pairs_need_a_solver_that_adds_no_noise(teacher):
-  built = build.build(
-      configs.of_run(str(teacher), {"sample.s_churn": "10"})
-  )
+  built = build.build(configs.of_run(str(teacher), {"sample.s_churn": "10"}))
   with pytest.raises(errors.UserError, match="adds no noise"):
-    pairs.run(built, str(teacher))
+    teacher_pairs.run(built, str(teacher))
 
 
 # Guidance ---------------------------------------------------------------------
@@ -275,11 +276,11 @@ def test_pairs_need_a_solver_that_adds_no_noise(teacher):
 def images(teacher, **overrides):
   values = {k.replace("__", "."): v for k, v in overrides.items()}
   built = build.build(
-      configs.of_run(str(teacher), {"sample.num_samples": "20"} | values)
+    configs.of_run(str(teacher), {"sample.num_samples": "20"} | values)
   )
   _, _, params = runs.load_run(built, str(teacher))
-  runner = runners.Runner(built, params, 32)
-  folder = generate.sample(built, str(teacher / "guided"), runner)
+  runner = batched_sampler.Runner(built, params, 32)
+  folder = sample.sample(built, str(teacher / "guided"), runner)
   return np.load(pathlib.Path(folder) / "samples.npz")["arr_0"]
 
 
@@ -288,31 +289,32 @@ def test_guidance_by_the_network_itself_and_by_a_worse_one(teacher):
   by_class = images(teacher, sample__guidance="3.0")
   assert np.any(by_class != plain)
   nowhere = images(
-      teacher, sample__guidance="3.0", sample__guidance_interval="(50.,60.)"
+    teacher, sample__guidance="3.0", sample__guidance_interval="(50.,60.)"
   )
   np.testing.assert_array_equal(nowhere, plain)
   by_itself = images(
-      teacher, sample__guidance="3.0", sample__guide=str(teacher)
+    teacher, sample__guidance="3.0", sample__guide=str(teacher)
   )
   assert np.abs(by_itself.astype(int) - plain).max() <= 1
-  early = images(
-      teacher, sample__guidance="3.0", sample__guide=f"{teacher}@2"
-  )
+  early = images(teacher, sample__guidance="3.0", sample__guide=f"{teacher}@2")
   assert np.any(early != plain)
 
 
-@pytest.mark.parametrize("overrides, said", [
+@pytest.mark.parametrize(
+  "overrides, said",
+  [
     ({"method.label_dropout": "0.0"}, "has not learnt"),
     ({"sample.guide": "/nowhere"}, "holds no run"),
     ({"sample.guide": "RUN@x"}, "must be a number"),
-])
+  ],
+)
 def test_guides_that_cannot(teacher, overrides, said):
-  built = build.build(configs.of_run(
-      str(teacher), {"sample.guidance": "2.0"} | overrides
-  ))
+  built = build.build(
+    configs.of_run(str(teacher), {"sample.guidance": "2.0"} | overrides)
+  )
   _, _, params = runs.load_run(built, str(teacher))
   with pytest.raises(errors.UserError, match=said):
-    runners.Runner(built, params, 8)
+    batched_sampler.Runner(built, params, 8)
 
 
 def test_bits_a_dimension_in_mode_eval(teacher):
@@ -332,7 +334,9 @@ def test_bits_a_dimension_in_mode_eval(teacher):
 def test_samplers_of_a_denoiser(teacher):
   built = build.build(configs.of_run(str(teacher)))
   for text, name, nfe in (
-      ("heun:5", "heun", 5), ("ddim:6", "ddim", 6), ("heun", "heun", 7),
+    ("heun:5", "heun", 5),
+    ("ddim:6", "ddim", 6),
+    ("heun", "heun", 7),
   ):
     plan = planning.sampling_plan(built, text)
     assert (plan.name, plan.nfe, plan.end) == (name, nfe, 0.0)
@@ -344,9 +348,9 @@ def test_samplers_of_a_denoiser(teacher):
       planning.sampling_plan(cm, sampler)
   with pytest.raises(errors.UserError, match="guides denoisers"):
     planning.sampling_plan(
-        build.build(resolve("digits_ict.py", sample__guidance="2.0")),
-        "onestep",
+      build.build(resolve("digits_ict.py", sample__guidance="2.0")),
+      "onestep",
     )
   assert isinstance(
-      planning.sampling_plan(built, "heun").steps[0], sampling_plan.HeunJump
+    planning.sampling_plan(built, "heun").steps[0], sampling_plan.HeunJump
   )

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import runner as runners
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
@@ -19,6 +18,7 @@ from bcm_jax.editing import facade
 from bcm_jax.editing import fidelity
 from bcm_jax.editing import pictures
 from bcm_jax.editing import recipes
+from bcm_jax.generate import batched_sampler
 from bcm_jax.metrics import image_grid
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
@@ -50,7 +50,7 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
   _, _, params = runs.load_run(experiment, workdir)
   size = experiment.config.sample.batch_size
   model = facade.Model(
-      runners.Runner(experiment, params, min(size, len(inputs.images)))
+      batched_sampler.Runner(experiment, params, min(size, len(inputs.images)))
   )
   if section.classify:
     _classify(model, inputs)

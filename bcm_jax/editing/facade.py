@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import runner as runners
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.data import source as sources
 from bcm_jax.editing import pretrained
 from bcm_jax.editing import recipes
 from bcm_jax.editing.pretrained import Labels
+from bcm_jax.generate import batched_sampler
 from bcm_jax.interop import released
 from bcm_jax.release import packing
 from bcm_jax.sampling import operators
@@ -374,4 +374,4 @@ def load(
     experiment = build.build(runs.config_of(place), to_train=False)
     _, _, params = runs.load_run(experiment, place, average, step)
   size = batch_size or experiment.config.sample.batch_size
-  return Model(runners.Runner(experiment, params, size))
+  return Model(batched_sampler.Runner(experiment, params, size))

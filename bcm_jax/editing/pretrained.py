@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import planning
-from bcm_jax import runner as runners
 from bcm_jax.data import source as sources
 from bcm_jax.diffusion import process
 from bcm_jax.editing import recipes
+from bcm_jax.generate import batched_sampler
+from bcm_jax.generate import planning
 from bcm_jax.sampling import zero_shot
 from bcm_jax.training import rng
 
@@ -38,7 +38,7 @@ class Pretrained:
     runner: its parameters on the devices.
   """
 
-  def __init__(self, runner: runners.Runner):
+  def __init__(self, runner: batched_sampler.Runner):
     """Of parameters that a runner has placed on the devices."""
     self.runner = runner
     self.experiment = runner.experiment
@@ -71,7 +71,7 @@ class Pretrained:
     if labels is None and self.num_classes is not None:
       labels = np.arange(count) % self.num_classes
     plan = planning.sampling_plan(self.experiment, sampler)
-    return runners.generate(
+    return batched_sampler.generate(
         self.experiment, self.runner, plan, self.labels(labels, count),
         np.arange(count), seed,
     )

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import planning
 from bcm_jax.config import build
+from bcm_jax.generate import planning
 from bcm_jax.sampling import sampling_plan
 
 # Evaluations by which a two-way network measures the noise in an image.

@@ -15,10 +15,7 @@ import jax
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import generate
-from bcm_jax import planning
-from bcm_jax import rejection
-from bcm_jax import runner as runners
+from bcm_jax import sample as generate
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
@@ -28,6 +25,9 @@ from bcm_jax.editing import facade
 from bcm_jax.evaluation import evaluate_inversion
 from bcm_jax.evaluation import evaluate_likelihood
 from bcm_jax.evaluation import references
+from bcm_jax.generate import batched_sampler
+from bcm_jax.generate import planning
+from bcm_jax.generate import rejection
 from bcm_jax.metrics import frechet
 from bcm_jax.metrics import judge
 from bcm_jax.metrics import moments
@@ -93,7 +93,7 @@ class Evaluation:
     """All numbers of section eval for one set of parameters."""
     experiment, section = self.experiment, self.section
     sample: schema.Sample = experiment.section("sample")
-    runner = runners.Runner(experiment, params, sample.batch_size)
+    runner = batched_sampler.Runner(experiment, params, sample.batch_size)
     result: dict[str, Any] = {"step": step, "average": average}
     if self.judge is not None:
       result["judge_test_accuracy"] = self.judge_accuracy
@@ -138,12 +138,12 @@ class Evaluation:
       labels = labels.astype(np.int32)
 
     def rows(index):
-      images = runners.generate(
+      images = batched_sampler.generate(
           self.experiment, runner, plan, labels, index, seed
       )
       return images, self.features(images)
 
-    return *runners.on_all_hosts(count, rows), labels
+    return *batched_sampler.on_all_hosts(count, rows), labels
 
   def distance(self, runner, plan, count: int, seed: int) -> float:
     """The Frechet distance alone of samples by a plan."""
@@ -333,7 +333,7 @@ def finish(
   if section.at_end:
     evaluation = Evaluation(experiment, workdir)
     result = _evaluate_and_write(evaluation, step, average, params)
-  runner = runners.Runner(experiment, params, sample.batch_size)
+  runner = batched_sampler.Runner(experiment, params, sample.batch_size)
   folders = []
   for sampler in section.samplers:
     folders.append(generate.sample(experiment, workdir, runner, sampler))

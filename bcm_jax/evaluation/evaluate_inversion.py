@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import planning
-from bcm_jax import runner as runners
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
@@ -22,6 +20,8 @@ from bcm_jax.data import source as sources
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
 from bcm_jax.editing import fidelity
+from bcm_jax.generate import batched_sampler
+from bcm_jax.generate import planning
 from bcm_jax.sampling import samplers
 from bcm_jax.training import rng
 
@@ -33,7 +33,7 @@ Numbers = dict[str, Any]
 
 
 def curve(
-    experiment: build.Experiment, runner: runners.Runner
+    experiment: build.Experiment, runner: batched_sampler.Runner
 ) -> dict[str, Numbers]:
   """Reconstruction errors by evaluations and initial noise.
 
@@ -51,7 +51,7 @@ def curve(
     print("inversion is not measured: there are no test images; python -m "
           "bcm_jax.data.prepare with --holdout=N makes a test split")
     return result
-  batch = runners.test_images(
+  batch = batched_sampler.test_images(
       experiment, experiment.section("invert").num_images
   )
   measure = fidelity.perceptual(section.lpips_path)
@@ -71,7 +71,7 @@ def curve(
 def _own(experiment, runner, nfe, noise, batch, measure) -> Numbers:
   """The network's own inversion in nfe evaluations, back in one."""
   plan = planning.inversion_plan(experiment, nfe, noise)
-  latents, images = runners.invert_and_reconstruct(
+  latents, images = batched_sampler.invert_and_reconstruct(
       experiment, runner, plan, batch, experiment.section("invert").seed
   )
   return {"nfe": nfe, "noise": noise, "plan": str(plan).splitlines()} | _errors(
@@ -115,7 +115,7 @@ def ode_round_trip(
 def _baselines(experiment, batch, measure) -> dict[str, Numbers]:
   section: schema.Eval = experiment.section("eval")
   teacher, params = _open_baseline(experiment, section.baseline)
-  runner = runners.Runner(
+  runner = batched_sampler.Runner(
       teacher, params, experiment.section("sample").batch_size
   )
   low, high = experiment.levels.sigma_min, experiment.levels.sigma_max

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import runner as runners
 from bcm_jax.config import build
 from bcm_jax.config import schema
+from bcm_jax.generate import batched_sampler
 from bcm_jax.sampling import likelihood
 
 Numbers = dict[str, Any]
@@ -40,7 +40,7 @@ def measure(experiment: build.Experiment, params: Any) -> Numbers:
       method.sigma_min, method.sigma_max, method.rho,
       legacy_ctm=section.likelihood_legacy,
   )
-  batch = runners.test_images(experiment, section.likelihood_images)
+  batch = batched_sampler.test_images(experiment, section.likelihood_images)
   labels = batch["label"] if experiment.num_classes is not None else None
   bits, calls = [], 0
   for first in range(0, len(batch["image"]), size):

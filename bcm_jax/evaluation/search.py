@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import planning
-from bcm_jax import runner as runners
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.diffusion import schedules
 from bcm_jax.evaluation import evaluate
+from bcm_jax.generate import batched_sampler
+from bcm_jax.generate import planning
 from bcm_jax.plots import draw
 from bcm_jax.utils import files
 
@@ -185,7 +185,7 @@ def run(experiment: build.Experiment, workdir: str) -> dict[str, Any]:
   section: schema.Search = experiment.section("search")
   step, average, params = runs.load_run(experiment, workdir)
   evaluation = evaluate.Evaluation(experiment, workdir)
-  runner = runners.Runner(
+  runner = batched_sampler.Runner(
       experiment, params, experiment.section("sample").batch_size
   )
   facts = {

@@ -15,7 +15,7 @@ from absl import logging
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import generate
+from bcm_jax import sample
 from bcm_jax.config import build
 from bcm_jax.metrics import image_grid
 from bcm_jax.plots import figures
@@ -41,7 +41,7 @@ def overview(experiment: build.Experiment, workdir: str) -> str:
   if os.path.isdir(inversions):
     name = sorted(os.listdir(inversions))[0]
     with np.load(os.path.join(inversions, name, "inversion.npz")) as f:
-      latents = generate.visible(f["latents"], experiment.method.sigma_max)
+      latents = sample.visible(f["latents"], experiment.method.sigma_max)
       rows += [
           ("real image", f["originals"][:_COLUMNS]),
           (f"latent\n{name}", latents[:_COLUMNS]),
@@ -53,7 +53,7 @@ def overview(experiment: build.Experiment, workdir: str) -> str:
       rows += [("interpolation", row[:_COLUMNS]) for row in f["images"][:4]]
   path = os.path.join(workdir, "overview.png")
   image_grid.save_png(
-      path, image_grid.captioned_rows(rows, scale=generate.scale(experiment))
+      path, image_grid.captioned_rows(rows, scale=sample.scale(experiment))
   )
   return path
 

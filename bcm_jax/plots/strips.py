@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import runner as runners
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.data import source as sources
+from bcm_jax.generate import batched_sampler
 from bcm_jax.plots import records
 from bcm_jax.sampling import samplers
 from bcm_jax.sampling import sampling_plan
@@ -47,7 +47,7 @@ def trajectory(run: records.Run) -> list[records.Rows]:
   config.sample.guidance = 1.0
   experiment = build.build(config, to_train=False)
   step, average, params = runs.load_run(experiment, run.path)
-  runner = runners.Runner(experiment, params, _ROWS)
+  runner = batched_sampler.Runner(experiment, params, _ROWS)
   blocks = [_down(experiment, runner)]
   if experiment.method.inverts:
     try:
@@ -169,7 +169,7 @@ def _noised_again(method, runner, noise, labels, levels):
 def _up(experiment, runner) -> records.Rows:
   """From real images to noise, and back."""
   method, section = experiment.method, experiment.section("invert")
-  batch = runners.test_images(experiment, _ROWS)
+  batch = batched_sampler.test_images(experiment, _ROWS)
   x, labels = sources.to_float(batch["image"]), batch["label"]
   keys = rng.example_keys(section.seed, "invert/added", 0, jnp.arange(len(x)))
   levels = levels_between(section.noise, method.sigma_max)

@@ -6,7 +6,7 @@ file that jax and flatbuffers alone can run (docs/export.md):
   python -m bcm_jax.release.export runs/digits digits.zip \\
       --samplers=onestep,ancestral@0.7 --invert
 
---samplers takes the notation of bcm_jax/planning.py; without it the sampler of
+--samplers takes the notation of bcm_jax/generate/planning.py; without it the sampler of
 section sample is exported. What that section and section invert say can be set
 too: --config.sample.guidance=2. Exit status: 0 done, 65 bad input.
 """
@@ -32,12 +32,12 @@ import numpy as np
 
 from bcm_jax import __version__
 from bcm_jax import errors
-from bcm_jax import guides
-from bcm_jax import planning
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.data import source as sources
+from bcm_jax.generate import guides
+from bcm_jax.generate import planning
 from bcm_jax.release import exported
 from bcm_jax.sampling import guidance
 from bcm_jax.sampling import rolled
@@ -52,8 +52,8 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 DEFAULT_PLATFORMS = ("cpu", "cuda", "tpu")
 # What the manifest says of `seed` and `index`.
 SEEDS = (
-    "sample: image i draws from keys of (seed, i), i its entry of index; "
-    "invert: the same of other streams; seed is uint32, keys are threefry's"
+  "sample: image i draws from keys of (seed, i), i its entry of index; "
+  "invert: the same of other streams; seed is uint32, keys are threefry's"
 )
 # Floats of the 256 grey levels, looked up as in training/step.py.
 _GREY = sources.to_float(np.arange(256, dtype=np.uint8))
@@ -76,14 +76,14 @@ class Function(NamedTuple):
 
 
 def write(
-    workdir: str,
-    out: str,
-    asked: Sequence[str] = (),
-    invert: bool = False,
-    platforms: Sequence[str] = DEFAULT_PLATFORMS,
-    average: str | None = None,
-    step: int | None = None,
-    overrides: Mapping[str, str] | None = None,
+  workdir: str,
+  out: str,
+  asked: Sequence[str] = (),
+  invert: bool = False,
+  platforms: Sequence[str] = DEFAULT_PLATFORMS,
+  average: str | None = None,
+  step: int | None = None,
+  overrides: Mapping[str, str] | None = None,
 ) -> str:
   """Exports the samplers of a run into a file that `exported.load` reads.
 
@@ -118,7 +118,7 @@ def write(
   step, average, params = runs.load_run(experiment, workdir, average, step)
   weights = to_weights(params, guide)
   functions = {
-      name: sampler(experiment, guide, plan) for name, plan in planned.items()
+    name: sampler(experiment, guide, plan) for name, plan in planned.items()
   }
   if inversion is not None:  # No sampler has these names.
     functions["invert"] = _inverter(experiment, guide, inversion)
@@ -129,8 +129,8 @@ def write(
   _store(out, _members(functions, blobs, weights, _facts(experiment) | facts))
   shown = "\n".join(str(f.plan) for f in functions.values())
   return (
-      f"step {step}, {average}, for {', '.join(platforms)}\n{shown}\n"
-      f"written: {out}, {os.path.getsize(out):,} bytes"
+    f"step {step}, {average}, for {', '.join(platforms)}\n{shown}\n"
+    f"written: {out}, {os.path.getsize(out):,} bytes"
   )
 
 
@@ -141,26 +141,26 @@ def _check_platforms(platforms: Sequence[str]) -> None:
   unknown = [p for p in platforms if p not in PLATFORMS]
   if unknown or len(set(platforms)) < len(platforms):
     raise errors.UserError(
-        f"--platforms={','.join(platforms)}: give each of "
-        f"{', '.join(PLATFORMS)} once at most; GPUs are cuda (NVIDIA) or rocm "
-        "(AMD)"
+      f"--platforms={','.join(platforms)}: give each of "
+      f"{', '.join(PLATFORMS)} once at most; GPUs are cuda (NVIDIA) or rocm "
+      "(AMD)"
     )
 
 
 def _open(
-    workdir: str, overrides: Mapping[str, str] | None
+  workdir: str, overrides: Mapping[str, str] | None
 ) -> build.Experiment:
   """The experiment of a run, if a single program can hold its sampler."""
   config = runs.config_of(workdir, overrides)
   if config.sample.rejection:
     raise errors.UserError(
-        f"sample.rejection={config.sample.rejection} picks images by another "
-        "network, which is not exported; --config.sample.rejection=0"
+      f"sample.rejection={config.sample.rejection} picks images by another "
+      "network, which is not exported; --config.sample.rejection=0"
     )
   if config.model.get("attention") == "cudnn":
     raise errors.UserError(
-        "model.attention='cudnn' is for NVIDIA's GPUs alone and jax exports "
-        "none of its calls; --config.model.attention=xla computes the same"
+      "model.attention='cudnn' is for NVIDIA's GPUs alone and jax exports "
+      "none of its calls; --config.model.attention=xla computes the same"
     )
   return build.build(config, to_train=False)
 
@@ -173,19 +173,17 @@ def to_weights(params: Any, guide: guides.Guide | None = None) -> Weights:
   return traverse_util.flatten_dict(networks, sep="/")
 
 
-def specs(
-    experiment: build.Experiment, weights: Weights
-) -> dict[str, Any]:
+def specs(experiment: build.Experiment, weights: Weights) -> dict[str, Any]:
   """Shapes of all arguments; the batch is the symbol b."""
   (b,) = jax_export.symbolic_shape("b")
   spec, shape = jax.ShapeDtypeStruct, (b, *experiment.image_shape)
   return {
-      "weights": {k: spec(v.shape, v.dtype) for k, v in weights.items()},
-      "seed": spec((), jnp.uint32),
-      "index": spec((b,), jnp.int32),
-      "labels": spec((b,), jnp.int32),
-      "images": spec(shape, jnp.uint8),
-      "latents": spec(shape, jnp.float32),
+    "weights": {k: spec(v.shape, v.dtype) for k, v in weights.items()},
+    "seed": spec((), jnp.uint32),
+    "index": spec((b,), jnp.int32),
+    "labels": spec((b,), jnp.int32),
+    "images": spec(shape, jnp.uint8),
+    "latents": spec(shape, jnp.float32),
   }
 
 
@@ -193,7 +191,7 @@ def specs(
 
 
 def _maps(
-    experiment: build.Experiment, guide: guides.Guide | None
+  experiment: build.Experiment, guide: guides.Guide | None
 ) -> Callable[[Weights], tuple[Callable, Callable | None]]:
   """Function of the weights to (flow map, guided map or None), of batches.
 
@@ -233,8 +231,9 @@ def sampler(experiment, guide, plan: sampling_plan.Plan) -> Function:
 
   def sample(weights, seed, index, labels=None):
     noise = samplers.start_noise(
-        rng.example_keys(seed, "sample/start", 0, index),
-        experiment.image_shape, experiment.method.sigma_max,
+      rng.example_keys(seed, "sample/start", 0, index),
+      experiment.image_shape,
+      experiment.method.sigma_max,
     )
     keys = rng.example_keys(seed, "sample/added", 0, index)
     return _to_uint8(rolled.run(plan, *maps(weights), noise, labels, keys))
@@ -285,7 +284,7 @@ def _without_paths() -> Iterator[None]:
 
 
 def serialised(
-    function: Function, shapes: dict[str, Any], platforms: Sequence[str]
+  function: Function, shapes: dict[str, Any], platforms: Sequence[str]
 ) -> bytes:
   """The jax.export.Exported of a function, as bytes."""
   with _without_paths():
@@ -296,25 +295,24 @@ def serialised(
 def _facts(experiment: build.Experiment) -> dict[str, Any]:
   config, method = experiment.config, experiment.method
   return {
-      "versions": {"bcm_jax": __version__, "jax": jax.__version__},
-      "calling_convention_version":
-          jax.config.jax_export_calling_convention_version,
-      "method": config.method.name,
-      "data": provenance.data_name(config.data),
-      "config_digest": resolve.digest(config),
-      "image_shape": list(experiment.image_shape),
-      "num_classes": experiment.num_classes,
-      "sigma_min": method.sigma_min,
-      "sigma_max": method.sigma_max,
-      "seeds": SEEDS,
+    "versions": {"bcm_jax": __version__, "jax": jax.__version__},
+    "calling_convention_version": jax.config.jax_export_calling_convention_version,
+    "method": config.method.name,
+    "data": provenance.data_name(config.data),
+    "config_digest": resolve.digest(config),
+    "image_shape": list(experiment.image_shape),
+    "num_classes": experiment.num_classes,
+    "sigma_min": method.sigma_min,
+    "sigma_max": method.sigma_max,
+    "seeds": SEEDS,
   }
 
 
 def _members(
-    functions: dict[str, Function],
-    blobs: Sequence[bytes],
-    weights: Weights,
-    facts: dict[str, Any],
+  functions: dict[str, Function],
+  blobs: Sequence[bytes],
+  weights: Weights,
+  facts: dict[str, Any],
 ) -> dict[str, bytes]:
   """Contents of the file by name, the manifest first."""
   entries, contents = {}, {}
@@ -322,27 +320,33 @@ def _members(
     file = f"{f.call.__name__}_{len(contents)}.bin"
     contents[file] = blob
     steps = [
-        {"kind": type(s).__name__} | dataclasses.asdict(s)
-        for s in f.plan.steps
+      {"kind": type(s).__name__} | dataclasses.asdict(s) for s in f.plan.steps
     ]
     entries[name] = {
-        "file": file, "arguments": f.arguments, "nfe": f.plan.nfe,
-        "plan": str(f.plan), "steps": steps,
+      "file": file,
+      "arguments": f.arguments,
+      "nfe": f.plan.nfe,
+      "plan": str(f.plan),
+      "steps": steps,
     }
   buffer = io.BytesIO()
   np.savez(buffer, **weights)
   contents[exported.WEIGHTS] = buffer.getvalue()
   loader = pathlib.Path(exported.__file__)
   contents[loader.name] = loader.read_bytes()
-  manifest = {"format": exported.FORMAT} | facts | {
+  manifest = (
+    {"format": exported.FORMAT}
+    | facts
+    | {
       "invert": entries.pop("invert", None),
       "decode": entries.pop("decode", None),
       "samplers": entries,
       "files": {
-          name: hashlib.sha256(content).hexdigest()
-          for name, content in contents.items()
+        name: hashlib.sha256(content).hexdigest()
+        for name, content in contents.items()
       },
-  }
+    }
+  )
   manifest["sha256"] = exported.record_digest(manifest)
   text = json.dumps(manifest, indent=2) + "\n"
   return {exported.MANIFEST: text.encode()} | contents
@@ -362,7 +366,7 @@ def _store(out: str, members: dict[str, bytes]) -> None:
     files.write_bytes(os.path.abspath(out), buffer.getvalue())
   except OSError as e:
     raise errors.UserError(
-        f"{out} cannot be written ({e}); choose another OUT"
+      f"{out} cannot be written ({e}); choose another OUT"
     ) from e
 
 
@@ -371,12 +375,17 @@ def main(argv: list[str] | None = None) -> None:
   parser = cli.Parser("bcm_jax.release.export", __doc__)
   parser.add_argument("workdir", help="work directory of the run")
   parser.add_argument("out", help="file to make, such as digits.zip")
-  parser.add_argument("--samplers", default="",
-                      help="such as onestep,ancestral@0.7")
-  parser.add_argument("--invert", action="store_true",
-                      help="also from images to latents and back")
-  parser.add_argument("--platforms", default=",".join(DEFAULT_PLATFORMS),
-                      help="of " + ", ".join(PLATFORMS))
+  parser.add_argument(
+    "--samplers", default="", help="such as onestep,ancestral@0.7"
+  )
+  parser.add_argument(
+    "--invert", action="store_true", help="also from images to latents and back"
+  )
+  parser.add_argument(
+    "--platforms",
+    default=",".join(DEFAULT_PLATFORMS),
+    help="of " + ", ".join(PLATFORMS),
+  )
   parser.add_argument("--average", help="which moving average")
   parser.add_argument("--step", type=int, help="of the checkpoint")
   with cli.reporting():
@@ -385,14 +394,21 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(rest)
     if file is not None:
       raise errors.UserError(
-          f"--config={file}: the run in {args.workdir} has its own config; "
-          "single values are set by --config.section.key=value"
+        f"--config={file}: the run in {args.workdir} has its own config; "
+        "single values are set by --config.section.key=value"
       )
-    print(write(
-        args.workdir, args.out, [s for s in args.samplers.split(",") if s],
-        args.invert, args.platforms.split(","), args.average, args.step,
+    print(
+      write(
+        args.workdir,
+        args.out,
+        [s for s in args.samplers.split(",") if s],
+        args.invert,
+        args.platforms.split(","),
+        args.average,
+        args.step,
         overrides,
-    ))
+      )
+    )
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def pack(
 def unpack(
     folder: str, workdir: str, overrides: Mapping[str, str] | None = None
 ) -> str:
-  """Makes a work directory of a folder, as bcm_jax.interop.convert does.
+  """Makes a work directory of a folder, as bcm_jax.generate.convert does.
 
   Args:
     folder: that pack or pull made.

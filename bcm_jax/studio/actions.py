@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import planning
 from bcm_jax.data import source as sources
 from bcm_jax.editing import facade
 from bcm_jax.editing import pictures
 from bcm_jax.editing import reading
+from bcm_jax.generate import planning
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
 

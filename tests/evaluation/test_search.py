@@ -5,14 +5,14 @@ import types
 
 import numpy as np
 import pytest
+from tests.test_planning import digits
 
 from bcm_jax import errors
-from bcm_jax import planning
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.evaluation import search
+from bcm_jax.generate import planning
 from bcm_jax.plots import draw
-from tests.test_planning import digits
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 40, 201])

@@ -13,7 +13,7 @@ from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve
-from bcm_jax.interop import convert
+from bcm_jax.generate import convert
 from tests import toys
 
 COLAB = pathlib.Path(__file__).resolve().parents[2] / "launch" / "colab"

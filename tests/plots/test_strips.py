@@ -10,7 +10,6 @@ from PIL import Image
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import runner as runners
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
@@ -18,6 +17,7 @@ from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.config import schema
 from bcm_jax.data import source as sources
+from bcm_jax.generate import batched_sampler
 from bcm_jax.plots import draw
 from bcm_jax.plots import figures
 from bcm_jax.plots import records
@@ -47,7 +47,7 @@ def gaussian(method, params, **settings):
       section=sections.get, config=types.SimpleNamespace(**sections),
       source=lambda split: sources.ArraySource(images),
   )
-  return experiment, runners.Runner(experiment, params, 6)
+  return experiment, batched_sampler.Runner(experiment, params, 6)
 
 
 def test_columns_are_even_in_the_logarithm():

@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import generate
-from bcm_jax import planning
-from bcm_jax import runner as runners
+from bcm_jax import sample
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import registry
 from bcm_jax.config import resolve
+from bcm_jax.generate import batched_sampler
+from bcm_jax.generate import planning
 from bcm_jax.release import export
 from bcm_jax.release import exported
 from bcm_jax.sampling import rolled
@@ -96,7 +96,7 @@ def open_run(run, average=None, overrides=None):
       runs.config_of(str(run), overrides), to_train=False
   )
   _, _, params = runs.load_run(built, str(run), average)
-  return built, runners.Runner(built, params, 4)
+  return built, batched_sampler.Runner(built, params, 4)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def library(run):
 def samples(library, sampler, index, seed, labels=None):
   """What the library draws; labels of all images from number 0 on."""
   plan = planning.sampling_plan(library[0], sampler)
-  return runners.generate(*library, plan, labels, np.asarray(index), seed)
+  return batched_sampler.generate(*library, plan, labels, np.asarray(index), seed)
 
 
 def assert_within_a_grey_level(images, expected):
@@ -141,7 +141,7 @@ def test_an_image_does_not_depend_on_its_batch(path, model):
 
 
 def test_samples_are_those_of_mode_sample(library, model, tmp_path):
-  folder = generate.sample(library[0], str(tmp_path), library[1])
+  folder = sample.sample(library[0], str(tmp_path), library[1])
   with np.load(os.path.join(folder, "samples.npz")) as file:
     assert_within_a_grey_level(model.sample(5), file["arr_0"])
     only = model.sample(5, labels=int(file["arr_1"][2]))
@@ -153,13 +153,13 @@ def test_inversion_is_that_of_the_library(library, model):
   built, runner = library
   draw = np.random.default_rng(1).integers
   batch = {
-      "image": draw(0, 256, (5, 8, 8, 1), np.uint8),
-      "label": np.array([3, 1, 4, 1, 5], np.int32),
+    "image": draw(0, 256, (5, 8, 8, 1), np.uint8),
+    "label": np.array([3, 1, 4, 1, 5], np.int32),
   }
   plan = planning.inversion_plan(built)
   assert plan.nfe == model.inversion["nfe"] == 2
-  latents, images = runners.invert_and_reconstruct(
-      built, runner, plan, batch, seed=3
+  latents, images = batched_sampler.invert_and_reconstruct(
+    built, runner, plan, batch, seed=3
   )
   found = model.invert(batch["image"], batch["label"], seed=3)
   assert found.dtype == np.float32
@@ -187,23 +187,28 @@ def test_a_network_without_classes_and_with_one_time(tmp_path):
 @pytest.fixture(scope="module")
 def denoiser(tmp_path_factory):
   return make_run(
-      tmp_path_factory.mktemp("edm"), "digits_edm.py",
-      method__label_dropout="0.2", sample__num_levels="5",
+    tmp_path_factory.mktemp("edm"),
+    "digits_edm.py",
+    method__label_dropout="0.2",
+    sample__num_levels="5",
   )
 
 
 @pytest.mark.slow
 def test_long_plans_are_loops_that_draw_the_same(
-    denoiser, tmp_path, monkeypatch
+  denoiser, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(rolled, "UNROLLED", 4)
   out = tmp_path / "edm.zip"
   # Of levels 40, 10.2, 1.6, 0.11 and 0.002: guided, plain, with noise, with
   # noise, plain.
   overrides = {
-      "sample.sampler": "ddim", "sample.s_churn": "2", "sample.s_tmin": "0.1",
-      "sample.s_tmax": "9.", "sample.guidance": "3.0",
-      "sample.guidance_interval": "(20.,50.)",
+    "sample.sampler": "ddim",
+    "sample.s_churn": "2",
+    "sample.s_tmin": "0.1",
+    "sample.s_tmax": "9.",
+    "sample.guidance": "3.0",
+    "sample.guidance_interval": "(20.,50.)",
   }
   flags = [f"--config.{k}={v}" for k, v in overrides.items()]
   export.main([str(denoiser), str(out), "--platforms=cpu", *flags])
@@ -222,12 +227,22 @@ def test_an_average_and_a_guide_of_another_go_along(denoiser, tmp_path):
   run, out = tmp_path / "run", tmp_path / "guided.zip"
   shutil.copytree(denoiser, run)
   guided = {
-      "sample.sampler": "ddim", "sample.num_levels": "2",
-      "sample.guidance": "2.0", "sample.guide": str(denoiser),
+    "sample.sampler": "ddim",
+    "sample.num_levels": "2",
+    "sample.guidance": "2.0",
+    "sample.guide": str(denoiser),
   }
   flags = [f"--config.{k}={v}" for k, v in guided.items()]
-  export.main([str(run), str(out), "--platforms=cpu", "--average=ema_0.5",
-               "--step=8", *flags])
+  export.main(
+    [
+      str(run),
+      str(out),
+      "--platforms=cpu",
+      "--average=ema_0.5",
+      "--step=8",
+      *flags,
+    ]
+  )
   library = open_run(run, "ema_0.5", guided)
   expected = samples(library, None, range(3), 1, np.arange(3))
   model = exported.load(out)
@@ -281,8 +296,9 @@ def test_programs_are_for_all_platforms_and_any_batch(path, model):
   for entry in [*entries, model.manifest["decode"]]:
     program = jax_export.deserialize(bytearray(members(path)[entry["file"]]))
     assert program.platforms == ("cpu", "cuda", "tpu")
-    assert program.calling_convention_version == (
-        model.manifest["calling_convention_version"]
+    assert (
+      program.calling_convention_version
+      == (model.manifest["calling_convention_version"])
     )
     (out,) = program.out_avals
     assert str(out.shape) == "(b, 8, 8, 1)"
@@ -290,9 +306,11 @@ def test_programs_are_for_all_platforms_and_any_batch(path, model):
 
 
 NETWORKS = {
-    "adm": {"model.dtype": "bfloat16", "model.num_groups": "4"},
-    "dhariwal": {"model.dtype": "float16"},
-    "ddpmpp": {}, "ncsnpp": {}, "edm2": {},
+  "adm": {"model.dtype": "bfloat16", "model.num_groups": "4"},
+  "dhariwal": {"model.dtype": "float16"},
+  "ddpmpp": {},
+  "ncsnpp": {},
+  "edm2": {},
 }
 
 
@@ -300,24 +318,33 @@ NETWORKS = {
 @pytest.mark.parametrize("name", registry.MODELS)
 def test_every_network_is_lowered_for_all_platforms(name):
   values = {
-      "model.name": name, "model.model_channels": "32",
-      "model.channel_mult": "1,2", "model.attention_resolutions": "8,",
-      "model.num_res_blocks": "1", "model.num_classes": "10",
-      "data.name": "none", "data.image_shape": "(16,16,3)",
-      "data.num_classes": "10",
+    "model.name": name,
+    "model.model_channels": "32",
+    "model.channel_mult": "1,2",
+    "model.attention_resolutions": "8,",
+    "model.num_res_blocks": "1",
+    "model.num_classes": "10",
+    "data.name": "none",
+    "data.image_shape": "(16,16,3)",
+    "data.num_classes": "10",
   }
-  config = resolve.resolve(
-      {"method": {"name": "edm"}}, values | NETWORKS[name]
-  )
+  config = resolve.resolve({"method": {"name": "edm"}}, values | NETWORKS[name])
   built = build.build(config, to_train=False)
-  weights = export.to_weights(jax.eval_shape(
+  weights = export.to_weights(
+    jax.eval_shape(
       built.method.init, jax.random.key(0), *build.example_batch(built)
-  ))
+    )
+  )
   plan = planning.sampling_plan(built, "ddim:2")
-  program = jax_export.deserialize(bytearray(export.serialised(
-      export.sampler(built, None, plan), export.specs(built, weights),
-      export.PLATFORMS,
-  )))
+  program = jax_export.deserialize(
+    bytearray(
+      export.serialised(
+        export.sampler(built, None, plan),
+        export.specs(built, weights),
+        export.PLATFORMS,
+      )
+    )
+  )
   assert program.platforms == export.PLATFORMS
   assert str(program.out_avals[0].shape) == "(b, 16, 16, 3)"
   assert_portable(program)
@@ -348,17 +375,24 @@ print("compiled:", chip.device_kind, compiled.out_info.shape)
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"),
-    reason="libtpu's wheels are for Linux on x86-64 alone",
+  (sys.platform, platform.machine()) != ("linux", "x86_64"),
+  reason="libtpu's wheels are for Linux on x86-64 alone",
 )
 def test_the_compiler_of_tpus_takes_a_program(path, tmp_path):
   settings = {
-      "PYTHONPATH": str(path), "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": "",
-      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+    "PYTHONPATH": str(path),
+    "TPU_SKIP_MDS_QUERY": "1",
+    "XLA_FLAGS": "",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
   }
   done = subprocess.run(
-      [sys.executable, "-c", FOR_A_TPU, str(path)], cwd=tmp_path,
-      env=os.environ | settings, capture_output=True, text=True, check=False,
+    [sys.executable, "-c", FOR_A_TPU, str(path)],
+    cwd=tmp_path,
+    env=os.environ | settings,
+    capture_output=True,
+    text=True,
+    check=False,
   )
   assert done.returncode == 0, done.stderr
   assert "compiled: TPU v5 lite (8, 8, 8, 1)" in done.stdout
@@ -419,21 +453,27 @@ def rewrite(path, out, **changes):
   return repack(path, out, "manifest.json", json.dumps(manifest).encode())
 
 
-@pytest.mark.parametrize("changes, error, said", [
+@pytest.mark.parametrize(
+  "changes, error, said",
+  [
     ({"format": 2}, exported.VersionError, "exported.py inside"),
     ({"calling_convention_version": 99}, exported.VersionError, "99"),
     ({"platforms": ["tpu"]}, exported.PlatformError, "exported for tpu, and"),
-])
+  ],
+)
 def test_files_that_cannot_be_used_here(path, tmp_path, changes, error, said):
   with pytest.raises(error, match=said):
     exported.load(rewrite(path, tmp_path / "other.zip", **changes))
 
 
-@pytest.mark.parametrize("name, old, new", [
+@pytest.mark.parametrize(
+  "name, old, new",
+  [
     ("manifest.json", b'"digits"', b'"images"'),
     ("weights.npz", b"kernel.npy", b"kennel.npy"),
     ("exported.py", b"jax", b"fax"),
-])
+  ],
+)
 def test_members_that_were_edited(path, tmp_path, name, old, new):
   content = members(path)[name]
   assert old in content
@@ -461,7 +501,9 @@ def test_a_program_for_other_devices_alone(run, tmp_path):
 IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
 
 
-@pytest.mark.parametrize("call, said", [
+@pytest.mark.parametrize(
+  "call, said",
+  [
     (lambda m: m.sample(0), "at least 1"),
     (lambda m: m.sample(2.5), "how many"),
     (lambda m: m.sample([[1]]), "list of numbers"),
@@ -480,7 +522,8 @@ IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
     (lambda m: m.invert(IMAGES[:0], 0), "at least 1"),
     (lambda m: m.decode(IMAGES, 0), "expected float32"),
     (lambda m: m.decode(np.float32(IMAGES), 99), "99 to 99"),
-])
+  ],
+)
 def test_arguments_that_do_not_fit(model, call, said):
   with pytest.raises(exported.InputError, match=said):
     call(model)
@@ -499,7 +542,9 @@ def test_inversion_that_was_not_exported(run, tmp_path):
       call()
 
 
-@pytest.mark.parametrize("flags, said", [
+@pytest.mark.parametrize(
+  "flags, said",
+  [
     (["--samplers=onestpe"], "unknown sampler 'onestpe'; did you mean"),
     (["--samplers=ancestral@900"], "outside the trained noise levels"),
     (["--samplers=heun"], "learnt to jump"),
@@ -514,7 +559,8 @@ def test_inversion_that_was_not_exported(run, tmp_path):
     (["--config.sample.smapler=onestep"], "smapler"),
     (["--config=configs/digits.py"], "has its own config"),
     (["--half"], "unrecognized arguments"),
-])
+  ],
+)
 def test_the_command_refuses(run, tmp_path, capsys, flags, said):
   with pytest.raises(SystemExit) as done:
     export.main([str(run), str(tmp_path / "out" / "a.zip"), *flags])
@@ -534,9 +580,9 @@ def test_places_that_cannot_be_written(run, path, tmp_path):
   before = path.read_bytes()
   (tmp_path / "file").write_text("")
   for workdir, out, said in (
-      (run, path, "is there already"),
-      (tmp_path, tmp_path / "a.zip", "holds no run"),
-      (run, tmp_path / "file" / "a.zip", "cannot be written"),
+    (run, path, "is there already"),
+    (tmp_path, tmp_path / "a.zip", "holds no run"),
+    (run, tmp_path / "file" / "a.zip", "cannot be written"),
   ):
     with pytest.raises(errors.UserError, match=said):
       export.write(str(workdir), str(out), platforms=["cpu"])
@@ -555,8 +601,9 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
 
   monkeypatch.setattr(export, "serialised", fails_at_the_second)
   with pytest.raises(RuntimeError, match="no more"):
-    export.write(str(run), str(tmp_path / "a.zip"), SAMPLERS[:2],
-                 platforms=["cpu"])
+    export.write(
+      str(run), str(tmp_path / "a.zip"), SAMPLERS[:2], platforms=["cpu"]
+    )
   assert not list(tmp_path.iterdir())
   assert jax.config.jax_traceback_in_locations_limit > 0
 
@@ -581,19 +628,36 @@ np.savez({out!r}, images=images, latents=latents,
 print(sorted({{name.split(".")[0] for name in sys.modules}}))
 """
 ABSENT = (
-    "bcm_jax", "flax", "optax", "orbax", "ml_collections", "tensorflow", "clu",
-    "absl", "grain", "sklearn", "PIL", "etils", "chex",
+  "bcm_jax",
+  "flax",
+  "optax",
+  "orbax",
+  "ml_collections",
+  "tensorflow",
+  "clu",
+  "absl",
+  "grain",
+  "sklearn",
+  "PIL",
+  "etils",
+  "chex",
 )
 
 
 def test_the_loader_needs_jax_and_flatbuffers_alone(path, model, tmp_path):
   code = ALONE.format(
-      absent=set(ABSENT), path=str(path), out=str(tmp_path / "out.npz"),
-      sampler=SAMPLERS[1],
+    absent=set(ABSENT),
+    path=str(path),
+    out=str(tmp_path / "out.npz"),
+    sampler=SAMPLERS[1],
   )
   done = subprocess.run(
-      [sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-      text=True, check=False, env=os.environ | {"PYTHONPATH": str(path)},
+    [sys.executable, "-c", code],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+    env=os.environ | {"PYTHONPATH": str(path)},
   )
   assert done.returncode == 0, done.stderr
   loaded = ast.literal_eval(done.stdout.splitlines()[-1])
@@ -605,7 +669,7 @@ def test_the_loader_needs_jax_and_flatbuffers_alone(path, model, tmp_path):
     latents = model.invert(found["images"], labels=2, seed=3)
     toys.assert_close(found["latents"], latents, rtol=1e-5)
     assert_within_a_grey_level(
-        found["decoded"], model.decode(found["latents"], labels=2)
+      found["decoded"], model.decode(found["latents"], labels=2)
     )
 
 
@@ -626,9 +690,11 @@ def test_the_page_names_every_flag_and_call():
   text = page.read_text(encoding="utf-8")
   source = pathlib.Path(export.__file__).read_text(encoding="utf-8")
   flags = {
-      node.args[0].value for node in ast.walk(ast.parse(source))
-      if isinstance(node, ast.Call) and node.args
-      and ast.unparse(node.func) == "parser.add_argument"
+    node.args[0].value
+    for node in ast.walk(ast.parse(source))
+    if isinstance(node, ast.Call)
+    and node.args
+    and ast.unparse(node.func) == "parser.add_argument"
   }
   assert len(flags) == 7
   for word in [*flags - {"workdir", "out"}, "WORKDIR", "OUT.zip"]:

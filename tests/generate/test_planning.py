@@ -3,10 +3,10 @@
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import planning
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve
+from bcm_jax.generate import planning
 from bcm_jax.sampling import sampling_plan
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import rejection
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve
+from bcm_jax.generate import rejection
 
 
 @pytest.mark.parametrize("drawn, count", [(60, 40), (61, 43), (30, 30)])

@@ -9,9 +9,9 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from bcm_jax import guides
 from bcm_jax.config import build
 from bcm_jax.data import source as sources
+from bcm_jax.generate import guides
 from bcm_jax.sampling import guidance
 from bcm_jax.sampling import samplers
 from bcm_jax.sampling import sampling_plan

@@ -14,7 +14,7 @@ import pytest
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
-from bcm_jax.interop import convert
+from bcm_jax.generate import convert
 from bcm_jax.interop import transfer
 from bcm_jax.interop import weight_files
 from bcm_jax.models import adm

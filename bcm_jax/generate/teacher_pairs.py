@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import generate
-from bcm_jax import planning
-from bcm_jax import runner as runners
+from bcm_jax import sample
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.data import source as sources
+from bcm_jax.generate import batched_sampler
+from bcm_jax.generate import planning
 from bcm_jax.sampling import sampling_plan
 from bcm_jax.training import rng
 from bcm_jax.utils import files
@@ -43,9 +43,9 @@ def run(experiment: build.Experiment, workdir: str) -> str:
         "mode pairs needs a denoiser and a sampler that adds no noise, so that "
         "an image follows from its noise: sample.sampler=heun, s_churn=0"
     )
-  labels = generate.asked_labels(experiment, section)
+  labels = sample.asked_labels(experiment, section)
   step, average, params = runs.load_run(experiment, workdir)
-  runner = runners.Runner(experiment, params, section.batch_size)
+  runner = batched_sampler.Runner(experiment, params, section.batch_size)
   print(plan)
 
   def rows(index):
@@ -55,7 +55,7 @@ def run(experiment: build.Experiment, workdir: str) -> str:
     images = runner(plan, start, asked, _keys(section.seed, index))
     return noise, sources.to_uint8(images)
 
-  noise, images = runners.on_all_hosts(section.num_samples, rows)
+  noise, images = batched_sampler.on_all_hosts(section.num_samples, rows)
   path = os.path.join(workdir, "pairs.npz")
   facts = provenance.facts(experiment) | {
       "step": step, "average": average, "plan": str(plan).splitlines(),

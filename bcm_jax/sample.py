@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import planning
-from bcm_jax import rejection
-from bcm_jax import runner as runners
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.data import source as sources
 from bcm_jax.editing import edit
+from bcm_jax.generate import batched_sampler
+from bcm_jax.generate import planning
+from bcm_jax.generate import rejection
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
 from bcm_jax.utils import files
@@ -53,7 +53,7 @@ def scale(experiment) -> int:
 def sample(
     experiment: build.Experiment,
     workdir: str,
-    runner: runners.Runner,
+    runner: batched_sampler.Runner,
     sampler: str | None = None,
 ) -> str:
   """Mode sample: writes samples.npz and grid.png; returns their folder."""
@@ -67,7 +67,7 @@ def sample(
         experiment, runner, plan, section.num_samples, section.seed
     )
   else:
-    images = runners.generate(
+    images = batched_sampler.generate(
         experiment, runner, plan, labels, np.arange(section.num_samples),
         section.seed,
     )
@@ -91,15 +91,15 @@ def sample(
 def invert(
     experiment: build.Experiment,
     workdir: str,
-    runner: runners.Runner,
+    runner: batched_sampler.Runner,
     nfe: int | None = None,
 ) -> str:
   """Mode invert: originals, latents, reconstructions and their error."""
   section: schema.Invert = experiment.section("invert")
   plan = planning.inversion_plan(experiment, nfe)
   print(plan)
-  batch = runners.test_images(experiment, section.num_images)
-  latents, images = runners.invert_and_reconstruct(
+  batch = batched_sampler.test_images(experiment, section.num_images)
+  latents, images = batched_sampler.invert_and_reconstruct(
       experiment, runner, plan, batch, section.seed
   )
   mse = reconstruction.per_pixel_mse(batch["image"], images)
@@ -147,7 +147,7 @@ def run(
   else:
     planning.inversion_plan(experiment)
   _, _, params = runs.load_run(experiment, workdir)
-  runner = runners.Runner(experiment, params, section.batch_size)
+  runner = batched_sampler.Runner(experiment, params, section.batch_size)
   if mode == "sample":
     return [sample(experiment, workdir, runner)]
   return [invert(experiment, workdir, runner)]

@@ -9,9 +9,9 @@ import math
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import runner as runners
 from bcm_jax.config import build
 from bcm_jax.config import schema
+from bcm_jax.generate import batched_sampler
 from bcm_jax.metrics import classifier
 from bcm_jax.sampling import sampling_plan
 
@@ -39,7 +39,7 @@ def best(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
 
 def generate(
     experiment: build.Experiment,
-    runner: runners.Runner,
+    runner: batched_sampler.Runner,
     plan: sampling_plan.Plan,
     count: int,
     seed: int,
@@ -51,11 +51,13 @@ def generate(
   labels = (np.arange(drawn) % experiment.num_classes).astype(np.int32)
 
   def rows(index):
-    images = runners.generate(experiment, runner, plan, labels, index, seed)
+    images = batched_sampler.generate(
+      experiment, runner, plan, labels, index, seed
+    )
     seen = judge(images).probabilities
     return images, seen[np.arange(len(index)), labels[index]]
 
-  images, scores = runners.on_all_hosts(drawn, rows)
+  images, scores = batched_sampler.on_all_hosts(drawn, rows)
   kept = best(scores, labels, count)
   return images[kept], labels[kept]
 
@@ -67,17 +69,17 @@ def check(experiment: build.Experiment) -> None:
     return
   if section.rejection < 0:
     raise errors.UserError(
-        f"sample.rejection={section.rejection} must be at least 0; 0.5 draws "
-        "half as many images again"
+      f"sample.rejection={section.rejection} must be at least 0; 0.5 draws "
+      "half as many images again"
     )
   if experiment.num_classes is None or section.label is not None:
     raise errors.UserError(
-        "sample.rejection keeps the best images of every class; it takes a "
-        "class-conditional network and sample.label=none"
+      "sample.rejection keeps the best images of every class; it takes a "
+      "class-conditional network and sample.label=none"
     )
   if section.rejection_classifier is None:
     raise errors.UserError(
-        "sample.rejection needs sample.rejection_classifier, a folder that "
-        "python -m bcm_jax.train_classifier wrote"
+      "sample.rejection needs sample.rejection_classifier, a folder that "
+      "python -m bcm_jax.train_classifier wrote"
     )
   classifier.load_classifier(section.rejection_classifier)

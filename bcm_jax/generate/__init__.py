@@ -1,0 +1,1 @@
+"""Batched sampling, guides, teacher pairs and conversion of weights."""
