@@ -25,8 +25,8 @@ from bcm_jax.checkpoint import workdir_lock
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.config import schema
+from bcm_jax.data import image_source
 from bcm_jax.data import pipeline
-from bcm_jax.data import source as sources
 from bcm_jax.training import fault_injection
 from bcm_jax.training import goodput
 from bcm_jax.training import hooks
@@ -56,7 +56,7 @@ class Run:
 
   experiment: build.Experiment
   workdir: str
-  source: sources.Source
+  source: image_source.Source
   accounts: goodput.Goodput
   notice: multihost.Notice
   owner: workdir_lock.Lock | None
@@ -80,7 +80,7 @@ class Run:
     self.frozen = runs.load_frozen(self.experiment)
     # What a checkpoint does not hold, and a run may not change.
     self.fixed = {
-        "data_fingerprint": sources.fingerprint(self.source),
+        "data_fingerprint": image_source.fingerprint(self.source),
         "frozen": {k: digests.tree_digest(v) for k, v in self.frozen.items()},
     }
     self.saver = saver.Saver(
@@ -329,7 +329,7 @@ class Run:
 
 
 def batches(
-  experiment: build.Experiment, source: sources.Source
+  experiment: build.Experiment, source: image_source.Source
 ) -> pipeline.Batches:
   """This host's part of the batch at a position."""
   config = experiment.config
@@ -345,7 +345,7 @@ def batches(
 
 def stream(
   experiment: build.Experiment,
-  source: sources.Source,
+  source: image_source.Source,
   backend: sharding.Backend,
   calls: list[tuple[int, int]],
   window: int,

@@ -10,7 +10,7 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.editing import edit
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
@@ -130,7 +130,7 @@ def invert(
 
 def visible(latents: np.ndarray, sigma_max: float) -> np.ndarray:
   """Latents as pictures: three standard deviations fill the range."""
-  return sources.to_uint8(latents / (3 * sigma_max))
+  return image_source.to_uint8(latents / (3 * sigma_max))
 
 
 def run(

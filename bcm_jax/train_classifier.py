@@ -25,8 +25,8 @@ import optax
 from bcm_jax import errors
 from bcm_jax.config import build
 from bcm_jax.config import resolve
+from bcm_jax.data import image_source
 from bcm_jax.data import pipeline
-from bcm_jax.data import source as sources
 from bcm_jax.metrics import classifier as classifiers
 from bcm_jax.models import resnet
 from bcm_jax.training import hooks
@@ -141,7 +141,7 @@ def make_step(network: resnet.ResNet, settings: Settings, margin: int):
 
 def fit(
     network: resnet.ResNet,
-    source: sources.Source,
+    source: image_source.Source,
     settings: Settings,
     flip: bool,
     progress: hooks.Progress,
@@ -195,7 +195,7 @@ def _init(network, image_shape, seed: int) -> Any:
 
 
 def accuracy(
-    classifier: classifiers.Classifier, source: sources.Source
+    classifier: classifiers.Classifier, source: image_source.Source
 ) -> float:
   """Share of the images of a source whose class is recognised, in [0, 1]."""
   right = 0
@@ -250,7 +250,7 @@ def train_classifier(
       "test_images": None if test is None else len(test),
       "data": {
           "name": data_name,
-          "digest": sources.fingerprint(train),
+          "digest": image_source.fingerprint(train),
           "images": len(train),
       },
       "training": dataclasses.asdict(settings) | {
@@ -278,7 +278,7 @@ def _check_out(out: str, overwrite: bool) -> None:
     ) from e
 
 
-def _test_source(experiment: build.Experiment) -> sources.Source | None:
+def _test_source(experiment: build.Experiment) -> image_source.Source | None:
   """The test split; where there is none, that is said."""
   try:
     return experiment.source("test")
@@ -287,7 +287,7 @@ def _test_source(experiment: build.Experiment) -> sources.Source | None:
     return None
 
 
-def _check_source(source: sources.Source) -> None:
+def _check_source(source: image_source.Source) -> None:
   if source.num_classes is None:
     raise errors.UserError(
         f"{source.name} has no labels, but a classifier needs classes; use "

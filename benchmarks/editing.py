@@ -26,7 +26,7 @@ import optax
 
 import bcm_jax
 from bcm_jax import errors
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.editing import fidelity
 from bcm_jax.editing import pictures
 from bcm_jax.evaluation import tables
@@ -167,11 +167,11 @@ def jpeg(bench: Bench) -> Iterator[tuple[str, dict]]:
 def noise(bench: Bench) -> Iterator[tuple[str, dict]]:
   """White noise of known and of measured level."""
   rng = np.random.default_rng(0)
-  clean = sources.to_float(bench.images)
+  clean = image_source.to_float(bench.images)
   for level in NOISES:
     noisy = clean + level * rng.standard_normal(clean.shape)
     noisy = noisy.astype(np.float32)
-    yield f"noise of {level:g}", bench.told(sources.to_uint8(noisy))
+    yield f"noise of {level:g}", bench.told(image_source.to_uint8(noisy))
     out, _ = bench.model.denoise(noisy, level, bench.labels)
     yield f"`denoise` of {level:g}", bench.told(out)
     out, found = bench.model.denoise(noisy, None, bench.labels)
@@ -181,8 +181,8 @@ def noise(bench: Bench) -> Iterator[tuple[str, dict]]:
 
 def small(bench: Bench) -> Iterator[tuple[str, dict]]:
   """Half the height and width."""
-  given = sources.to_uint8(
-      np.asarray(operators.shrink(sources.to_float(bench.images), 2))
+  given = image_source.to_uint8(
+      np.asarray(operators.shrink(image_source.to_float(bench.images), 2))
   )
   yield "half the size, pixels repeated", bench.told(
       given.repeat(2, 1).repeat(2, 2)
@@ -196,8 +196,8 @@ def colours(bench: Bench) -> Iterator[tuple[str, dict]]:
   """Grey images."""
   if bench.model.image_shape[-1] != 3:
     return
-  grey = sources.to_uint8(
-      np.asarray(operators.to_grey(sources.to_float(bench.images)))
+  grey = image_source.to_uint8(
+      np.asarray(operators.to_grey(image_source.to_float(bench.images)))
   )
   yield "grey", bench.told(grey)
   yield "`colorize`", bench.told(bench.model.colorize(grey, bench.labels))
@@ -228,12 +228,12 @@ def attributes(bench: Bench) -> Iterator[tuple[str, dict]]:
 
 def attack(bench: Bench) -> Iterator[tuple[str, dict]]:
   """Projected gradient ascent of a classifier's loss (Madry et al., 2018)."""
-  clean = jnp.asarray(sources.to_float(bench.images))
+  clean = jnp.asarray(image_source.to_float(bench.images))
   for size in (0.0, *ATTACKS):
     name = f"attack of {size:g}" if size else "no attack"
     images = bench.images
     if size:
-      images = sources.to_uint8(
+      images = image_source.to_uint8(
           np.asarray(_perturb(bench, clean, size, bench.classes))
       )
     yield name, bench.told(images)
@@ -336,12 +336,12 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
   hole[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
   covered = np.where(hole[..., None], np.uint8(127), images)
   poor = np.stack([pictures.compress(i, 10) for i in images])
-  floats = sources.to_float(images)
-  small = sources.to_uint8(np.asarray(operators.shrink(floats, 2)))
+  floats = image_source.to_float(images)
+  small = image_source.to_uint8(np.asarray(operators.shrink(floats, 2)))
   noisy = floats + 0.6 * np.random.default_rng(0).standard_normal(floats.shape)
   noisy = noisy.astype(np.float32)
   repeated = small.repeat(2, 1).repeat(2, 2)
-  attacked = sources.to_uint8(np.asarray(
+  attacked = image_source.to_uint8(np.asarray(
       _perturb(bench, jnp.asarray(floats), 0.2, true)
   ))
   rows = {
@@ -350,7 +350,7 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
                   ("inpaint_cm", model.inpaint(covered, hole, labels,
                                                task="inpaint_cm"))],
       "restore": [("JPEG, 10", poor), ("restore", model.restore(poor, labels))],
-      "denoise": [("noise 0.6", sources.to_uint8(noisy)),
+      "denoise": [("noise 0.6", image_source.to_uint8(noisy)),
                   ("denoise", model.denoise(noisy, None, labels)[0])],
       "super_resolve": [
           ("half", repeated),
@@ -362,7 +362,7 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
       "purify": [("attack", attacked), ("purify", model.purify(attacked))],
   }
   if model.image_shape[-1] == 3:
-    grey = sources.to_uint8(np.asarray(operators.to_grey(floats)))
+    grey = image_source.to_uint8(np.asarray(operators.to_grey(floats)))
     rows["colorize"] = [("grey", grey),
                         ("colorize", model.colorize(grey, labels))]
   return rows

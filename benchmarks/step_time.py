@@ -34,7 +34,7 @@ from bcm_jax import loop
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.training import executable
 from bcm_jax.training import multihost
 from bcm_jax.training import sharding
@@ -68,14 +68,14 @@ def matmul_peak(dtype: str) -> float:
   return 2 * n**3 * repeats / best
 
 
-def synthetic(experiment: build.Experiment) -> sources.ArraySource:
+def synthetic(experiment: build.Experiment) -> image_source.ArraySource:
   """Random images in memory: the pipeline without a disk and a decoder."""
   rng = np.random.default_rng(0)
   shape = (_SYNTHETIC, *experiment.image_shape)
   labels = None
   if experiment.num_classes is not None:
     labels = rng.integers(0, experiment.num_classes, _SYNTHETIC)
-  return sources.ArraySource(
+  return image_source.ArraySource(
       rng.integers(0, 256, shape, np.uint8), labels, experiment.num_classes,
       "synthetic",
   )

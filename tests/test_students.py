@@ -17,8 +17,8 @@ from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve as configs
+from bcm_jax.data import image_source
 from bcm_jax.data import pairs as pair_files
-from bcm_jax.data import source as sources
 from bcm_jax.evaluation import evaluate
 from bcm_jax.evaluation import evaluate_likelihood
 from bcm_jax.generate import batched_sampler
@@ -248,7 +248,7 @@ def test_pairs_are_what_the_solver_makes_of_their_noise(teacher):
     plan, examples["noise"].astype(np.float32) * 40, examples["label"], None
   )
   difference = np.abs(
-    sources.to_uint8(out).astype(int) - examples["image"].astype(int)
+    image_source.to_uint8(out).astype(int) - examples["image"].astype(int)
   )
   assert difference.max() <= 1
   noise = source.fetch(np.arange(40))["noise"].astype(float)

@@ -9,7 +9,7 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax import train_classifier as command
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.metrics import classifier as classifiers
 from tests import quick
 from tests import toys
@@ -89,9 +89,9 @@ def test_the_classifier_says_what_it_is(out, data):
   assert facts["name"] == found.name == "stripes ResNet"
   assert found.distance == "FD (stripes ResNet)"
   assert facts["digest"] == found.digest
-  train = sources.ArraySource(*stripes(96, 0), 3)
+  train = image_source.ArraySource(*stripes(96, 0), 3)
   assert facts["data"] == {
-      "name": "stripes", "digest": sources.fingerprint(train), "images": 96
+      "name": "stripes", "digest": image_source.fingerprint(train), "images": 96
   }
   assert facts["image_shape"] == [8, 8, 1]
   assert facts["network"]["num_classes"] == 3

@@ -17,8 +17,8 @@ from bcm_jax.config import schema
 from bcm_jax.config import validate
 from bcm_jax.data import augmentation
 from bcm_jax.data import datasets
+from bcm_jax.data import image_source
 from bcm_jax.data import pairs
-from bcm_jax.data import source as sources
 from bcm_jax.interop import vgg_names
 from bcm_jax.methods import base
 from bcm_jax.methods import projected
@@ -55,11 +55,11 @@ class Experiment:
     """A section of the config as its dataclass."""
     return resolve.build_section(self.config, name)
 
-  def source(self, split: str) -> sources.Source:
+  def source(self, split: str) -> image_source.Source:
     """The images of a split, 'train' or 'test'."""
     return _data_set(self.config).open(split, self.config.data.data_dir)
 
-  def training_source(self) -> sources.Source:
+  def training_source(self) -> image_source.Source:
     """What training reads: the train split, or data.pairs in its place."""
     data = self.config.data
     if data.pairs is None:
@@ -70,7 +70,7 @@ class Experiment:
     """Whether the data set has a split; nothing is read."""
     return split in _data_set(self.config).splits
 
-  def source_if_there(self, split: str) -> sources.Source | None:
+  def source_if_there(self, split: str) -> image_source.Source | None:
     """The images of a split; None, and a line why, where they are not at hand.
 
     Raises:

@@ -4,13 +4,13 @@ from collections.abc import Callable
 import os
 
 from bcm_jax import errors
-from bcm_jax.data import array_file
 from bcm_jax.data import decoding
 from bcm_jax.data import digits
+from bcm_jax.data import edm_zip
 from bcm_jax.data import folder
-from bcm_jax.data import source as sources
-from bcm_jax.data import zip_file
-from bcm_jax.data.data_set import DataSet
+from bcm_jax.data import image_source
+from bcm_jax.data import npz_file
+from bcm_jax.data.dataset_spec import DataSet
 
 # Found by data.path.
 FILES = ("folder", "npz", "zip", "prepared")
@@ -92,7 +92,7 @@ def _check_keys(name: str, path: str | None, skip_corrupt: bool) -> None:
     )
 
 
-def _not_here(path: str) -> Callable[[str, str | None], sources.Source]:
+def _not_here(path: str) -> Callable[[str, str | None], image_source.Source]:
   def open_split(split, data_dir=None):
     raise errors.UserError(
         f"data.path={path!r} is not there, and images of split {split!r} are "
@@ -129,9 +129,9 @@ def _in_files(
   if name == "folder":
     return folder.data_set(path, decoder, skip_corrupt, threads)
   if name == "zip":
-    return zip_file.data_set(path, decoder, skip_corrupt, threads)
+    return edm_zip.data_set(path, decoder, skip_corrupt, threads)
   if name == "npz":
-    return array_file.data_set(path, decoder.size, decoder.crop, threads)
+    return npz_file.data_set(path, decoder.size, decoder.crop, threads)
   from bcm_jax.data import prepared  # Only here is array_record needed.
 
   return _of_size(prepared.data_set(path), name, decoder.size)

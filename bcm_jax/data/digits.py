@@ -12,7 +12,7 @@ import functools
 from absl import logging
 import numpy as np
 
-from bcm_jax.data.source import ArraySource
+from bcm_jax.data.image_source import ArraySource
 from bcm_jax.errors import unknown_name
 
 NUM_CLASSES = 10

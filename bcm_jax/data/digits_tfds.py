@@ -18,7 +18,7 @@ import tensorflow  # noqa: F401
 import tensorflow_datasets as tfds
 
 from bcm_jax.data import digits
-from bcm_jax.data.source import ArraySource
+from bcm_jax.data.image_source import ArraySource
 from bcm_jax.errors import UserError
 
 _FILE_FORMAT = "array_record"

@@ -15,7 +15,7 @@ import os
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax.data import data_set as data_sets
+from bcm_jax.data import dataset_spec
 from bcm_jax.data import decoding
 from bcm_jax.data import encoded
 
@@ -27,7 +27,7 @@ def data_set(
     decoder: decoding.Decoder,
     skip_corrupt: bool = False,
     threads: int | None = None,
-) -> data_sets.DataSet:
+) -> dataset_spec.DataSet:
   """Describes a folder from its class folders and the header of one image.
 
   Args:
@@ -51,7 +51,7 @@ def data_set(
 
   def open_split(split, data_dir=None):
     del data_dir  # Of TFDS.
-    data_sets.check_split(split, roots, path)
+    dataset_spec.check_split(split, roots, path)
     root = roots[split]
     files, labels = _listing(root, classes)
     source = encoded.EncodedSource(
@@ -61,7 +61,7 @@ def data_set(
     )
     return source.without_corrupt() if skip_corrupt else source
 
-  return data_sets.DataSet(
+  return dataset_spec.DataSet(
       shape, len(classes) or None, open_split, tuple(roots), classes or None
   )
 
@@ -118,13 +118,13 @@ def _split_roots(path: str) -> dict[str, str]:
   """Returns the folder of each split."""
   folders = _folders(path)
   roots = {}
-  for split, names in data_sets.SPLIT_NAMES.items():
+  for split, names in dataset_spec.SPLIT_NAMES.items():
     there = [name for name in names if name in folders]
     if there:
       roots[split] = os.path.join(path, there[0])
   if not roots:
     return {"train": path}
-  known = sum(data_sets.SPLIT_NAMES.values(), ())
+  known = sum(dataset_spec.SPLIT_NAMES.values(), ())
   others = [name for name in folders if name not in known]
   if others:
     raise errors.UserError(

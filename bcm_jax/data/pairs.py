@@ -10,13 +10,13 @@ import zipfile
 
 import numpy as np
 
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.errors import UserError
 
 FIELDS = ("noise", "image", "label", "facts")
 
 
-class PairSource(sources.ArraySource):
+class PairSource(image_source.ArraySource):
   """The images of a file of pairs, each with its noise.
 
   Args:

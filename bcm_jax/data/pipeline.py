@@ -15,8 +15,8 @@ import zlib
 
 import numpy as np
 
-from bcm_jax.data.source import check_labels
-from bcm_jax.data.source import Source
+from bcm_jax.data.image_source import check_labels
+from bcm_jax.data.image_source import Source
 from bcm_jax.errors import UserError
 
 T = TypeVar("T")

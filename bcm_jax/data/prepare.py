@@ -19,13 +19,13 @@ import tqdm
 
 from bcm_jax import __version__
 from bcm_jax import errors
-from bcm_jax.data import data_set as data_sets
+from bcm_jax.data import dataset_spec
 from bcm_jax.data import datasets
 from bcm_jax.data import encoded
+from bcm_jax.data import image_source
 from bcm_jax.data import pipeline
 from bcm_jax.data import prepared
 from bcm_jax.data import resizing
-from bcm_jax.data import source as sources
 from bcm_jax.utils import cli
 
 # Examples decoded at a time, at most; the next while these are written.
@@ -171,7 +171,7 @@ def _folder_for(out: str) -> Iterator[str]:
 
 
 def _write_splits(
-    found: data_sets.DataSet,
+    found: dataset_spec.DataSet,
     data_dir: str | None,
     holdout: int,
     folder: str,
@@ -210,7 +210,7 @@ def _parts(
 
 
 def _write(
-    source: sources.Source,
+    source: image_source.Source,
     ids: np.ndarray,
     split: str,
     folder: str,
@@ -234,14 +234,14 @@ def _write(
 
 
 def _batches(
-    source: sources.Source, ids: np.ndarray, block: int
+    source: image_source.Source, ids: np.ndarray, block: int
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields the examples in order; a thread fetches ahead."""
 
   def fetch(k):
     examples = ids[k * block : (k + 1) * block]
     batch = source.fetch(examples)
-    sources.check_labels(
+    image_source.check_labels(
         batch["label"], examples, source.num_classes, source.name
     )
     return batch

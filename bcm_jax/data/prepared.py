@@ -15,7 +15,7 @@ from array_record.python import array_record_module
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax.data import data_set as data_sets
+from bcm_jax.data import dataset_spec
 from bcm_jax.utils import files
 
 MANIFEST = "dataset.json"
@@ -83,7 +83,7 @@ def write_manifest(path: str, **content: Any) -> None:
   )
 
 
-def data_set(path: str) -> data_sets.DataSet:
+def data_set(path: str) -> dataset_spec.DataSet:
   """Describes a prepared folder from its dataset.json.
 
   Raises:
@@ -95,10 +95,10 @@ def data_set(path: str) -> data_sets.DataSet:
 
   def open_split(split, data_dir=None):
     del data_dir  # Of TFDS.
-    data_sets.check_split(split, splits, path)
+    dataset_spec.check_split(split, splits, path)
     return PreparedSource(path, split)
 
-  return data_sets.DataSet(
+  return dataset_spec.DataSet(
       tuple(manifest["image_shape"]), manifest["num_classes"], open_split,
       splits, None if names is None else tuple(names),
   )

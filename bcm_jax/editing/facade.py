@@ -22,7 +22,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.editing import pretrained
 from bcm_jax.editing import recipes
 from bcm_jax.editing.pretrained import Labels
@@ -80,7 +80,7 @@ class Model(pretrained.Pretrained):
     count = len(first)
     keys = self.keys("edit/added", seed, count)
     ends = [
-        (self.runner(there, sources.to_float(images), of, keys), of)
+        (self.runner(there, image_source.to_float(images), of, keys), of)
         for images, of in (
             (first, self.labels(labels, count)),
             (second, self.labels(
@@ -97,7 +97,7 @@ class Model(pretrained.Pretrained):
       images = self.runner(
           back, np.asarray(mixed), ends[int(weight > 0.5)][1], keys
       )
-      columns.append(sources.to_uint8(images))
+      columns.append(image_source.to_uint8(images))
     return np.stack(columns, axis=1)
 
   def inpaint(
@@ -270,7 +270,7 @@ class Model(pretrained.Pretrained):
         for label, count in zip(of, counts, strict=True)
     ]
     latents = self.runner(
-        there, sources.to_float(np.concatenate(groups)),
+        there, image_source.to_float(np.concatenate(groups)),
         None if both[0] is None else np.concatenate(both),
         self.keys("edit/added", seed, sum(counts)),
     )
@@ -331,15 +331,15 @@ class Model(pretrained.Pretrained):
   def _edit(self, function, images, labels, seed, **more):
     """Runs an edit; images of its result come back as uint8."""
     if images.dtype == np.uint8:
-      images = sources.to_float(images)
+      images = image_source.to_float(images)
     arrays = {"images": images, **more}
     result = self.runner.apply(
         function, arrays, self.labels(labels, len(images)),
         self.keys("edit/added", seed, len(images)),
     )
     if isinstance(result, tuple):
-      return sources.to_uint8(result[0]), *result[1:]
-    return sources.to_uint8(result)
+      return image_source.to_uint8(result[0]), *result[1:]
+    return image_source.to_uint8(result)
 
 
 def load(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.interop import vgg_names
 from bcm_jax.metrics import lpips
 from bcm_jax.metrics import reconstruction
@@ -31,18 +31,22 @@ def perceptual(paths: Sequence[str]) -> Perceptual | None:
   def measure(originals, images):
     blocks = range(0, len(images), _LPIPS_BLOCK)
     parts = [slice(i, i + _LPIPS_BLOCK) for i in blocks]
-    return np.concatenate([
+    return np.concatenate(
+      [
         lpips.distance(
-            params, sources.to_float(originals[p]), sources.to_float(images[p])
+          params,
+          image_source.to_float(originals[p]),
+          image_source.to_float(images[p]),
         )
         for p in parts
-    ])
+      ]
+    )
 
   return measure
 
 
 def errors(
-    originals: np.ndarray, images: np.ndarray, measure: Perceptual | None
+  originals: np.ndarray, images: np.ndarray, measure: Perceptual | None
 ) -> dict[str, float]:
   """Numbers of images beside their originals, uint8 [n, H, W, C].
 
@@ -52,10 +56,10 @@ def errors(
   """
   mse = reconstruction.per_pixel_mse(originals, images)
   numbers = {
-      "images": len(mse),
-      "mse": float(np.mean(mse)),
-      "mse_worst_image": float(np.max(mse)),
-      "psnr_of_mean_mse": float(reconstruction.psnr(np.mean(mse))),
+    "images": len(mse),
+    "mse": float(np.mean(mse)),
+    "mse_worst_image": float(np.max(mse)),
+    "psnr_of_mean_mse": float(reconstruction.psnr(np.mean(mse))),
   }
   if min(originals.shape[1:3]) >= structural_similarity.WINDOW:
     ssim = structural_similarity.structural_similarity(originals, images)

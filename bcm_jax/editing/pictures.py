@@ -12,7 +12,7 @@ from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.data import decoding
 from bcm_jax.data import folder as folders
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.editing import reading
 from bcm_jax.sampling import operators
 
@@ -256,18 +256,22 @@ def _damaged(experiment, section: schema.Edit) -> Inputs:
   elif section.task == "denoise":
     _add_noise(inputs, section)
   elif section.task == "colorize":
-    inputs.images = sources.to_uint8(
-        np.asarray(operators.to_grey(sources.to_float(images)))
+    inputs.images = image_source.to_uint8(
+        np.asarray(operators.to_grey(image_source.to_float(images)))
     )
   elif section.task == "super_resolve":
-    inputs.images = sources.to_uint8(
-        np.asarray(operators.shrink(sources.to_float(images), section.factor))
+    inputs.images = image_source.to_uint8(
+      np.asarray(
+        operators.shrink(image_source.to_float(images), section.factor)
+      )
     )
   elif section.task == "restore":
     inputs.images = np.stack([compress(i, section.quality) for i in images])
   elif section.task == "stroke":
-    small = operators.shrink(sources.to_float(images), 2)
-    inputs.images = sources.to_uint8(np.asarray(operators.enlarge(small, 2)))
+    small = operators.shrink(image_source.to_float(images), 2)
+    inputs.images = image_source.to_uint8(
+      np.asarray(operators.enlarge(small, 2))
+    )
   elif section.task in ("relabel", "attribute"):
     inputs.reference = None
   return inputs
@@ -280,11 +284,11 @@ _NOISE = 0.5
 def _add_noise(inputs: Inputs, section: schema.Edit) -> None:
   level = _NOISE if section.level is None else section.level
   noise = np.random.default_rng(section.seed).standard_normal(
-      inputs.images.shape
+    inputs.images.shape
   )
-  exact = sources.to_float(inputs.images) + level * noise
+  exact = image_source.to_float(inputs.images) + level * noise
   inputs.exact = exact.astype(np.float32)
-  inputs.images = sources.to_uint8(inputs.exact)
+  inputs.images = image_source.to_uint8(inputs.exact)
 
 
 def compress(image: np.ndarray, quality: int) -> np.ndarray:

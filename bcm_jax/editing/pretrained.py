@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.diffusion import process
 from bcm_jax.editing import recipes
 from bcm_jax.generate import batched_sampler
@@ -94,7 +94,7 @@ class Pretrained:
         plan, latents, self.labels(labels, len(latents)),
         self.keys("sample/added", seed, len(latents)),
     )
-    return sources.to_uint8(images)
+    return image_source.to_uint8(images)
 
   # To noise and back --------------------------------------------------------
 
@@ -114,7 +114,7 @@ class Pretrained:
     images = self.images(images)
     plan = planning.inversion_plan(self.experiment, nfe, noise)
     return self.runner(
-        plan, sources.to_float(images), self.labels(labels, len(images)),
+        plan, image_source.to_float(images), self.labels(labels, len(images)),
         self.keys("invert/added", seed, len(images)),
     )
 
@@ -148,7 +148,7 @@ class Pretrained:
       )
 
     found = self.runner.apply(
-        judge, sources.to_float(images), self.labels(0, len(images)),
+        judge, image_source.to_float(images), self.labels(0, len(images)),
         self.keys("edit/classify", seed, len(images)),
     )
     return found.argmin(axis=1).astype(np.int32)
@@ -160,7 +160,7 @@ class Pretrained:
     Of images that the network makes, so that no data set is needed.
     """
     levels = self.experiment.levels
-    images = sources.to_float(self.sample(_MEASURED))
+    images = image_source.to_float(self.sample(_MEASURED))
     labels = None
     if self.num_classes is not None:
       labels = np.arange(_MEASURED) % self.num_classes

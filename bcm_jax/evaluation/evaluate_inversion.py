@@ -16,7 +16,7 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
 from bcm_jax.editing import fidelity
@@ -138,7 +138,7 @@ def _baselines(experiment, batch, measure) -> dict[str, Numbers]:
         result[f"{_NAMES[solver]}_nfe{nfe}_noise{noise:g}"] = {
             "nfe": nfe, "noise": noise, "solver": _NAMES[solver],
             **_errors(
-                batch["image"], sources.to_uint8(images), latents, measure
+                batch["image"], image_source.to_uint8(images), latents, measure
             ),
         }
   return result
@@ -146,7 +146,7 @@ def _baselines(experiment, batch, measure) -> dict[str, Numbers]:
 
 def _noisy(experiment, images: np.ndarray, noise: float) -> np.ndarray:
   """Test images in [-1, 1] with the noise that inversions start from."""
-  x = sources.to_float(images)
+  x = image_source.to_float(images)
   keys = rng.example_keys(
       experiment.section("invert").seed, "invert/baseline", 0,
       jnp.arange(len(x)),

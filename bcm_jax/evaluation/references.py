@@ -14,7 +14,7 @@ import tqdm
 from bcm_jax import errors
 from bcm_jax.config import build
 from bcm_jax.config import schema
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.interop import inception_names
 from bcm_jax.metrics import classifier
 from bcm_jax.metrics import features as feature_lib
@@ -79,7 +79,7 @@ def check(section: schema.Eval) -> None:
 
 
 def in_blocks(
-    source: sources.Source, ids: np.ndarray
+    source: image_source.Source, ids: np.ndarray
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields the examples of a source with these ids, some at a time."""
   for first in range(0, len(ids), _BLOCK):
@@ -87,7 +87,7 @@ def in_blocks(
 
 
 def compute(
-    source: sources.Source, features: feature_lib.Features
+    source: image_source.Source, features: feature_lib.Features
 ) -> references.Reference:
   """Statistics of all images of a source; every host computes its share."""
   mine = np.array_split(np.arange(len(source)), jax.process_count())
@@ -136,11 +136,11 @@ def _add(total: moments.Moments | None, rows: np.ndarray) -> moments.Moments:
   return (total or moments.empty(rows.shape[1])).update(rows)
 
 
-def describe(source: sources.Source) -> str:
+def describe(source: image_source.Source) -> str:
   """What statistics say of the images they were taken of."""
   return (
       f"{source.name}: {len(source)} images {source.image_shape}, "
-      f"fingerprint {sources.fingerprint(source)}"
+      f"fingerprint {image_source.fingerprint(source)}"
   )
 
 
@@ -178,7 +178,7 @@ def open_target(
   return quality.Target(reference, np.concatenate(parts))
 
 
-def chosen(source: sources.Source, count: int | None) -> np.ndarray:
+def chosen(source: image_source.Source, count: int | None) -> np.ndarray:
   """Ids of the real images that are compared one by one, the same always."""
   return np.random.default_rng(0).permutation(len(source))[:count]
 
@@ -201,7 +201,8 @@ def _from_file(path: str, features) -> references.Reference:
 def _of_training_split(experiment, features, folder) -> references.Reference:
   source = experiment.source("train")
   path = os.path.join(
-      folder, f"reference_{features.digest}_{sources.fingerprint(source)}.npz"
+    folder,
+    f"reference_{features.digest}_{image_source.fingerprint(source)}.npz",
   )
   # One host answers for all: those that compute wait for one another.
   there = multihost_utils.broadcast_one_to_all(np.int32(os.path.exists(path)))
@@ -224,12 +225,14 @@ def run(experiment: build.Experiment, workdir: str) -> str:
   source = experiment.source("train")
   ids = chosen(source, section.num_reference)
   reference = dataclasses.replace(
-      compute(source, features),
-      images=np.concatenate([b["image"] for b in in_blocks(source, ids)]),
+    compute(source, features),
+    images=np.concatenate([b["image"] for b in in_blocks(source, ids)]),
   )
   path = os.path.join(workdir, "reference.npz")
   if jax.process_index() == 0:
     references.save_reference(path, reference)
-  print(f"{reference.data}\nfeatures {features.name} ({features.digest}), "
-        f"statistics {reference.digest()}\nwritten: {path}")
+  print(
+    f"{reference.data}\nfeatures {features.name} ({features.digest}), "
+    f"statistics {reference.digest()}\nwritten: {path}"
+  )
   return path

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax.config import build
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.generate import guides
 from bcm_jax.sampling import guidance
 from bcm_jax.sampling import samplers
@@ -200,7 +200,7 @@ def generate(
     keys = rng.example_keys(seed, "sample/added", 0, jnp.asarray(part))
     asked = None if labels is None else labels[part]
     images.append(
-        sources.to_uint8(runner(plan, np.asarray(noise), asked, keys))
+        image_source.to_uint8(runner(plan, np.asarray(noise), asked, keys))
     )
   return np.concatenate(images)
 
@@ -246,8 +246,8 @@ def invert_and_reconstruct(
   index = jnp.arange(len(batch["image"]))
   keys = rng.example_keys(seed, "invert/added", 0, index)
   latents = runner(
-      plan, sources.to_float(batch["image"]), batch["label"], keys
+      plan, image_source.to_float(batch["image"]), batch["label"], keys
   )
   back = sampling_plan.ancestral((), experiment.levels)
   images = runner(back, latents, batch["label"], keys)
-  return latents, sources.to_uint8(images)
+  return latents, image_source.to_uint8(images)

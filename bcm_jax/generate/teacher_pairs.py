@@ -19,7 +19,7 @@ from bcm_jax import sample
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
 from bcm_jax.sampling import sampling_plan
@@ -53,7 +53,7 @@ def run(experiment: build.Experiment, workdir: str) -> str:
     start = noise.astype(np.float32) * np.float32(plan.start)
     asked = None if labels is None else labels[index]
     images = runner(plan, start, asked, _keys(section.seed, index))
-    return noise, sources.to_uint8(images)
+    return noise, image_source.to_uint8(images)
 
   noise, images = batched_sampler.on_all_hosts(section.num_samples, rows)
   path = os.path.join(workdir, "pairs.npz")

@@ -39,7 +39,7 @@ def _check(x: jax.Array, y: jax.Array) -> None:
     if not jnp.issubdtype(images.dtype, jnp.floating):
       raise UserError(
           f"LPIPS got images of {images.dtype}, expected floats in [-1, 1]; "
-          "convert both with bcm_jax.data.source.to_float"
+          "convert both with bcm_jax.data.image_source.to_float"
       )
 
 

@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 
 # Bare metrics are of the sampled player, whose name is this in every method.
 _SAMPLED = "student"
@@ -364,7 +364,7 @@ def reconstruction(run: Run) -> list[Rows]:
     shown = slice(0, _SHOWN_INVERSIONS)
     latents = arrays["latents"][shown]
     # Two standard deviations fill the range.
-    visible = sources.to_uint8(latents / (2 * np.std(latents)))
+    visible = image_source.to_uint8(latents / (2 * np.std(latents)))
     mse = arrays["mse"]
     blocks.append(Rows(
         f"inverted in {path.parent.name.removeprefix('nfe')} NFE and back in "

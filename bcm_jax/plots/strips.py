@@ -14,7 +14,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.generate import batched_sampler
 from bcm_jax.plots import records
 from bcm_jax.sampling import samplers
@@ -70,7 +70,7 @@ def shown(
 ) -> np.ndarray:
   """States [B, H, W, C] at levels, as uint8 [B, levels, H, W, C]."""
   scales = [sigma_data / math.hypot(sigma_data, t) for t in levels]
-  return sources.to_uint8(np.stack(
+  return image_source.to_uint8(np.stack(
       [x * c for x, c in zip(states, scales, strict=True)], axis=1
   ))
 
@@ -170,7 +170,7 @@ def _up(experiment, runner) -> records.Rows:
   """From real images to noise, and back."""
   method, section = experiment.method, experiment.section("invert")
   batch = batched_sampler.test_images(experiment, _ROWS)
-  x, labels = sources.to_float(batch["image"]), batch["label"]
+  x, labels = image_source.to_float(batch["image"]), batch["label"]
   keys = rng.example_keys(section.seed, "invert/added", 0, jnp.arange(len(x)))
   levels = levels_between(section.noise, method.sigma_max)
   noisy = runner(

@@ -35,7 +35,7 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.generate import guides
 from bcm_jax.generate import planning
 from bcm_jax.release import exported
@@ -56,7 +56,7 @@ SEEDS = (
   "invert: the same of other streams; seed is uint32, keys are threefry's"
 )
 # Floats of the 256 grey levels, looked up as in training/step.py.
-_GREY = sources.to_float(np.arange(256, dtype=np.uint8))
+_GREY = image_source.to_float(np.arange(256, dtype=np.uint8))
 
 Weights = dict[str, Any]  # 'network/path/of/tensor' -> array or its shape.
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.editing import facade
 from bcm_jax.editing import pictures
 from bcm_jax.editing import reading
@@ -153,7 +153,7 @@ class Studio:
     )
     images, more = _timed(self.editor.decode, latents, label, seed)
     sigma_max = self.model.experiment.levels.sigma_max
-    latent = sources.to_uint8(latents / (3 * sigma_max))
+    latent = image_source.to_uint8(latents / (3 * sigma_max))
     mse = float(reconstruction.per_pixel_mse(image, images)[0])
     words = _told(
         nfe + 1, seconds + more, f"{there}\nonestep: 1 NFE, back",

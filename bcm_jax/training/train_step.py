@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from bcm_jax.data import augmentation
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.methods import base
 from bcm_jax.training import ema
 from bcm_jax.training import phema
@@ -27,7 +27,7 @@ from bcm_jax.training import train_state
 Batch = dict[str, jax.Array]
 # Floats of the 256 grey levels, looked up: XLA divides by a constant in other
 # ways than NumPy, and images would depend on where they were converted.
-_GREY = sources.to_float(np.arange(256, dtype=np.uint8))
+_GREY = image_source.to_float(np.arange(256, dtype=np.uint8))
 # Fields of a batch that a loss finds in its context by another name.
 _KNOWN = ("image", "label", "index")
 Step = Callable[..., tuple[train_state.TrainState, dict[str, jax.Array]]]

@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
+from bcm_jax.data import image_source
 from bcm_jax.data import pipeline
-from bcm_jax.data import source as source_lib
 from bcm_jax.errors import UserError
 
 N = 23  # Prime, so that no batch size divides an epoch.
@@ -16,7 +16,7 @@ N = 23  # Prime, so that no batch size divides an epoch.
 @pytest.fixture
 def source():
   images = np.random.default_rng(0).integers(0, 256, (N, 4, 6, 3), np.uint8)
-  return source_lib.ArraySource(images, np.arange(N) % 5, 5, name="toy")
+  return image_source.ArraySource(images, np.arange(N) % 5, 5, name="toy")
 
 
 def _ids(seed, steps, batch_size):

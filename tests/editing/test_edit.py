@@ -8,7 +8,7 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.checkpoint import runs
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.editing import edit
 from bcm_jax.editing import pictures
 from bcm_jax.editing import recipes
@@ -38,7 +38,7 @@ def write(path, image):
 
 def picture(seed=0, size=8, channels=1):
   x = np.random.default_rng(seed).normal(0, 0.3, (size, size, channels))
-  return sources.to_uint8(x)
+  return image_source.to_uint8(x)
 
 
 def read(path):
@@ -90,7 +90,7 @@ def test_every_task_on_test_images(tmp_path, task):
 def test_coloured_test_images_become_grey_and_get_colours(tmp_path):
   built = experiment((8, 8, 3), None, task="colorize", num_images=2)
   images = np.stack([picture(i, channels=3) for i in range(6)])
-  source = sources.ArraySource(images)
+  source = image_source.ArraySource(images)
   object.__setattr__(built, "source", lambda split: source)
   with np.load(run(tmp_path, built) / "edit.npz") as f:
     given, results = f["images"], f["results"]

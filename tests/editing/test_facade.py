@@ -5,7 +5,7 @@ import pytest
 
 import bcm_jax
 from bcm_jax import errors
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.editing import facade
 from bcm_jax.metrics import judge
 from bcm_jax.sampling import operators
@@ -33,7 +33,7 @@ def colour():
 
 def photos(n=6, channels=1, seed=0):
   x = np.random.default_rng(seed).normal(0, 0.4, (n, 8, 8, channels))
-  return sources.to_uint8(np.clip(x, -1, 1))
+  return image_source.to_uint8(np.clip(x, -1, 1))
 
 
 def near(a, b, grey_levels=1):
@@ -53,7 +53,7 @@ def test_samples_of_a_seed(grey):
   assert images.shape == (7, 8, 8, 1) and images.dtype == np.uint8
   np.testing.assert_array_equal(images[:2], grey.sample(2, 3, 5))
   assert (images != grey.sample(7, 3, 6)).mean() > 0.9
-  assert sources.to_float(grey.sample(200, 3)).std() == pytest.approx(
+  assert image_source.to_float(grey.sample(200, 3)).std() == pytest.approx(
       0.5, rel=0.1
   )
 
@@ -68,13 +68,13 @@ def test_inversion_is_undone_by_one_jump(grey):
   # To 40 and back nothing stays but the noise, shrunk with the image.
   added = (
       latents / np.sqrt((SD2 + 1600) / (SD2 + 0.05**2))
-      - sources.to_float(images)
+      - image_source.to_float(images)
   )
   assert added.std() == pytest.approx(0.05, rel=0.1)
-  back = (sources.to_float(images) + added) * np.sqrt(
+  back = (image_source.to_float(images) + added) * np.sqrt(
       (SD2 + 0.002**2) / (SD2 + 0.05**2)
   )
-  near(grey.decode(latents, 3), sources.to_uint8(back))
+  near(grey.decode(latents, 3), image_source.to_uint8(back))
 
 
 @pytest.mark.parametrize("task", ["restore", "purify"])
@@ -95,27 +95,27 @@ def test_interpolation_ends_at_both_images(grey):
   assert rows.shape == (6, 5, 8, 8, 1)
   near(rows[:, 0], first)
   near(rows[:, -1], second)
-  a, b = (sources.to_float(v) for v in (first, second))
+  a, b = (image_source.to_float(v) for v in (first, second))
   half = np.arccos(
       (a * b).reshape(6, -1).sum(1)
       / np.linalg.norm(a.reshape(6, -1), axis=1)
       / np.linalg.norm(b.reshape(6, -1), axis=1)
   ) / 2
   middle_of = (a + b) / (2 * np.cos(half))[:, None, None, None]
-  near(rows[:, 2], sources.to_uint8(middle_of), 3)
+  near(rows[:, 2], image_source.to_uint8(middle_of), 3)
 
 
 def test_classes_are_changed_between_inversion_and_generation():
   tinted = model(tint=0.05)
   images = photos()
   out = tinted.relabel(images, 2, 6, noise=0.002)
-  near(out, sources.to_uint8(sources.to_float(images) + 4 * 0.05), 1)
+  near(out, image_source.to_uint8(image_source.to_float(images) + 4 * 0.05), 1)
 
 
 def brightened(steps, seed=0):
   """Images of the classes `steps`, where classes brighten by 0.3."""
-  images = sources.to_float(photos(len(steps), seed=seed))
-  return sources.to_uint8(images + 0.3 * np.asarray(steps)[:, None, None, None])
+  images = image_source.to_float(photos(len(steps), seed=seed))
+  return image_source.to_uint8(images + 0.3 * np.asarray(steps)[:, None, None, None])
 
 
 def test_classes_are_recognised():
@@ -133,7 +133,7 @@ def test_purification_asks_the_network_for_the_class():
   tinted = model(num_classes=3, tint=0.3)
   images = brightened([2, 0, 1])
   np.testing.assert_array_equal(
-      tinted.purify(images), tinted.purify(images, tinted.classify(images))
+    tinted.purify(images), tinted.purify(images, tinted.classify(images))
   )
   assert (tinted.purify(images) != tinted.purify(images, 0)).any()
 
@@ -165,42 +165,44 @@ def test_holes_are_filled_and_the_rest_is_untouched(grey, task):
 
 def test_colours_come_and_the_luma_stays(colour):
   images = photos(channels=3)
-  grey_images = sources.to_uint8(
-      np.asarray(operators.to_grey(sources.to_float(images)))
+  grey_images = image_source.to_uint8(
+    np.asarray(operators.to_grey(image_source.to_float(images)))
   )
   out = colour.colorize(images)
   near(out, colour.colorize(grey_images), 3)
   luma = [
-      np.asarray(operators.to_grey(sources.to_float(v)))[..., 0]
-      for v in (out, images)
+    np.asarray(operators.to_grey(image_source.to_float(v)))[..., 0]
+    for v in (out, images)
   ]
   assert np.abs(luma[0] - luma[1]).max() < 0.02
   assert np.std(out, axis=-1).mean() > 10
 
 
 def test_details_come_and_the_means_stay(grey):
-  small = sources.to_uint8(0.5 * sources.to_float(photos())[:, ::2, ::2])
+  small = image_source.to_uint8(
+    0.5 * image_source.to_float(photos())[:, ::2, ::2]
+  )
   out = grey.super_resolve(small, 2, 3)
   assert out.shape == (6, 8, 8, 1)
   assert (out == 0).any() or (out == 255).any()
-  means = np.asarray(operators.shrink(sources.to_float(out), 2))
-  assert np.abs(means - sources.to_float(small)).max() < 0.02
+  means = np.asarray(operators.shrink(image_source.to_float(out), 2))
+  assert np.abs(means - image_source.to_float(small)).max() < 0.02
 
 
 @pytest.mark.parametrize("level", [None, 0.5])
 def test_noise_is_taken_out(grey, level):
-  clean = sources.to_float(photos(8))
+  clean = image_source.to_float(photos(8))
   noisy = clean + 0.5 * np.random.default_rng(3).normal(size=clean.shape)
   out, levels = grey.denoise(noisy.astype(np.float32), level, 3)
   # What is there beyond the variance of images without noise, by its samples.
-  without = np.mean(sources.to_float(grey.sample(64)) ** 2)
+  without = np.mean(image_source.to_float(grey.sample(64)) ** 2)
   assert without == pytest.approx(SD2, rel=0.15)
   found = np.sqrt(np.mean(noisy**2, axis=(1, 2, 3)) - without)
   expected = found if level is None else np.full(8, 0.5)
   np.testing.assert_allclose(levels, expected, rtol=0.03)
   shrink = np.sqrt((SD2 + 0.002**2) / (SD2 + levels**2))[:, None, None, None]
-  near(out, sources.to_uint8(noisy * shrink))
-  quantised, _ = grey.denoise(sources.to_uint8(noisy), level, 3)
+  near(out, image_source.to_uint8(noisy * shrink))
+  quantised, _ = grey.denoise(image_source.to_uint8(noisy), level, 3)
   assert quantised.shape == out.shape
 
 
@@ -217,7 +219,9 @@ def test_strokes(grey):
   assert 0 < np.abs(out.astype(int) - images).mean() < 15
 
 
-@pytest.mark.parametrize("call, said", [
+@pytest.mark.parametrize(
+  "call, said",
+  [
     (lambda m: m.invert(photos().astype(np.float32), 3), "float32 of shape"),
     (lambda m: m.invert(photos(channels=3), 3), r"expected uint8 \[n, 8, 8, 1"),
     (lambda m: m.invert(photos()[:0], 3), r"of shape \(0, 8, 8, 1\)"),
@@ -239,11 +243,14 @@ def test_strokes(grey):
     (lambda m: m.interpolate(photos(), photos(), 3, points=-1), "at least 2"),
     (lambda m: m.super_resolve(photos()[:, ::2, ::2], 2.5, 3), "factor=2.5"),
     (lambda m: m.inpaint(photos(), middle(), 3, task="restore"), "unknown tas"),
-    (lambda m: m.inpaint(photos(), middle(), 3, nfe=14, times=(3, 2, 1)),
-     "needs 7 levels"),
+    (
+      lambda m: m.inpaint(photos(), middle(), 3, nfe=14, times=(3, 2, 1)),
+      "needs 7 levels",
+    ),
     (lambda m: m.shift(photos(), np.zeros((4, 4, 1)), labels=3), "has shape"),
     (lambda m: m.denoise(np.zeros((2, 8, 8, 1)), 0.1, 3), "uint8 or float32"),
-])
+  ],
+)
 def test_what_does_not_fit_is_refused(grey, call, said):
   with pytest.raises(errors.UserError, match=said):
     call(grey)
@@ -264,7 +271,7 @@ def test_one_image_is_a_batch_of_one(grey):
   assert grey.restore(photos()[0], 3).shape == (1, 8, 8, 1)
   latent = grey.invert(photos()[0], 3)
   np.testing.assert_array_equal(
-      grey.decode(latent[0], 3), grey.decode(latent, 3)
+    grey.decode(latent[0], 3), grey.decode(latent, 3)
   )
   rows = grey.interpolate(photos()[0], photos()[1], 3, points=np.int64(3))
   assert rows.shape == (1, 3, 8, 8, 1)

@@ -16,7 +16,7 @@ from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.diffusion import schedules
 from bcm_jax.evaluation import evaluate
 from bcm_jax.evaluation import references
@@ -252,7 +252,7 @@ def test_a_run_goes_on_with_its_own_images_alone(tmp_path):
     return built.source("train")
 
   def fixed(name):
-    found = sources.fingerprint(source(name))
+    found = image_source.fingerprint(source(name))
     return {"data_fingerprint": found, "frozen": {}}
 
   loop._check_unchanged(fixed("a"), fixed("moved"), "npz")
@@ -267,7 +267,7 @@ def test_statistics_of_the_training_split_are_taken_once(copy, monkeypatch):
   monkeypatch.setattr(references, "compute", None)
   again = references.open_target(built, feature_lib.Pixels(), folder)
   assert again.reference.digest() == first.reference.digest()
-  fingerprint = sources.fingerprint(built.source("train"))
+  fingerprint = image_source.fingerprint(built.source("train"))
   assert fingerprint in first.reference.data
   saved = reference_lib.load_reference(
       f"{folder}/reference_pixels_{fingerprint}.npz"
@@ -352,7 +352,7 @@ def test_baselines_are_the_odes_of_a_denoiser(copy, tmp_path):
     factor = ddim_factor(up, method.sigma_data) * ddim_factor(
         up[::-1], method.sigma_data
     )
-    back = sources.to_uint8(factor * sources.to_float(images))
+    back = image_source.to_uint8(factor * image_source.to_float(images))
     mse = np.mean((back / 255.0 - images / 255.0) ** 2)
     r = found[f"DDIM_nfe{nfe}_noise0.002"]
     assert r["mse"] == pytest.approx(mse, rel=1e-3, abs=1e-6)

@@ -5,7 +5,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 
-from bcm_jax.data import source
+from bcm_jax.data import image_source
 from bcm_jax.diffusion import preconditioning as pre
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
@@ -146,7 +146,7 @@ def uint8(file, precision):
   """Quantisation of images, exactly."""
   del precision
   yield report.Check(
-      "uint8", source.to_uint8(file["in/v"]),
+      "uint8", image_source.to_uint8(file["in/v"]),
       file["out/uint8"].astype(np.float64), 0,
   )
 

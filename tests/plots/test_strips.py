@@ -16,7 +16,7 @@ from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.config import schema
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.generate import batched_sampler
 from bcm_jax.plots import draw
 from bcm_jax.plots import figures
@@ -45,7 +45,7 @@ def gaussian(method, params, **settings):
   experiment = types.SimpleNamespace(
       method=method, num_classes=None, image_shape=(2, 2, 1),
       section=sections.get, config=types.SimpleNamespace(**sections),
-      source=lambda split: sources.ArraySource(images),
+      source=lambda split: image_source.ArraySource(images),
   )
   return experiment, batched_sampler.Runner(experiment, params, 6)
 
@@ -120,7 +120,7 @@ def test_a_network_without_an_end_level_is_shown_its_own_samples_noised():
   x = one_jump + t * z
   expected = x * SD / np.hypot(SD, t), x * np.hypot(SD, 0.002) / np.hypot(SD, t)
   for found, wanted in zip((0, 1), expected, strict=True):
-    difference = rows.images[found::2].astype(int) - sources.to_uint8(wanted)
+    difference = rows.images[found::2].astype(int) - image_source.to_uint8(wanted)
     assert np.abs(difference).max() <= 1
   assert "trained" not in rows.title
   rows = strips._down(*gaussian(one_way((40.0, 5.0)), jnp.ones(())))
@@ -131,12 +131,10 @@ def test_a_network_without_an_end_level_is_shown_its_own_samples_noised():
 
 
 @pytest.mark.parametrize("channels, size", [(1, 8), (3, 32)])
-def test_names_stand_at_the_images_that_they_name(
-    monkeypatch, channels, size
-):
+def test_names_stand_at_the_images_that_they_name(monkeypatch, channels, size):
   grey = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
   images = np.broadcast_to(
-      grey[..., None, None, None], (2, 3, size, size, channels)
+    grey[..., None, None, None], (2, 3, size, size, channels)
   )
   rows = records.Rows("title", "axis", ["a", "b", "c"], ["d", "e"], images)
   drawn = []
@@ -144,8 +142,9 @@ def test_names_stand_at_the_images_that_they_name(
   figures.image_rows({"run": [rows]}, "x.png")
   (axis,) = drawn[0].axes
   mosaic = np.asarray(axis.images[0].get_array())
-  x, y = (np.round(t).astype(int) for t in (axis.get_xticks(),
-                                            axis.get_yticks()))
+  x, y = (
+    np.round(t).astype(int) for t in (axis.get_xticks(), axis.get_yticks())
+  )
   at_ticks = mosaic[np.ix_(y, x)]
   np.testing.assert_array_equal(at_ticks.reshape(2, 3, -1)[..., 0], grey)
   texts = [t.get_text() for t in axis.get_xticklabels()]
@@ -162,28 +161,35 @@ def untrained(folder, file, **changed):
   config = resolve.resolve(config_files.read_file(file), overrides)
   built = build.build(config, to_train=False)
   shapes = jax.eval_shape(
-      built.method.init, jax.random.key(0), *build.example_batch(built)
+    built.method.init, jax.random.key(0), *build.example_batch(built)
   )
   random = np.random.default_rng(0)
   params = jax.tree.map(
-      lambda s: 0.1 * random.standard_normal(s.shape, np.float32), shapes
+    lambda s: 0.1 * random.standard_normal(s.shape, np.float32), shapes
   )
   resolve.write(config, str(folder))
   with checkpoint.Checkpoints(runs.checkpoint_dir(str(folder)), None) as saved:
-    saved.save(7, {
+    saved.save(
+      7,
+      {
         "players": {"student": {"params": params}},
         "averages": {"ema_0.9": params},
-    }, {})
+      },
+      {},
+    )
 
 
-@pytest.mark.parametrize("file, changed, shapes, said", [
+@pytest.mark.parametrize(
+  "file, changed, shapes, said",
+  [
     ("digits.py", {}, [(6, 12), (6, 14)], "one jump f(x, T, t)"),
     ("digits_ict.py", {}, [(6, 12)], "noised again"),
     # Without guidance: this run cannot guide itself.
     ("digits_edm.py", {"sample__guidance": "3.0"}, [(6, 12)], "Heun's solver"),
-])
+  ],
+)
 def test_a_checkpoint_becomes_strips(
-    tmp_path, monkeypatch, file, changed, shapes, said
+  tmp_path, monkeypatch, file, changed, shapes, said
 ):
   untrained(tmp_path / "run", file, **changed)
   blocks = []

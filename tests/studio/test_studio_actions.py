@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from bcm_jax import errors
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.editing import facade
 from bcm_jax.studio import actions
 from bcm_jax.studio.actions import ALL
@@ -27,7 +27,7 @@ def studio():
 
 def picture(seed=0, size=8, channels=1):
   x = np.random.default_rng(seed).normal(0, 0.3, (size, size, channels))
-  return sources.to_uint8(x)
+  return image_source.to_uint8(x)
 
 
 def save(path, array):

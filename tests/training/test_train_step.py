@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from bcm_jax.data import augmentation
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 from bcm_jax.methods import base
 from bcm_jax.training import ema
 from bcm_jax.training import phema
@@ -414,7 +414,7 @@ def photographs():
 def test_bytes_become_floats_on_the_devices():
   state, step = begin(Seen())
   _, metrics = step(state, photographs(), {}, ("student",))
-  expected = sources.to_float(photographs()["image"])
+  expected = image_source.to_float(photographs()["image"])
   _, same = step(state, photographs() | {"image": expected}, {}, ("student",))
   assert metrics["images"] == same["images"]
   np.testing.assert_allclose(metrics["images"], expected.mean(), rtol=1e-5)
@@ -428,7 +428,7 @@ def test_augmentation_is_keyed_and_told_to_the_loss():
   _, metrics = step(state, photographs(), {}, ("student",))
   keys = rng.example_keys(3, "augment", 0, np.arange(B))
   images, labels = augmentation.apply(
-    pipe, sources.to_float(photographs()["image"]), augmentation.draw(keys)
+    pipe, image_source.to_float(photographs()["image"]), augmentation.draw(keys)
   )
   assert float(jnp.sum(jnp.abs(labels))) > 0
   np.testing.assert_allclose(metrics["images"], jnp.mean(images), rtol=1e-3)

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax.data import data_set as data_sets
+from bcm_jax.data import dataset_spec
 from bcm_jax.data import decoding
 from bcm_jax.data import encoded
 from bcm_jax.data import folder
@@ -67,7 +67,7 @@ def data_set(
     decoder: decoding.Decoder,
     skip_corrupt: bool = False,
     threads: int | None = None,
-) -> data_sets.DataSet:
+) -> dataset_spec.DataSet:
   """Describes zip files from their labels and the header of one image.
 
   Args:
@@ -81,7 +81,7 @@ def data_set(
     UserError: no zip file, no images in it, or a dataset.json that does not
       give each image one class number.
   """
-  files = data_sets.split_files(path, ".zip")
+  files = dataset_spec.split_files(path, ".zip")
   archive = Archive(next(iter(files.values())))
   images = _images(archive)
   labels = _labels(archive, images)
@@ -92,7 +92,7 @@ def data_set(
 
   def open_split(split, data_dir=None):
     del data_dir  # Of TFDS.
-    data_sets.check_split(split, files, path)
+    dataset_spec.check_split(split, files, path)
     archive = Archive(files[split])
     images = _images(archive)
     labels = _labels(archive, images)
@@ -108,7 +108,7 @@ def data_set(
     )
     return source.without_corrupt() if skip_corrupt else source
 
-  return data_sets.DataSet(shape, num_classes, open_split, tuple(files))
+  return dataset_spec.DataSet(shape, num_classes, open_split, tuple(files))
 
 
 def _images(archive: Archive) -> list[str]:

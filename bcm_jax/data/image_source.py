@@ -91,34 +91,34 @@ class ArraySource:
 def _check_images(images: np.ndarray, name: str) -> None:
   if images.dtype != np.uint8:
     raise UserError(
-        f"{name}: images are {images.dtype}, expected uint8 in 0..255; convert"
-        " them, for example with bcm_jax.data.source.to_uint8 from [-1, 1]"
+      f"{name}: images are {images.dtype}, expected uint8 in 0..255; convert"
+      " them, for example with bcm_jax.data.image_source.to_uint8 from [-1, 1]"
     )
   if images.ndim != 4:
     raise UserError(
-        f"{name}: images have shape {images.shape}, expected [n, H, W, C]; add"
-        " the missing axis (grey images have C = 1)"
+      f"{name}: images have shape {images.shape}, expected [n, H, W, C]; add"
+      " the missing axis (grey images have C = 1)"
     )
   if images.size == 0:
     raise UserError(
-        f"{name}: shape {images.shape} holds no image, expected at least one;"
-        " check the path and the split"
+      f"{name}: shape {images.shape} holds no image, expected at least one;"
+      " check the path and the split"
     )
 
 
 def _check_label_array(labels: np.ndarray, n: int, name: str) -> None:
   if labels.shape != (n,) or not np.issubdtype(labels.dtype, np.integer):
     raise UserError(
-        f"{name}: labels are {labels.dtype} of shape {labels.shape}, expected"
-        f" integers of shape ({n},), one an image; check the label file"
+      f"{name}: labels are {labels.dtype} of shape {labels.shape}, expected"
+      f" integers of shape ({n},), one an image; check the label file"
     )
 
 
 def check_labels(
-    labels: np.ndarray,
-    examples: np.ndarray,
-    num_classes: int | None,
-    name: str,
+  labels: np.ndarray,
+  examples: np.ndarray,
+  num_classes: int | None,
+  name: str,
 ) -> None:
   """Checks that labels lie in [0, num_classes).
 
@@ -135,13 +135,11 @@ def check_labels(
   wrong = np.flatnonzero((labels < 0) | (labels >= limit))
   if wrong.size:
     first = wrong[0]
-    expected = (
-        "0 or more" if num_classes is None else f"0 to {num_classes - 1}"
-    )
+    expected = "0 or more" if num_classes is None else f"0 to {num_classes - 1}"
     raise UserError(
-        f"{name}: example {examples[first]} has label {labels[first]}, expected"
-        f" {expected} ({wrong.size} of {labels.size} are out of range); correct"
-        " the labels or the number of classes"
+      f"{name}: example {examples[first]} has label {labels[first]}, expected"
+      f" {expected} ({wrong.size} of {labels.size} are out of range); correct"
+      " the labels or the number of classes"
     )
 
 
@@ -204,8 +202,8 @@ def to_float(image: np.ndarray) -> np.ndarray:
   image = np.asarray(image)
   if image.dtype != np.uint8:
     raise UserError(
-        f"to_float was given {image.dtype}, expected uint8; images that are"
-        " floats already need no conversion"
+      f"to_float was given {image.dtype}, expected uint8; images that are"
+      " floats already need no conversion"
     )
   value = image.astype(np.float32)
   return (value + (value > 0) * _NUDGE) / np.float32(127.5) - np.float32(1)

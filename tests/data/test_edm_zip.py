@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bcm_jax.data import decoding
-from bcm_jax.data import zip_file
+from bcm_jax.data import edm_zip
 from bcm_jax.errors import UserError
 from tests.data import pictures
 
@@ -38,7 +38,7 @@ def _write(path, labels=LABELS, members=None, **files):
 
 
 def _open(path, split="train", **options):
-  found = zip_file.data_set(str(path), decoding.Decoder(), **options)
+  found = edm_zip.data_set(str(path), decoding.Decoder(), **options)
   return found.open(split, None)
 
 
@@ -48,7 +48,7 @@ def _all(source):
 
 def test_images_and_labels_come_back(tmp_path):
   file = _write(tmp_path / "x.zip")
-  found = zip_file.data_set(file, decoding.Decoder())
+  found = edm_zip.data_set(file, decoding.Decoder())
   assert found.image_shape == (8, 8, 3) and found.num_classes == 5
   assert found.splits == ("train",)
   got = _all(found.open("train", None))

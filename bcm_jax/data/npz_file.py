@@ -12,10 +12,10 @@ import zlib
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax.data import data_set as data_sets
+from bcm_jax.data import dataset_spec
 from bcm_jax.data import decoding
+from bcm_jax.data import image_source
 from bcm_jax.data import resizing
-from bcm_jax.data import source as sources
 
 IMAGE_KEYS = ("arr_0", "images", "x", "data")
 LABEL_KEYS = ("arr_1", "labels", "y")
@@ -26,7 +26,7 @@ def data_set(
     size: int | None = None,
     crop: str = "adm",
     threads: int | None = None,
-) -> data_sets.DataSet:
+) -> dataset_spec.DataSet:
   """Describes .npz files from the header of the images and the labels.
 
   Args:
@@ -38,7 +38,7 @@ def data_set(
   Raises:
     UserError: no file, no images under IMAGE_KEYS, or images in NCHW.
   """
-  files = data_sets.split_files(path, ".npz")
+  files = dataset_spec.split_files(path, ".npz")
   file = next(iter(files.values()))
   stored = _image_shape(file)
   num_classes = _num_classes(_labels(file))
@@ -46,7 +46,7 @@ def data_set(
 
   def open_split(split, data_dir=None):
     del data_dir  # Of TFDS.
-    data_sets.check_split(split, files, path)
+    dataset_spec.check_split(split, files, path)
     if (here := _image_shape(files[split])) != stored:
       raise errors.UserError(
           f"images of {files[split]} have shape {here}, those of {file}"
@@ -60,15 +60,15 @@ def data_set(
           f" store them in both under {' or '.join(LABEL_KEYS)}, or in none"
       )
     # Checked before resizing, which would say less.
-    source = sources.ArraySource(images, labels, num_classes, files[split])
+    source = image_source.ArraySource(images, labels, num_classes, files[split])
     if size is None:
       return source
-    return sources.ArraySource(
+    return image_source.ArraySource(
         _resized(images, shape, crop, threads), labels, num_classes,
         files[split],
     )
 
-  return data_sets.DataSet(shape, num_classes, open_split, tuple(files))
+  return dataset_spec.DataSet(shape, num_classes, open_split, tuple(files))
 
 
 def _num_classes(labels: np.ndarray | None) -> int | None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bcm_jax.data import array_file
+from bcm_jax.data import npz_file
 from bcm_jax.data import resizing
 from bcm_jax.errors import UserError
 from tests.data import pictures
@@ -20,12 +20,12 @@ def _all(source):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize("labels", array_file.LABEL_KEYS)
-@pytest.mark.parametrize("images", array_file.IMAGE_KEYS)
+@pytest.mark.parametrize("labels", npz_file.LABEL_KEYS)
+@pytest.mark.parametrize("images", npz_file.IMAGE_KEYS)
 def test_arrays_come_back_under_every_name(tmp_path, save, images, labels):
   file = str(tmp_path / "x.npz")
   save(file, **{images: _images(height=6), labels: np.array([0, 3, 1, 1, 0])})
-  found = array_file.data_set(file)
+  found = npz_file.data_set(file)
   assert found.image_shape == (6, 8, 3) and found.num_classes == 4
   assert found.splits == ("train",)
   got = _all(found.open("train", None))
@@ -36,7 +36,7 @@ def test_arrays_come_back_under_every_name(tmp_path, save, images, labels):
 def test_without_labels(tmp_path):
   file = str(tmp_path / "x.npz")
   np.savez(file, _images())
-  found = array_file.data_set(file)
+  found = npz_file.data_set(file)
   assert found.num_classes is None
   source = found.open("train", None)
   assert source.num_classes is None
@@ -46,7 +46,7 @@ def test_without_labels(tmp_path):
 def test_splits_share_the_classes_of_train(tmp_path):
   np.savez(tmp_path / "train.npz", _images(), np.arange(N))
   np.savez(tmp_path / "val.npz", _images(2), np.array([1, 2]))
-  found = array_file.data_set(str(tmp_path))
+  found = npz_file.data_set(str(tmp_path))
   assert found.splits == ("train", "test")
   assert found.open("test", None).num_classes == N
   np.testing.assert_array_equal(
@@ -58,7 +58,7 @@ def test_splits_share_the_classes_of_train(tmp_path):
 def test_a_size_resizes(tmp_path, crop):
   images = _images(height=20, width=17, channels=1)
   np.savez(tmp_path / "x.npz", images, np.arange(N))
-  found = array_file.data_set(str(tmp_path / "x.npz"), 8, crop)
+  found = npz_file.data_set(str(tmp_path / "x.npz"), 8, crop)
   assert found.image_shape == (8, 8, 1)
   got = _all(found.open("train", None))
   for image, pixels in zip(got["image"], images, strict=True):
@@ -90,7 +90,7 @@ def test_arrays_that_cannot_be(tmp_path, arrays, words):
   file = str(tmp_path / "x.npz")
   np.savez(file, **arrays)
   with pytest.raises(UserError, match=words) as error:
-    array_file.data_set(file).open("train", None)
+    npz_file.data_set(file).open("train", None)
   assert file in str(error.value)
 
 
@@ -98,7 +98,7 @@ def test_objects_are_never_unpickled(tmp_path):
   file = str(tmp_path / "x.npz")
   np.savez(file, arr_0=_images(), arr_1=np.array([{}] * N))
   with pytest.raises(UserError, match="x.npz cannot be read .*allow_pickle"):
-    array_file.data_set(file)
+    npz_file.data_set(file)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -107,7 +107,7 @@ def test_a_file_cut_short(tmp_path, share):
   np.savez(file, _images())
   file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
   with pytest.raises(UserError, match="x.npz cannot be read as .npz"):
-    array_file.data_set(str(file))
+    npz_file.data_set(str(file))
 
 
 def test_a_changed_pixel_is_found(tmp_path):
@@ -117,28 +117,28 @@ def test_a_changed_pixel_is_found(tmp_path):
   content[400] ^= 1
   file.write_bytes(content)
   with pytest.raises(UserError, match="x.npz cannot be read .*CRC"):
-    array_file.data_set(str(file)).open("train", None)
+    npz_file.data_set(str(file)).open("train", None)
 
 
 def test_a_single_array_is_no_npz(tmp_path):
   np.save(tmp_path / "x.npy", _images())
   with pytest.raises(UserError, match="holds a single array.*numpy.savez"):
-    array_file.data_set(str(tmp_path / "x.npy"))
+    npz_file.data_set(str(tmp_path / "x.npy"))
 
 
 def test_a_folder_without_files(tmp_path):
   with pytest.raises(UserError, match="no folder with train.npz"):
-    array_file.data_set(str(tmp_path))
+    npz_file.data_set(str(tmp_path))
 
 
 def test_splits_must_agree(tmp_path):
   np.savez(tmp_path / "train.npz", _images(), np.arange(N))
   np.savez(tmp_path / "test.npz", _images())
   with pytest.raises(UserError, match="one has labels and the other has not"):
-    array_file.data_set(str(tmp_path)).open("test", None)
+    npz_file.data_set(str(tmp_path)).open("test", None)
   np.savez(tmp_path / "test.npz", _images(height=9), np.arange(N))
   with pytest.raises(UserError, match=r"\(9, 8, 3\), those of .*\(8, 8, 3\)"):
-    array_file.data_set(str(tmp_path)).open("test", None)
+    npz_file.data_set(str(tmp_path)).open("test", None)
   with pytest.raises(UserError, match="no split 'test'"):
     file = str(tmp_path / "train.npz")
-    array_file.data_set(file).open("test", None)
+    npz_file.data_set(file).open("test", None)

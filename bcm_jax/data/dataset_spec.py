@@ -5,7 +5,7 @@ import os
 from typing import NamedTuple
 
 from bcm_jax import errors
-from bcm_jax.data import source as sources
+from bcm_jax.data import image_source
 
 # What the files and folders of a split may be called; the first that is there.
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation")}
@@ -24,7 +24,7 @@ class DataSet(NamedTuple):
 
   image_shape: tuple[int, int, int]
   num_classes: int | None
-  open: Callable[[str, str | None], sources.Source]
+  open: Callable[[str, str | None], image_source.Source]
   splits: tuple[str, ...] = ("train", "test")
   class_names: tuple[str, ...] | None = None
 

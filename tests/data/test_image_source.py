@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bcm_jax.data import source as source_lib
+from bcm_jax.data import image_source
 from bcm_jax.errors import UserError
 
 
@@ -13,7 +13,7 @@ def _images(n=4, shape=(2, 3, 1)):
 
 def test_fetch_gives_the_asked_examples_in_the_asked_order():
   labels = np.array([3, 1, 0, 2], np.int64)
-  source = source_lib.ArraySource(_images(), labels, 4, name="four")
+  source = image_source.ArraySource(_images(), labels, 4, name="four")
   got = source.fetch(np.array([2, 0, 2]))
   np.testing.assert_array_equal(got["image"], _images()[[2, 0, 2]])
   np.testing.assert_array_equal(got["label"], [0, 3, 0])
@@ -23,7 +23,7 @@ def test_fetch_gives_the_asked_examples_in_the_asked_order():
 
 
 def test_a_source_without_labels_gives_zeros():
-  source = source_lib.ArraySource(_images())
+  source = image_source.ArraySource(_images())
   assert source.num_classes is None
   assert source.fetch(np.arange(4))["label"].tolist() == [0, 0, 0, 0]
 
@@ -31,14 +31,14 @@ def test_a_source_without_labels_gives_zeros():
 @pytest.mark.parametrize("index", [-1, 4])
 def test_an_index_outside_is_an_error_and_never_another_example(index):
   with pytest.raises(IndexError):
-    source_lib.ArraySource(_images()).fetch(np.array([0, index]))
+    image_source.ArraySource(_images()).fetch(np.array([0, index]))
 
 
 @pytest.mark.parametrize("bad", [-1, 10, 255])
 def test_label_error_names_example_label_and_range(bad):
   labels = np.array([0, 9, bad, bad])
   with pytest.raises(UserError) as error:
-    source_lib.ArraySource(_images(), labels, 10, name="mine")
+    image_source.ArraySource(_images(), labels, 10, name="mine")
   message = str(error.value)
   assert f"mine: example 2 has label {bad}, expected 0 to 9" in message
   assert "2 of 4" in message and "\n" not in message
@@ -46,7 +46,7 @@ def test_label_error_names_example_label_and_range(bad):
 
 def test_label_error_names_the_id_and_not_the_position():
   with pytest.raises(UserError, match="example 71 has label 5"):
-    source_lib.check_labels(np.array([0, 5]), np.array([7, 71]), 5, "s")
+    image_source.check_labels(np.array([0, 5]), np.array([7, 71]), 5, "s")
 
 
 @pytest.mark.parametrize(
@@ -62,41 +62,41 @@ def test_label_error_names_the_id_and_not_the_position():
 )
 def test_bad_arrays_are_user_errors(images, labels, words):
   with pytest.raises(UserError, match=words):
-    source_lib.ArraySource(images, labels)
+    image_source.ArraySource(images, labels)
 
 
 def test_all_grey_levels_survive_the_round_trip():
   grey = np.arange(256, dtype=np.uint8).reshape(4, 8, 8)
-  there = source_lib.to_float(grey)
+  there = image_source.to_float(grey)
   assert there.dtype == np.float32 and there.shape == grey.shape
-  np.testing.assert_array_equal(source_lib.to_uint8(there), grey)
+  np.testing.assert_array_equal(image_source.to_uint8(there), grey)
 
 
 def test_to_float_is_the_affine_map_onto_minus_one_to_one():
   grey = np.arange(256, dtype=np.uint8)
   exact = grey.astype(np.float64) / 127.5 - 1
-  got = source_lib.to_float(grey)
+  got = image_source.to_float(grey)
   np.testing.assert_allclose(got, exact, rtol=0, atol=1.2e-7)
   assert (got[0], got[255]) == (-1, 1)
 
 
 def test_to_float_refuses_what_is_not_uint8():
   with pytest.raises(UserError, match="float32, expected uint8"):
-    source_lib.to_float(np.zeros(3, np.float32))
+    image_source.to_float(np.zeros(3, np.float32))
 
 
 def test_to_uint8_floors_and_clips_in_float32():
   # (x + 1) * 127.5 = 127.99: rounding would give 128, flooring gives 127.
   x = np.array([-7.0, -1.0, 127.99 / 127.5 - 1, 0.0, 1.0, 7.0])
-  assert source_lib.to_uint8(x).tolist() == [0, 0, 127, 127, 255, 255]
+  assert image_source.to_uint8(x).tolist() == [0, 0, 127, 127, 255, 255]
   # In float64 this value is just below 1 and its floor would be 254.
-  assert source_lib.to_uint8(np.array([1 - 1e-12])).tolist() == [255]
+  assert image_source.to_uint8(np.array([1 - 1e-12])).tolist() == [255]
 
 
 def test_floats_are_the_nearest_that_come_back():
   grey = np.arange(256, dtype=np.uint8)
   exact = grey / np.float64(127.5) - 1
-  assert np.abs(source_lib.to_float(grey) - exact).max() < 1e-7
+  assert np.abs(image_source.to_float(grey) - exact).max() < 1e-7
 
 
 def test_a_fingerprint_tells_data_sets_apart_and_nothing_else():
@@ -105,8 +105,8 @@ def test_a_fingerprint_tells_data_sets_apart_and_nothing_else():
   labels = np.arange(50) % 5
 
   def of(images=images, labels=labels, classes=5, name="a"):
-    return source_lib.fingerprint(
-        source_lib.ArraySource(images, labels, classes, name)
+    return image_source.fingerprint(
+        image_source.ArraySource(images, labels, classes, name)
     )
 
   assert of() == of(name="moved elsewhere")
