@@ -25,7 +25,7 @@ import numpy as np
 import scipy
 
 from bcm_jax import __version__
-from bcm_jax.metrics import frechet
+from bcm_jax.metrics import fid
 from bcm_jax.metrics import moments
 from bcm_jax.metrics import precision_recall
 from bcm_jax.utils import files
@@ -80,7 +80,7 @@ def frechet_distance() -> dict[str, float]:
 
   found = best(
       covariances=covariances,
-      distance=lambda: frechet.frechet_distance(*gaussians),
+      distance=lambda: fid.frechet_distance(*gaussians),
       # Of both covariances, without their symmetry.
       products=products(2 * 2 * count * DIMENSION**2),
   )

@@ -8,7 +8,7 @@ from bcm_jax.data import image_source
 from bcm_jax.interop import vgg_names
 from bcm_jax.metrics import lpips
 from bcm_jax.metrics import reconstruction
-from bcm_jax.metrics import structural_similarity
+from bcm_jax.metrics import ssim as structural_similarity
 
 Perceptual = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

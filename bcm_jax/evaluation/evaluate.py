@@ -28,10 +28,10 @@ from bcm_jax.evaluation import references
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
 from bcm_jax.generate import rejection
-from bcm_jax.metrics import frechet
-from bcm_jax.metrics import judge
+from bcm_jax.metrics import class_accuracy
+from bcm_jax.metrics import fid
 from bcm_jax.metrics import moments
-from bcm_jax.metrics import neighbours
+from bcm_jax.metrics import nearest_neighbors
 from bcm_jax.metrics import quality
 from bcm_jax.plots import draw
 from bcm_jax.training import goodput
@@ -41,7 +41,7 @@ from bcm_jax.utils import provenance
 # Samples that published numbers are taken of.
 PROTOCOL_SAMPLES = 50_000
 # Data set -> classifier that says which class an image shows.
-JUDGES = {"digits": judge.DigitJudge}
+JUDGES = {"digits": class_accuracy.DigitJudge}
 # Memorisation looks up every image in pixels; larger sets than this wait.
 _MEMORISATION_IMAGES = 5000
 _STEPS = ("last", "all", "follow")
@@ -148,7 +148,7 @@ class Evaluation:
   def distance(self, runner, plan, count: int, seed: int) -> float:
     """The Frechet distance alone of samples by a plan."""
     _, activations, _ = self._draw(runner, plan, count, seed)
-    return frechet.frechet_distance(
+    return fid.frechet_distance(
         moments.from_features(activations.pooled).gaussian(),
         self.target.reference.pooled,
     )
@@ -165,7 +165,7 @@ class Evaluation:
       numbers |= self._recognition(images, activations, labels)
     if self.neighbours is not None:
       train, test = self.neighbours
-      numbers |= neighbours.memorisation(images, train, test)
+      numbers |= nearest_neighbors.memorisation(images, train, test)
     return {k: _plain(v) for k, v in numbers.items()}
 
   def _recognition(self, images, activations, labels) -> dict[str, float]:
@@ -176,7 +176,7 @@ class Evaluation:
       seen = np.argmax(activations.probabilities, axis=1)
     else:
       return {}
-    r = judge.recognition(seen, labels)
+    r = class_accuracy.recognition(seen, labels)
     return {
         "recognised": r["accuracy"],
         "recognised_worst_class": r["worst_class_accuracy"],

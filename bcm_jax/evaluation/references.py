@@ -17,18 +17,18 @@ from bcm_jax.config import schema
 from bcm_jax.data import image_source
 from bcm_jax.interop import inception_names
 from bcm_jax.metrics import classifier
-from bcm_jax.metrics import features as feature_lib
+from bcm_jax.metrics import feature_extractors
 from bcm_jax.metrics import inception
 from bcm_jax.metrics import moments
 from bcm_jax.metrics import quality
-from bcm_jax.metrics import reference as references
+from bcm_jax.metrics import reference_stats
 from bcm_jax.utils import cli
 
 # Images that are read and pushed through a network at a time.
 _BLOCK = 1024
 
 
-def open_features(section: schema.Eval) -> feature_lib.Features:
+def open_features(section: schema.Eval) -> feature_extractors.Features:
   """The features that section eval names.
 
   Raises:
@@ -36,7 +36,7 @@ def open_features(section: schema.Eval) -> feature_lib.Features:
   """
   name, path = section.features, section.features_path
   if name == "pixels":
-    return feature_lib.Pixels()
+    return feature_extractors.Pixels()
   if ":" in name:
     return _users_function(name)
   if name not in ("inception", "classifier"):
@@ -59,7 +59,7 @@ def open_features(section: schema.Eval) -> feature_lib.Features:
   return inception.inception_features(params, section.resize)
 
 
-def _users_function(name: str) -> feature_lib.Features:
+def _users_function(name: str) -> feature_extractors.Features:
   found = cli.named_function(
       "eval.features", name, "of uint8 images [n, H, W, C]"
   )
@@ -68,14 +68,14 @@ def _users_function(name: str) -> feature_lib.Features:
   except (OSError, TypeError):  # Compiled, or no plain function.
     code = repr(found)
   digest = hashlib.sha256(code.encode()).hexdigest()[:12]
-  return feature_lib.FunctionFeatures(found, name, digest)
+  return feature_extractors.FunctionFeatures(found, name, digest)
 
 
 def check(section: schema.Eval) -> None:
   """Raises UserError for features or a reference that cannot be used."""
   open_features(section)
   if section.reference is not None:
-    references.load_reference(section.reference)
+    reference_stats.load_reference(section.reference)
 
 
 def in_blocks(
@@ -87,8 +87,8 @@ def in_blocks(
 
 
 def compute(
-    source: image_source.Source, features: feature_lib.Features
-) -> references.Reference:
+    source: image_source.Source, features: feature_extractors.Features
+) -> reference_stats.Reference:
   """Statistics of all images of a source; every host computes its share."""
   mine = np.array_split(np.arange(len(source)), jax.process_count())
   mine = mine[jax.process_index()]
@@ -103,7 +103,7 @@ def compute(
 def _measure(
     blocks: Iterable[np.ndarray],
     count: int,
-    features: feature_lib.Features,
+    features: feature_extractors.Features,
     name: str,
 ) -> tuple[moments.Moments, moments.Moments | None]:
   """Moments, pooled and spatial, of `count` images that come in blocks."""
@@ -121,14 +121,14 @@ def _measure(
   return pooled, spatial
 
 
-def _reference(pooled, spatial, features, data: str) -> references.Reference:
-  return references.Reference(
-      pooled=pooled.gaussian(),
-      spatial=spatial and spatial.gaussian(),
-      count=pooled.count,
-      features_name=features.name,
-      features_digest=features.digest,
-      data=data,
+def _reference(pooled, spatial, features, data: str) -> reference_stats.Reference:
+  return reference_stats.Reference(
+    pooled=pooled.gaussian(),
+    spatial=spatial and spatial.gaussian(),
+    count=pooled.count,
+    features_name=features.name,
+    features_digest=features.digest,
+    data=data,
   )
 
 
@@ -139,15 +139,15 @@ def _add(total: moments.Moments | None, rows: np.ndarray) -> moments.Moments:
 def describe(source: image_source.Source) -> str:
   """What statistics say of the images they were taken of."""
   return (
-      f"{source.name}: {len(source)} images {source.image_shape}, "
-      f"fingerprint {image_source.fingerprint(source)}"
+    f"{source.name}: {len(source)} images {source.image_shape}, "
+    f"fingerprint {image_source.fingerprint(source)}"
   )
 
 
 def open_target(
-    experiment: build.Experiment,
-    features: feature_lib.Features,
-    folder: str,
+  experiment: build.Experiment,
+  features: feature_extractors.Features,
+  folder: str,
 ) -> quality.Target:
   """What samples of an experiment are compared with.
 
@@ -162,18 +162,20 @@ def open_target(
     reference = _from_file(section.reference, features)
   else:
     reference = _of_training_split(experiment, features, folder)
-  references.check_features(reference, features.name, features.digest)
+  reference_stats.check_features(reference, features.name, features.digest)
   if reference.images is not None:
     real = reference.images[: section.num_reference]
     return quality.Target(reference, features(real).pooled)
   source = experiment.source_if_there("train")
   if source is None:
-    print("precision, recall, density and coverage are left out: "
-          "eval.reference holds no images, and training's are not there")
+    print(
+      "precision, recall, density and coverage are left out: "
+      "eval.reference holds no images, and training's are not there"
+    )
     return quality.Target(reference, None)
   parts = [
-      features(b["image"]).pooled
-      for b in in_blocks(source, chosen(source, section.num_reference))
+    features(b["image"]).pooled
+    for b in in_blocks(source, chosen(source, section.num_reference))
   ]
   return quality.Target(reference, np.concatenate(parts))
 
@@ -183,8 +185,8 @@ def chosen(source: image_source.Source, count: int | None) -> np.ndarray:
   return np.random.default_rng(0).permutation(len(source))[:count]
 
 
-def _from_file(path: str, features) -> references.Reference:
-  reference = references.load_reference(path)
+def _from_file(path: str, features) -> reference_stats.Reference:
+  reference = reference_stats.load_reference(path)
   if not reference.data:
     name = os.path.basename(path)
     reference = dataclasses.replace(reference, data=name)
@@ -198,7 +200,9 @@ def _from_file(path: str, features) -> references.Reference:
   return dataclasses.replace(measured, images=images)
 
 
-def _of_training_split(experiment, features, folder) -> references.Reference:
+def _of_training_split(
+  experiment, features, folder
+) -> reference_stats.Reference:
   source = experiment.source("train")
   path = os.path.join(
     folder,
@@ -207,10 +211,10 @@ def _of_training_split(experiment, features, folder) -> references.Reference:
   # One host answers for all: those that compute wait for one another.
   there = multihost_utils.broadcast_one_to_all(np.int32(os.path.exists(path)))
   if there:
-    return references.load_reference(path)
+    return reference_stats.load_reference(path)
   reference = compute(source, features)
   if jax.process_index() == 0:
-    references.save_reference(path, reference)
+    reference_stats.save_reference(path, reference)
   return reference
 
 
@@ -230,7 +234,7 @@ def run(experiment: build.Experiment, workdir: str) -> str:
   )
   path = os.path.join(workdir, "reference.npz")
   if jax.process_index() == 0:
-    references.save_reference(path, reference)
+    reference_stats.save_reference(path, reference)
   print(
     f"{reference.data}\nfeatures {features.name} ({features.digest}), "
     f"statistics {reference.digest()}\nwritten: {path}"

@@ -18,7 +18,7 @@ import numpy as np
 
 from bcm_jax.errors import UserError
 from bcm_jax.interop import weight_files
-from bcm_jax.metrics import features
+from bcm_jax.metrics import feature_extractors
 from bcm_jax.models import resnet
 from bcm_jax.utils import files
 
@@ -28,7 +28,7 @@ WEIGHTS, FACTS = "classifier.safetensors", "classifier.json"
 _ATTRIBUTES = ("num_classes", "widths", "blocks", "stem_stride")
 
 
-class Classifier(features.NetworkFeatures):
+class Classifier(feature_extractors.NetworkFeatures):
   """Features of a classifier, and the classes that it sees.
 
   Args:
@@ -54,7 +54,7 @@ class Classifier(features.NetworkFeatures):
 
     def apply(params, images):
       pooled, logits = network.apply({"params": params}, images)
-      return features.Activations(
+      return feature_extractors.Activations(
           pooled, probabilities=jax.nn.softmax(logits)
       )
 
@@ -64,13 +64,13 @@ class Classifier(features.NetworkFeatures):
     self.network, self.params = network, params
     self.image_shape = tuple(image_shape)
 
-  def __call__(self, images: np.ndarray) -> features.Activations:
+  def __call__(self, images: np.ndarray) -> feature_extractors.Activations:
     """Pooled features and class probabilities of uint8 images [n, H, W, C].
 
     Raises:
       UserError: images of another type or shape than it was trained on.
     """
-    features.check_images(images)
+    feature_extractors.check_images(images)
     if images.shape[1:] != self.image_shape:
       raise UserError(
           f"{self.name} got images of shape {images.shape[1:]}, expected "

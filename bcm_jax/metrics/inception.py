@@ -18,8 +18,8 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.errors import UserError
-from bcm_jax.metrics.features import Activations
-from bcm_jax.metrics.features import NetworkFeatures
+from bcm_jax.metrics.feature_extractors import Activations
+from bcm_jax.metrics.feature_extractors import NetworkFeatures
 from bcm_jax.models import inception
 from bcm_jax.models import layers
 

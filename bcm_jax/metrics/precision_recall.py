@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bcm_jax.errors import UserError
-from bcm_jax.metrics import neighbours
+from bcm_jax.metrics import nearest_neighbors
 
 
 class Prdc(NamedTuple):
@@ -40,7 +40,7 @@ class Prdc(NamedTuple):
 
 
 def manifold_radii(
-  points: np.ndarray, k: int = 3, block_size: int = neighbours.BLOCK_SIZE
+  points: np.ndarray, k: int = 3, block_size: int = nearest_neighbors.BLOCK_SIZE
 ) -> np.ndarray:
   """Distance from each point to its k-th nearest other point of the set.
 
@@ -55,7 +55,7 @@ def manifold_radii(
   Raises:
     UserError: fewer than k + 1 points, k below 1, or values not finite.
   """
-  points = neighbours.as_features("points", points)
+  points = nearest_neighbors.as_features("points", points)
   _check_k(k, points)
   return np.sqrt(_squared_to_nearest(points, k, block_size)[:, k - 1])
 
@@ -64,7 +64,7 @@ def precision_recall(
   real: np.ndarray,
   fake: np.ndarray,
   k: int = 3,
-  block_size: int = neighbours.BLOCK_SIZE,
+  block_size: int = nearest_neighbors.BLOCK_SIZE,
 ) -> tuple[float, float]:
   """The first two of `prdc`, with the same arguments."""
   found = prdc(real, fake, k, k, block_size)
@@ -76,7 +76,7 @@ def prdc(
   fake: np.ndarray,
   k: int = 3,
   density_k: int = 5,
-  block_size: int = neighbours.BLOCK_SIZE,
+  block_size: int = nearest_neighbors.BLOCK_SIZE,
 ) -> Prdc:
   """All four from one pass over the distances.
 
@@ -96,7 +96,7 @@ def prdc(
     UserError: shapes or scales that do not fit, too few points for k, or
       values not finite.
   """
-  real, fake = neighbours.comparable("real", real, "fake", fake)
+  real, fake = nearest_neighbors.comparable("real", real, "fake", fake)
   for neighbour in (k, density_k):
     _check_k(neighbour, real)
     _check_k(neighbour, fake)
@@ -105,10 +105,10 @@ def prdc(
   precise = np.zeros(len(fake), bool)
   recalled, covered = np.zeros((2, len(real)), bool)
   balls = 0
-  for rows, real_block in neighbours.blocks(real, block_size):
+  for rows, real_block in nearest_neighbors.blocks(real, block_size):
     radii, dense_radii = nearest[rows, k - 1], nearest[rows, density_k - 1]
-    for columns, fake_block in neighbours.blocks(fake, block_size):
-      lowest, tolerance = neighbours.squared_distances(real_block, fake_block)
+    for columns, fake_block in nearest_neighbors.blocks(fake, block_size):
+      lowest, tolerance = nearest_neighbors.squared_distances(real_block, fake_block)
       lowest -= tolerance
       precise[columns] |= (lowest <= radii[:, None]).any(axis=0)
       recalled[rows] |= (lowest <= fake_radii[columns]).any(axis=1)
@@ -138,9 +138,11 @@ def _pairs(
 
   A block that is not on the diagonal comes twice, the second time transposed.
   """
-  for rows, block in neighbours.blocks(points, block_size):
-    for part, other in neighbours.blocks(points[rows.start :], block_size):
-      squared, _ = neighbours.squared_distances(block, other)
+  for rows, block in nearest_neighbors.blocks(points, block_size):
+    for part, other in nearest_neighbors.blocks(
+      points[rows.start :], block_size
+    ):
+      squared, _ = nearest_neighbors.squared_distances(block, other)
       if part.start == 0:
         np.fill_diagonal(squared, np.inf)
         yield rows, squared

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bcm_jax.metrics import features as feature_lib
-from bcm_jax.metrics import frechet
+from bcm_jax.metrics import feature_extractors
+from bcm_jax.metrics import fid
 from bcm_jax.metrics import inception_score
-from bcm_jax.metrics import kernel_distance
+from bcm_jax.metrics import kid
 from bcm_jax.metrics import moments
 from bcm_jax.metrics import precision_recall
-from bcm_jax.metrics import reference as references
+from bcm_jax.metrics import reference_stats
 
 # Subsets of the kernel distance (Binkowski et al., 2018).
 _SUBSET = 1000
@@ -25,12 +25,12 @@ class Target(NamedTuple):
       images one by one; None where there are statistics alone.
   """
 
-  reference: references.Reference
+  reference: reference_stats.Reference
   real: np.ndarray | None
 
 
 def sample_quality(
-    activations: feature_lib.Activations,
+    activations: feature_extractors.Activations,
     distance: str,
     target: Target,
     k: int = 3,
@@ -50,19 +50,19 @@ def sample_quality(
   """
   reference = target.reference
   numbers = {
-      distance: frechet.frechet_distance(
+      distance: fid.frechet_distance(
           moments.from_features(activations.pooled).gaussian(),
           reference.pooled,
       )
   }
   if activations.spatial is not None and reference.spatial is not None:
-    numbers["sFID"] = frechet.frechet_distance(
+    numbers["sFID"] = fid.frechet_distance(
         moments.from_features(activations.spatial).gaussian(),
         reference.spatial,
     )
   if target.real is not None:
     size = min(_SUBSET, len(activations.pooled), len(target.real))
-    numbers["KID"], _ = kernel_distance.kernel_distance(
+    numbers["KID"], _ = kid.kernel_distance(
         target.real, activations.pooled, subset_size=size
     )
     numbers |= precision_recall.prdc(

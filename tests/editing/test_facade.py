@@ -7,7 +7,7 @@ import bcm_jax
 from bcm_jax import errors
 from bcm_jax.data import image_source
 from bcm_jax.editing import facade
-from bcm_jax.metrics import judge
+from bcm_jax.metrics import class_accuracy
 from bcm_jax.sampling import operators
 from tests import exact
 from tests import gaussian
@@ -283,7 +283,7 @@ def test_the_network_that_ships_makes_digits_and_inverts_them():
   source = digits.experiment.source("test")
   batch = source.fetch(np.arange(100))
   train = digits.experiment.source("train").fetch(np.arange(1437))
-  judged = judge.DigitJudge().fit(train["image"], train["label"])
+  judged = class_accuracy.DigitJudge().fit(train["image"], train["label"])
   seen = judged.predict(digits.sample(100, batch["label"]))
   assert np.mean(seen == batch["label"]) > 0.93
   back = digits.reconstruct(batch["image"], batch["label"])

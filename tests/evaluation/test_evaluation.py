@@ -22,9 +22,9 @@ from bcm_jax.evaluation import evaluate
 from bcm_jax.evaluation import references
 from bcm_jax.evaluation import search
 from bcm_jax.evaluation import tables
-from bcm_jax.metrics import features as feature_lib
+from bcm_jax.metrics import feature_extractors
 from bcm_jax.metrics import quality
-from bcm_jax.metrics import reference as reference_lib
+from bcm_jax.metrics import reference_stats
 from tests import toys
 
 pytestmark = pytest.mark.slow
@@ -196,11 +196,13 @@ def test_images_alone_are_a_reference_too(copy):
   images = experiment().source("train").fetch(np.arange(60))["image"]
   np.savez(path, arr_0=images)
   target = references.open_target(
-      experiment(eval__reference=str(path)), feature_lib.Pixels(), str(copy)
+    experiment(eval__reference=str(path)),
+    feature_extractors.Pixels(),
+    str(copy),
   )
   flat = images.reshape(60, -1) / 255
   np.testing.assert_allclose(
-      target.reference.pooled.mean, flat.mean(0), atol=1e-6
+    target.reference.pooled.mean, flat.mean(0), atol=1e-6
   )
   assert target.reference.count == 60
   assert len(target.real) == 50
@@ -210,8 +212,11 @@ def test_images_alone_are_a_reference_too(copy):
 def without_images(reference, **overrides):
   """Digits' network where only statistics are at hand, no data set."""
   return experiment(
-      data__name="none", data__image_shape="(8,8,1)", data__num_classes="10",
-      eval__reference=reference, **overrides,
+    data__name="none",
+    data__image_shape="(8,8,1)",
+    data__num_classes="10",
+    eval__reference=reference,
+    **overrides,
   )
 
 
@@ -246,8 +251,9 @@ def test_a_run_goes_on_with_its_own_images_alone(tmp_path):
 
   def source(name):
     built = experiment(
-        data__name="npz", data__path=str(tmp_path / f"{name}.npz"),
-        model__num_classes="none",
+      data__name="npz",
+      data__path=str(tmp_path / f"{name}.npz"),
+      model__num_classes="none",
     )
     return built.source("train")
 
@@ -263,23 +269,27 @@ def test_a_run_goes_on_with_its_own_images_alone(tmp_path):
 
 def test_statistics_of_the_training_split_are_taken_once(copy, monkeypatch):
   built, folder = experiment(), str(copy / "eval")
-  first = references.open_target(built, feature_lib.Pixels(), folder)
+  first = references.open_target(built, feature_extractors.Pixels(), folder)
   monkeypatch.setattr(references, "compute", None)
-  again = references.open_target(built, feature_lib.Pixels(), folder)
+  again = references.open_target(built, feature_extractors.Pixels(), folder)
   assert again.reference.digest() == first.reference.digest()
   fingerprint = image_source.fingerprint(built.source("train"))
   assert fingerprint in first.reference.data
-  saved = reference_lib.load_reference(
-      f"{folder}/reference_pixels_{fingerprint}.npz"
+  saved = reference_stats.load_reference(
+    f"{folder}/reference_pixels_{fingerprint}.npz"
   )
   assert saved.digest() == first.reference.digest()
 
 
-@pytest.mark.parametrize("overrides, said", [
+@pytest.mark.parametrize(
+  "overrides, said",
+  [
     ({"eval__features": "dino"}, "unknown eval.features 'dino'"),
     ({"eval__features": "inception"}, "needs eval.features_path"),
-    ({"eval__features": "classifier", "eval__features_path": "/nowhere"},
-     "/nowhere"),
+    (
+      {"eval__features": "classifier", "eval__features_path": "/nowhere"},
+      "/nowhere",
+    ),
     ({"eval__features": "no_such_module:f"}, "cannot be imported"),
     ({"eval__features": f"{__name__}:nothing"}, "cannot be imported"),
     ({"eval__reference": "/nowhere.npz"}, "/nowhere.npz"),
@@ -288,7 +298,8 @@ def test_statistics_of_the_training_split_are_taken_once(copy, monkeypatch):
     ({"eval__baseline": "/nowhere"}, "holds no run"),
     ({"eval__averages": "ema_0.7,"}, "ema_0.7"),
     ({"eval__steps": "lats"}, "did you mean 'last'"),
-])
+  ],
+)
 def test_bad_requests_say_what_to_do(run, tmp_path, overrides, said):
   with pytest.raises(errors.UserError, match=said):
     asked = experiment(**overrides)
@@ -303,13 +314,11 @@ def test_a_bidirectional_network_is_no_baseline(run):
 
 def test_inversion_is_a_curve_over_noise_and_evaluations(copy):
   evaluate.run(
-      experiment(eval__inversion_nfe="1,2", eval__inversion_noise="0.07,0.3"),
-      str(copy),
+    experiment(eval__inversion_nfe="1,2", eval__inversion_noise="0.07,0.3"),
+    str(copy),
   )
   inversion = results(copy)["4"]["inversion"]
-  assert set(inversion) == {
-      "nfe1", "nfe2", "nfe1_noise0.3", "nfe2_noise0.3"
-  }
+  assert set(inversion) == {"nfe1", "nfe2", "nfe1_noise0.3", "nfe2_noise0.3"}
   assert [r["noise"] for r in inversion.values()] == [0.07, 0.07, 0.3, 0.3]
   for r in inversion.values():
     assert r["psnr_of_mean_mse"] == pytest.approx(-10 * np.log10(r["mse"]))
@@ -328,29 +337,32 @@ def ddim_factor(times, sd):
 
 def test_baselines_are_the_odes_of_a_denoiser(copy, tmp_path):
   """A fresh network's F is 0: every inversion of it is a known factor."""
-  teacher = build.build(resolve.resolve(
+  teacher = build.build(
+    resolve.resolve(
       config_files.read_file("configs/digits_ict.py"),
       TINY | {"method.preconditioning": "bcm", "eval.samplers": "onestep,"},
-  ))
+    )
+  )
   folder = str(tmp_path / "teacher")
   train.prepare_workdir(teacher.config, folder).release()
   state = jax.jit(lambda: build.create_state(teacher))()
   with checkpoint.Checkpoints(runs.checkpoint_dir(folder)) as saved:
     saved.save(1, state, {})
   evaluate.run(
-      experiment(eval__baseline=folder, eval__baseline_nfe="1,4"), str(copy)
+    experiment(eval__baseline=folder, eval__baseline_nfe="1,4"), str(copy)
   )
   found = results(copy)["4"]["inversion"]
   assert {k for k in found if k.startswith(("DDIM", "EDM"))} == {
-      "DDIM_nfe1_noise0.002", "DDIM_nfe4_noise0.002",
-      "EDM Heun_nfe4_noise0.002",
+    "DDIM_nfe1_noise0.002",
+    "DDIM_nfe4_noise0.002",
+    "EDM Heun_nfe4_noise0.002",
   }
   method = teacher.method
   images = teacher.source("test").fetch(np.arange(16) * 360 // 16)["image"]
   for nfe in (1, 4):
     up = schedules.karras_sigmas(nfe + 1, 0.002, method.sigma_max)
     factor = ddim_factor(up, method.sigma_data) * ddim_factor(
-        up[::-1], method.sigma_data
+      up[::-1], method.sigma_data
     )
     back = image_source.to_uint8(factor * image_source.to_float(images))
     mse = np.mean((back / 255.0 - images / 255.0) ** 2)
@@ -368,9 +380,7 @@ def test_search_writes_what_it_measured_and_its_plot(copy, monkeypatch, capsys):
   assert json.loads(path.read_text()) == found
   assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
   # The cost is the distance that mode eval reports with as many samples.
-  evaluate.run(
-      experiment(eval__samplers=f"{found['best']},"), str(copy)
-  )
+  evaluate.run(experiment(eval__samplers=f"{found['best']},"), str(copy))
   (r,) = results(copy)["4"]["samplers"].values()
   assert r["FD (raw pixels)"] == pytest.approx(found["costs"][found["best"]])
   monkeypatch.setattr(evaluate.Evaluation, "distance", None)

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from bcm_jax.metrics import frechet
+from bcm_jax.metrics import fid
 from bcm_jax.metrics import moments
 from bcm_jax.metrics import precision_recall as pr
 from tests.parity import files
@@ -49,7 +49,7 @@ def frechet_distance(file, precision):
     # Theirs take roots of eigenvalues: 1e-8 each where they should be 0.
     rel = files.EXACT if min(ranks) == len(a.mean) else _SINGULAR
     expected = file[f"out/{name}"]
-    ours = np.float64(frechet.frechet_distance(a, b))
+    ours = np.float64(fid.frechet_distance(a, b))
     yield report.Check(name, ours, expected, rel * np.abs(expected) + 1e-12)
 
 

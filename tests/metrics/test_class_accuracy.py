@@ -7,7 +7,7 @@ import sklearn.model_selection
 import sklearn.svm
 
 from bcm_jax.errors import UserError
-from bcm_jax.metrics import judge as judge_lib
+from bcm_jax.metrics import class_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def digits():
 @pytest.fixture(scope="module")
 def judge(digits):
   _, images, labels = digits[0]
-  return judge_lib.DigitJudge().fit(images, labels)
+  return class_accuracy.DigitJudge().fit(images, labels)
 
 
 def test_knows_the_test_digits_as_the_plain_classifier_does(judge, digits):
@@ -37,22 +37,22 @@ def test_knows_the_test_digits_as_the_plain_classifier_does(judge, digits):
 
 def test_recognition_of_real_and_of_wrongly_asked_digits(judge, digits):
   _, images, labels = digits[1]
-  real = judge_lib.recognition(judge.predict(images), labels)
+  real = class_accuracy.recognition(judge.predict(images), labels)
   assert real["accuracy"] >= 355 / 360
   assert sorted(real["per_class"]) == list(range(10))
-  wrong = judge_lib.recognition(judge.predict(images), (labels + 1) % 10)
+  wrong = class_accuracy.recognition(judge.predict(images), (labels + 1) % 10)
   assert wrong["accuracy"] <= 5 / 360
 
 
 def test_judges_by_gamma(digits):
   _, images, labels = digits[0]
-  blind = judge_lib.SvcJudge(gamma=1e4).fit(images[:300], labels[:300])
+  blind = class_accuracy.SvcJudge(gamma=1e4).fit(images[:300], labels[:300])
   _, images, labels = digits[1]
   assert np.mean(blind.predict(images) == labels) < 0.5
 
 
 def test_recognition_counts_by_asked_class():
-  found = judge_lib.recognition(
+  found = class_accuracy.recognition(
     np.array([3, 3, 7, 3, 5, 5]), np.array([3, 3, 7, 7, 5, 3])
   )
   assert found == {
@@ -70,10 +70,10 @@ def test_bad_input_is_a_user_error(judge):
   with pytest.raises(UserError, match="expected 64"):
     judge.predict(np.zeros((4, 8, 8, 3), np.uint8))
   with pytest.raises(UserError, match="for 4 images"):
-    judge_lib.recognition(np.arange(4), np.arange(3))
+    class_accuracy.recognition(np.arange(4), np.arange(3))
   with pytest.raises(UserError, match="for 4 images"):
-    judge_lib.DigitJudge().fit(images, np.arange(5))
+    class_accuracy.DigitJudge().fit(images, np.arange(5))
   with pytest.raises(UserError, match="one class only"):
-    judge_lib.DigitJudge().fit(images, np.zeros(4, int))
+    class_accuracy.DigitJudge().fit(images, np.zeros(4, int))
   with pytest.raises(UserError, match="expected uint8"):
     judge.predict(images[:0])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bcm_jax.errors import UserError
-from bcm_jax.metrics import neighbours
+from bcm_jax.metrics import nearest_neighbors
 
 
 def points(seed, count, dim=16):
@@ -16,14 +16,14 @@ def test_nearest_is_brute_force_for_any_block(block_size):
   queries, references = points(0, 50), points(1, 71)
   gaps = queries[:, None] - references[None, :]
   expected = np.sqrt((gaps**2).sum(-1)).min(axis=1)
-  found = neighbours.nearest_distance(queries, references, block_size)
+  found = nearest_neighbors.nearest_distance(queries, references, block_size)
   assert found.dtype == np.float64 and found.shape == (50,)
   np.testing.assert_allclose(found, expected, rtol=1e-13)
 
 
 def test_copies_are_at_exactly_zero_even_far_from_the_origin():
   references = 1000.0 + points(0, 200, 512).astype(np.float32)
-  found = neighbours.nearest_distance(references[:77], references, 32)
+  found = nearest_neighbors.nearest_distance(references[:77], references, 32)
   assert np.all(found == 0.0)
 
 
@@ -31,28 +31,28 @@ def test_integer_images_do_not_wrap_around():
   queries = np.zeros((1, 2, 2, 1), np.uint8)
   references = np.array([255, 200], np.uint8)[:, None, None, None]
   references = np.broadcast_to(references, (2, 2, 2, 1))
-  found = neighbours.nearest_distance(queries, references)
+  found = nearest_neighbors.nearest_distance(queries, references)
   np.testing.assert_allclose(found, [400.0])
 
 
 def test_tolerance_bounds_what_rounding_does_to_equal_distances():
   a, b = 50.0 + points(2, 40, 700), 50.0 + points(3, 40, 700)
-  squared, tolerance = neighbours.squared_distances(a, b)
+  squared, tolerance = nearest_neighbors.squared_distances(a, b)
   exact = ((a[:, None] - b[None, :]) ** 2).sum(-1)
   assert np.all(np.abs(squared - exact) <= tolerance)
   assert np.all(tolerance < 1e-6 * exact)  # and it hides no real difference
-  own, _ = neighbours.squared_distances(a, a)
+  own, _ = nearest_neighbors.squared_distances(a, a)
   assert np.all(own >= 0.0)
 
 
 def test_memorisation_tells_copies_from_new_images():
   train, test, new = points(4, 300), points(5, 80), points(6, 80)
-  honest = neighbours.memorisation(new, train, test)
-  copying = neighbours.memorisation(train[:80] + 1e-3, train, test)
+  honest = nearest_neighbors.memorisation(new, train, test)
+  copying = nearest_neighbors.memorisation(train[:80] + 1e-3, train, test)
   assert honest["ratio"] == pytest.approx(1.0, abs=0.1)
   assert copying["ratio"] < 0.01
   assert copying["median_sample_to_train"] == pytest.approx(4e-3)
-  nearest = neighbours.nearest_distance(test, train)
+  nearest = nearest_neighbors.nearest_distance(test, train)
   assert honest["median_test_to_train"] == np.median(nearest)
   assert honest["ratio"] == (
     honest["median_sample_to_train"] / honest["median_test_to_train"]
@@ -61,7 +61,7 @@ def test_memorisation_tells_copies_from_new_images():
 
 def test_memorisation_without_fresh_images_has_no_ratio():
   train = points(7, 20)
-  found = neighbours.memorisation(train + 1.0, train, train[:9])
+  found = nearest_neighbors.memorisation(train + 1.0, train, train[:9])
   assert found["median_test_to_train"] == 0.0 and np.isnan(found["ratio"])
 
 
@@ -76,4 +76,4 @@ def test_memorisation_without_fresh_images_has_no_ratio():
 )
 def test_bad_input_is_a_user_error(queries, references, words):
   with pytest.raises(UserError, match=words):
-    neighbours.nearest_distance(queries, references)
+    nearest_neighbors.nearest_distance(queries, references)

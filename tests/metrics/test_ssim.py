@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bcm_jax.errors import UserError
-from bcm_jax.metrics import structural_similarity as ssim_lib
+from bcm_jax.metrics import ssim
 
 # skimage.metrics.structural_similarity of scikit-image 0.26.0 with
 # gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
@@ -30,9 +30,9 @@ def pair(seed, height, width, channels, noise):
 @pytest.mark.parametrize("case", SCIKIT_IMAGE)
 def test_is_that_of_scikit_image(case):
   a, b = (image[None] for image in pair(*case))
-  (found,) = ssim_lib.structural_similarity(a, b)
+  (found,) = ssim.structural_similarity(a, b)
   assert found == pytest.approx(SCIKIT_IMAGE[case], rel=1e-12)
-  assert ssim_lib.structural_similarity(b, a) == pytest.approx(found)
+  assert ssim.structural_similarity(b, a) == pytest.approx(found)
 
 
 def test_flat_images_compare_by_their_means():
@@ -40,23 +40,23 @@ def test_flat_images_compare_by_their_means():
   b = np.full((1, 16, 16, 1), 140, np.uint8)
   c1 = (0.01 * 255) ** 2
   expected = (2 * 100 * 140 + c1) / (100**2 + 140**2 + c1)
-  assert ssim_lib.structural_similarity(a, b) == pytest.approx(expected)
+  assert ssim.structural_similarity(a, b) == pytest.approx(expected)
 
 
 def test_equal_images_are_one_and_negatives_are_below_zero():
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (3, 12, 17, 3), dtype=np.uint8)
-  found = ssim_lib.structural_similarity(images, images)
+  found = ssim.structural_similarity(images, images)
   np.testing.assert_allclose(found, 1.0, rtol=1e-13)
-  assert np.all(ssim_lib.structural_similarity(images, 255 - images) < -0.5)
+  assert np.all(ssim.structural_similarity(images, 255 - images) < -0.5)
 
 
 def test_batches_of_any_size_are_image_by_image():
   rng = np.random.default_rng(1)
   a, b = rng.integers(0, 256, (2, 150, 11, 12, 1), dtype=np.uint8)
-  found = ssim_lib.structural_similarity(a, b)
+  found = ssim.structural_similarity(a, b)
   one_by_one = [
-    ssim_lib.structural_similarity(a[i : i + 1], b[i : i + 1])[0]
+    ssim.structural_similarity(a[i : i + 1], b[i : i + 1])[0]
     for i in range(150)
   ]
   assert found.shape == (150,) and found.dtype == np.float64
@@ -74,7 +74,7 @@ def test_batches_of_any_size_are_image_by_image():
 )
 def test_bad_shapes_are_user_errors(a, b, words):
   with pytest.raises(UserError, match=words):
-    ssim_lib.structural_similarity(
+    ssim.structural_similarity(
       np.zeros(a, np.uint8), np.zeros(b or a, np.uint8)
     )
 
@@ -82,4 +82,4 @@ def test_bad_shapes_are_user_errors(a, b, words):
 def test_floats_are_a_user_error():
   images = np.zeros((1, 12, 12, 1))
   with pytest.raises(UserError, match="original is float64"):
-    ssim_lib.structural_similarity(images, images)
+    ssim.structural_similarity(images, images)

@@ -5,7 +5,7 @@ import pytest
 import sklearn.metrics.pairwise
 
 from bcm_jax.errors import UserError
-from bcm_jax.metrics import kernel_distance as kd
+from bcm_jax.metrics import kid
 
 
 def clouds(seed, real=90, fake=70, dimension=10, shift=0.0):
@@ -40,14 +40,14 @@ def with_sklearn(x, y):
 def test_is_the_definition_for_any_block(block_size):
   real, fake = clouds(0, 15, 11, 3)
   expected = brute_force(real, fake)
-  found = kd.mmd_squared(real, fake, block_size)
+  found = kid.mmd_squared(real, fake, block_size)
   assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_three_points_by_hand():
   # Kernels (xy + 1)^3 of 0 and 1: 1 within; of 2 with them: 1 and 27.
   real, fake = np.array([[0.0], [1.0]]), np.array([[2.0], [2.0]])
-  assert kd.mmd_squared(real, fake) == pytest.approx(1 + 125 - 2 * 14)
+  assert kid.mmd_squared(real, fake) == pytest.approx(1 + 125 - 2 * 14)
 
 
 def test_subsets_are_those_of_the_seed():
@@ -61,41 +61,41 @@ def test_subsets_are_those_of_the_seed():
     )
     for _ in range(6)
   ]
-  found = kd.kernel_distance(real, fake, subsets=6, subset_size=40, seed=5)
+  found = kid.kernel_distance(real, fake, subsets=6, subset_size=40, seed=5)
   assert found == pytest.approx((np.mean(expected), np.std(expected)))
-  other = kd.kernel_distance(real, fake, subsets=6, subset_size=40, seed=6)
+  other = kid.kernel_distance(real, fake, subsets=6, subset_size=40, seed=6)
   assert other != found
 
 
 def test_whole_sets_as_subsets_are_the_whole_estimate():
   real, fake = clouds(2, 50, 50)
-  mean, deviation = kd.kernel_distance(real, fake, 3, 50)
-  assert mean == pytest.approx(kd.mmd_squared(real, fake), rel=1e-9)
+  mean, deviation = kid.kernel_distance(real, fake, 3, 50)
+  assert mean == pytest.approx(kid.mmd_squared(real, fake), rel=1e-9)
   assert deviation < 1e-12
 
 
 def test_one_distribution_is_at_zero_without_bias():
   # The mean of many independent estimates, in units of its own error.
-  estimates = [kd.mmd_squared(*clouds(seed, 30, 20)) for seed in range(200)]
+  estimates = [kid.mmd_squared(*clouds(seed, 30, 20)) for seed in range(200)]
   error = np.std(estimates) / np.sqrt(len(estimates))
   assert abs(np.mean(estimates)) < 3 * error
   assert min(estimates) < 0 < max(estimates)
 
 
 def test_grows_with_the_shift():
-  found = [kd.mmd_squared(*clouds(3, shift=s)) for s in (0.3, 1.0, 2.0)]
+  found = [kid.mmd_squared(*clouds(3, shift=s)) for s in (0.3, 1.0, 2.0)]
   assert 0 < found[0] < found[1] < found[2]
 
 
 def test_bad_input_is_a_user_error():
   real, fake = clouds(4)
   with pytest.raises(UserError, match="of 2 to 70"):
-    kd.kernel_distance(real, fake)
+    kid.kernel_distance(real, fake)
   with pytest.raises(UserError, match="0 subsets"):
-    kd.kernel_distance(real, fake, 0, 10)
+    kid.kernel_distance(real, fake, 0, 10)
   with pytest.raises(UserError, match="10 numbers a row"):
-    kd.mmd_squared(real, fake[:, :4])
+    kid.mmd_squared(real, fake[:, :4])
   with pytest.raises(UserError, match="1 real and 70 fake"):
-    kd.mmd_squared(real[:1], fake)
+    kid.mmd_squared(real[:1], fake)
   with pytest.raises(UserError, match="fake holds NaN"):
-    kd.mmd_squared(real, fake * np.nan)
+    kid.mmd_squared(real, fake * np.nan)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bcm_jax.errors import UserError
-from bcm_jax.metrics import frechet
+from bcm_jax.metrics import fid
 from bcm_jax.metrics import moments
 from tests import golden
 
@@ -38,7 +38,7 @@ def random_gaussian(seed, dimension=20, samples=400):
 
 @pytest.mark.parametrize("case", CASES)
 def test_reproduces_the_references(case):
-  found = frechet.frechet_distance(*recorded(case))
+  found = fid.frechet_distance(*recorded(case))
   # Roots of eigenvalues that should be 0 are 1e-8 there.
   rel = 3e-8 if "singular" in case else 1e-9
   for tool in ("exact", "pytorch_fid", "edm", "adm"):
@@ -49,7 +49,7 @@ def test_reproduces_the_references(case):
 @pytest.mark.parametrize("case", FORTY_DIGITS)
 def test_of_singular_covariances_keeps_its_digits(case):
   assert case in CASES
-  found = frechet.frechet_distance(*recorded(case))
+  found = fid.frechet_distance(*recorded(case))
   assert found == pytest.approx(FORTY_DIGITS[case], rel=1e-14)
 
 
@@ -64,7 +64,7 @@ def test_of_diagonal_gaussians_is_the_closed_form():
     moments.Gaussian(m, np.diag(v))
     for m, v in zip(means, variances, strict=True)
   )
-  assert frechet.frechet_distance(a, b) == pytest.approx(expected, rel=1e-14)
+  assert fid.frechet_distance(a, b) == pytest.approx(expected, rel=1e-14)
 
 
 def test_of_commuting_gaussians_in_any_basis():
@@ -75,13 +75,13 @@ def test_of_commuting_gaussians_in_any_basis():
   a, b = (moments.Gaussian(np.zeros(40), (basis * r**2) @ basis.T)
           for r in roots)
   expected = np.sum((roots[0] - roots[1]) ** 2)
-  assert frechet.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+  assert fid.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("samples", [400, 20, 8])
 def test_a_set_is_at_zero_from_itself(samples):
   a = random_gaussian(2, samples=samples)
-  found = frechet.frechet_distance(a, a)
+  found = fid.frechet_distance(a, a)
   assert 0.0 <= found < 1e-13 * np.trace(a.covariance)
 
 
@@ -89,15 +89,15 @@ def test_order_and_blocks_of_the_features_change_nothing():
   rng = np.random.default_rng(3)
   rows = rng.normal(size=(300, 15)).astype(np.float32)
   other = random_gaussian(4, 15)
-  expected = frechet.frechet_distance(
+  expected = fid.frechet_distance(
     moments.from_features(rows).gaussian(), other
   )
   for block_size in (1, 7, 299):
     again = moments.from_features(rng.permutation(rows), block_size).gaussian()
-    assert frechet.frechet_distance(again, other) == pytest.approx(
+    assert fid.frechet_distance(again, other) == pytest.approx(
       expected, rel=1e-12
     )
-    assert 0.0 <= frechet.frechet_distance(
+    assert 0.0 <= fid.frechet_distance(
       again, moments.from_features(rows).gaussian()
     ) < 1e-12
 
@@ -105,7 +105,7 @@ def test_order_and_blocks_of_the_features_change_nothing():
 @pytest.mark.parametrize("samples", [400, 8])
 def test_is_symmetric(samples):
   a, b = random_gaussian(5, samples=samples), random_gaussian(6)
-  ab, ba = frechet.frechet_distance(a, b), frechet.frechet_distance(b, a)
+  ab, ba = fid.frechet_distance(a, b), fid.frechet_distance(b, a)
   assert ab == pytest.approx(ba, rel=1e-14)
   assert ab > 1.0
 
@@ -114,13 +114,13 @@ def test_a_shift_adds_its_square():
   a, b = random_gaussian(7), random_gaussian(8)
   shift = np.arange(20) / 8.0
   moved = moments.Gaussian(a.mean + shift, a.covariance)
-  assert frechet.frechet_distance(moved, a) == pytest.approx(
+  assert fid.frechet_distance(moved, a) == pytest.approx(
     shift @ shift, rel=1e-14
   )
   centred = [moments.Gaussian(np.zeros(20), g.covariance) for g in (a, b)]
   moved = moments.Gaussian(shift, a.covariance)
-  assert frechet.frechet_distance(moved, centred[1]) == pytest.approx(
-    shift @ shift + frechet.frechet_distance(*centred), rel=1e-14
+  assert fid.frechet_distance(moved, centred[1]) == pytest.approx(
+    shift @ shift + fid.frechet_distance(*centred), rel=1e-14
   )
 
 
@@ -134,7 +134,7 @@ def test_fewer_samples_than_dimensions_by_their_own_factors():
     - 2.0 * np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
   )
   a, b = (moments.from_features(r).gaussian() for r in rows)
-  assert frechet.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+  assert fid.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
 
 
 def test_bad_gaussians_are_user_errors():
@@ -150,4 +150,4 @@ def test_bad_gaussians_are_user_errors():
     (random_gaussian(11, 4), "4 and 3 dimensions"),
   ):
     with pytest.raises(UserError, match=words):
-      frechet.frechet_distance(bad, good)
+      fid.frechet_distance(bad, good)

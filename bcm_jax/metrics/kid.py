@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bcm_jax.errors import UserError
-from bcm_jax.metrics import neighbours
+from bcm_jax.metrics import nearest_neighbors
 
 
 class Distance(NamedTuple):
@@ -45,7 +45,7 @@ def kernel_distance(
     UserError: shapes or scales that do not fit, too few rows or subsets, or
       values not finite.
   """
-  real, fake = neighbours.comparable("real", real, "fake", fake)
+  real, fake = nearest_neighbors.comparable("real", real, "fake", fake)
   most = min(len(real), len(fake))
   if not 2 <= subset_size <= most or subsets < 1:
     raise UserError(
@@ -67,7 +67,7 @@ def kernel_distance(
 def mmd_squared(
   real: np.ndarray,
   fake: np.ndarray,
-  block_size: int = neighbours.BLOCK_SIZE,
+  block_size: int = nearest_neighbors.BLOCK_SIZE,
 ) -> float:
   """The unbiased estimate from all rows of both sets.
 
@@ -84,7 +84,7 @@ def mmd_squared(
     UserError: shapes or scales that do not fit, fewer than two rows, or
       values not finite.
   """
-  real, fake = neighbours.comparable("real", real, "fake", fake)
+  real, fake = nearest_neighbors.comparable("real", real, "fake", fake)
   if min(len(real), len(fake)) < 2:
     raise UserError(
       f"there are {len(real)} real and {len(fake)} fake rows, expected 2 or "
@@ -92,8 +92,8 @@ def mmd_squared(
     )
   between = sum(
     np.sum(_kernel(x, y))
-    for _, x in neighbours.blocks(real, block_size)
-    for _, y in neighbours.blocks(fake, block_size)
+    for _, x in nearest_neighbors.blocks(real, block_size)
+    for _, y in nearest_neighbors.blocks(fake, block_size)
   )
   return float(
     _mean_within(real, block_size)
@@ -113,10 +113,10 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _mean_within(points: np.ndarray, block_size: int) -> float:
   """The mean kernel of all pairs of different rows."""
   total = 0.0
-  for rows, x in neighbours.blocks(points, block_size):
+  for rows, x in nearest_neighbors.blocks(points, block_size):
     own = _kernel(x, x)
     total += np.sum(own) - np.trace(own)
     # The kernel is symmetric: pairs with earlier rows have been counted.
-    for _, y in neighbours.blocks(points[rows.stop :], block_size):
+    for _, y in nearest_neighbors.blocks(points[rows.stop :], block_size):
       total += 2.0 * np.sum(_kernel(x, y))
   return total / (len(points) * (len(points) - 1))

@@ -9,8 +9,8 @@ import pytest
 
 from bcm_jax.errors import UserError
 from bcm_jax.metrics import moments
-from bcm_jax.metrics import reference as reference_lib
-from bcm_jax.metrics.reference import Reference
+from bcm_jax.metrics import reference_stats
+from bcm_jax.metrics.reference_stats import Reference
 
 
 def gaussian(seed, dimension):
@@ -47,8 +47,8 @@ def assert_same(a, b):
 def test_what_is_read_is_what_was_written(tmp_path):
   for written in (whole(), Reference(gaussian(0, 16), count=99)):
     path = tmp_path / "new" / "reference.npz"
-    reference_lib.save_reference(path, written)
-    read = reference_lib.load_reference(path)
+    reference_stats.save_reference(path, written)
+    read = reference_stats.load_reference(path)
     assert_same(read, written)
     assert read.digest() == written.digest()
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -56,7 +56,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
 
 def test_files_are_those_of_adm(tmp_path):
   written = whole()
-  reference_lib.save_reference(tmp_path / "a.npz", written)
+  reference_stats.save_reference(tmp_path / "a.npz", written)
   with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
     assert set(file) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "meta"}
     np.testing.assert_array_equal(file["arr_0"], written.images)
@@ -72,20 +72,20 @@ def test_files_of_others_are_read(tmp_path):
   spatial = dict(mu_s=written.spatial.mean, sigma_s=written.spatial.covariance)
   path = tmp_path / "a.npz"
   np.savez(path, written.images, **statistics, **spatial)  # ADM
-  read = reference_lib.load_reference(str(path))
+  read = reference_stats.load_reference(str(path))
   assert_same(
     read, Reference(written.pooled, written.spatial, images=written.images)
   )
   np.savez(path, **statistics)  # EDM
-  read = reference_lib.load_reference(path)
+  read = reference_stats.load_reference(path)
   assert_same(read, Reference(written.pooled))
   np.savez(path, written.images, np.arange(5))  # Samples with labels.
-  read = reference_lib.load_reference(path)
+  read = reference_stats.load_reference(path)
   assert_same(read, Reference(images=written.images))
   with pytest.raises(UserError, match="images and no statistics"):
-    reference_lib.check_features(read, "inception", "0123456789ab")
+    reference_stats.check_features(read, "inception", "0123456789ab")
   np.savez(path, **{k: v.astype(np.float32) for k, v in statistics.items()})
-  mean, covariance = reference_lib.load_reference(path).pooled
+  mean, covariance = reference_stats.load_reference(path).pooled
   assert mean.dtype == covariance.dtype == np.float64
 
 
@@ -101,25 +101,25 @@ def test_digest_is_of_mean_and_covariance_alone():
 
 def test_features_have_to_be_the_same():
   ours = whole()
-  reference_lib.check_features(ours, "inception", "0123456789ab")
+  reference_stats.check_features(ours, "inception", "0123456789ab")
   for name, digest in (("dino", "0123456789ab"), ("inception", "ba")):
     with pytest.raises(
       UserError, match=f"inception 0123456789ab, expected {name} {digest}"
     ):
-      reference_lib.check_features(ours, name, digest)
+      reference_stats.check_features(ours, name, digest)
   said = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
       logging, "warning", lambda text, *values: said.append(text % values)
     )
-    reference_lib.check_features(Reference(gaussian(0, 16)), "dino", "ab")
-    reference_lib.check_features(ours, "inception", "0123456789ab")
+    reference_stats.check_features(Reference(gaussian(0, 16)), "dino", "ab")
+    reference_stats.check_features(ours, "inception", "0123456789ab")
   assert len(said) == 1 and "taken as dino ab" in said[0]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "a.npz"
-  reference_lib.save_reference(path, whole())
+  reference_stats.save_reference(path, whole())
   before = path.read_bytes()
 
   def full_disk(file, **arrays):
@@ -128,14 +128,14 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
   monkeypatch.setattr(np, "savez_compressed", full_disk)
   with pytest.raises(OSError, match="no space"):
-    reference_lib.save_reference(path, Reference(gaussian(3, 4)))
+    reference_stats.save_reference(path, Reference(gaussian(3, 4)))
   assert path.read_bytes() == before
 
 
 def test_a_plain_name_is_written_here(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  reference_lib.save_reference("a.npz", whole())
-  assert_same(reference_lib.load_reference("a.npz"), whole())
+  reference_stats.save_reference("a.npz", whole())
+  assert_same(reference_stats.load_reference("a.npz"), whole())
 
 
 @pytest.mark.parametrize(
@@ -159,26 +159,26 @@ def test_a_plain_name_is_written_here(tmp_path, monkeypatch):
 )
 def test_bad_files_are_user_errors(tmp_path, changes, words):
   path = tmp_path / "a.npz"
-  reference_lib.save_reference(path, whole())
+  reference_stats.save_reference(path, whole())
   with np.load(path) as file:
     arrays = dict(file) | changes
   np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
   with pytest.raises(UserError, match=words):
-    reference_lib.load_reference(path)
+    reference_stats.load_reference(path)
 
 
 def test_files_that_are_no_npz_are_user_errors(tmp_path):
   path = tmp_path / "a.npz"
   with pytest.raises(UserError, match="there is no file"):
-    reference_lib.load_reference(path)
-  reference_lib.save_reference(path, whole())
+    reference_stats.load_reference(path)
+  reference_stats.save_reference(path, whole())
   half = path.read_bytes()[:2000]
   np.save(tmp_path / "b.npy", np.ones(3))
   array = (tmp_path / "b.npy").read_bytes()
   for content in (half, array, b"", b"text", b"\x80\x04}."):
     path.write_bytes(content)
     with pytest.raises(UserError, match="a whole .npz"):
-      reference_lib.load_reference(path)
+      reference_stats.load_reference(path)
 
 
 def test_what_could_not_be_read_is_not_written(tmp_path):
@@ -192,5 +192,5 @@ def test_what_could_not_be_read_is_not_written(tmp_path):
     Reference(images=np.zeros((2, 8, 8, 3))),
   ):
     with pytest.raises(UserError):
-      reference_lib.save_reference(path, bad)
+      reference_stats.save_reference(path, bad)
   assert not list(tmp_path.iterdir())
