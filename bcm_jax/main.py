@@ -35,7 +35,7 @@ def run(file, overrides) -> None:
   from bcm_jax.config import build
   from bcm_jax.evaluation import evaluate
   from bcm_jax.evaluation import references
-  from bcm_jax.evaluation import search
+  from bcm_jax.evaluation import time_search
   from bcm_jax.generate import teacher_pairs
   from bcm_jax.training import multihost
 
@@ -59,7 +59,10 @@ def run(file, overrides) -> None:
   built = build.build(config, to_train=False)
   if mode in ("eval", "search", "reference", "pairs"):
     room = dict(
-        eval=evaluate, search=search, reference=references, pairs=teacher_pairs
+      eval=evaluate,
+      search=time_search,
+      reference=references,
+      pairs=teacher_pairs,
     )[mode]
     room.run(built, workdir)
   else:
@@ -74,8 +77,9 @@ def main(argv: list[str] | None = None) -> None:
   with cli.reporting():
     file, overrides, rest = resolve.split_overrides(argv[1:])
     app.run(
-        lambda _: run(file, overrides), [argv[0], *rest],
-        flags_parser=arguments.parse,
+      lambda _: run(file, overrides),
+      [argv[0], *rest],
+      flags_parser=arguments.parse,
     )
 
 

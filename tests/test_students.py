@@ -19,8 +19,8 @@ from bcm_jax.config import config_files
 from bcm_jax.config import resolve as configs
 from bcm_jax.data import image_source
 from bcm_jax.data import pairs as pair_files
+from bcm_jax.evaluation import bits_per_dim
 from bcm_jax.evaluation import evaluate
-from bcm_jax.evaluation import evaluate_likelihood
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
 from bcm_jax.generate import teacher_pairs
@@ -321,11 +321,11 @@ def test_bits_a_dimension_in_mode_eval(teacher):
   overrides = {"eval.likelihood_images": "8"}
   built = build.build(configs.of_run(str(teacher), overrides))
   _, _, params = runs.load_run(built, str(teacher))
-  numbers = evaluate_likelihood.measure(built, params)
+  numbers = bits_per_dim.measure(built, params)
   assert numbers["images"] == 8 and numbers["nfe"] > 20
   # Grey levels of 17 steps, by a network that learnt nothing in four steps.
   assert 3 < numbers["bits_per_dim"] < 12
-  assert "8 test images" in evaluate_likelihood.summary(numbers)
+  assert "8 test images" in bits_per_dim.summary(numbers)
   cm = build.build(resolve("digits_ict.py", eval__likelihood_images="8"))
   with pytest.raises(errors.UserError, match="holds no denoiser"):
     evaluate.check_outputs(cm)

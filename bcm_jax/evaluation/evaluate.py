@@ -22,8 +22,8 @@ from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.editing import edit
 from bcm_jax.editing import facade
-from bcm_jax.evaluation import evaluate_inversion
-from bcm_jax.evaluation import evaluate_likelihood
+from bcm_jax.evaluation import bits_per_dim
+from bcm_jax.evaluation import inversion
 from bcm_jax.evaluation import references
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
@@ -104,9 +104,9 @@ class Evaluation:
       if "@" in sampler:
         key += "@" + sampler.partition("@")[2]
       result["samplers"][key] = self._sampler(runner, plan)
-    result["inversion"] = evaluate_inversion.curve(experiment, runner)
+    result["inversion"] = inversion.curve(experiment, runner)
     if section.likelihood_images:
-      result["likelihood"] = evaluate_likelihood.measure(experiment, params)
+      result["likelihood"] = bits_per_dim.measure(experiment, params)
     return result | {"protocol": self.facts}
 
   def _sampler(self, runner, plan) -> dict[str, Any]:
@@ -224,9 +224,9 @@ def summary(result: dict[str, Any]) -> str:
     )
   for name, r in result["samplers"].items():
     lines.append(f"{name}: " + "  ".join(_written(r)))
-  lines += evaluate_inversion.summary(result["inversion"])
+  lines += inversion.summary(result["inversion"])
   if "likelihood" in result:
-    lines.append(evaluate_likelihood.summary(result["likelihood"]))
+    lines.append(bits_per_dim.summary(result["likelihood"]))
   few = result["protocol"].get("few_samples")
   if few:
     lines.append(f"few samples: {few}; no number to compare with papers")
@@ -363,8 +363,8 @@ def check_outputs(experiment: build.Experiment) -> None:
   for sampler in section.samplers:
     planning.sampling_plan(experiment, sampler)
   generate.asked_labels(experiment, experiment.section("sample"))
-  evaluate_inversion.check(experiment)
-  evaluate_likelihood.check(experiment)
+  inversion.check(experiment)
+  bits_per_dim.check(experiment)
   rejection.check(experiment)
 
 

@@ -20,8 +20,8 @@ from bcm_jax.data import image_source
 from bcm_jax.diffusion import schedules
 from bcm_jax.evaluation import evaluate
 from bcm_jax.evaluation import references
-from bcm_jax.evaluation import search
 from bcm_jax.evaluation import tables
+from bcm_jax.evaluation import time_search
 from bcm_jax.metrics import feature_extractors
 from bcm_jax.metrics import quality
 from bcm_jax.metrics import reference_stats
@@ -373,7 +373,7 @@ def test_baselines_are_the_odes_of_a_denoiser(copy, tmp_path):
 
 def test_search_writes_what_it_measured_and_its_plot(copy, monkeypatch, capsys):
   asked = experiment(search__mid_times="1,3", search__num_samples="24")
-  found = search.run(asked, str(copy))
+  found = time_search.run(asked, str(copy))
   assert set(found["costs"]) == {"ancestral@3", "ancestral@1"}
   assert found["best"] == min(found["costs"], key=found["costs"].get)
   (path,) = (copy / "search").glob("*.json")
@@ -384,4 +384,4 @@ def test_search_writes_what_it_measured_and_its_plot(copy, monkeypatch, capsys):
   (r,) = results(copy)["4"]["samplers"].values()
   assert r["FD (raw pixels)"] == pytest.approx(found["costs"][found["best"]])
   monkeypatch.setattr(evaluate.Evaluation, "distance", None)
-  assert search.run(asked, str(copy))["costs"] == found["costs"]
+  assert time_search.run(asked, str(copy))["costs"] == found["costs"]

@@ -211,7 +211,7 @@ def _serve() -> None:
   from bcm_jax import train  # noqa: F401
   from bcm_jax.data import digits
   from bcm_jax.evaluation import evaluate
-  from bcm_jax.evaluation import search  # noqa: F401
+  from bcm_jax.evaluation import time_search  # noqa: F401
   from tests.training import tiny_run
 
   digits.digit_arrays("train")

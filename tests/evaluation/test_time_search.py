@@ -10,7 +10,7 @@ from tests.test_planning import digits
 from bcm_jax import errors
 from bcm_jax.config import build
 from bcm_jax.config import schema
-from bcm_jax.evaluation import search
+from bcm_jax.evaluation import time_search
 from bcm_jax.generate import planning
 from bcm_jax.plots import draw
 
@@ -24,7 +24,7 @@ def test_ternary_finds_every_valley_in_few_looks(size):
       looked[i] = abs(i - valley) + 0.1 * (i > valley)
       return looked[i]
 
-    assert search.ternary(cost, 0, size - 1) == valley
+    assert time_search.ternary(cost, 0, size - 1) == valley
     # Two looks a third off, and the rest of four.
     assert len(looked) <= 4 + 2 * np.ceil(np.log(size) / np.log(1.5))
 
@@ -50,10 +50,10 @@ def valley_cost(*targets, count=None):
 
 def test_multistep_times_follow_one_another_down_the_grid():
   grid = [80.0, 40, 20, 10, 5, 2, 1, 0.5, 0.1, 0.002]
-  assert search.ternary_times(valley_cost(10), grid, 2) == (10,)
-  assert search.ternary_times(valley_cost(10, 1), grid, 3) == (10, 1)
+  assert time_search.ternary_times(valley_cost(10), grid, 2) == (10,)
+  assert time_search.ternary_times(valley_cost(10, 1), grid, 3) == (10, 1)
   # The best first time would be the last inner one: room is left for three.
-  assert search.ternary_times(valley_cost(0.1, 0.1, 0.1), grid, 4) == (
+  assert time_search.ternary_times(valley_cost(0.1, 0.1, 0.1), grid, 4) == (
       1, 0.5, 0.1
   )
 
@@ -61,21 +61,21 @@ def test_multistep_times_follow_one_another_down_the_grid():
 def test_greedy_grids_keep_what_they_found():
   mid, pairs = (4.0, 3, 2, 1), [(e, t) for e in (0.1, 0.2) for t in (0.4, 0.8)]
   looked = []
-  best = search.greedy_times(
+  best = time_search.greedy_times(
       valley_cost(3, count=looked), "ancestral", 2, mid, pairs
   )
   assert best == "ancestral@3"
   assert len(looked) == 4
-  assert search.greedy_times(
+  assert time_search.greedy_times(
       valley_cost(3, 1), "ancestral", 3, mid, pairs
   ) == "ancestral@3/1"
-  assert search.greedy_times(
+  assert time_search.greedy_times(
       valley_cost(0.2, 0.4), "zigzag", 3, mid, pairs
   ) == "zigzag@0.2>0.4"
-  assert search.greedy_times(
+  assert time_search.greedy_times(
       valley_cost(2, 0.1, 0.8), "mixture", 4, mid, pairs
   ) == "mixture@2/0.1>0.8"
-  assert search.greedy_times(
+  assert time_search.greedy_times(
       valley_cost(0.2, 0.4, 0.1, 0.8), "zigzag", 5, mid, pairs
   ) == "zigzag@0.2>0.4/0.1>0.8"
 
@@ -90,8 +90,8 @@ def test_a_search_goes_on_where_it_stopped(tmp_path, capsys):
     return valley_cost(3)(sampler)
 
   def go():
-    record = search.Record(path, {"nfe": 2}, measure)
-    return search.greedy_times(record, "ancestral", 2, (4.0, 3, 2), ())
+    record = time_search.Record(path, {"nfe": 2}, measure)
+    return time_search.greedy_times(record, "ancestral", 2, (4.0, 3, 2), ())
 
   with pytest.raises(KeyboardInterrupt):
     go()
@@ -132,4 +132,4 @@ def test_searches_that_cannot_be_made(overrides, said):
       section=lambda name: section if name == "search" else built.section(name),
   )
   with pytest.raises(errors.UserError, match=said):
-    search.check(experiment)
+    time_search.check(experiment)

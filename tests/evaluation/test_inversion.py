@@ -7,7 +7,7 @@ import pytest
 
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import schedules
-from bcm_jax.evaluation import evaluate_inversion
+from bcm_jax.evaluation import inversion
 
 SD = 0.5
 LOW, HIGH = 0.002, 80.0
@@ -28,7 +28,7 @@ def flow_map(scalings):
 def test_a_flow_map_without_end_level_is_a_denoiser(form):
   f = flow_map(getattr(preconditioning, form)(SD))
   x = jnp.linspace(-1, 1, 12).reshape(3, 4)
-  denoise = evaluate_inversion.denoiser_of(f, None)
+  denoise = inversion.denoiser_of(f, None)
   for sigma in (0.1, 2.0, 40.0):
     np.testing.assert_allclose(
         denoise(x, jnp.float32(sigma)), x * SD**2 / (SD**2 + sigma**2),
@@ -41,7 +41,7 @@ def round_trip(n, solver, noise=LOW):
   x = SD * jax.random.normal(jax.random.key(0), (500, 4))
   up = schedules.karras_sigmas(n + 1, noise, HIGH)
   down = schedules.karras_sigmas(n + 1, LOW, HIGH)[::-1]
-  latents, back = evaluate_inversion.ode_round_trip(
+  latents, back = inversion.ode_round_trip(
       f, x, None, up, down, solver
   )
   return x, latents, back
