@@ -27,8 +27,8 @@ import optax
 import bcm_jax
 from bcm_jax import errors
 from bcm_jax.data import image_source
-from bcm_jax.editing import fidelity
-from bcm_jax.editing import pictures
+from bcm_jax.editing import inputs
+from bcm_jax.editing import similarity
 from bcm_jax.evaluation import tables
 from bcm_jax.metrics import classifier as classifiers
 from bcm_jax.metrics import image_grid
@@ -98,7 +98,7 @@ class Bench:
     """PSNR against the originals, and the share whose class is recognised."""
     right = np.mean(self.judge.classify(images) == self.classes)
     told = {"recognised": float(right)}
-    mse = fidelity.errors(self.images, images, None)["mse"]
+    mse = similarity.errors(self.images, images, None)["mse"]
     if mse:
       # Around a hole all is equal.
       told["psnr"] = float(
@@ -153,7 +153,7 @@ def _nearest(bench: Bench, known: np.ndarray, classes) -> np.ndarray:
 def jpeg(bench: Bench) -> Iterator[tuple[str, dict]]:
   """Files of several qualities, and what is restored of them."""
   for quality in QUALITIES:
-    given = np.stack([pictures.compress(i, quality) for i in bench.images])
+    given = np.stack([inputs.compress(i, quality) for i in bench.images])
     yield f"JPEG of quality {quality}", bench.told(given)
     yield f"`restore` of quality {quality}", bench.told(
         bench.model.restore(given, bench.labels)
@@ -335,7 +335,7 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
   hole = np.zeros((height, width), bool)
   hole[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
   covered = np.where(hole[..., None], np.uint8(127), images)
-  poor = np.stack([pictures.compress(i, 10) for i in images])
+  poor = np.stack([inputs.compress(i, 10) for i in images])
   floats = image_source.to_float(images)
   small = image_source.to_uint8(np.asarray(operators.shrink(floats, 2)))
   noisy = floats + 0.6 * np.random.default_rng(0).standard_normal(floats.shape)

@@ -15,9 +15,9 @@ from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.editing import facade
-from bcm_jax.editing import fidelity
-from bcm_jax.editing import pictures
-from bcm_jax.editing import recipes
+from bcm_jax.editing import inputs as pictures
+from bcm_jax.editing import similarity
+from bcm_jax.editing import tasks
 from bcm_jax.generate import batched_sampler
 from bcm_jax.metrics import image_grid
 from bcm_jax.utils import files
@@ -45,7 +45,7 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
   """
   section: schema.Edit = experiment.section("edit")
   # Before the checkpoint is read.
-  recipes.recipe(experiment, section.task, **settings(section))
+  tasks.recipe(experiment, section.task, **settings(section))
   inputs = pictures.read(experiment)
   _, _, params = runs.load_run(experiment, workdir)
   size = experiment.config.sample.batch_size
@@ -133,9 +133,9 @@ def _edit(
   )
   more["seconds_with_compilation"] = seconds
   if inputs.reference is not None:
-    measure = fidelity.perceptual(model.experiment.config.eval.lpips_path)
+    measure = similarity.perceptual(model.experiment.config.eval.lpips_path)
     more["numbers"] = {
-        name: fidelity.errors(inputs.reference, images, measure)
+        name: similarity.errors(inputs.reference, images, measure)
         for name, images in (("input", shown), ("result", results))
         if (images != inputs.reference).any()  # No decibels are infinite.
     }
@@ -147,14 +147,14 @@ def _edit(
 
 
 def _write_record(
-    model: facade.Model, folder: str, recipe: recipes.Recipe,
+    model: facade.Model, folder: str, recipe: tasks.Recipe,
     results: np.ndarray, more: dict[str, Any],
 ) -> None:
   """result.json: what was done, by what, and the numbers."""
   if model.experiment.config.edit.classify:
     # Not part of the recipe, and paid for each image all the same.
-    more = {"nfe_to_classify": model.num_classes * len(recipes.CLASS_TIMES)
-            * recipes.CLASS_DRAWS, **more}
+    more = {"nfe_to_classify": model.num_classes * len(tasks.CLASS_TIMES)
+            * tasks.CLASS_DRAWS, **more}
   files.write_json(os.path.join(folder, "result.json"), {
       "task": recipe.task, "recipe": str(recipe).splitlines(),
       "nfe": recipe.nfe, "images": len(results), **more,

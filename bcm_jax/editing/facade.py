@@ -24,7 +24,7 @@ from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.data import image_source
 from bcm_jax.editing import pretrained
-from bcm_jax.editing import recipes
+from bcm_jax.editing import tasks
 from bcm_jax.editing.pretrained import Labels
 from bcm_jax.generate import batched_sampler
 from bcm_jax.interop import released
@@ -41,10 +41,10 @@ _FEATHER = 1.0
 class Model(pretrained.Pretrained):
   """A trained network and what can be done with it."""
 
-  def recipe(self, task: str, **settings: Any) -> recipes.Recipe:
+  def recipe(self, task: str, **settings: Any) -> tasks.Recipe:
     """What an edit will do: plans and NFE; see recipes.recipe.
     """
-    return recipes.recipe(self.experiment, task, **settings)
+    return tasks.recipe(self.experiment, task, **settings)
 
   def interpolate(
       self, first: np.ndarray, second: np.ndarray, labels: Labels = None,
@@ -208,7 +208,7 @@ class Model(pretrained.Pretrained):
         sigma = jnp.full(len(x["images"]), level, jnp.float32)
       elif method.inverts:
         sigma = zero_shot.noise_level(
-            flow_map, x["images"], levels, *measure, labels, recipes.ESTIMATE
+            flow_map, x["images"], levels, *measure, labels, tasks.ESTIMATE
         )
       else:
         sigma = zero_shot.wavelet_noise_level(x["images"])

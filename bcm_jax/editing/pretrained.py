@@ -16,7 +16,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.data import image_source
 from bcm_jax.diffusion import process
-from bcm_jax.editing import recipes
+from bcm_jax.editing import tasks
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
 from bcm_jax.sampling import zero_shot
@@ -143,7 +143,7 @@ class Pretrained:
     def judge(flow_map, x, labels, keys):
       del labels
       return zero_shot.class_errors(
-          flow_map, x, recipes.CLASS_TIMES, recipes.CLASS_DRAWS,
+          flow_map, x, tasks.CLASS_TIMES, tasks.CLASS_DRAWS,
           self.experiment.levels, self.num_classes, keys,
       )
 

@@ -19,7 +19,7 @@ from bcm_jax.config import schema
 from bcm_jax.data import image_source
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
-from bcm_jax.editing import fidelity
+from bcm_jax.editing import similarity
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
 from bcm_jax.sampling import samplers
@@ -54,7 +54,7 @@ def curve(
   batch = batched_sampler.test_images(
       experiment, experiment.section("invert").num_images
   )
-  measure = fidelity.perceptual(section.lpips_path)
+  measure = similarity.perceptual(section.lpips_path)
   if experiment.method.inverts:
     points = [(n, usual) for n in section.inversion_nfe] + [
         (n, e) for e in section.inversion_noise for n in section.inversion_nfe
@@ -80,7 +80,7 @@ def _own(experiment, runner, nfe, noise, batch, measure) -> Numbers:
 
 
 def _errors(originals, images, latents, measure) -> Numbers:
-  return fidelity.errors(originals, images, measure) | {
+  return similarity.errors(originals, images, measure) | {
       "latent_std": float(np.std(latents))
   }
 

@@ -15,8 +15,8 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.data import image_source
 from bcm_jax.editing import facade
-from bcm_jax.editing import pictures
-from bcm_jax.editing import reading
+from bcm_jax.editing import image_reading
+from bcm_jax.editing import inputs
 from bcm_jax.generate import planning
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
@@ -86,14 +86,14 @@ class Studio:
   def _image(self, content: bytes, name: str) -> np.ndarray:
     """A file as uint8 [H, W, C]; of ours every pixel is a block of one grey."""
     height, width, channels = self.model.image_shape
-    picture = reading.open_picture(content, name, _MOST_PIXELS)
-    pixels = reading.pixels_of(picture, channels)
+    picture = image_reading.open_picture(content, name, _MOST_PIXELS)
+    pixels = image_reading.pixels_of(picture, channels)
     if pixels.shape[:2] == (height * self.scale, width * self.scale):
       small = pixels[:: self.scale, :: self.scale]
       blocks = small.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
       if (blocks == pixels).all():
         return small
-    return reading.fitted(pixels, height, width)
+    return image_reading.fitted(pixels, height, width)
 
   def example(self, index: int) -> np.ndarray | None:
     """A test image, enlarged; None where the data are not at hand."""
@@ -201,7 +201,7 @@ class Studio:
     image = self._image(painted["background"], "the image")[None]
     mask = self._mask(painted.get("layers") or [])
     recipe = self.model.recipe(task)
-    label, note = self._class_of(label, pictures.covered(image, mask))
+    label, note = self._class_of(label, inputs.covered(image, mask))
     images, seconds = _timed(
         self.editor.inpaint, image, mask, label, _seed(seed), task
     )
@@ -216,7 +216,7 @@ class Studio:
   ) -> tuple[np.ndarray, np.ndarray, str]:
     """Compresses and restores; (compressed, restored, words)."""
     image = self.read(path)
-    given = pictures.compress(image[0], int(quality))[None]
+    given = inputs.compress(image[0], int(quality))[None]
     settings = dict(noise=noise, nfe=int(nfe))
     recipe = self.model.recipe("restore", **settings)
     label, note = self._class_of(label, given)
@@ -254,9 +254,9 @@ class Studio:
     height, width = self.model.image_shape[:2]
     mask = np.zeros((height, width), bool)
     for layer in layers:
-      paint = reading.open_picture(layer, "the paint", _MOST_PIXELS)
+      paint = image_reading.open_picture(layer, "the paint", _MOST_PIXELS)
       alpha = np.asarray(paint.convert("RGBA").getchannel("A"))
-      mask |= reading.covered_share(alpha, height, width) > _PAINTED
+      mask |= image_reading.covered_share(alpha, height, width) > _PAINTED
     if not mask.any():
       raise errors.UserError(
           "nothing is painted over; paint on the image what is to be filled"

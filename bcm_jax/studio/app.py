@@ -16,7 +16,7 @@ from typing import Any
 
 from bcm_jax import errors
 from bcm_jax.editing import facade
-from bcm_jax.editing import recipes
+from bcm_jax.editing import tasks
 from bcm_jax.studio import actions
 from bcm_jax.utils import cli
 
@@ -205,7 +205,7 @@ def _inpaint_tab(gr: Any, studio, task: str) -> None:
       # As _upload: files go on as they are, so that ours are the errors.
       editor.convert_and_format_image = _bytes_of
       choices = [t for t in ("inpaint", "inpaint_cm")
-                 if task == "inpaint" or not recipes.TASKS[t].both_ways]
+                 if task == "inpaint" or not tasks.TASKS[t].both_ways]
       inputs = [
           editor, _class(gr, studio, 2), _number(gr),
           gr.Dropdown(choices, value=task, label="by"),
@@ -217,7 +217,7 @@ def _inpaint_tab(gr: Any, studio, task: str) -> None:
 
 
 def _restore_tab(gr: Any, studio) -> None:
-  known = recipes.TASKS["restore"]
+  known = tasks.TASKS["restore"]
   with gr.Row():
     with gr.Column():
       inputs = [

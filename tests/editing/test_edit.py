@@ -10,8 +10,8 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.data import image_source
 from bcm_jax.editing import edit
-from bcm_jax.editing import pictures
-from bcm_jax.editing import recipes
+from bcm_jax.editing import inputs
+from bcm_jax.editing import tasks
 from tests import exact
 
 
@@ -48,7 +48,7 @@ def read(path):
 
 # Test images ----------------------------------------------------------------
 
-GREY_TASKS = [t for t in recipes.TASKS if t not in (
+GREY_TASKS = [t for t in tasks.TASKS if t not in (
     "interpolate", "colorize", "attribute")]
 
 
@@ -109,7 +109,7 @@ def test_pairs_of_test_images(tmp_path):
 def test_jpeg_of_lower_quality_is_further_from_the_image():
   image = picture(size=16, channels=3)
   gaps = [
-      np.abs(pictures.compress(image, q).astype(int) - image).mean()
+      np.abs(inputs.compress(image, q).astype(int) - image).mean()
       for q in (5, 30, 95)
   ]
   assert gaps[0] > gaps[1] > gaps[2] > 0

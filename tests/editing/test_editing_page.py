@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bcm_jax.editing import recipes
+from bcm_jax.editing import tasks
 from tests import scripts
 
 
@@ -22,7 +22,7 @@ def test_the_page_is_what_the_benchmark_writes(benchmark):
 
 def test_every_task_is_told_with_its_constants(benchmark):
   text = benchmark.PAGE.read_text(encoding="utf-8").partition("## Measured")[0]
-  for name, task in recipes.TASKS.items():
+  for name, task in tasks.TASKS.items():
     (row,) = [r for r in text.splitlines() if r.startswith(f"| `{name}` |")]
     if task.noise and name != "inpaint":
       assert f"e = {task.noise:g}" in row
@@ -31,7 +31,7 @@ def test_every_task_is_told_with_its_constants(benchmark):
     assert row.split("|")[3].strip() in (
         ("yes",) if task.both_ways else ("no", "to measure")
     )
-  assert f"from {recipes.TASKS['inpaint'].noise:g} to {recipes.LAST_NOISE}" in (
+  assert f"from {tasks.TASKS['inpaint'].noise:g} to {tasks.LAST_NOISE}" in (
       text
   )
 

@@ -13,7 +13,7 @@ from bcm_jax.config import schema
 from bcm_jax.data import decoding
 from bcm_jax.data import folder as folders
 from bcm_jax.data import image_source
-from bcm_jax.editing import reading
+from bcm_jax.editing import image_reading
 from bcm_jax.sampling import operators
 
 
@@ -101,7 +101,7 @@ def listing(path: str, what: str) -> list[str]:
 def _read(paths, shape, resize, any_colours=False) -> np.ndarray:
   images = []
   for path in paths:
-    images.append(reading.read_image(
+    images.append(image_reading.read_image(
         _content(path), path, shape, resize, any_colours
     ))
   return np.stack(images)
@@ -183,7 +183,7 @@ def _mask(section: schema.Edit, shape, count: int) -> np.ndarray:
   masks = []
   for path in paths:
     masks.append(
-        reading.read_mask(_content(path), path, shape, section.resize)
+        image_reading.read_mask(_content(path), path, shape, section.resize)
     )
   return masks[0] if len(masks) == 1 else np.stack(masks)
 
