@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import metrics_speed
 import numpy as np
 
-from bcm_jax.interop import inception_names
+from bcm_jax.interop.families import inception_names
 from bcm_jax.metrics import inception as metric
 from bcm_jax.models import inception
 from bcm_jax.training import multihost

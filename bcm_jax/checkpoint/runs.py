@@ -14,7 +14,7 @@ from bcm_jax.checkpoint import checkpoint
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.interop import released
-from bcm_jax.interop import vgg_names
+from bcm_jax.interop.families import vgg_names
 from bcm_jax.training import phema
 from bcm_jax.training import train_state
 from bcm_jax.utils import files

@@ -19,7 +19,7 @@ from bcm_jax.data import augmentation
 from bcm_jax.data import datasets
 from bcm_jax.data import image_source
 from bcm_jax.data import pairs
-from bcm_jax.interop import vgg_names
+from bcm_jax.interop.families import vgg_names
 from bcm_jax.methods import base
 from bcm_jax.methods import projected
 from bcm_jax.sampling import sampling_plan

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bcm_jax.data import image_source
-from bcm_jax.interop import vgg_names
+from bcm_jax.interop.families import vgg_names
 from bcm_jax.metrics import lpips
 from bcm_jax.metrics import reconstruction
 from bcm_jax.metrics import ssim as structural_similarity

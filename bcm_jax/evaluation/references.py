@@ -15,7 +15,7 @@ from bcm_jax import errors
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.data import image_source
-from bcm_jax.interop import inception_names
+from bcm_jax.interop.families import inception_names
 from bcm_jax.metrics import classifier
 from bcm_jax.metrics import feature_extractors
 from bcm_jax.metrics import inception

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax.interop import edm2_names
-from bcm_jax.interop import edm_adm_names
-from bcm_jax.interop import edm_names
-from bcm_jax.interop import jcm_names
 from bcm_jax.interop import layouts
-from bcm_jax.interop import openai_names
+from bcm_jax.interop.families import edm2_names
+from bcm_jax.interop.families import edm_adm_names
+from bcm_jax.interop.families import edm_names
+from bcm_jax.interop.families import jcm_names
+from bcm_jax.interop.families import openai_names
 
 Tensors = dict[str, np.ndarray]
 

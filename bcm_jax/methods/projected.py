@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from bcm_jax import errors
-from bcm_jax.interop import vgg_names
+from bcm_jax.interop.families import vgg_names
 from bcm_jax.metrics import lpips
 from bcm_jax.models import projection
 from bcm_jax.utils import cli

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from bcm_jax.errors import UserError
-from bcm_jax.interop import inception_names
 from bcm_jax.interop import weight_files
+from bcm_jax.interop.families import inception_names
 from tests.parity import features
 
 COUNTER = "Mixed_5b.branch1x1.bn.num_batches_tracked"

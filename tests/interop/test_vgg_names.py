@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from bcm_jax.errors import UserError
-from bcm_jax.interop import vgg_names
 from bcm_jax.interop import weight_files
+from bcm_jax.interop.families import vgg_names
 
 BLOCKS = (4, 9, 16, 23)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bcm_jax.errors import UserError
-from bcm_jax.interop import vgg_names
+from bcm_jax.interop.families import vgg_names
 from bcm_jax.metrics import lpips
 from bcm_jax.models import vgg
 from tests.metrics import lpips_recipe

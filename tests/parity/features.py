@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bcm_jax.interop import inception_names
+from bcm_jax.interop.families import inception_names
 from bcm_jax.metrics import inception as metric
 from bcm_jax.models import inception
 from tests import quick

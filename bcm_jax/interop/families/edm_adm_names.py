@@ -4,8 +4,8 @@ import functools
 
 import numpy as np
 
-from bcm_jax.interop import edm_names
 from bcm_jax.interop import layouts
+from bcm_jax.interop.families import edm_names
 from bcm_jax.models import adm
 
 Tensors = dict[str, np.ndarray]

@@ -1,0 +1,1 @@
+"""Tensor names of published networks, one module per family."""
