@@ -16,7 +16,7 @@ TENSORFLOW = [
     "tensorboard",
 ]
 
-# The way to the Hugging Face hub: bcm_jax.release.hub push and pull.
+# The way to the Hugging Face hub: bcm_jax.export.hub push and pull.
 HUB = ["huggingface_hub>=0.34"]
 
 # What jax.export writes with: release.export. TensorFlow brings it along.

@@ -17,7 +17,7 @@ def load(source: Any = None, **options: Any) -> Any:
   """Opens a checkpoint as a model that samples, inverts and edits.
 
   Args:
-    source: work directory of a run, or a folder of bcm_jax.release.hub; None is
+    source: work directory of a run, or a folder of bcm_jax.export.hub; None is
       the small network of digits that comes with this package.
     **options: average, step, batch_size; see facade.load.
 

@@ -25,7 +25,7 @@ DISTRIBUTIONS = {
 
 
 # Files whose library is an extra, and imported when it is needed.
-EXTRAS = {"bcm_jax/release/hub.py": "hub", "bcm_jax/studio/app.py": "studio"}
+EXTRAS = {"bcm_jax/export/hub.py": "hub", "bcm_jax/studio/app.py": "studio"}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.config import build
 from bcm_jax.config import resolve
-from bcm_jax.interop import released
+from bcm_jax.export import model_folder
 from bcm_jax.interop.families import vgg_names
 from bcm_jax.training import phema
 from bcm_jax.training import train_state
@@ -174,7 +174,7 @@ def load_run(
   Raises:
     UserError: no checkpoint, or a folder to give away in place of a run.
   """
-  if released.is_released(workdir):
+  if model_folder.is_released(workdir):
     raise errors.UserError(
         f"{workdir} is a network to give away and no run; make one of it by "
         f"python -m bcm_jax.release.hub unpack {workdir} WORKDIR"

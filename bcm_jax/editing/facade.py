@@ -26,9 +26,9 @@ from bcm_jax.data import image_source
 from bcm_jax.editing import pretrained
 from bcm_jax.editing import tasks
 from bcm_jax.editing.pretrained import Labels
+from bcm_jax.export import model_folder
+from bcm_jax.export import packing
 from bcm_jax.generate import batched_sampler
-from bcm_jax.interop import released
-from bcm_jax.release import packing
 from bcm_jax.sampling import operators
 from bcm_jax.sampling import zero_shot
 
@@ -352,7 +352,7 @@ def load(
 
   Args:
     source: work directory of a run, trained or converted, or a folder as
-      bcm_jax.release.hub packs and pulls it; None is the small BCM of 8x8
+      bcm_jax.export.hub packs and pulls it; None is the small BCM of 8x8
       digits that comes with this package.
     average: moving average, see section sample.
     step: of the checkpoint; None is the newest good one.
@@ -364,7 +364,7 @@ def load(
   if batch_size is not None and batch_size < 1:
     raise errors.UserError(f"batch_size={batch_size} must be at least 1")
   place = os.fspath(SHIPPED if source is None else source)
-  if released.is_released(place):
+  if model_folder.is_released(place):
     if average is not None or step is not None:
       raise errors.UserError(
           f"{place} holds one network alone; leave average and step out"

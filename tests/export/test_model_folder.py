@@ -14,8 +14,8 @@ from bcm_jax import errors
 from bcm_jax.config import config_files
 from bcm_jax.config import registry
 from bcm_jax.config import resolve
-from bcm_jax.interop import model_card
-from bcm_jax.interop import released
+from bcm_jax.export import model_card
+from bcm_jax.export import model_folder
 from bcm_jax.interop import weight_files
 from tests import toys
 
@@ -63,32 +63,32 @@ def tree(seed=0):
 
 
 def written(folder, **options):
-  released.write(str(folder), CONFIG, tree(), ABOUT, **options)
+  model_folder.write(str(folder), CONFIG, tree(), ABOUT, **options)
   return folder
 
 
 def fails(folder):
   """The one line that reading a folder ends with."""
   with pytest.raises(errors.UserError) as caught:
-    released.read(str(folder))
-    released.read_result(str(folder))
+    model_folder.read(str(folder))
+    model_folder.read_result(str(folder))
   assert "\n" not in str(caught.value)
   return str(caught.value)
 
 
 def test_what_is_written_is_read_back(tmp_path):
   folder = written(tmp_path / "a", result=RESULT)
-  config, params, metadata = released.read(str(folder))
+  config, params, metadata = model_folder.read(str(folder))
   assert config == CONFIG
   toys.assert_equal(params, tree())
   assert {k: metadata[k] for k in ("step", "average", "data")} == {
       k: ABOUT[k] for k in ("step", "average", "data")
   }
   assert metadata["image_shape"] == [8, 8, 1]
-  assert metadata["format"] == released.FORMAT
+  assert metadata["format"] == model_folder.FORMAT
   assert metadata["config_digest"] == resolve.digest(resolve.resolve(config))
-  assert released.read_result(str(folder)) == RESULT
-  assert sorted(os.listdir(folder)) == sorted(released.FILES)
+  assert model_folder.read_result(str(folder)) == RESULT
+  assert sorted(os.listdir(folder)) == sorted(model_folder.FILES)
   assert sorted(os.listdir(tmp_path)) == ["a"]
   # What is read can be written to.
   params["conv"]["bias"] += 1
@@ -96,8 +96,8 @@ def test_what_is_written_is_read_back(tmp_path):
 
 def test_a_result_is_optional(tmp_path):
   folder = written(tmp_path / "a")
-  assert released.read_result(str(folder)) is None
-  assert released.RESULT not in os.listdir(folder)
+  assert model_folder.read_result(str(folder)) is None
+  assert model_folder.RESULT not in os.listdir(folder)
 
 
 @pytest.mark.parametrize("dtype, epsilon", [
@@ -105,10 +105,10 @@ def test_a_result_is_optional(tmp_path):
 ])
 def test_smaller_dtypes_round_to_nearest(tmp_path, dtype, epsilon):
   folder = written(tmp_path / "a", dtype=dtype)
-  _, params, metadata = released.read(str(folder))
+  _, params, metadata = model_folder.read(str(folder))
   assert metadata["dtype"] == dtype
-  stored = weight_files.read(str(folder / released.WEIGHTS)).groups[""]
-  assert {v.dtype for v in stored.values()} == {released.DTYPES[dtype]}
+  stored = weight_files.read(str(folder / model_folder.WEIGHTS)).groups[""]
+  assert {v.dtype for v in stored.values()} == {model_folder.DTYPES[dtype]}
   for name, value in (("kernel", params["conv"]["kernel"]),
                       ("bias", params["conv"]["bias"])):
     exact = tree()["conv"][name]
@@ -116,18 +116,18 @@ def test_smaller_dtypes_round_to_nearest(tmp_path, dtype, epsilon):
     error = np.abs(value - exact) / np.abs(exact)
     assert 0 < error.max() <= epsilon, name
   # What the dtype holds exactly comes back exactly.
-  again = released.write(
+  again = model_folder.write(
       str(tmp_path / "b"), CONFIG, params, ABOUT, dtype=dtype
   )
   assert again is None
-  toys.assert_equal(released.read(str(tmp_path / "b"))[1], params)
+  toys.assert_equal(model_folder.read(str(tmp_path / "b"))[1], params)
 
 
 @pytest.mark.parametrize("dtype, width", [
     ("float32", 4), ("bfloat16", 2), ("float16", 2)
 ])
 def test_size_is_that_of_the_values_and_a_small_header(tmp_path, dtype, width):
-  path = written(tmp_path / "a", dtype=dtype) / released.WEIGHTS
+  path = written(tmp_path / "a", dtype=dtype) / model_folder.WEIGHTS
   count = 3 * 3 * 2 * 5 + 5 + 7 + 1
   (header,) = struct.unpack("<Q", path.read_bytes()[:8])
   assert path.stat().st_size == 8 + header + count * width
@@ -136,13 +136,13 @@ def test_size_is_that_of_the_values_and_a_small_header(tmp_path, dtype, width):
 
 def test_the_same_weights_give_the_same_bytes(tmp_path):
   folders = [written(tmp_path / name, result=RESULT) for name in "ab"]
-  for name in released.FILES:
+  for name in model_folder.FILES:
     first, second = ((folder / name).read_bytes() for folder in folders)
     assert first == second, name
 
 
 def test_other_programs_find_the_tensors(tmp_path):
-  path = written(tmp_path / "a") / released.WEIGHTS
+  path = written(tmp_path / "a") / model_folder.WEIGHTS
   found = safetensors.numpy.load_file(path)
   assert set(found) == {
       "conv.kernel", "conv.bias", "deep.block_0.norm.scale", "gain"
@@ -155,7 +155,7 @@ def test_other_programs_find_the_tensors(tmp_path):
 
 def rewrite(folder, change=None, tensors=None, **metadata):
   """Writes the weights of a folder again, otherwise."""
-  path = folder / released.WEIGHTS
+  path = folder / model_folder.WEIGHTS
   file = weight_files.read(str(path))
   found = json.loads(file.metadata["bcm_jax"]) | metadata
   values = dict(file.groups[""]) if tensors is None else tensors
@@ -167,9 +167,9 @@ def rewrite(folder, change=None, tensors=None, **metadata):
 
 
 @pytest.mark.parametrize("missing, said", [
-    ([released.WEIGHTS], "holds no model.safetensors; expected"),
-    ([released.CONFIG], "holds no config.json; expected"),
-    ([released.WEIGHTS, released.CONFIG],
+    ([model_folder.WEIGHTS], "holds no model.safetensors; expected"),
+    ([model_folder.CONFIG], "holds no config.json; expected"),
+    ([model_folder.WEIGHTS, model_folder.CONFIG],
      "holds no model.safetensors and no config.json"),
 ])
 def test_missing_files(tmp_path, missing, said):
@@ -177,18 +177,18 @@ def test_missing_files(tmp_path, missing, said):
   for name in missing:
     (folder / name).unlink()
   assert said in fails(folder)
-  assert "bcm_jax.release.hub pack" in fails(tmp_path / "nowhere")
+  assert "bcm_jax.export.hub pack" in fails(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("cut", [0, 4, 200, -1])
 def test_weights_cut_short(tmp_path, cut):
-  path = written(tmp_path / "a") / released.WEIGHTS
+  path = written(tmp_path / "a") / model_folder.WEIGHTS
   path.write_bytes(path.read_bytes()[:cut])
   assert str(path) in fails(tmp_path / "a")
 
 
 def test_a_flipped_bit_is_noticed(tmp_path):
-  path = written(tmp_path / "a") / released.WEIGHTS
+  path = written(tmp_path / "a") / model_folder.WEIGHTS
   content = bytearray(path.read_bytes())
   content[-3] ^= 1
   path.write_bytes(content)
@@ -202,7 +202,7 @@ def test_values_under_another_name_are_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("metadata, said", [
-    ({"format": released.FORMAT + 1}, "update it: pip install -U bcm_jax"),
+    ({"format": model_folder.FORMAT + 1}, "update it: pip install -U bcm_jax"),
     ({"format": None}, "no record of bcm_jax"),
     ({"format": "one"}, "no record of bcm_jax"),
     ({"step": None}, "lacks step"),
@@ -224,7 +224,7 @@ def test_a_newer_format_is_told_before_anything_else(tmp_path):
 
 def test_weights_of_other_libraries(tmp_path):
   folder = written(tmp_path / "a")
-  path = str(folder / released.WEIGHTS)
+  path = str(folder / model_folder.WEIGHTS)
   weight_files.write(path, {"x": np.zeros(3, np.float32)})
   assert "bcm_jax.generate.convert" in fails(folder)
   torch_file = str(tmp_path / "x.pt")
@@ -239,7 +239,7 @@ def test_a_tensor_below_another(tmp_path):
   assert "lies below another" in fails(folder)
 
 
-@pytest.mark.parametrize("name", [released.CONFIG, released.RESULT])
+@pytest.mark.parametrize("name", [model_folder.CONFIG, model_folder.RESULT])
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b"[" * 99999])
 def test_damaged_json(tmp_path, name, content):
   folder = written(tmp_path / "a", result=RESULT)
@@ -249,11 +249,11 @@ def test_damaged_json(tmp_path, name, content):
 
 def test_a_config_of_other_weights(tmp_path):
   folder = written(tmp_path / "a")
-  config = json.loads((folder / released.CONFIG).read_text())
+  config = json.loads((folder / model_folder.CONFIG).read_text())
   config["method"]["sigma_data"] = 0.5
-  (folder / released.CONFIG).write_text(json.dumps(config))
+  (folder / model_folder.CONFIG).write_text(json.dumps(config))
   said = fails(folder)
-  assert released.config_digest(CONFIG) in said
+  assert model_folder.config_digest(CONFIG) in said
   assert "--config.section.key" in said
 
 
@@ -274,10 +274,12 @@ def test_values_that_a_dtype_cannot_hold(tmp_path):
   params = tree()
   params["conv"]["bias"][2] = 1e5
   with pytest.raises(errors.UserError, match=r"'conv\.bias'.*--dtype=bfloat16"):
-    released.write(str(tmp_path / "a"), CONFIG, params, ABOUT, dtype="float16")
+    model_folder.write(str(tmp_path / "a"), CONFIG, params, ABOUT, dtype="float16")
   assert not os.listdir(tmp_path)
-  released.write(str(tmp_path / "a"), CONFIG, params, ABOUT, dtype="bfloat16")
-  _, found, _ = released.read(str(tmp_path / "a"))
+  model_folder.write(
+    str(tmp_path / "a"), CONFIG, params, ABOUT, dtype="bfloat16"
+  )
+  _, found, _ = model_folder.read(str(tmp_path / "a"))
   assert found["conv"]["bias"][2] == np.float32(ml_dtypes.bfloat16(1e5))
 
 
@@ -294,7 +296,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
   def full(path, content):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(released.files, "write_json", full)
+  monkeypatch.setattr(model_folder.files, "write_json", full)
   with pytest.raises(OSError):
     written(tmp_path / "a")
   assert not os.listdir(tmp_path)
@@ -315,9 +317,10 @@ def card(**options):
 def test_front_matter_is_what_the_hub_reads():
   front, _ = card(license_id="apache-2.0")
   assert front == {
-      "library_name": "bcm_jax", "license": "apache-2.0",
-      "pipeline_tag": "unconditional-image-generation",
-      "tags": ["bcm_jax", "jax", "flax", "bcm"],
+    "library_name": "bcm_jax",
+    "license": "apache-2.0",
+    "pipeline_tag": "unconditional-image-generation",
+    "tags": ["bcm_jax", "jax", "flax", "bcm"],
   }
   assert "license" not in card()[0]
 
@@ -325,8 +328,9 @@ def test_front_matter_is_what_the_hub_reads():
 def cells(text):
   """{first cell of a row: the others} of all tables."""
   rows = [
-      [cell.strip() for cell in line.strip("|").split("|")]
-      for line in text.splitlines() if line.startswith("|")
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in text.splitlines()
+    if line.startswith("|")
   ]
   return {row[0]: row[1:] for row in rows}
 
@@ -350,9 +354,11 @@ def test_numbers_are_those_of_the_result():
 def test_without_a_result_nothing_is_measured():
   _, text = card()
   found = cells(text)
-  assert found["images seen in training"] == found["training time"] == [
-      "not measured"
-  ]
+  assert (
+    found["images seen in training"]
+    == found["training time"]
+    == ["not measured"]
+  )
   assert "## Numbers\n\nnot measured\n" in text
   assert not {"KID", "mse", "bits_per_dim"} & found.keys()
 
@@ -360,10 +366,11 @@ def test_without_a_result_nothing_is_measured():
 def test_the_card_says_what_it_is_and_how_to_load_it():
   _, text = card()
   assert "# bcm on digits" in text
-  assert ("A bidirectional consistency model of 8x8 grey images of 10 classes"
-          in text)
+  assert (
+    "A bidirectional consistency model of 8x8 grey images of 10 classes" in text
+  )
   assert cells(text)["network"] == [
-      "`adm`, 398,233 parameters, stored as float32"
+    "`adm`, 398,233 parameters, stored as float32"
   ]
   assert "python -m bcm_jax.release.hub pull OWNER/NAME model" in text
   assert 'bcm_jax.load("model")' in text

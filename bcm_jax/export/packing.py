@@ -16,7 +16,7 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
-from bcm_jax.interop import released
+from bcm_jax.export import model_folder
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 
@@ -68,11 +68,11 @@ def pack(
       "data": provenance.data_name(config.data),
       "image_shape": experiment.image_shape,
   }
-  released.write(
+  model_folder.write(
       out, resolve.to_json(config), params, about, dtype, result, license_id
   )
   count = sum(v.size for v in jax.tree.leaves(params))
-  size = os.path.getsize(os.path.join(out, released.WEIGHTS))
+  size = os.path.getsize(os.path.join(out, model_folder.WEIGHTS))
   lines = [
       f"step {step}, {average}: {count:,} parameters, {dtype}, {size:,} bytes",
       "no result of mode eval for these weights" if result is None
@@ -128,16 +128,16 @@ def load(
     UserError: as `released.read`; a config that this version does not know, or
       whose network has other tensors.
   """
-  raw, params, metadata = released.read(folder)
-  released.read_result(folder)
-  path = os.path.join(folder, released.CONFIG)
+  raw, params, metadata = model_folder.read(folder)
+  model_folder.read_result(folder)
+  path = os.path.join(folder, model_folder.CONFIG)
   try:
     config = resolve.resolve(_plain(raw), _ALONE | dict(overrides or {}))
     experiment = build.build(config, to_train=False)
   except errors.UserError as e:
     raise errors.UserError(f"{path}: {e}") from e
   _check_shapes(
-      os.path.join(folder, released.WEIGHTS), experiment, params
+      os.path.join(folder, model_folder.WEIGHTS), experiment, params
   )
   return experiment, params, metadata
 
@@ -219,6 +219,6 @@ def _local_paths(config) -> Iterator[str]:
   ]
   if found:
     yield (
-        f"{released.CONFIG} names places of this machine: {', '.join(found)}; "
-        "set others by --config.section.key=value if they should not be seen"
+      f"{model_folder.CONFIG} names places of this machine: {', '.join(found)}; "
+      "set others by --config.section.key=value if they should not be seen"
     )

@@ -25,7 +25,7 @@ import safetensors.numpy
 
 from bcm_jax import __version__
 from bcm_jax import errors
-from bcm_jax.interop import model_card
+from bcm_jax.export import model_card
 from bcm_jax.interop import weight_files
 from bcm_jax.utils import files
 
@@ -227,7 +227,7 @@ def _metadata(path: str, file: weight_files.WeightFile) -> dict[str, Any]:
   """What the header says of the weights."""
   if file.kind != "safetensors" or _KEY not in file.metadata:
     raise errors.UserError(
-        f"{path} was not written by bcm_jax.release.hub; weights of other "
+        f"{path} was not written by bcm_jax.export.hub; weights of other "
         "libraries become a work directory by python -m bcm_jax.interop.convert"
     )
   try:

@@ -23,9 +23,9 @@ from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.evaluation import evaluate
-from bcm_jax.interop import released
-from bcm_jax.release import hub as hub_command
-from bcm_jax.release import packing
+from bcm_jax.export import hub as hub_command
+from bcm_jax.export import model_folder
+from bcm_jax.export import packing
 from tests import hub_server
 from tests import toys
 
@@ -116,7 +116,7 @@ def files_of(folder) -> dict[str, bytes]:
 
 
 def test_a_folder_holds_what_the_run_holds(run, folder):
-  config, params, metadata = released.read(str(folder))
+  config, params, metadata = model_folder.read(str(folder))
   step, average, expected = params_of(run)
   assert config == json.loads((run / "config.json").read_text())
   toys.assert_equal(params, expected)
@@ -124,7 +124,7 @@ def test_a_folder_holds_what_the_run_holds(run, folder):
       4, "ema_0.5"
   )
   result = json.loads((run / "eval" / "4.json").read_text())
-  assert released.read_result(str(folder)) == result
+  assert model_folder.read_result(str(folder)) == result
   front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
   assert front["library_name"] == "bcm_jax"
   distance = result["samplers"]["onestep_nfe1"]["FD (raw pixels)"]
@@ -153,7 +153,7 @@ def test_unpacked_run_makes_the_same_samples(run, folder, tmp_path, capsys):
 
 
 def test_a_folder_is_no_run_and_says_what_makes_one(run, folder, capsys):
-  with pytest.raises(errors.UserError, match="bcm_jax.release.hub unpack"):
+  with pytest.raises(errors.UserError, match="bcm_jax.export.hub unpack"):
     params_of(folder)
   line = fails(capsys, "pack", run, "out", "--config=digits.py")
   assert "configs of their own" in line
@@ -195,12 +195,12 @@ def test_a_run_does_not_go_on_in_it_by_mistake(folder, tmp_path):
 def test_averages_and_steps(run, tmp_path, average, step):
   out = tmp_path / "out"
   hub("pack", run, out, f"--average={average}", f"--step={step}")
-  _, params, metadata = released.read(str(out))
+  _, params, metadata = model_folder.read(str(out))
   assert (metadata["step"], metadata["average"]) == (step, average)
   toys.assert_equal(params, params_of(run, average, step)[2])
   # Numbers are of the last step's first average alone.
   evaluated = (average, step) == ("ema_0.5", 4)
-  assert (released.read_result(str(out)) is not None) == evaluated
+  assert (model_folder.read_result(str(out)) is not None) == evaluated
   card = (out / "README.md").read_text()
   assert ("## Numbers\n\nnot measured\n" in card) != evaluated
 
@@ -208,9 +208,9 @@ def test_averages_and_steps(run, tmp_path, average, step):
 def test_half_the_size_rounds_a_run(run, folder, tmp_path, capsys):
   out = tmp_path / "half"
   hub("pack", run, out, "--dtype=bfloat16", "--license=mit")
-  _, exact, _ = released.read(str(folder))
+  _, exact, _ = model_folder.read(str(folder))
   count = sum(math.prod(v.shape) for v in jax.tree.leaves(exact))
-  size = (out / released.WEIGHTS).stat().st_size
+  size = (out / model_folder.WEIGHTS).stat().st_size
   assert f"{count:,} parameters, bfloat16, {size:,} bytes" in (
       capsys.readouterr().out
   )
@@ -226,7 +226,7 @@ def test_half_the_size_rounds_a_run(run, folder, tmp_path, capsys):
 def test_an_average_that_a_config_asks_for_is_packed_alone(run, tmp_path):
   out, again = tmp_path / "packed", tmp_path / "unpacked"
   packing.pack(str(run), str(out), average="ema_0.9")
-  assert released.read(str(out))[0]["sample"]["average"] == "ema_0.5"
+  assert model_folder.read(str(out))[0]["sample"]["average"] == "ema_0.5"
   packing.unpack(str(out), str(again))
   toys.assert_equal(params_of(again)[2], params_of(run, "ema_0.9")[2])
   meta = checkpoint.Checkpoints(runs.checkpoint_dir(str(again))).read_raw()[2]
@@ -243,9 +243,9 @@ def test_a_result_of_several_averages_is_found(run, tmp_path):
         json.dumps(result | {"average": average})
     )
   packing.pack(str(copy), str(tmp_path / "a"), average="params")
-  assert released.read_result(str(tmp_path / "a"))["average"] == "params"
+  assert model_folder.read_result(str(tmp_path / "a"))["average"] == "params"
   packing.pack(str(copy), str(tmp_path / "b"))
-  assert released.read_result(str(tmp_path / "b")) is None
+  assert model_folder.read_result(str(tmp_path / "b")) is None
   (copy / "eval" / "4_params.json").write_text("{")
   with pytest.raises(errors.UserError, match="evaluate again"):
     packing.pack(str(copy), str(tmp_path / "c"), average="params")
@@ -258,7 +258,7 @@ def test_places_of_this_machine_are_told_and_can_be_changed(
   assert "sample.guide=/home/me/secret" in capsys.readouterr().out
   hub("pack", run, tmp_path / "b", "--config.sample.guide=none")
   assert "names places" not in capsys.readouterr().out
-  assert released.read(str(tmp_path / "b"))[0]["sample"]["guide"] is None
+  assert model_folder.read(str(tmp_path / "b"))[0]["sample"]["guide"] is None
 
 
 def test_a_folder_names_no_code_to_run(run, tmp_path):
@@ -275,10 +275,10 @@ def test_a_folder_names_no_code_to_run(run, tmp_path):
 
 def other(folder, tmp_path, change):
   """The folder with parameters changed, well-formed all the same."""
-  config, params, metadata = released.read(str(folder))
+  config, params, metadata = model_folder.read(str(folder))
   change(params)
   out = tmp_path / "other"
-  released.write(str(out), config, params, metadata)
+  model_folder.write(str(out), config, params, metadata)
   return out
 
 
@@ -304,9 +304,9 @@ def test_tensors_of_another_network(folder, tmp_path, capsys, change, said):
 
 
 def test_a_config_of_another_version(folder, tmp_path, capsys):
-  config, params, metadata = released.read(str(folder))
+  config, params, metadata = model_folder.read(str(folder))
   config["sample"]["brightness"] = 3
-  released.write(str(tmp_path / "a"), config, params, metadata)
+  model_folder.write(str(tmp_path / "a"), config, params, metadata)
   line = fails(capsys, "unpack", tmp_path / "a", tmp_path / "out")
   assert "config.json: unknown config key" in line and "brightness" in line
 
@@ -387,7 +387,7 @@ def test_a_work_directory_is_packed_on_the_way(run, folder, tmp_path, online):
       "--license=mit", "--config.sample.num_samples=7")
   assert online.repositories["me/b"].private
   hub("pull", "me/b", tmp_path / "b")
-  config, _, metadata = released.read(str(tmp_path / "b"))
+  config, _, metadata = model_folder.read(str(tmp_path / "b"))
   assert metadata["average"] == "params" and metadata["dtype"] == "bfloat16"
   assert config["sample"]["num_samples"] == 7
 
@@ -396,12 +396,12 @@ def test_old_numbers_do_not_stay_beside_new_weights(run, tmp_path, online):
   hub("push", run, "me/a")
   first = online.repositories["me/a"].main
   hub("push", run, "me/a", "--average=params")
-  assert released.RESULT not in online.repositories["me/a"].files
+  assert model_folder.RESULT not in online.repositories["me/a"].files
   # A revision brings what was there.
   hub("pull", f"me/a@{first[:0]}main", tmp_path / "new")
   hub("pull", f"me/a@{first}", tmp_path / "old")
   for name, result in (("old", True), ("new", False)):
-    found = released.read_result(str(tmp_path / name))
+    found = model_folder.read_result(str(tmp_path / name))
     assert (found is not None) == result
 
 
@@ -422,16 +422,16 @@ def test_packed_folders_are_not_packed_again(folder, online, capsys):
 def test_damage_does_not_travel(folder, tmp_path, online, capsys):
   source = tmp_path / "source"
   shutil.copytree(folder, source)
-  content = bytearray((source / released.WEIGHTS).read_bytes())
+  content = bytearray((source / model_folder.WEIGHTS).read_bytes())
   content[-3] ^= 1
-  (source / released.WEIGHTS).write_bytes(content)
+  (source / model_folder.WEIGHTS).write_bytes(content)
   assert "digest" in fails(capsys, "push", source, "me/a")
   assert not online.log
   hub("push", folder, "me/a")
-  online.repositories["me/a"].files[released.WEIGHTS] = bytes(content)
+  online.repositories["me/a"].files[model_folder.WEIGHTS] = bytes(content)
   line = fails(capsys, "pull", "me/a", tmp_path / "out")
   assert "me/a/model.safetensors is damaged" in line
-  del online.repositories["me/a"].files[released.WEIGHTS]
+  del online.repositories["me/a"].files[model_folder.WEIGHTS]
   line = fails(capsys, "pull", "me/a", tmp_path / "out")
   assert "me/a holds no model.safetensors" in line
   assert os.listdir(tmp_path) == ["source"]
@@ -496,7 +496,7 @@ def test_without_the_library(folder, tmp_path, capsys, monkeypatch):
 def test_the_library_is_imported_late():
   code = (
       "import sys\n"
-      "from bcm_jax.release import hub\n"
+      "from bcm_jax.export import hub\n"
       "assert 'huggingface_hub' not in sys.modules\n"
       "hub.main(['--help'])"
   )

@@ -25,10 +25,10 @@ from bcm_jax.config import build
 from bcm_jax.config import config_files
 from bcm_jax.config import registry
 from bcm_jax.config import resolve
+from bcm_jax.export import stablehlo
+from bcm_jax.export import stablehlo_runtime
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
-from bcm_jax.release import export
-from bcm_jax.release import exported
 from bcm_jax.sampling import rolled
 from tests import toys
 
@@ -80,14 +80,14 @@ def run(tmp_path_factory):
 def path(run, tmp_path_factory):
   """All that a run's network can, for all platforms, by the command."""
   out = tmp_path_factory.mktemp("out") / "digits.zip"
-  export.main([str(run), str(out), f"--samplers={','.join(SAMPLERS)}",
+  stablehlo.main([str(run), str(out), f"--samplers={','.join(SAMPLERS)}",
                "--invert"])
   return out
 
 
 @pytest.fixture(scope="module")
 def model(path):
-  return exported.load(path)
+  return stablehlo_runtime.load(path)
 
 
 def open_run(run, average=None, overrides=None):
@@ -132,7 +132,7 @@ def test_samples_are_those_of_the_library(library, model, sampler):
 
 
 def test_an_image_does_not_depend_on_its_batch(path, model):
-  parts = exported.load(path, batch_size=5)
+  parts = stablehlo_runtime.load(path, batch_size=5)
   images = parts.sample(7, seed=1, sampler=SAMPLERS[1])
   assert len(images) == 7
   for index in ([0, 1, 2, 3, 4], [5, 0, 6, 0, 2]):
@@ -173,15 +173,15 @@ def test_inversion_is_that_of_the_library(library, model):
 def test_a_network_without_classes_and_with_one_time(tmp_path):
   run = make_run(tmp_path / "run", "digits_ict.py", model__num_classes="none")
   out = tmp_path / "ict.zip"
-  export.write(str(run), str(out), platforms=["cpu"])
-  model = exported.load(out)
+  stablehlo.write(str(run), str(out), platforms=["cpu"])
+  model = stablehlo_runtime.load(out)
   assert list(model.samplers) == ["onestep"] and model.num_classes is None
   expected = samples(open_run(run), "onestep", range(3), 1)
   assert_within_a_grey_level(model.sample(3, seed=1), expected)
-  with pytest.raises(exported.InputError, match="without classes"):
+  with pytest.raises(stablehlo_runtime.InputError, match="without classes"):
     model.sample(3, labels=1)
   with pytest.raises(errors.UserError, match="which this network cannot"):
-    export.write(str(run), str(tmp_path / "no.zip"), invert=True)
+    stablehlo.write(str(run), str(tmp_path / "no.zip"), invert=True)
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +211,11 @@ def test_long_plans_are_loops_that_draw_the_same(
     "sample.guidance_interval": "(20.,50.)",
   }
   flags = [f"--config.{k}={v}" for k, v in overrides.items()]
-  export.main([str(denoiser), str(out), "--platforms=cpu", *flags])
-  model, library = exported.load(out), open_run(denoiser, None, overrides)
+  stablehlo.main([str(denoiser), str(out), "--platforms=cpu", *flags])
+  model, library = (
+    stablehlo_runtime.load(out),
+    open_run(denoiser, None, overrides),
+  )
   plan = planning.sampling_plan(library[0])
   assert (plan.nfe, plan.guide_nfe) == (5, 1)
   assert [len(turns) for turns in rolled.alike(plan)] == [1, 1, 2, 1]
@@ -233,7 +236,7 @@ def test_an_average_and_a_guide_of_another_go_along(denoiser, tmp_path):
     "sample.guide": str(denoiser),
   }
   flags = [f"--config.{k}={v}" for k, v in guided.items()]
-  export.main(
+  stablehlo.main(
     [
       str(run),
       str(out),
@@ -245,7 +248,7 @@ def test_an_average_and_a_guide_of_another_go_along(denoiser, tmp_path):
   )
   library = open_run(run, "ema_0.5", guided)
   expected = samples(library, None, range(3), 1, np.arange(3))
-  model = exported.load(out)
+  model = stablehlo_runtime.load(out)
   assert model.manifest["average"] == "ema_0.5"
   assert_within_a_grey_level(model.sample(3, seed=1), expected)
   paths = {name.split("/")[0] for name in model._weights}
@@ -280,7 +283,7 @@ def test_the_file_explains_itself(library, path, model):
   for name, digest in manifest["files"].items():
     assert hashlib.sha256(contents[name]).hexdigest() == digest
   assert set(contents) == {"manifest.json", *manifest["files"]}
-  loader = pathlib.Path(exported.__file__).read_bytes()
+  loader = pathlib.Path(stablehlo_runtime.__file__).read_bytes()
   assert contents["exported.py"] == loader
 
 
@@ -330,7 +333,7 @@ def test_every_network_is_lowered_for_all_platforms(name):
   }
   config = resolve.resolve({"method": {"name": "edm"}}, values | NETWORKS[name])
   built = build.build(config, to_train=False)
-  weights = export.to_weights(
+  weights = stablehlo.to_weights(
     jax.eval_shape(
       built.method.init, jax.random.key(0), *build.example_batch(built)
     )
@@ -338,14 +341,14 @@ def test_every_network_is_lowered_for_all_platforms(name):
   plan = planning.sampling_plan(built, "ddim:2")
   program = jax_export.deserialize(
     bytearray(
-      export.serialised(
-        export.sampler(built, None, plan),
-        export.specs(built, weights),
-        export.PLATFORMS,
+      stablehlo.serialised(
+        stablehlo.sampler(built, None, plan),
+        stablehlo.specs(built, weights),
+        stablehlo.PLATFORMS,
       )
     )
   )
-  assert program.platforms == export.PLATFORMS
+  assert program.platforms == stablehlo.PLATFORMS
   assert str(program.out_avals[0].shape) == "(b, 16, 16, 3)"
   assert_portable(program)
 
@@ -413,20 +416,20 @@ def test_programs_hold_no_weights_and_no_paths(path):
 
 def test_the_same_run_gives_the_same_bytes(run, tmp_path):
   for name in ("a.zip", "b.zip"):
-    export.write(str(run), str(tmp_path / name), platforms=["cpu"])
+    stablehlo.write(str(run), str(tmp_path / name), platforms=["cpu"])
   a, b = ((tmp_path / n).read_bytes() for n in ("a.zip", "b.zip"))
   assert a == b
 
 
 def test_any_damage_is_noticed(path, tmp_path):
   good = path.read_bytes()
-  whole = exported.load(path)
+  whole = stablehlo_runtime.load(path)
   copy, found = tmp_path / "copy.zip", 0
   for at in np.random.default_rng(0).integers(0, len(good), 120):
     copy.write_bytes(good[:at] + bytes([good[at] ^ 0x41]) + good[at + 1 :])
     try:
-      model = exported.load(copy)
-    except exported.DamagedError as e:
+      model = stablehlo_runtime.load(copy)
+    except stablehlo_runtime.DamagedError as e:
       assert str(copy) in str(e) and "copy or export it again" in str(e)
       found += 1
     else:  # In a field that nobody reads, such as a date.
@@ -434,8 +437,8 @@ def test_any_damage_is_noticed(path, tmp_path):
   assert found > 110
   for cut in (0, 1, len(good) // 2, len(good) - 1):
     copy.write_bytes(good[:cut])
-    with pytest.raises(exported.DamagedError):
-      exported.load(copy)
+    with pytest.raises(stablehlo_runtime.DamagedError):
+      stablehlo_runtime.load(copy)
 
 
 def repack(path, out, name, content):
@@ -449,21 +452,25 @@ def repack(path, out, name, content):
 def rewrite(path, out, **changes):
   """A copy with another manifest and a digest that fits it."""
   manifest = json.loads(members(path)["manifest.json"]) | changes
-  manifest["sha256"] = exported.record_digest(manifest)
+  manifest["sha256"] = stablehlo_runtime.record_digest(manifest)
   return repack(path, out, "manifest.json", json.dumps(manifest).encode())
 
 
 @pytest.mark.parametrize(
   "changes, error, said",
   [
-    ({"format": 2}, exported.VersionError, "exported.py inside"),
-    ({"calling_convention_version": 99}, exported.VersionError, "99"),
-    ({"platforms": ["tpu"]}, exported.PlatformError, "exported for tpu, and"),
+    ({"format": 2}, stablehlo_runtime.VersionError, "exported.py inside"),
+    ({"calling_convention_version": 99}, stablehlo_runtime.VersionError, "99"),
+    (
+      {"platforms": ["tpu"]},
+      stablehlo_runtime.PlatformError,
+      "exported for tpu, and",
+    ),
   ],
 )
 def test_files_that_cannot_be_used_here(path, tmp_path, changes, error, said):
   with pytest.raises(error, match=said):
-    exported.load(rewrite(path, tmp_path / "other.zip", **changes))
+    stablehlo_runtime.load(rewrite(path, tmp_path / "other.zip", **changes))
 
 
 @pytest.mark.parametrize(
@@ -478,22 +485,24 @@ def test_members_that_were_edited(path, tmp_path, name, old, new):
   content = members(path)[name]
   assert old in content
   edited = repack(path, tmp_path / "a.zip", name, content.replace(old, new))
-  with pytest.raises(exported.DamagedError, match=f"digest of {name}"):
-    exported.load(edited)
+  with pytest.raises(stablehlo_runtime.DamagedError, match=f"digest of {name}"):
+    stablehlo_runtime.load(edited)
 
 
 def test_a_program_that_this_jax_cannot_read(path, tmp_path):
-  model = exported.load(path)
+  model = stablehlo_runtime.load(path)
   model._contents[model.samplers["onestep"]["file"]] = b"of another time" * 9
-  with pytest.raises(exported.VersionError, match="use a jax nearer"):
+  with pytest.raises(stablehlo_runtime.VersionError, match="use a jax nearer"):
     model.sample(1)
 
 
 def test_a_program_for_other_devices_alone(run, tmp_path):
   out = tmp_path / "gpu.zip"
-  export.main([str(run), str(out), "--platforms=cuda,rocm"])
-  with pytest.raises(exported.PlatformError, match="jax runs on cpu here"):
-    exported.load(out)
+  stablehlo.main([str(run), str(out), "--platforms=cuda,rocm"])
+  with pytest.raises(
+    stablehlo_runtime.PlatformError, match="jax runs on cpu here"
+  ):
+    stablehlo_runtime.load(out)
 
 
 # Bad input ------------------------------------------------------------------
@@ -525,20 +534,22 @@ IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
   ],
 )
 def test_arguments_that_do_not_fit(model, call, said):
-  with pytest.raises(exported.InputError, match=said):
+  with pytest.raises(stablehlo_runtime.InputError, match=said):
     call(model)
 
 
 def test_a_batch_size_of_nothing(path):
-  with pytest.raises(exported.InputError, match="at least 1"):
-    exported.load(path, batch_size=0)
+  with pytest.raises(stablehlo_runtime.InputError, match="at least 1"):
+    stablehlo_runtime.load(path, batch_size=0)
 
 
 def test_inversion_that_was_not_exported(run, tmp_path):
-  export.write(str(run), str(tmp_path / "a.zip"), platforms=["cpu"])
-  model = exported.load(tmp_path / "a.zip")
+  stablehlo.write(str(run), str(tmp_path / "a.zip"), platforms=["cpu"])
+  model = stablehlo_runtime.load(tmp_path / "a.zip")
   for call in (lambda: model.invert(IMAGES, 0), lambda: model.decode(0, 0)):
-    with pytest.raises(exported.InputError, match="again with --invert"):
+    with pytest.raises(
+      stablehlo_runtime.InputError, match="again with --invert"
+    ):
       call()
 
 
@@ -563,7 +574,7 @@ def test_inversion_that_was_not_exported(run, tmp_path):
 )
 def test_the_command_refuses(run, tmp_path, capsys, flags, said):
   with pytest.raises(SystemExit) as done:
-    export.main([str(run), str(tmp_path / "out" / "a.zip"), *flags])
+    stablehlo.main([str(run), str(tmp_path / "out" / "a.zip"), *flags])
   assert done.value.code == errors.EXIT_BAD_INPUT
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith("error: ") and said in line
@@ -573,7 +584,7 @@ def test_the_command_refuses(run, tmp_path, capsys, flags, said):
 def test_the_command_says_what_to_install(run, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "flatbuffers", None)
   with pytest.raises(errors.UserError, match=r"pip install 'bcm_jax\[export"):
-    export.write(str(run), str(tmp_path / "a.zip"))
+    stablehlo.write(str(run), str(tmp_path / "a.zip"))
 
 
 def test_places_that_cannot_be_written(run, path, tmp_path):
@@ -585,13 +596,13 @@ def test_places_that_cannot_be_written(run, path, tmp_path):
     (run, tmp_path / "file" / "a.zip", "cannot be written"),
   ):
     with pytest.raises(errors.UserError, match=said):
-      export.write(str(workdir), str(out), platforms=["cpu"])
+      stablehlo.write(str(workdir), str(out), platforms=["cpu"])
   assert path.read_bytes() == before
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
-  original, calls = export.serialised, []
+  original, calls = stablehlo.serialised, []
 
   def fails_at_the_second(*args):
     calls.append(original(*args))
@@ -599,9 +610,9 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
       raise RuntimeError("no more")
     return calls[-1]
 
-  monkeypatch.setattr(export, "serialised", fails_at_the_second)
+  monkeypatch.setattr(stablehlo, "serialised", fails_at_the_second)
   with pytest.raises(RuntimeError, match="no more"):
-    export.write(
+    stablehlo.write(
       str(run), str(tmp_path / "a.zip"), SAMPLERS[:2], platforms=["cpu"]
     )
   assert not list(tmp_path.iterdir())
@@ -674,7 +685,7 @@ def test_the_loader_needs_jax_and_flatbuffers_alone(path, model, tmp_path):
 
 
 def test_the_loader_imports_jax_numpy_and_python_alone():
-  tree = ast.parse(pathlib.Path(exported.__file__).read_text())
+  tree = ast.parse(pathlib.Path(stablehlo_runtime.__file__).read_text())
   names = set()
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
@@ -688,7 +699,7 @@ def test_the_loader_imports_jax_numpy_and_python_alone():
 def test_the_page_names_every_flag_and_call():
   page = pathlib.Path(__file__).parents[2] / "docs" / "export.md"
   text = page.read_text(encoding="utf-8")
-  source = pathlib.Path(export.__file__).read_text(encoding="utf-8")
+  source = pathlib.Path(stablehlo.__file__).read_text(encoding="utf-8")
   flags = {
     node.args[0].value
     for node in ast.walk(ast.parse(source))
@@ -699,8 +710,8 @@ def test_the_page_names_every_flag_and_call():
   assert len(flags) == 7
   for word in [*flags - {"workdir", "out"}, "WORKDIR", "OUT.zip"]:
     assert word in text, word
-  public = [n for n in vars(exported.Model) if not n.startswith("_")]
-  kinds = [n for n in vars(exported) if n.endswith("Error")]
+  public = [n for n in vars(stablehlo_runtime.Model) if not n.startswith("_")]
+  kinds = [n for n in vars(stablehlo_runtime) if n.endswith("Error")]
   assert len(public) == 3 and len(kinds) == 5
   for word in [*public, *kinds, f"more than {rolled.UNROLLED}\nevaluations"]:
     assert word in text, word

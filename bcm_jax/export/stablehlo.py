@@ -1,0 +1,415 @@
+"""The command: python -m bcm_jax.release.export WORKDIR OUT.zip.
+
+Writes the samplers of a run as StableHLO, with weights and a loader, into one
+file that jax and flatbuffers alone can run (docs/export.md):
+
+  python -m bcm_jax.release.export runs/digits digits.zip \\
+      --samplers=onestep,ancestral@0.7 --invert
+
+--samplers takes the notation of bcm_jax/generate/planning.py; without it the sampler of
+section sample is exported. What that section and section invert say can be set
+too: --config.sample.guidance=2. Exit status: 0 done, 65 bad input.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import sys
+from typing import Any, NamedTuple
+import zipfile
+
+from flax import traverse_util
+import jax
+from jax import export as jax_export
+import jax.numpy as jnp
+import numpy as np
+
+from bcm_jax import __version__
+from bcm_jax import errors
+from bcm_jax.checkpoint import runs
+from bcm_jax.config import build
+from bcm_jax.config import resolve
+from bcm_jax.data import image_source
+from bcm_jax.export import stablehlo_runtime
+from bcm_jax.generate import guides
+from bcm_jax.generate import planning
+from bcm_jax.sampling import guidance
+from bcm_jax.sampling import rolled
+from bcm_jax.sampling import samplers
+from bcm_jax.sampling import sampling_plan
+from bcm_jax.training import rng
+from bcm_jax.utils import cli
+from bcm_jax.utils import files
+from bcm_jax.utils import provenance
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+DEFAULT_PLATFORMS = ("cpu", "cuda", "tpu")
+# What the manifest says of `seed` and `index`.
+SEEDS = (
+  "sample: image i draws from keys of (seed, i), i its entry of index; "
+  "invert: the same of other streams; seed is uint32, keys are threefry's"
+)
+# Floats of the 256 grey levels, looked up as in training/step.py.
+_GREY = image_source.to_float(np.arange(256, dtype=np.uint8))
+
+Weights = dict[str, Any]  # 'network/path/of/tensor' -> array or its shape.
+
+
+class Function(NamedTuple):
+  """What is exported under a name.
+
+  Attributes:
+    arguments: names of its arguments in order, keys of `specs`.
+    call: function of these.
+    plan: what it does.
+  """
+
+  arguments: tuple[str, ...]
+  call: Callable[..., jax.Array]
+  plan: sampling_plan.Plan
+
+
+def write(
+  workdir: str,
+  out: str,
+  asked: Sequence[str] = (),
+  invert: bool = False,
+  platforms: Sequence[str] = DEFAULT_PLATFORMS,
+  average: str | None = None,
+  step: int | None = None,
+  overrides: Mapping[str, str] | None = None,
+) -> str:
+  """Exports the samplers of a run into a file that `exported.load` reads.
+
+  Args:
+    workdir: directory of the run.
+    out: file to make; must not be there yet.
+    asked: samplers in the notation of `planning`; none is section sample's.
+    invert: also export inversion, by section invert, and the way back.
+    platforms: of PLATFORMS; none of them need be at hand.
+    average: which average, as sample.average.
+    step: of the checkpoint; None is the newest.
+    overrides: 'section.key' -> text.
+
+  Returns:
+    What was exported, for a terminal.
+
+  Raises:
+    UserError: a run, sampler or platform that is not there or does not fit.
+  """
+  if os.path.lexists(out):
+    raise errors.UserError(f"{out} is there already; choose another OUT")
+  _check_platforms(platforms)
+  if importlib.util.find_spec("flatbuffers") is None:
+    raise errors.UserError("needs flatbuffers: pip install 'bcm_jax[export]'")
+  experiment = _open(workdir, overrides)
+  planned = {s: planning.sampling_plan(experiment, s) for s in asked}
+  if not planned:
+    own = experiment.config.sample.sampler
+    planned = {own: planning.sampling_plan(experiment)}
+  inversion = planning.inversion_plan(experiment) if invert else None
+  guide = guides.open_guide(experiment)
+  step, average, params = runs.load_run(experiment, workdir, average, step)
+  weights = to_weights(params, guide)
+  functions = {
+    name: sampler(experiment, guide, plan) for name, plan in planned.items()
+  }
+  if inversion is not None:  # No sampler has these names.
+    functions["invert"] = _inverter(experiment, guide, inversion)
+    functions["decode"] = _decoder(experiment, guide)
+  shapes = specs(experiment, weights)
+  blobs = [serialised(f, shapes, platforms) for f in functions.values()]
+  facts = dict(step=step, average=average, platforms=list(platforms))
+  _store(out, _members(functions, blobs, weights, _facts(experiment) | facts))
+  shown = "\n".join(str(f.plan) for f in functions.values())
+  return (
+    f"step {step}, {average}, for {', '.join(platforms)}\n{shown}\n"
+    f"written: {out}, {os.path.getsize(out):,} bytes"
+  )
+
+
+# What can be exported ---------------------------------------------------------
+
+
+def _check_platforms(platforms: Sequence[str]) -> None:
+  unknown = [p for p in platforms if p not in PLATFORMS]
+  if unknown or len(set(platforms)) < len(platforms):
+    raise errors.UserError(
+      f"--platforms={','.join(platforms)}: give each of "
+      f"{', '.join(PLATFORMS)} once at most; GPUs are cuda (NVIDIA) or rocm "
+      "(AMD)"
+    )
+
+
+def _open(
+  workdir: str, overrides: Mapping[str, str] | None
+) -> build.Experiment:
+  """The experiment of a run, if a single program can hold its sampler."""
+  config = runs.config_of(workdir, overrides)
+  if config.sample.rejection:
+    raise errors.UserError(
+      f"sample.rejection={config.sample.rejection} picks images by another "
+      "network, which is not exported; --config.sample.rejection=0"
+    )
+  if config.model.get("attention") == "cudnn":
+    raise errors.UserError(
+      "model.attention='cudnn' is for NVIDIA's GPUs alone and jax exports "
+      "none of its calls; --config.model.attention=xla computes the same"
+    )
+  return build.build(config, to_train=False)
+
+
+def to_weights(params: Any, guide: guides.Guide | None = None) -> Weights:
+  """Tensors by path, of the network and of one that guides it."""
+  networks = {"network": params}
+  if guide is not None and guide.params is not None:
+    networks["guide"] = guide.params
+  return traverse_util.flatten_dict(networks, sep="/")
+
+
+def specs(experiment: build.Experiment, weights: Weights) -> dict[str, Any]:
+  """Shapes of all arguments; the batch is the symbol b."""
+  (b,) = jax_export.symbolic_shape("b")
+  spec, shape = jax.ShapeDtypeStruct, (b, *experiment.image_shape)
+  return {
+    "weights": {k: spec(v.shape, v.dtype) for k, v in weights.items()},
+    "seed": spec((), jnp.uint32),
+    "index": spec((b,), jnp.int32),
+    "labels": spec((b,), jnp.int32),
+    "images": spec(shape, jnp.uint8),
+    "latents": spec(shape, jnp.float32),
+  }
+
+
+# The functions ----------------------------------------------------------------
+
+
+def _maps(
+  experiment: build.Experiment, guide: guides.Guide | None
+) -> Callable[[Weights], tuple[Callable, Callable | None]]:
+  """Function of the weights to (flow map, guided map or None), of batches.
+
+  Networks read the size of their batch, which is a symbol here: they are shown
+  one image at a time, and jax makes batches of that again. Jitted, so that a
+  network is written once however often a plan calls it.
+  """
+  method = experiment.method
+
+  def batched(f):
+    def one(*args):
+      return f(*jax.tree.map(lambda a: a[None], args))[0]
+
+    return jax.jit(jax.vmap(one))
+
+  def maps(weights):
+    networks = traverse_util.unflatten_dict(weights, sep="/")
+    main = method.flow_map(networks["network"])
+    if guide is None:
+      return batched(main), None
+    other = guide.flow_map(networks.get("guide", networks["network"]))
+    weight = experiment.config.sample.guidance
+    return batched(main), batched(guidance.guided(main, other, weight))
+
+  return maps
+
+
+def _named(experiment, *arguments: str) -> tuple[str, ...]:
+  """Names of arguments, with labels for a network that takes them."""
+  labels = [] if experiment.num_classes is None else ["labels"]
+  return ("weights", *arguments, *labels)
+
+
+def sampler(experiment, guide, plan: sampling_plan.Plan) -> Function:
+  """Images number `index` of `seed`, as runner.generate draws them."""
+  maps = _maps(experiment, guide)
+
+  def sample(weights, seed, index, labels=None):
+    noise = samplers.start_noise(
+      rng.example_keys(seed, "sample/start", 0, index),
+      experiment.image_shape,
+      experiment.method.sigma_max,
+    )
+    keys = rng.example_keys(seed, "sample/added", 0, index)
+    return _to_uint8(rolled.run(plan, *maps(weights), noise, labels, keys))
+
+  return Function(_named(experiment, "seed", "index"), sample, plan)
+
+
+def _inverter(experiment, guide, plan: sampling_plan.Plan) -> Function:
+  """Latents of images, as runner.invert_and_reconstruct finds them."""
+  maps = _maps(experiment, guide)
+
+  def invert(weights, seed, index, images, labels=None):
+    x = jnp.asarray(_GREY)[images]
+    keys = rng.example_keys(seed, "invert/added", 0, index)
+    return rolled.run(plan, *maps(weights), x, labels, keys)
+
+  return Function(_named(experiment, "seed", "index", "images"), invert, plan)
+
+
+def _decoder(experiment, guide) -> Function:
+  """Images of latents, in one step."""
+  maps = _maps(experiment, guide)
+  plan = sampling_plan.ancestral((), experiment.levels)
+
+  def decode(weights, latents, labels=None):
+    return _to_uint8(rolled.run(plan, *maps(weights), latents, labels, None))
+
+  return Function(_named(experiment, "latents"), decode, plan)
+
+
+def _to_uint8(x: jax.Array) -> jax.Array:
+  """data.source.to_uint8 of an array on the devices."""
+  return jnp.floor(jnp.clip((x + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+
+# The file ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _without_paths() -> Iterator[None]:
+  """No stack traces, and so no file names of this machine, in programs."""
+  before = jax.config.jax_traceback_in_locations_limit
+  jax.config.update("jax_traceback_in_locations_limit", 0)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_traceback_in_locations_limit", before)
+
+
+def serialised(
+  function: Function, shapes: dict[str, Any], platforms: Sequence[str]
+) -> bytes:
+  """The jax.export.Exported of a function, as bytes."""
+  with _without_paths():
+    traced = jax_export.export(jax.jit(function.call), platforms=platforms)
+    return bytes(traced(*(shapes[a] for a in function.arguments)).serialize())
+
+
+def _facts(experiment: build.Experiment) -> dict[str, Any]:
+  config, method = experiment.config, experiment.method
+  return {
+    "versions": {"bcm_jax": __version__, "jax": jax.__version__},
+    "calling_convention_version": jax.config.jax_export_calling_convention_version,
+    "method": config.method.name,
+    "data": provenance.data_name(config.data),
+    "config_digest": resolve.digest(config),
+    "image_shape": list(experiment.image_shape),
+    "num_classes": experiment.num_classes,
+    "sigma_min": method.sigma_min,
+    "sigma_max": method.sigma_max,
+    "seeds": SEEDS,
+  }
+
+
+def _members(
+  functions: dict[str, Function],
+  blobs: Sequence[bytes],
+  weights: Weights,
+  facts: dict[str, Any],
+) -> dict[str, bytes]:
+  """Contents of the file by name, the manifest first."""
+  entries, contents = {}, {}
+  for (name, f), blob in zip(functions.items(), blobs, strict=True):
+    file = f"{f.call.__name__}_{len(contents)}.bin"
+    contents[file] = blob
+    steps = [
+      {"kind": type(s).__name__} | dataclasses.asdict(s) for s in f.plan.steps
+    ]
+    entries[name] = {
+      "file": file,
+      "arguments": f.arguments,
+      "nfe": f.plan.nfe,
+      "plan": str(f.plan),
+      "steps": steps,
+    }
+  buffer = io.BytesIO()
+  np.savez(buffer, **weights)
+  contents[stablehlo_runtime.WEIGHTS] = buffer.getvalue()
+  loader = pathlib.Path(stablehlo_runtime.__file__)
+  contents[loader.name] = loader.read_bytes()
+  manifest = (
+    {"format": stablehlo_runtime.FORMAT}
+    | facts
+    | {
+      "invert": entries.pop("invert", None),
+      "decode": entries.pop("decode", None),
+      "samplers": entries,
+      "files": {
+        name: hashlib.sha256(content).hexdigest()
+        for name, content in contents.items()
+      },
+    }
+  )
+  manifest["sha256"] = stablehlo_runtime.record_digest(manifest)
+  text = json.dumps(manifest, indent=2) + "\n"
+  return {stablehlo_runtime.MANIFEST: text.encode()} | contents
+
+
+def _store(out: str, members: dict[str, bytes]) -> None:
+  """Writes the file, whole or not at all; equal contents give equal bytes."""
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(buffer, "w") as file:
+    for name, content in members.items():
+      info = zipfile.ZipInfo(name)
+      info.external_attr = 0o644 << 16
+      if name != stablehlo_runtime.WEIGHTS:  # These do not become smaller.
+        info.compress_type = zipfile.ZIP_DEFLATED
+      file.writestr(info, content)
+  try:
+    files.write_bytes(os.path.abspath(out), buffer.getvalue())
+  except OSError as e:
+    raise errors.UserError(
+      f"{out} cannot be written ({e}); choose another OUT"
+    ) from e
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Entry point; exits with 65 and one line on bad input."""
+  parser = cli.Parser("bcm_jax.export.stablehlo", __doc__)
+  parser.add_argument("workdir", help="work directory of the run")
+  parser.add_argument("out", help="file to make, such as digits.zip")
+  parser.add_argument(
+    "--samplers", default="", help="such as onestep,ancestral@0.7"
+  )
+  parser.add_argument(
+    "--invert", action="store_true", help="also from images to latents and back"
+  )
+  parser.add_argument(
+    "--platforms",
+    default=",".join(DEFAULT_PLATFORMS),
+    help="of " + ", ".join(PLATFORMS),
+  )
+  parser.add_argument("--average", help="which moving average")
+  parser.add_argument("--step", type=int, help="of the checkpoint")
+  with cli.reporting():
+    argv = sys.argv[1:] if argv is None else argv
+    file, overrides, rest = resolve.split_overrides(argv)
+    args = parser.parse_args(rest)
+    if file is not None:
+      raise errors.UserError(
+        f"--config={file}: the run in {args.workdir} has its own config; "
+        "single values are set by --config.section.key=value"
+      )
+    print(
+      write(
+        args.workdir,
+        args.out,
+        [s for s in args.samplers.split(",") if s],
+        args.invert,
+        args.platforms.split(","),
+        args.average,
+        args.step,
+        overrides,
+      )
+    )
+
+
+if __name__ == "__main__":
+  main()
