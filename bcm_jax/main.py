@@ -28,8 +28,6 @@ def run(file, overrides) -> None:
     return
   config = resolve.load(file, overrides, workdir, mode != "train")
   # Imported late: a wrong flag should not wait for TensorFlow.
-  from bcm_jax import compile as compilation
-  from bcm_jax import inspection
   from bcm_jax import sample
   from bcm_jax import train
   from bcm_jax.config import build
@@ -37,10 +35,12 @@ def run(file, overrides) -> None:
   from bcm_jax.evaluation import references
   from bcm_jax.evaluation import time_search
   from bcm_jax.generate import teacher_pairs
+  from bcm_jax.tools import aot_compile
+  from bcm_jax.tools import inspect_config
   from bcm_jax.training import multihost
 
   if mode == "compile":
-    compilation.run(config, args.topology, args.out)
+    aot_compile.run(config, args.topology, args.out)
     return
   multihost.connect(
       args.coordinator, args.num_processes, args.process_id,
@@ -54,7 +54,7 @@ def run(file, overrides) -> None:
     train.train_and_evaluate(config, workdir)
     return
   if mode == "inspect":
-    print(inspection.report(config, workdir, args.compare))
+    print(inspect_config.report(config, workdir, args.compare))
     return
   built = build.build(config, to_train=False)
   if mode in ("eval", "search", "reference", "pairs"):

@@ -415,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
   """Measures, prints and writes."""
   parser = cli.Parser("benchmarks/editing.py", __doc__)
   parser.add_argument("workdir", nargs="?")
-  parser.add_argument("--classifier", help="see bcm_jax.train_classifier")
+  parser.add_argument("--classifier", help="see bcm_jax.tools.train_classifier")
   parser.add_argument("--count", type=int, help="test images at most")
   parser.add_argument("--only", default=",".join(TASKS))
   parser.add_argument("--out", metavar="FILE")

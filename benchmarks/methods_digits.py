@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
   work = pathlib.Path(args.work).resolve()
   if not args.table:
     if not (work / "classifier" / "classifier.json").exists():
-      _do("bcm_jax.train_classifier", "--config=configs/digits.py",
+      _do("bcm_jax.tools.train_classifier", "--config=configs/digits.py",
           f"--out={work / 'classifier'}")
     seeds = [int(seed) for seed in args.seeds.split(",")]
     for seed in seeds:

@@ -29,13 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bcm_jax import compile as compilation
 from bcm_jax import loop
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.data import image_source
-from bcm_jax.training import executable
+from bcm_jax.tools import aot_compile
+from bcm_jax.tools import hlo_cost
 from bcm_jax.training import multihost
 from bcm_jax.training import sharding
 from bcm_jax.training import train_step
@@ -184,8 +184,8 @@ def model_flops(experiment: build.Experiment, phase: Phase) -> int:
   step = train_step.make_step(
       plain.method, plain.optimizers(), plain.step_options(backend)
   )
-  state, batch, curriculum = compilation.abstract_inputs(plain, backend)
-  return executable.count_flops(
+  state, batch, curriculum = aot_compile.abstract_inputs(plain, backend)
+  return hlo_cost.count_flops(
       functools.partial(step, phase=phase),
       state, batch, curriculum,
   )
@@ -202,8 +202,8 @@ def scaling(config: Any, counts: list[int]) -> list[dict[str, Any]]:
     experiment = build.build(sized)
     backend = experiment.mesh_backend(jax.devices()[:count])
     phase = experiment.method.phases()[0]
-    cost = executable.cost(
-        compilation.lower(experiment, backend, phase).compile()
+    cost = hlo_cost.cost(
+        aot_compile.lower(experiment, backend, phase).compile()
     )
     rows.append({
         "devices": count, "batch_size": batch, "flops": cost.flops,

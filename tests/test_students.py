@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import inspection
 from bcm_jax import sample
 from bcm_jax import train
 from bcm_jax.checkpoint import checkpoint
@@ -25,6 +24,7 @@ from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
 from bcm_jax.generate import teacher_pairs
 from bcm_jax.sampling import sampling_plan
+from bcm_jax.tools import inspect_config
 from tests import toys
 
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ def test_a_student_trains(teacher, trained, file):
   many = len(updates) > 1
   for name in updates:  # What took turns is told of each.
     assert np.isfinite(numbers[f"{name}/loss" if many else "loss"])
-  text = inspection.report(config, str(folder), None)
+  text = inspect_config.report(config, str(folder), None)
   assert "starts from the teacher" in text
   levels = {"cd": "start level t", "ctm": "sigma of L_DSM",
             "dmd": "sigma of the fake score"}
@@ -162,7 +162,7 @@ def test_a_student_is_used_without_its_teacher(trained, tmp_path, file):
 
 
 def test_inspection_tells_the_levels_of_a_denoiser():
-  text = inspection.report(resolve("digits_edm.py"), None, None)
+  text = inspect_config.report(resolve("digits_edm.py"), None, None)
   levels = text.partition("== levels\n")[2].partition("\n\n==")[0]
   head, *rows = levels.splitlines()
   assert head == "sigma (20000 draws)" and len(rows) == 12

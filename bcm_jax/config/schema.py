@@ -168,7 +168,7 @@ class Sample:
       the network itself without the class.
     rejection: share of images that are drawn in addition, to keep those of
       which a classifier is surest; 0 keeps all.
-    rejection_classifier: folder of it, see bcm_jax.train_classifier.
+    rejection_classifier: folder of it, see bcm_jax.tools.train_classifier.
     num_samples: images in all.
     batch_size: images at a time.
     label: class of all images; None takes all classes in equal shares.

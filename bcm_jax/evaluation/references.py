@@ -48,7 +48,7 @@ def open_features(section: schema.Eval) -> feature_extractors.Features:
     what = {
         "inception": "the weights file of pytorch-fid "
                      "(pt_inception-2015-12-05-6726825d.pth)",
-        "classifier": "a folder that bcm_jax.train_classifier wrote",
+        "classifier": "a folder that bcm_jax.tools.train_classifier wrote",
     }
     raise errors.UserError(
         f"eval.features={name!r} needs eval.features_path: {what[name]}"

@@ -127,7 +127,7 @@ def load_classifier(path: str, batch_size: int = 64) -> Classifier:
   """Features of the classifier in a folder.
 
   Args:
-    path: folder that bcm_jax.train_classifier wrote.
+    path: folder that bcm_jax.tools.train_classifier wrote.
     batch_size: images at a time.
 
   Returns:

@@ -206,12 +206,12 @@ def _serve() -> None:
   import grain  # noqa: F401
   import orbax.checkpoint  # noqa: F401
 
-  from bcm_jax import compile as _  # noqa: F401
-  from bcm_jax import inspection  # noqa: F401
   from bcm_jax import train  # noqa: F401
   from bcm_jax.data import digits
   from bcm_jax.evaluation import evaluate
   from bcm_jax.evaluation import time_search  # noqa: F401
+  from bcm_jax.tools import aot_compile  # noqa: F401
+  from bcm_jax.tools import inspect_config  # noqa: F401
   from tests.training import tiny_run
 
   digits.digit_arrays("train")

@@ -10,12 +10,12 @@ import sys
 import jax
 import pytest
 
-from bcm_jax import chips
-from bcm_jax import compile as compilation
 from bcm_jax import errors
 from bcm_jax.config import build
 from bcm_jax.config import resolve
-from bcm_jax.training import executable
+from bcm_jax.tools import aot_compile
+from bcm_jax.tools import chips
+from bcm_jax.tools import hlo_cost
 
 pytestmark = pytest.mark.slow
 
@@ -39,8 +39,8 @@ def cost(devices, **overrides):
   experiment = build.build(config)
   backend = experiment.mesh_backend(jax.devices()[:devices])
   phase = experiment.method.phases()[0]
-  return executable.cost(
-      compilation.lower(experiment, backend, phase).compile()
+  return hlo_cost.cost(
+      aot_compile.lower(experiment, backend, phase).compile()
   )
 
 
@@ -80,12 +80,12 @@ def test_gradients_of_microbatches_are_reduced_once(costs):
   backend = experiment.mesh_backend(jax.devices()[:4])
   assert backend.local
   assert experiment.step_options(backend).microbatches == 2
-  compiled = compilation.lower(
+  compiled = aot_compile.lower(
       experiment, backend, experiment.method.phases()[0]
   ).compile()
   in_entry = compiled.as_text().partition("\nENTRY ")[2]
-  once = executable.collectives(in_entry)
-  assert once == executable.collectives(compiled.as_text())
+  once = hlo_cost.collectives(in_entry)
+  assert once == hlo_cost.collectives(compiled.as_text())
   assert once["all-reduce"][1] == pytest.approx(
       costs[4].collectives["all-reduce"][1], rel=0.01
   )
@@ -149,7 +149,7 @@ def test_too_large_a_batch_is_refused_with_what_to_do():
 ])
 def test_bad_topologies_say_so(topology, part):
   with pytest.raises(errors.UserError, match=part):
-    compilation.compile_for(tiny(), topology)
+    aot_compile.compile_for(tiny(), topology)
 
 
 def test_peaks_are_those_of_a_device():

@@ -18,10 +18,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from bcm_jax import chips
 from bcm_jax import errors
 from bcm_jax.config import build
-from bcm_jax.training import executable
+from bcm_jax.tools import chips
+from bcm_jax.tools import hlo_cost
 from bcm_jax.training import sharding as parallel
 from bcm_jax.training import train_step
 from bcm_jax.utils import files
@@ -172,7 +172,7 @@ def _report(experiment, backend, phase, chip: chips.Chip) -> dict[str, Any]:
   except jax.errors.JaxRuntimeError as e:
     raise _does_not_fit(e) or e from e
   done = time.monotonic()
-  cost = executable.cost(compiled)
+  cost = hlo_cost.cost(compiled)
   times = experiment.step_options(backend).microbatches
   flops, moved = cost.flops * times, cost.bytes_moved * times
   compute, memory = flops / chip.flops, moved / chip.bandwidth

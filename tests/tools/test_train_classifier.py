@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import train_classifier as command
 from bcm_jax.data import image_source
 from bcm_jax.metrics import classifier as classifiers
+from bcm_jax.tools import train_classifier
 from tests import quick
 from tests import toys
 
@@ -59,14 +59,14 @@ def arguments(data, out, *extra):
 def out(data, tmp_path_factory):
   """The folder of a trained classifier."""
   out = tmp_path_factory.mktemp("out") / "deep" / "classifier"
-  command.main(arguments(data, out))
+  train_classifier.main(arguments(data, out))
   return out
 
 
 def fails(capsys, *argv) -> str:
   """Runs a command that must fail on bad input; returns its one line."""
   with pytest.raises(SystemExit) as done:
-    command.main(list(argv))
+    train_classifier.main(list(argv))
   assert done.value.code == errors.EXIT_BAD_INPUT
   lines = capsys.readouterr().err.splitlines()
   assert lines[-1].startswith("error: ")
@@ -107,11 +107,11 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
   def contents(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
-  command.main(arguments(data, tmp_path))
+  train_classifier.main(arguments(data, tmp_path))
   before = contents(tmp_path)
   assert before == contents(out)
   assert set(before) == {"classifier.json", "classifier.safetensors"}
-  command.main(arguments(data, tmp_path, "--seed=1", "--overwrite"))
+  train_classifier.main(arguments(data, tmp_path, "--seed=1", "--overwrite"))
   after = contents(tmp_path)
   assert after["classifier.safetensors"] != before["classifier.safetensors"]
 
@@ -120,7 +120,7 @@ def test_no_test_split_is_said(data, tmp_path, capsys):
   argv = arguments(
       data / "train.npz", tmp_path, "--name=my features"
   )
-  command.main(argv)
+  train_classifier.main(argv)
   told = capsys.readouterr()
   assert "accuracy will not be measured: " in told.err
   assert "test accuracy no test split" in told.out
@@ -201,7 +201,7 @@ def test_flips_follow_the_config(data, tmp_path, monkeypatch, capsys):
   def batches(*_, flip):
     raise errors.UserError(f"flip={flip}")
 
-  monkeypatch.setattr(command.pipeline, "Batches", batches)
+  monkeypatch.setattr(train_classifier.pipeline, "Batches", batches)
   assert "flip=False" in fails(capsys, *arguments(data, tmp_path))
   flipped = arguments(data, tmp_path, "--config.data.flip=True")
   assert "flip=True" in fails(capsys, *flipped)
@@ -212,7 +212,7 @@ def test_flips_follow_the_config(data, tmp_path, monkeypatch, capsys):
     [((8, 8, 1), 1), ((16, 20, 3), 2), ((32, 32, 3), 4), ((64, 64, 3), 4)],
 )
 def test_margin_of_crops(shape, margin):
-  assert command.crop_margin(shape) == margin
+  assert train_classifier.crop_margin(shape) == margin
 
 
 def test_crops_are_windows_of_the_reflected_image_each_as_often():
@@ -223,7 +223,7 @@ def test_crops_are_windows_of_the_reflected_image_each_as_often():
       padded[i : i + 6, j : j + 5] for i in range(3) for j in range(3)
   ]
   keys = jax.random.split(jax.random.key(0), 900)
-  crop = jax.vmap(lambda key: command.random_crop(key, image, 1))
+  crop = jax.vmap(lambda key: train_classifier.random_crop(key, image, 1))
   crops = np.asarray(quick.jit(crop)(keys))
   assert crops.dtype == np.uint8
   equal = np.stack([(crops == w).all(axis=(1, 2, 3)) for w in windows])
@@ -237,9 +237,9 @@ def test_crops_are_windows_of_the_reflected_image_each_as_often():
     [(1437, 128, 562), (50_000, 128, 4500), (10, 10, 50)],
 )
 def test_small_sets_take_fewer_steps(images, batch, steps):
-  settings = command.Settings(batch_size=batch)
+  settings = train_classifier.Settings(batch_size=batch)
   assert settings.for_images(images).steps == steps
-  asked = command.Settings(steps=7, batch_size=batch)
+  asked = train_classifier.Settings(steps=7, batch_size=batch)
   assert asked.for_images(images).steps == 7
 
 
@@ -259,8 +259,8 @@ def test_a_steps_loss_is_the_smoothed_cross_entropy():
   images = np.repeat(rng.integers(0, 9, (4, 1)), 64, axis=1).astype(np.uint8)
   params = rng.normal(size=(64, 3)).astype(np.float32)
   labels = np.array([0, 2, 1, 1], np.int32)
-  settings = command.Settings(steps=10, label_smoothing=0.3)
-  step_fn = quick.jit(command.make_step(Linear(), settings, 1))
+  settings = train_classifier.Settings(steps=10, label_smoothing=0.3)
+  step_fn = quick.jit(train_classifier.make_step(Linear(), settings, 1))
   opt_state = settings.optimizer().init(params)
   batch = dict(
       image=images.reshape(4, 8, 8, 1), label=labels, index=jnp.arange(4)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bcm_jax.training import executable
+from bcm_jax.tools import hlo_cost
 
 F32 = 4
 
@@ -20,10 +20,10 @@ def test_a_dense_layer_and_its_gradients_are_six_times_weights_and_examples():
 
   w, x = shapes((8, 16), (16, 4)), shapes((32, 8))[0]
   forward = 2 * 32 * (8 * 16 + 16 * 4)
-  assert executable.count_flops(loss, w, x) == forward
+  assert hlo_cost.count_flops(loss, w, x) == forward
   # Gradients by weights of both layers, by inputs of the second alone.
   gradients = forward + 2 * 32 * 16 * 4
-  assert executable.count_flops(jax.grad(loss), w, x) == forward + gradients
+  assert hlo_cost.count_flops(jax.grad(loss), w, x) == forward + gradients
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -36,9 +36,9 @@ def test_a_convolution_and_its_gradients_count_alike(stride):
   k, x = shapes((3, 3, 4, 6), (2, 8, 8, 4))
   out = 2 * (8 // stride) ** 2 * 6
   forward = 2 * out * 9 * 4
-  assert executable.count_flops(conv, k, x) == forward
+  assert hlo_cost.count_flops(conv, k, x) == forward
   both = jax.grad(lambda k, x: jnp.sum(conv(k, x) ** 2), (0, 1))
-  assert executable.count_flops(both, k, x) == pytest.approx(
+  assert hlo_cost.count_flops(both, k, x) == pytest.approx(
       3 * forward, rel=0.35 if stride > 1 else 1e-12
   )
 
@@ -48,8 +48,8 @@ def test_loops_count_as_often_as_they_run():
     return jax.lax.scan(lambda y, _: (y @ y, None), x, length=5)[0]
 
   (x,) = shapes((4, 4))
-  assert executable.count_flops(scanned, x) == 5 * 2 * 4**3
-  assert executable.count_flops(jax.jit(scanned), x) == 5 * 2 * 4**3
+  assert hlo_cost.count_flops(scanned, x) == 5 * 2 * 4**3
+  assert hlo_cost.count_flops(jax.jit(scanned), x) == 5 * 2 * 4**3
 
 
 def test_flops_agree_with_xla_where_there_is_no_padding():
@@ -58,15 +58,15 @@ def test_flops_agree_with_xla_where_there_is_no_padding():
 
   a, b = shapes((3, 32, 16), (3, 16, 64))
   compiled = jax.jit(f).lower(a, b).compile()
-  ours = executable.count_flops(f, a, b)
+  ours = hlo_cost.count_flops(f, a, b)
   assert ours == 2 * 3 * 32 * 16 * 64
-  assert executable.cost(compiled).flops == pytest.approx(ours, rel=0.05)
+  assert hlo_cost.cost(compiled).flops == pytest.approx(ours, rel=0.05)
 
 
 def test_memory_of_an_executable_and_donation():
   x = shapes((256, 256))[0]
-  plain = executable.cost(jax.jit(lambda x: x + 1).lower(x).compile())
-  given = executable.cost(
+  plain = hlo_cost.cost(jax.jit(lambda x: x + 1).lower(x).compile())
+  given = hlo_cost.cost(
       jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()
   )
   assert plain.arguments == plain.outputs == 256 * 256 * F32
@@ -80,7 +80,7 @@ def test_collectives_of_a_sharded_sum():
   cut = jax.NamedSharding(mesh, jax.P("d"))
   x = jax.ShapeDtypeStruct((8, 100), jnp.float32, sharding=cut)
   compiled = jax.jit(lambda x: jnp.sum(x, axis=0)).lower(x).compile()
-  assert executable.cost(compiled).collectives == {"all-reduce": (1, 400)}
+  assert hlo_cost.cost(compiled).collectives == {"all-reduce": (1, 400)}
 
 
 HLO = """HloModule jit_step
@@ -129,16 +129,16 @@ def test_bytes_moved_leave_out_fast_memory_and_fused_parts():
       "gather": 64 + 64 + 256,
       "branch": 400 + 400 + 400,
   }
-  assert executable.bytes_moved(HLO) == sum(by_line.values())
+  assert hlo_cost.bytes_moved(HLO) == sum(by_line.values())
 
 
 def test_collectives_are_counted_by_the_size_of_their_results():
-  assert executable.collectives(HLO) == {
+  assert hlo_cost.collectives(HLO) == {
       "all-reduce": (1, 400 + 64), "all-gather": (1, 256),
   }
 
 
 def test_sizes_of_small_types():
   text = "  %x = (pred[8]{0}, s8[3]{0}, f8e4m3fn[5]{0}) all-reduce(%y)"
-  assert executable.collectives(text) == {"all-reduce": (1, 8 + 3 + 5)}
+  assert hlo_cost.collectives(text) == {"all-reduce": (1, 8 + 3 + 5)}
   assert np.dtype(np.float32).itemsize == F32

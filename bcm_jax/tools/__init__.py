@@ -1,0 +1,1 @@
+"""Inspection, ahead-of-time compilation, a classifier for metrics."""
