@@ -317,7 +317,9 @@ class Run:
           "facts": provenance.facts(self.experiment),
       }
       try:
-        folder = nonfinite.write_bundle(self.workdir, error, state, batch, facts)
+        folder = nonfinite.write_bundle(
+            self.workdir, error, state, batch, facts
+        )
       except OSError as e:
         folder = f"no file ({e.strerror})"
     return errors.UserError(

@@ -11,7 +11,7 @@ from bcm_jax import errors
 
 def shipped_configs() -> list[pathlib.Path]:
   """The config files that come with the package, installed or checked out."""
-  here = pathlib.Path(__file__).resolve().parent
+  here = pathlib.Path(__file__).resolve().parents[1]
   for folder in (here / "configs", here.parent / "configs"):
     found = sorted(p for p in folder.glob("*.py") if p.name[0] != "_")
     if found:

@@ -121,7 +121,9 @@ def _measure(
   return pooled, spatial
 
 
-def _reference(pooled, spatial, features, data: str) -> reference_stats.Reference:
+def _reference(
+    pooled, spatial, features, data: str
+) -> reference_stats.Reference:
   return reference_stats.Reference(
     pooled=pooled.gaussian(),
     spatial=spatial and spatial.gaussian(),

@@ -219,6 +219,7 @@ def _local_paths(config) -> Iterator[str]:
   ]
   if found:
     yield (
-      f"{model_folder.CONFIG} names places of this machine: {', '.join(found)}; "
+      f"{model_folder.CONFIG} names places of this machine: "
+      f"{', '.join(found)}; "
       "set others by --config.section.key=value if they should not be seen"
     )

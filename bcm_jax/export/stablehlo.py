@@ -6,8 +6,9 @@ file that jax and flatbuffers alone can run (docs/export.md):
   python -m bcm_jax.release.export runs/digits digits.zip \\
       --samplers=onestep,ancestral@0.7 --invert
 
---samplers takes the notation of bcm_jax/generate/planning.py; without it the sampler of
-section sample is exported. What that section and section invert say can be set
+--samplers takes the notation of bcm_jax/generate/planning.py; without it the
+sampler of section sample is exported. Keys of that section and of section
+invert can be set
 too: --config.sample.guidance=2. Exit status: 0 done, 65 bad input.
 """
 
@@ -296,7 +297,9 @@ def _facts(experiment: build.Experiment) -> dict[str, Any]:
   config, method = experiment.config, experiment.method
   return {
     "versions": {"bcm_jax": __version__, "jax": jax.__version__},
-    "calling_convention_version": jax.config.jax_export_calling_convention_version,
+    "calling_convention_version": (
+      jax.config.jax_export_calling_convention_version
+    ),
     "method": config.method.name,
     "data": provenance.data_name(config.data),
     "config_digest": resolve.digest(config),

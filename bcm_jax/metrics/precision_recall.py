@@ -108,7 +108,9 @@ def prdc(
   for rows, real_block in nearest_neighbors.blocks(real, block_size):
     radii, dense_radii = nearest[rows, k - 1], nearest[rows, density_k - 1]
     for columns, fake_block in nearest_neighbors.blocks(fake, block_size):
-      lowest, tolerance = nearest_neighbors.squared_distances(real_block, fake_block)
+      lowest, tolerance = nearest_neighbors.squared_distances(
+          real_block, fake_block
+      )
       lowest -= tolerance
       precise[columns] |= (lowest <= radii[:, None]).any(axis=0)
       recalled[rows] |= (lowest <= fake_radii[columns]).any(axis=1)

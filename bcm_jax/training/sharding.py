@@ -265,7 +265,9 @@ class Jit:
         for k, v in (_stack(batches) if several else batches[0]).items()
     }
 
-  def compile(self, step: train_step.Step, several: bool = False) -> train_step.Step:
+  def compile(
+      self, step: train_step.Step, several: bool = False
+  ) -> train_step.Step:
     """Compiles a step made with this axis_name; donates the state.
 
     Args:
@@ -372,7 +374,7 @@ Backend = Jit | Pmap
 
 
 def curricula(method: Any, first: int, count: int) -> Tree:
-  """What a method's curriculum hands to a call of `count` steps, on the host."""
+  """Returns the curricula of `count` steps, stacked, on the host."""
   each = [method.curriculum(first + i) for i in range(count)]
   return jax.tree.map(np.asarray, each[0]) if count == 1 else _stack(each)
 

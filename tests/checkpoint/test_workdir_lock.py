@@ -121,7 +121,8 @@ def test_an_owner_that_beats_at_last_is_respected(tmp_path):
   def sleep(seconds):
     slept.append(seconds)
     if len(slept) == 11:
-      (tmp_path / workdir_lock.FILE).write_text(json.dumps(owner | {"beats": 7}))
+      text = json.dumps(owner | {"beats": 7})
+      (tmp_path / workdir_lock.FILE).write_text(text)
 
   with pytest.raises(UserError, match="is being written by"):
     workdir_lock.Lock(tmp_path, 15.0, sleep).acquire()

@@ -115,7 +115,8 @@ def test_classes_are_changed_between_inversion_and_generation():
 def brightened(steps, seed=0):
   """Images of the classes `steps`, where classes brighten by 0.3."""
   images = image_source.to_float(photos(len(steps), seed=seed))
-  return image_source.to_uint8(images + 0.3 * np.asarray(steps)[:, None, None, None])
+  steps = np.asarray(steps)[:, None, None, None]
+  return image_source.to_uint8(images + 0.3 * steps)
 
 
 def test_classes_are_recognised():

@@ -274,7 +274,9 @@ def test_values_that_a_dtype_cannot_hold(tmp_path):
   params = tree()
   params["conv"]["bias"][2] = 1e5
   with pytest.raises(errors.UserError, match=r"'conv\.bias'.*--dtype=bfloat16"):
-    model_folder.write(str(tmp_path / "a"), CONFIG, params, ABOUT, dtype="float16")
+    model_folder.write(
+        str(tmp_path / "a"), CONFIG, params, ABOUT, dtype="float16"
+    )
   assert not os.listdir(tmp_path)
   model_folder.write(
     str(tmp_path / "a"), CONFIG, params, ABOUT, dtype="bfloat16"

@@ -107,7 +107,8 @@ def library(run):
 def samples(library, sampler, index, seed, labels=None):
   """What the library draws; labels of all images from number 0 on."""
   plan = planning.sampling_plan(library[0], sampler)
-  return batched_sampler.generate(*library, plan, labels, np.asarray(index), seed)
+  index = np.asarray(index)
+  return batched_sampler.generate(*library, plan, labels, index, seed)
 
 
 def assert_within_a_grey_level(images, expected):

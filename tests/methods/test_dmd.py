@@ -263,7 +263,9 @@ def begin(method, images):
   state = train_state.create(
       method, optimizers, (), 0, images, None, start
   ).replace(frozen={"teacher": ZERO})
-  step = train_step.make_step(method, optimizers, train_step.StepOptions(ema_rates=()))
+  step = train_step.make_step(
+      method, optimizers, train_step.StepOptions(ema_rates=())
+  )
   return state, jax.jit(step, static_argnames="phase")
 
 

@@ -108,7 +108,8 @@ def _jumps(file, start: Start):
     image = jnp.asarray(file.image("in/img"), start.precision)
     latent = start.run(there, image, [z])
     yield f"{key}_latent", latent
-    yield f"{key}_recon", start.run(sampling_plan.ancestral((), levels), latent, [])
+    onestep = sampling_plan.ancestral((), levels)
+    yield f"{key}_recon", start.run(onestep, latent, [])
 
 
 def _multistep(file, start: Start) -> sampling_plan.Plan:

@@ -120,7 +120,8 @@ def test_a_network_without_an_end_level_is_shown_its_own_samples_noised():
   x = one_jump + t * z
   expected = x * SD / np.hypot(SD, t), x * np.hypot(SD, 0.002) / np.hypot(SD, t)
   for found, wanted in zip((0, 1), expected, strict=True):
-    difference = rows.images[found::2].astype(int) - image_source.to_uint8(wanted)
+    wanted = image_source.to_uint8(wanted)
+    difference = rows.images[found::2].astype(int) - wanted
     assert np.abs(difference).max() <= 1
   assert "trained" not in rows.title
   rows = strips._down(*gaussian(one_way((40.0, 5.0)), jnp.ones(())))

@@ -19,7 +19,7 @@ from bcm_jax.tools import hlo_cost
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = {
     "model.model_channels": "48", "model.num_groups": "4",
     "model.num_head_channels": "48", "model.channel_mult": "1,",
