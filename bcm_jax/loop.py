@@ -24,7 +24,6 @@ from bcm_jax.checkpoint import saver
 from bcm_jax.checkpoint import workdir_lock
 from bcm_jax.config import build
 from bcm_jax.config import resolve
-from bcm_jax.config import schema
 from bcm_jax.data import image_source
 from bcm_jax.data import pipeline
 from bcm_jax.training import fault_injection
@@ -63,8 +62,8 @@ class Run:
 
   def __post_init__(self):
     config = self.experiment.config
-    self.training: schema.Training = self.experiment.section("training")
-    self.parallel: schema.Parallel = self.experiment.section("parallel")
+    self.training = self.experiment.training
+    self.parallel = self.experiment.parallel
     self.backend = self.experiment.backend()
     step = train_step.make_step(
         self.experiment.method, self.experiment.optimizers(),
@@ -76,7 +75,7 @@ class Run:
     }
     self.compiled: set[Any] = set()
     self.calls = itertools.count()
-    settings: schema.Checkpoint = self.experiment.section("checkpoint")
+    settings = self.experiment.checkpoint
     self.frozen = runs.load_frozen(self.experiment)
     # What a checkpoint does not hold, and a run may not change.
     self.fixed = {

@@ -57,7 +57,7 @@ def sample(
     sampler: str | None = None,
 ) -> str:
   """Mode sample: writes samples.npz and grid.png; returns their folder."""
-  section: schema.Sample = experiment.section("sample")
+  section = experiment.sample
   plan = planning.sampling_plan(experiment, sampler)
   labels = asked_labels(experiment, section)
   rejection.check(experiment)
@@ -95,7 +95,7 @@ def invert(
     nfe: int | None = None,
 ) -> str:
   """Mode invert: originals, latents, reconstructions and their error."""
-  section: schema.Invert = experiment.section("invert")
+  section = experiment.invert
   plan = planning.inversion_plan(experiment, nfe)
   print(plan)
   batch = batched_sampler.test_images(experiment, section.num_images)
@@ -137,7 +137,7 @@ def run(
     experiment: build.Experiment, workdir: str, mode: str
 ) -> Sequence[str]:
   """Loads the run in workdir and runs a mode; returns the folders written."""
-  section: schema.Sample = experiment.section("sample")
+  section = experiment.sample
   if mode == "edit":
     return edit.run(experiment, workdir)
   if mode == "sample":

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import ml_collections
@@ -23,9 +23,27 @@ from bcm_jax.interop.families import vgg_names
 from bcm_jax.methods import base
 from bcm_jax.methods import projected
 from bcm_jax.sampling import sampling_plan
+from bcm_jax.training import optim
 from bcm_jax.training import sharding
 from bcm_jax.training import train_state
 from bcm_jax.training import train_step
+
+T = TypeVar("T")
+
+
+class _Section(Generic[T]):
+  """A section of the config as its dataclass, read when it is asked for."""
+
+  def __init__(self, cls: type[T]):
+    self.cls = cls
+
+  def __set_name__(self, owner, name: str):
+    self.name = name
+
+  def __get__(self, experiment: "Experiment | None", owner=None) -> T:
+    if experiment is None:
+      raise AttributeError(self.name)
+    return self.cls(**experiment.config[self.name].to_dict())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +64,23 @@ class Experiment:
   num_classes: int | None
   teacher: "Experiment | None" = None
 
+  data = _Section(schema.Data)
+  training = _Section(schema.Training)
+  optimizer = _Section(optim.Optimizer)
+  critic = _Section(optim.Optimizer)
+  parallel = _Section(schema.Parallel)
+  checkpoint = _Section(schema.Checkpoint)
+  log = _Section(schema.Log)
+  sample = _Section(schema.Sample)
+  invert = _Section(schema.Invert)
+  edit = _Section(schema.Edit)
+  eval = _Section(schema.Eval)
+  search = _Section(schema.Search)
+
   @property
   def levels(self) -> sampling_plan.Range:
     """Noise levels that the network is trained on."""
     return sampling_plan.Range(self.method.sigma_min, self.method.sigma_max)
-
-  def section(self, name: str) -> Any:
-    """A section of the config as its dataclass."""
-    return resolve.build_section(self.config, name)
 
   def source(self, split: str) -> image_source.Source:
     """The images of a split, 'train' or 'test'."""
@@ -89,8 +116,8 @@ class Experiment:
   def optimizers(self) -> dict[str, optax.GradientTransformation]:
     """An optimiser for every player, of section critic for all but one."""
     return {
-        name: self.section(
-            "optimizer" if name == self.method.sampled else "critic"
+        name: (
+            self.optimizer if name == self.method.sampled else self.critic
         ).build()
         for name in self.method.players
     }
@@ -101,7 +128,7 @@ class Experiment:
     Raises:
       UserError: parallel.sharding asks for what the backend cannot do.
     """
-    settings: schema.Parallel = self.section("parallel")
+    settings = self.parallel
     rules = sharding.parse_rules(settings.sharding)
     if settings.backend == "jit":
       return self.mesh_backend(jax.devices())
@@ -114,7 +141,7 @@ class Experiment:
 
   def mesh_backend(self, devices: Sequence[jax.Device]) -> sharding.Jit:
     """Devices under jit, also of machines that are not there."""
-    settings: schema.Parallel = self.section("parallel")
+    settings = self.parallel
     rules = sharding.parse_rules(settings.sharding)
     mesh = sharding.make_mesh(devices, settings.fsdp)
     several = sharding.microbatches(
@@ -125,7 +152,7 @@ class Experiment:
 
   def step_options(self, backend: sharding.Backend) -> train_step.StepOptions:
     """Options of the training step on these devices."""
-    training: schema.Training = self.section("training")
+    training = self.training
     p = self.config.data.augment
     return train_step.StepOptions(
         seed=self.config.seed,
@@ -274,7 +301,7 @@ def create_state(
   Args:
     start_from: player -> parameters of another run, or None.
   """
-  training: schema.Training = experiment.section("training")
+  training = experiment.training
   images, labels = example_batch(experiment)
   return train_state.create(
       experiment.method,

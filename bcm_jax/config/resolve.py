@@ -323,12 +323,6 @@ def of_run(
   return resolve(raw, overrides)
 
 
-def build_section(config: ml_collections.ConfigDict, section: str) -> Any:
-  """The dataclass of a section, such as options.Training."""
-  cls = optim.Optimizer if section == "critic" else SECTIONS[section]
-  return cls(**config[section].to_dict())
-
-
 def split_overrides(
     arguments: Sequence[str],
 ) -> tuple[str | None, dict[str, str], list[str]]:

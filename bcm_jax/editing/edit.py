@@ -43,7 +43,7 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
   Raises:
     UserError: a task that the network cannot do, or images that do not fit.
   """
-  section: schema.Edit = experiment.section("edit")
+  section = experiment.edit
   # Before the checkpoint is read.
   tasks.recipe(experiment, section.task, **settings(section))
   inputs = pictures.read(experiment)
@@ -61,7 +61,7 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
 
 def _classify(model: facade.Model, inputs: pictures.Inputs) -> None:
   """Puts the classes that the network finds in place of those given."""
-  section: schema.Edit = model.experiment.section("edit")
+  section = model.experiment.edit
   inputs.labels = model.classify(_shown(section, inputs))
   print("classes found:", *inputs.labels)
   if inputs.second is not None:
@@ -78,7 +78,7 @@ def interpolate(
     inputs: pictures.Inputs | None = None,
 ) -> str:
   """Rows between pairs of images, of section edit or these; their folder."""
-  section: schema.Edit = model.experiment.section("edit")
+  section = model.experiment.edit
   inputs = inputs or pictures.read(model.experiment)
   asked = settings(section)
   recipe = model.recipe("interpolate", **asked)
@@ -115,7 +115,7 @@ def _edit(
     model: facade.Model, workdir: str, inputs: pictures.Inputs
 ) -> str:
   """Runs a task on images and writes them, a picture and numbers."""
-  section: schema.Edit = model.experiment.section("edit")
+  section = model.experiment.edit
   recipe = model.recipe(section.task, **settings(section))
   print(recipe)
   began = time.monotonic()

@@ -48,7 +48,7 @@ def read(experiment: build.Experiment) -> Inputs:
   Raises:
     UserError: files that are not there, unreadable or do not fit.
   """
-  section: schema.Edit = experiment.section("edit")
+  section = experiment.edit
   _check(experiment, section)
   if section.input is None:
     return _damaged(experiment, section)

@@ -7,7 +7,6 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.config import build
-from bcm_jax.config import schema
 from bcm_jax.generate import batched_sampler
 from bcm_jax.sampling import likelihood
 
@@ -16,7 +15,7 @@ Numbers = dict[str, Any]
 
 def check(experiment: build.Experiment) -> None:
   """Raises UserError where section eval asks for what cannot be measured."""
-  section: schema.Eval = experiment.section("eval")
+  section = experiment.eval
   if not section.likelihood_images:
     return
   if not hasattr(experiment.method, "denoise"):
@@ -34,8 +33,8 @@ def check(experiment: build.Experiment) -> None:
 def measure(experiment: build.Experiment, params: Any) -> Numbers:
   """Mean and standard error over test images, some at a time."""
   check(experiment)
-  section: schema.Eval = experiment.section("eval")
-  method, size = experiment.method, experiment.section("sample").batch_size
+  section = experiment.eval
+  method, size = experiment.method, experiment.sample.batch_size
   settings = likelihood.Likelihood(
       method.sigma_min, method.sigma_max, method.rho,
       legacy_ctm=section.likelihood_legacy,

@@ -60,7 +60,7 @@ class Evaluation:
 
   def __init__(self, experiment: build.Experiment, workdir: str):
     self.experiment, self.workdir = experiment, workdir
-    self.section: schema.Eval = experiment.section("eval")
+    self.section = experiment.eval
     check_outputs(experiment)
     check_protocol(self.section)
     self.features = references.open_features(self.section)
@@ -92,7 +92,7 @@ class Evaluation:
   ) -> dict[str, Any]:
     """All numbers of section eval for one set of parameters."""
     experiment, section = self.experiment, self.section
-    sample: schema.Sample = experiment.section("sample")
+    sample = experiment.sample
     runner = batched_sampler.Runner(experiment, params, sample.batch_size)
     result: dict[str, Any] = {"step": step, "average": average}
     if self.judge is not None:
@@ -197,7 +197,7 @@ class Evaluation:
         "compared_one_by_one": 0 if real is None else len(real),
         "neighbours_k": section.k,
     }
-    sample: schema.Sample = self.experiment.section("sample")
+    sample = self.experiment.sample
     if sample.rejection:
       facts["rejection"] = f"{sample.rejection:g} more were drawn a class"
     if sample.guidance != 1:
@@ -327,8 +327,8 @@ def finish(
     average: str, params: Any,
 ) -> dict[str, Any] | None:
   """The end of training: numbers if they are asked for, and pictures."""
-  sample: schema.Sample = experiment.section("sample")
-  section: schema.Eval = experiment.section("eval")
+  sample = experiment.sample
+  section = experiment.eval
   result = None
   if section.at_end:
     evaluation = Evaluation(experiment, workdir)
@@ -351,7 +351,7 @@ def finish(
 def check_before_training(experiment: build.Experiment) -> None:
   """Finds what would stop `finish` before training, not after it."""
   check_outputs(experiment)
-  section: schema.Eval = experiment.section("eval")
+  section = experiment.eval
   if section.at_end:
     check_protocol(section)
     references.check(section)
@@ -359,10 +359,10 @@ def check_before_training(experiment: build.Experiment) -> None:
 
 def check_outputs(experiment: build.Experiment) -> None:
   """Finds bad times and labels before any work is done."""
-  section: schema.Eval = experiment.section("eval")
+  section = experiment.eval
   for sampler in section.samplers:
     planning.sampling_plan(experiment, sampler)
-  generate.asked_labels(experiment, experiment.section("sample"))
+  generate.asked_labels(experiment, experiment.sample)
   inversion.check(experiment)
   bits_per_dim.check(experiment)
   rejection.check(experiment)

@@ -15,7 +15,6 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import schema
 from bcm_jax.data import image_source
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
@@ -42,8 +41,8 @@ def curve(
     noise of eval.inversion_noise; 'DDIM_nfe4_noise0.002' and
     'EDM Heun_nfe4_...' -> those of the baseline's denoiser.
   """
-  section: schema.Eval = experiment.section("eval")
-  usual = experiment.section("invert").noise
+  section = experiment.eval
+  usual = experiment.invert.noise
   result = {}
   if not (experiment.method.inverts or section.baseline):
     return result
@@ -52,7 +51,7 @@ def curve(
           "bcm_jax.data.prepare with --holdout=N makes a test split")
     return result
   batch = batched_sampler.test_images(
-      experiment, experiment.section("invert").num_images
+      experiment, experiment.invert.num_images
   )
   measure = similarity.perceptual(section.lpips_path)
   if experiment.method.inverts:
@@ -72,7 +71,7 @@ def _own(experiment, runner, nfe, noise, batch, measure) -> Numbers:
   """The network's own inversion in nfe evaluations, back in one."""
   plan = planning.inversion_plan(experiment, nfe, noise)
   latents, images = batched_sampler.invert_and_reconstruct(
-      experiment, runner, plan, batch, experiment.section("invert").seed
+      experiment, runner, plan, batch, experiment.invert.seed
   )
   return {"nfe": nfe, "noise": noise, "plan": str(plan).splitlines()} | _errors(
       batch["image"], images, latents, measure
@@ -113,10 +112,10 @@ def ode_round_trip(
 
 
 def _baselines(experiment, batch, measure) -> dict[str, Numbers]:
-  section: schema.Eval = experiment.section("eval")
+  section = experiment.eval
   teacher, params = _open_baseline(experiment, section.baseline)
   runner = batched_sampler.Runner(
-      teacher, params, experiment.section("sample").batch_size
+      teacher, params, experiment.sample.batch_size
   )
   low, high = experiment.levels.sigma_min, experiment.levels.sigma_max
   rho = experiment.method.rho
@@ -148,7 +147,7 @@ def _noisy(experiment, images: np.ndarray, noise: float) -> np.ndarray:
   """Test images in [-1, 1] with the noise that inversions start from."""
   x = image_source.to_float(images)
   keys = rng.example_keys(
-      experiment.section("invert").seed, "invert/baseline", 0,
+      experiment.invert.seed, "invert/baseline", 0,
       jnp.arange(len(x)),
   )
   return x + np.asarray(samplers.start_noise(keys, x.shape[1:], noise))
@@ -192,7 +191,7 @@ def summary(inversion: dict[str, Numbers]) -> list[str]:
 
 def check(experiment: build.Experiment) -> None:
   """Finds bad times and baselines before any work is done."""
-  section: schema.Eval = experiment.section("eval")
+  section = experiment.eval
   if experiment.method.inverts:
     for nfe in section.inversion_nfe:
       for noise in (None, *section.inversion_noise):

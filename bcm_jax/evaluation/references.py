@@ -159,7 +159,7 @@ def open_target(
   Raises:
     UserError: a reference file that cannot be used, or of other features.
   """
-  section: schema.Eval = experiment.section("eval")
+  section = experiment.eval
   if section.reference is not None:
     reference = _from_file(section.reference, features)
   else:
@@ -226,7 +226,7 @@ def run(experiment: build.Experiment, workdir: str) -> str:
   It holds ADM's keys, among them eval.num_reference images for precision and
   recall, so that other evaluators read it too.
   """
-  section: schema.Eval = experiment.section("eval")
+  section = experiment.eval
   features = open_features(section)
   source = experiment.source("train")
   ids = chosen(source, section.num_reference)

@@ -141,7 +141,7 @@ class Record:
 
 def check(experiment: build.Experiment) -> None:
   """Finds a search that cannot be made before the checkpoint is read."""
-  section: schema.Search = experiment.section("search")
+  section = experiment.search
   least = {"ancestral": 2, "cm_multistep": 2, "zigzag": 3, "mixture": 4}
   name, nfe = section.sampler, section.nfe
   if nfe < least[name] or (name == "zigzag" and nfe % 2 == 0):
@@ -182,11 +182,11 @@ def _candidates(section: schema.Search):
 def run(experiment: build.Experiment, workdir: str) -> dict[str, Any]:
   """Mode search: writes workdir/search/*.json and a plot beside it."""
   check(experiment)
-  section: schema.Search = experiment.section("search")
+  section = experiment.search
   step, average, params = runs.load_run(experiment, workdir)
   evaluation = evaluate.Evaluation(experiment, workdir)
   runner = batched_sampler.Runner(
-      experiment, params, experiment.section("sample").batch_size
+      experiment, params, experiment.sample.batch_size
   )
   facts = {
       "sampler": section.sampler, "nfe": section.nfe, "step": step,

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import schema
 from bcm_jax.sampling import guidance
 
 Params = Any
@@ -30,7 +29,7 @@ def open_guide(experiment: build.Experiment) -> Guide | None:
   Raises:
     UserError: it cannot guide this network.
   """
-  sample: schema.Sample = experiment.section("sample")
+  sample = experiment.sample
   if sample.guidance == 1.0:
     return None
   method = experiment.method

@@ -136,7 +136,7 @@ def sampling_plan(
     UserError: unknown sampler, times that do not fit, or a sampler that
       needs end levels which the network does not take.
   """
-  sample: schema.Sample = experiment.section("sample")
+  sample = experiment.sample
   request = parse(sampler or sample.sampler)
   name, nfe, given = request.name, request.nfe, sample.times
   if sampler is None or (nfe is None and name == sample.sampler):
@@ -188,7 +188,7 @@ def _solver_plan(
     experiment: build.Experiment, name: str, nfe: int | None
 ) -> plans.Plan:
   """A solver's plan; nfe None takes sample.num_levels."""
-  sample: schema.Sample = experiment.section("sample")
+  sample = experiment.sample
   if not experiment.method.solves:
     raise errors.UserError(
         f"sampler {name!r} solves the ODE of a denoiser, and this network "
@@ -221,7 +221,7 @@ def _guided(
     experiment: build.Experiment, plan: plans.Plan
 ) -> plans.Plan:
   """The plan with the guidance that section sample asks for."""
-  sample: schema.Sample = experiment.section("sample")
+  sample = experiment.sample
   if sample.guidance == 1.0:
     return plan
   if not experiment.method.solves:
@@ -249,7 +249,7 @@ def inversion_plan(
   Intermediate times are those given, those of section invert where they fit,
   or default ones.
   """
-  section: schema.Invert = experiment.section("invert")
+  section = experiment.invert
   given, e = section.times, section.noise if noise is None else noise
   if times:
     given = times

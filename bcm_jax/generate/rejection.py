@@ -10,7 +10,6 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.config import build
-from bcm_jax.config import schema
 from bcm_jax.generate import batched_sampler
 from bcm_jax.metrics import classifier
 from bcm_jax.sampling import sampling_plan
@@ -45,7 +44,7 @@ def generate(
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
   """(uint8 images [count, H, W, C], their classes), after rejection."""
-  section: schema.Sample = experiment.section("sample")
+  section = experiment.sample
   judge = classifier.load_classifier(section.rejection_classifier)
   drawn = math.ceil(count * (1 + section.rejection))
   labels = (np.arange(drawn) % experiment.num_classes).astype(np.int32)
@@ -64,7 +63,7 @@ def generate(
 
 def check(experiment: build.Experiment) -> None:
   """Raises UserError where section sample asks for what cannot be done."""
-  section: schema.Sample = experiment.section("sample")
+  section = experiment.sample
   if not section.rejection:
     return
   if section.rejection < 0:

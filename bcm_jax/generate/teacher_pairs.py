@@ -18,7 +18,6 @@ from bcm_jax import errors
 from bcm_jax import sample
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import schema
 from bcm_jax.data import image_source
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
@@ -34,7 +33,7 @@ def run(experiment: build.Experiment, workdir: str) -> str:
   Raises:
     UserError: no deterministic solver, or no checkpoint.
   """
-  section: schema.Sample = experiment.section("sample")
+  section = experiment.sample
   plan = planning.sampling_plan(experiment)
   if not experiment.method.solves or any(
       isinstance(step, sampling_plan.AddNoise) for step in plan.steps

@@ -168,7 +168,7 @@ def _noised_again(method, runner, noise, labels, levels):
 
 def _up(experiment, runner) -> records.Rows:
   """From real images to noise, and back."""
-  method, section = experiment.method, experiment.section("invert")
+  method, section = experiment.method, experiment.invert
   batch = batched_sampler.test_images(experiment, _ROWS)
   x, labels = image_source.to_float(batch["image"]), batch["label"]
   keys = rng.example_keys(section.seed, "invert/added", 0, jnp.arange(len(x)))

@@ -103,7 +103,7 @@ def _changes(values: list[Any]) -> list[int]:
 
 def _schedule(experiment) -> str:
   method, steps = experiment.method, experiment.config.training.num_steps
-  rate = experiment.section("optimizer").rate()
+  rate = experiment.optimizer.rate()
   stride = max(1, steps // 100_000)
   at = list(range(0, steps, stride))
   if method.bins == "continuous":

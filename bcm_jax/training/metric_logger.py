@@ -9,7 +9,6 @@ import numpy as np
 
 from bcm_jax.config import build
 from bcm_jax.config import resolve
-from bcm_jax.config import schema
 from bcm_jax.training import hooks
 from bcm_jax.training import metric_writers
 
@@ -70,8 +69,8 @@ def open_watch(
     stack: closes what is opened.
   """
   config = experiment.config
-  training: schema.Training = experiment.section("training")
-  log: schema.Log = experiment.section("log")
+  training = experiment.training
+  log = experiment.log
   writer = metric_writers.create_writer(
       workdir, jax.process_index() == 0, resume_step=first
   )
