@@ -1,12 +1,19 @@
-"""Training from the first step, or the newest checkpoint, to the last number.
+"""Training: from a config to a trained, evaluated run.
 
 `train_and_evaluate(config, workdir)` can be called from a notebook; main.py
-is a thin shell around it. The loop itself is loop.py.
+calls it for --mode=train. The loop is `Run._train_steps`. It names no method:
+a step is training/train_step.py, which differentiates the method's losses.
+Everything that keeps a run alive (docs/reliability.md) is called from the loop
+as a hook or wraps it.
 """
 
+from collections.abc import Iterator
 import contextlib
+import dataclasses
+import itertools
 import os
 import time
+from typing import Any
 
 from flax import serialization
 import jax
@@ -14,17 +21,29 @@ import ml_collections
 
 from bcm_jax import __version__
 from bcm_jax import errors
-from bcm_jax import loop
+from bcm_jax.checkpoint import checkpoint
+from bcm_jax.checkpoint import digests
+from bcm_jax.checkpoint import recovery
 from bcm_jax.checkpoint import runs
+from bcm_jax.checkpoint import saver
 from bcm_jax.checkpoint import workdir_lock
 from bcm_jax.config import build
 from bcm_jax.config import resolve
+from bcm_jax.data import image_source
+from bcm_jax.data import pipeline
 from bcm_jax.evaluation import evaluate
 from bcm_jax.training import fault_injection
 from bcm_jax.training import goodput
+from bcm_jax.training import hooks
+from bcm_jax.training import metric_logger
 from bcm_jax.training import multihost
+from bcm_jax.training import nonfinite
+from bcm_jax.training import sharding
 from bcm_jax.training import train_state
+from bcm_jax.training import train_step
+from bcm_jax.training import watchdog
 from bcm_jax.utils import files
+from bcm_jax.utils import provenance
 
 # Written when a run is finished; launchers stop there.
 DONE = "DONE"
@@ -33,67 +52,367 @@ DONE = "DONE"
 def train_and_evaluate(
     config: ml_collections.ConfigDict, workdir: str
 ) -> train_state.TrainState:
-  """Trains, resuming if the work directory holds a run, then evaluates.
+  """Trains, resuming the run in the work directory if any, then evaluates.
 
   Args:
-    config: resolved config, see config.resolve.
+    config: resolved config, see config/resolve.py.
     workdir: receives config.json, metrics.jsonl, tensorboard/, checkpoints/,
       goodput/, at the end eval/, samples/ and pictures, and DONE. All hosts
       must see the same folder.
 
   Returns:
-    The final state.
+    The final state, on the host.
 
   Raises:
     UserError: for a config that contradicts itself or the run in workdir, for
-      a second writer, or for a run of non-finite steps.
+      a second writer, or after repeated non-finite steps.
     MachineError: checkpoints cannot be written.
     Preempted: by SIGTERM; the state is saved.
   """
   began = time.monotonic()
   experiment = build.build(config)
-  # First of all: what is missing stops it before it writes.
+  # Missing weights or references end the run before it writes anything.
   evaluate.check_before_training(experiment)
   source = experiment.training_source()
   with contextlib.ExitStack() as stack:
-    owner = _take(experiment.config, workdir, stack)
+    lock = _lock_workdir(experiment.config, workdir, stack)
     accounts = goodput.Goodput(
         workdir if jax.process_index() == 0 else None, began=began
     )
-    notice = multihost.Notice()
-    stack.enter_context(notice.listening())
-    run = loop.Run(experiment, workdir, source, accounts, notice, owner)
+    preemption = multihost.Notice()
+    stack.enter_context(preemption.listening())
+    run = Run(experiment, workdir, source, accounts, preemption, lock)
     state = run.train()
     _finish(experiment, workdir, state, accounts)
   return state
 
 
-def _take(
+@dataclasses.dataclass
+class Run:
+  """A run from its newest checkpoint to its last step.
+
+  Attributes:
+    experiment: method, optimizers, devices and settings.
+    workdir: of the run.
+    source: training images.
+    accounts: wall-clock breakdown.
+    preemption: whether SIGTERM was received.
+    lock: of the work directory; None on all processes except process 0.
+  """
+
+  experiment: build.Experiment
+  workdir: str
+  source: image_source.Source
+  accounts: goodput.Goodput
+  preemption: multihost.Notice
+  lock: workdir_lock.Lock | None
+
+  def __post_init__(self):
+    experiment = self.experiment
+    self.backend = experiment.backend()
+    step = train_step.make_step(
+        experiment.method, experiment.optimizers(),
+        experiment.step_options(self.backend),
+    )
+    # One step per call, and several (parallel.steps_per_call).
+    self.step_fns = {
+        several: self.backend.compile(step, several)
+        for several in (False, True)
+    }
+    self.compiled: set[Any] = set()
+    self.calls = itertools.count()
+    self.watchdog = watchdog.Watchdog(
+        experiment.training.hang_secs,
+        os.path.join(self.workdir, nonfinite.FOLDER,
+                     f"stacks-host{jax.process_index()}.txt"),
+    )
+    self.frozen = runs.load_frozen(experiment)
+    # Checkpoints do not hold these, and a run may not change them.
+    fixed = {
+        "data_fingerprint": image_source.fingerprint(self.source),
+        "frozen": {k: digests.tree_digest(v) for k, v in self.frozen.items()},
+    }
+    settings = experiment.checkpoint
+    self.saver = saver.Saver(
+        checkpoint.Checkpoints(
+            runs.checkpoint_dir(self.workdir), settings.keep,
+            settings.keep_every,
+        ),
+        {"config": resolve.to_json(experiment.config),
+         "version": __version__, **fixed},
+        settings.max_failures, settings.retry_secs, self._sleep,
+    )
+    self.recovery = recovery.Recovery(
+        self.workdir, self.backend, self.saver, self._create,
+        lambda: build.create_state(experiment), self.frozen, fixed,
+        self.source.name, experiment.training.max_rollbacks,
+    )
+
+  def train(self) -> train_state.TrainState:
+    """Trains up to the last step; returns the state on the host."""
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(self.saver.saved)
+      with self.accounts.part("init"):
+        state = self.recovery.start()
+      self.accounts.begin(self._step_of(state))
+      if self._step_of(state) >= self.experiment.training.num_steps:
+        return self.backend.fetch(state.saved())
+      stack.enter_context(self.preemption.deferred())
+      stack.callback(self.watchdog.start().close)
+      while True:
+        try:
+          return self._train_steps(state)
+        except nonfinite.NotFinite as e:
+          # The traceback keeps the old state alive; drop it before restoring
+          # to free device memory.
+          error = e.with_traceback(None)
+        with self.accounts.part("rollback"):
+          state = None
+          if self.recovery.exhausted():
+            raise self._give_up(error)
+          self.latest = None
+          state = self.recovery.roll_back(error, self.window)
+
+  def _train_steps(
+      self, state: train_state.TrainState
+  ) -> train_state.TrainState:
+    """Runs the steps after state.step.
+
+    Raises:
+      NotFinite: too many steps in a row.
+      Preempted: SIGTERM was received; the state is saved.
+    """
+    experiment, method = self.experiment, self.experiment.method
+    total = experiment.training.num_steps
+    every = experiment.checkpoint.every_steps
+    first = self._step_of(state)
+    self.window = int(self.backend.fetch(state.window))
+    self.accounts.begin(first)
+    began = time.monotonic()
+    guard = nonfinite.Guard(experiment.training.max_skipped_in_row)
+    # A call runs one step or several on the devices; none crosses a save.
+    calls = sharding.calls(
+        method, first, total, experiment.parallel.steps_per_call, (every,)
+    )
+    with (
+        self._logger(state, first) as logger,
+        stream(
+            experiment, self.source, self.backend, calls, self.window
+        ) as batches,
+    ):
+      for start, count in calls:
+        with self.accounts.part("data"):
+          batch, curriculum = next(batches)
+        state, metrics = self._train_step(
+            state, batch, curriculum, method.phase(start), start, count
+        )
+        self.latest, step = state, start + count
+        logger(step, count, metrics)
+        preempted = self.preemption.reached(next(self.calls))
+        last = preempted or step == total
+        saving = last or step % every == 0
+        # Steps are judged before they are saved, so that a restart sees the
+        # same state.
+        guard.check(step, metrics, wait=saving)
+        self.watchdog.progress(step)
+        self.accounts.progress(step)
+        self._check_lock(saving)
+        if saving:
+          with self.accounts.part("checkpoint"), logger.report.timed("save"):
+            logger.writer.flush()
+            self._save(step, state, last)
+        if preempted:
+          raise errors.Preempted(
+              f"step {step} of {total} is saved in {self.workdir}; the same "
+              "command continues the run"
+          )
+      seconds = hooks.format_secs(time.monotonic() - began)
+      logger.progress.note(f"trained {total - first} steps in {seconds}")
+    return self.backend.fetch(state.saved())
+
+  def _train_step(self, state, batch, curriculum, phase, start, count):
+    """Calls the compiled step; the first call of a kind compiles."""
+    part = contextlib.nullcontext()
+    if (phase, count) not in self.compiled:
+      self.compiled.add((phase, count))
+      part = self.accounts.part("compile")
+    try:
+      with part, jax.profiler.StepTraceAnnotation("train", step_num=start + 1):
+        state, metrics = self.step_fns[count > 1](
+            state, batch, curriculum, phase
+        )
+    except jax.errors.JaxRuntimeError as e:
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      raise errors.UserError(
+          f"step {start + 1} does not fit the devices' memory "
+          f"({' '.join(str(e).split())[:160]}); lower parallel.max_examples "
+          f"(got {self.experiment.parallel.max_examples}), set "
+          "model.remat=True, or shard the state by parallel.fsdp=0 and "
+          "parallel.sharding=fsdp"
+      ) from e
+    return state, self.backend.fetch(metrics)
+
+  def _logger(self, state, first: int) -> metric_logger.MetricLogger:
+    config, method = self.experiment.config, self.experiment.method
+    return metric_logger.MetricLogger(
+        self.workdir,
+        f"training {config.method.name} on {config.data.name}, batch "
+        f"{config.training.batch_size}",
+        self.backend.fetch(state.players[method.sampled].params),
+        resolve.flatten(resolve.to_json(config)),
+        first, config.training.num_steps, config.log.every_steps,
+        config.log.progress_secs, config.log.profile,
+    )
+
+  def _step_of(self, state) -> int:
+    return int(self.backend.fetch(state.step))
+
+  def _sleep(self, seconds: float) -> None:
+    with self.watchdog.paused():
+      time.sleep(seconds)
+
+  def _create(self) -> train_state.TrainState:
+    """Creates the state before the first step, on the host."""
+    method, training = self.experiment.method, self.experiment.training
+    start_from = {
+        name: self.frozen[player.starts_from]
+        for name, player in method.players.items() if player.starts_from
+    }
+    if training.init_from is not None:
+      start_from[method.sampled] = runs.load_params(
+          training.init_from, training.init_average
+      )
+    try:
+      return self.backend.fetch(self.backend.create(
+          lambda params: build.create_state(self.experiment, params),
+          start_from,
+      ))
+    except ValueError as e:
+      if not start_from or isinstance(e, errors.UserError):
+        raise
+      source = f"training.init_from={training.init_from}"
+      if training.init_from is None:
+        source = f"method.teacher={self.experiment.config.method.teacher}"
+      raise errors.UserError(
+          f"{source}: {e}; expected this config's network, with or without "
+          "the second time branch"
+      ) from e
+
+  def _check_lock(self, saving: bool) -> None:
+    """Raises UserError if another job has taken over the work directory."""
+    if self.lock is None:
+      return
+    if self.lock.lost or (saving and not self.lock.look()):
+      raise errors.UserError(
+          f"--workdir={self.workdir} was taken over by another job while this "
+          "one did not respond; this one stops"
+      )
+
+  def _save(self, step: int, state: train_state.TrainState, last: bool) -> None:
+    save = self.saver.finish if last else self.saver.save
+    save(step, self.backend.fetch(state.saved()))
+    self.watchdog.progress(step)
+    self.accounts.save(step, self.saver.newest)
+
+  def _give_up(self, error: nonfinite.NotFinite) -> errors.UserError:
+    """Writes a bundle for inspection; returns the error that ends the run."""
+    position = self.window + error.step - 1
+    most = self.experiment.training.max_rollbacks
+    batch = batches(self.experiment, self.source)(position)
+    state = multihost.to_host(self.backend.fetch(self.latest.saved()))
+    folder = "the folder that process 0 names"
+    if jax.process_index() == 0:
+      facts = {
+          "position": position, "rollbacks": most,
+          "facts": provenance.facts(self.experiment),
+      }
+      try:
+        folder = nonfinite.write_bundle(
+            self.workdir, error, state, batch, facts
+        )
+      except OSError as e:
+        folder = f"no file ({e.strerror})"
+    return errors.UserError(
+        f"{error}; {most} roll-backs did not help. The metrics, tensors and "
+        f"images of that step are in {folder}. Lower optimizer.learning_rate, "
+        "set optimizer.grad_clip, or look for bad images"
+    )
+
+
+def batches(
+    experiment: build.Experiment, source: image_source.Source
+) -> pipeline.Batches:
+  """Returns position -> this host's part of the global batch there."""
+  config = experiment.config
+  return pipeline.Batches(
+      source, config.seed, config.training.batch_size, flip=config.data.flip,
+      process_index=jax.process_index(), process_count=jax.process_count(),
+  )
+
+
+def stream(
+    experiment: build.Experiment,
+    source: image_source.Source,
+    backend: sharding.Backend,
+    calls: list[tuple[int, int]],
+    window: int,
+) -> contextlib.AbstractContextManager[Iterator[tuple[Any, Any]]]:
+  """Prepares the batches and curricula of calls ahead, on the devices.
+
+  Args:
+    experiment: of the run.
+    source: training images.
+    backend: where they go.
+    calls: (first step, number of steps) of each, see sharding.calls.
+    window: how far the data is ahead of the step.
+
+  Returns:
+    A context of an iterator over (batch, curriculum), stacked in a call of
+    several steps.
+  """
+  read = batches(experiment, source)
+
+  def inputs(i):
+    start, count = calls[i]
+    parts = [
+        build.network_inputs(experiment, read(window + step))
+        for step in range(start, start + count)
+    ]
+    curriculum = sharding.curricula(experiment.method, start, count)
+    return backend.batch(*parts), backend.replicate(curriculum)
+
+  return contextlib.closing(pipeline.prefetch(inputs, 0, len(calls)))
+
+
+def _lock_workdir(
     config: ml_collections.ConfigDict, workdir: str, stack
 ) -> workdir_lock.Lock | None:
-  """Makes this job the folder's one writer; process 0 does it for all."""
-  owner, error = None, None
+  """Makes this job the folder's only writer; process 0 does it for all."""
+  lock, error = None, None
   if jax.process_index() == 0:
     try:
-      owner = prepare_workdir(config, workdir)
-      stack.callback(owner.release)
+      lock = prepare_workdir(config, workdir)
+      stack.callback(lock.release)
     except errors.UserError as e:
       error = e
   multihost.raise_everywhere(error)
-  return owner
+  return lock
 
 
 def prepare_workdir(
     config: ml_collections.ConfigDict, workdir: str
 ) -> workdir_lock.Lock:
-  """Makes the directory, or checks that its run may go on; writes config.json.
+  """Creates the directory, or checks that its run may resume.
+
+  Writes config.json.
 
   Returns:
-    The lock of the directory, to be released in the end.
+    The lock of the directory; the caller releases it.
 
   Raises:
-    UserError: another config's run or another job is there, or it cannot be
-      written.
+    UserError: the directory has a run of another config or another job, or it
+      cannot be written.
   """
   with contextlib.ExitStack() as stack:
     try:
@@ -101,22 +420,22 @@ def prepare_workdir(
       if run is not None:
         resolve.check_resume(run, config)
       os.makedirs(workdir, exist_ok=True)
-      owner = stack.enter_context(workdir_lock.Lock(workdir))
+      lock = stack.enter_context(workdir_lock.Lock(workdir))
       done = os.path.join(workdir, DONE)
-      if os.path.exists(done):  # More steps, or numbers made anew.
+      if os.path.exists(done):  # More steps, or numbers computed again.
         os.remove(done)
       resolve.write(config, workdir)
     except OSError as e:
       raise errors.UserError(
           f"cannot write to --workdir={workdir}: {e.strerror}; choose another"
       ) from e
-    stack.pop_all()  # The lock is kept from here on.
+    stack.pop_all()  # The caller releases the lock.
   fault_injection.point("config_written")
-  return owner
+  return lock
 
 
 def _finish(experiment, workdir: str, state, accounts) -> None:
-  """Numbers and pictures of the last step, then the mark that all is done."""
+  """Evaluates the last step, then writes DONE."""
   total = experiment.config.training.num_steps
   with accounts.part("eval"):
     average, params = runs.choose(

@@ -40,11 +40,11 @@ STEP_SECS = 0.02
 SLOW = f"""
 import time
 from bcm_jax.training import metric_logger
-report = metric_logger.Watch.__call__
+report = metric_logger.MetricLogger.__call__
 def slowly(self, step, count, metrics):
   report(self, step, count, metrics)
   time.sleep({STEP_SECS})
-metric_logger.Watch.__call__ = slowly
+metric_logger.MetricLogger.__call__ = slowly
 from bcm_jax.training import goodput
 goodput._WRITE_SECS = 0.05
 """

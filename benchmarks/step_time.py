@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bcm_jax import loop
+from bcm_jax import train
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
@@ -124,7 +124,7 @@ class Bench:
     todo = [(start + k * i, k) for i in range(calls)]
     self.done += k * calls
     method = self.experiment.method
-    with loop.stream(
+    with train.stream(
         self.experiment, self.source, self.backend, todo, 0
     ) as stream:
       for i in range(calls):

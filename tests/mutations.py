@@ -45,21 +45,21 @@ _DAMAGED = (
 MUTATIONS = (
   Mutation(
     "data position dropped on resuming",
-    "loop.py",
+    "train.py",
     "read(window + step))",
     "read(window + step - calls[0][0]))",
     _NOTICE,
   ),
   Mutation(
     "data window dropped",
-    "loop.py",
+    "train.py",
     "read(window + step))",
     "read(step))",
     _ONCE,
   ),
   Mutation(
     "Adam's count reset on resuming",
-    "loop.py",
+    "checkpoint/recovery.py",
     '    logging.info("resuming at step %d", at)\n',
     "    state = jax.tree_util.tree_map_with_path(\n"
     "        lambda p, x: 0 * x if 'count' in str(p[-1]) else x, state)\n",
@@ -142,8 +142,8 @@ MUTATIONS = (
   ),
   Mutation(
     "lock not looked at before a save",
-    "loop.py",
-    "(saving and not self.owner.look())",
+    "train.py",
+    "(saving and not self.lock.look())",
     "False",
     "training/test_mishaps.py::"
     "test_a_writer_that_was_replaced_stops_before_it_saves",
@@ -201,16 +201,15 @@ MUTATIONS = (
   ),
   Mutation(
     "saved before it was judged",
-    "loop.py",
-    "judge.check(end, metrics, wait=saving)",
-    "judge.check(end, metrics, wait=last)",
+    "train.py",
+    "guard.check(step, metrics, wait=saving)",
+    "guard.check(step, metrics, wait=last)",
     _ROLLING + "test_a_roll_back_goes_on_with_other_data[at_save]",
   ),
   Mutation(
     "roll-backs forgotten on resuming",
-    "loop.py",
-    "if before is not None:",
-    "if False:",
+    "checkpoint/recovery.py",
+    "before and before.position", "None",
     _ROLLING
     + "test_a_roll_back_that_is_killed_resumes_bit_for_bit[after_second]",
   ),

@@ -208,13 +208,14 @@ def test_finished_run_is_not_trained_again(run):
 # The run is killed as if by the kernel at the end of a step's bookkeeping.
 KILL = """
 import os, sys
-from bcm_jax import main, watch
-report = watch.Watch.__call__
+from bcm_jax import main
+from bcm_jax.training import metric_logger
+report = metric_logger.MetricLogger.__call__
 def killed(self, step, count, metrics):
   report(self, step, count, metrics)
   if step == int(sys.argv[1]):
     os._exit(9)
-watch.Watch.__call__ = killed
+metric_logger.MetricLogger.__call__ = killed
 main.main(["bcm_jax", *sys.argv[2:]])
 """
 

@@ -197,7 +197,7 @@ def test_another_teacher_stops_a_run_that_goes_on(teacher, trained, tmp_path):
   config = student("digits_cd.py", tmp_path / "moved")
   train.train_and_evaluate(config, str(tmp_path / "run"))
   shutil.rmtree(tmp_path / "moved" / "checkpoints" / "4")
-  with pytest.raises(errors.UserError, match="has other weights"):
+  with pytest.raises(errors.UserError, match="method.teacher: got weights"):
     train.train_and_evaluate(config, str(tmp_path / "run"))
 
 

@@ -1,101 +1,97 @@
-"""All that reports on a run while it trains: metrics, progress, a profile."""
+"""Metric logging, progress and profiling of a training run."""
 
+from collections.abc import Mapping
 import contextlib
-import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
-from bcm_jax.config import build
-from bcm_jax.config import resolve
 from bcm_jax.training import hooks
 from bcm_jax.training import metric_writers
 
 
-@dataclasses.dataclass
-class Watch:
-  """Takes the metrics of every call, read only where they are shown.
+class MetricLogger:
+  """Buffers device metrics; fetches them only when they are logged.
+
+  Leaving its context closes what it opened.
 
   Attributes:
     writer: metrics.jsonl and TensorBoard.
-    report: steps a second, an ETA.
-    profile: a trace of a few steps.
-    progress: a bar, or lines.
-    every_steps: between lines of metrics.
-    total: steps of the run.
-    newest: metric -> (its last values, the one of them that is the newest).
+    report: steps per second and an ETA.
+    progress: a bar on a terminal, lines elsewhere.
   """
 
-  writer: metric_writers.MetricWriter
-  report: Any
-  profile: Any
-  progress: hooks.Progress
-  every_steps: int
-  total: int
-  newest: dict[str, tuple[Any, int]] = dataclasses.field(default_factory=dict)
+  def __init__(
+      self,
+      workdir: str,
+      title: str,
+      params: Any,
+      hparams: Mapping[str, Any],
+      first: int,
+      total: int,
+      every_steps: int,
+      progress_secs: float = 30.0,
+      profile: bool = False,
+  ):
+    """Opens the writers of a run.
+
+    Args:
+      workdir: of the run.
+      title: printed before the first step, with sizes and devices.
+      params: of the sampled network, for the table of parameters.
+      hparams: 'section.key' -> value, written at the first start.
+      first: number of finished steps.
+      total: number of the last step.
+      every_steps: steps between lines of metrics.
+      progress_secs: seconds between progress lines off a terminal.
+      profile: trace a few steps for TensorBoard.
+    """
+    self._total, self._every = total, every_steps
+    self._newest: dict[str, tuple[Any, int]] = {}
+    self._stack = contextlib.ExitStack()
+    self.writer = metric_writers.create_writer(
+        workdir, jax.process_index() == 0, resume_step=first
+    )
+    self._stack.callback(self.writer.close)
+    if first == 0:
+      self.writer.write_hparams(dict(hparams))
+      hooks.log_parameter_overview(params)
+    self.progress = hooks.Progress(total, first, every_secs=progress_secs)
+    self._stack.callback(self.progress.close)
+    self.report = hooks.report_progress(total, self.writer, every_secs=60.0)
+    self._profile = (
+        hooks.profile(workdir, first_profile=first + 10) if profile
+        else lambda step: None
+    )
+    size = sum(int(np.prod(np.shape(x))) for x in jax.tree.leaves(params))
+    hosts = jax.process_count()
+    self.progress.note(
+        f"{title}: steps {first} to {total}, {size:,} parameters, "
+        f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+        f"{f' on {hosts} hosts' if hosts > 1 else ''}; compiling"
+    )
+
+  def __enter__(self) -> "MetricLogger":
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self._stack.close()
 
   def __call__(self, step: int, count: int, metrics: dict[str, Any]) -> None:
     """Takes the metrics of the `count` steps that end with `step`."""
-    # With several players the loss of the first one of the phase.
+    # With several networks, the loss of the first one of the phase.
     loss = next(v for k, v in metrics.items() if k.split("/")[-1] == "loss")
     self.progress.update(step, loss=loss if count == 1 else loss[-1])
     for i in range(count):
       at = step - count + 1 + i
       self.report(at)
-      self.profile(at)
-      # Players that take turns: of each what it said last.
-      self.newest |= {k: (v, i) for k, v in metrics.items()}
-      if at % self.every_steps and at != self.total:
+      self._profile(at)
+      # Networks that take turns keep the metrics of their last turn.
+      self._newest |= {k: (v, i) for k, v in metrics.items()}
+      if at % self._every and at != self._total:
         continue
       self.writer.write_scalars(
           at, {k: float(np.reshape(v, -1)[i])
-               for k, (v, i) in self.newest.items()}
+               for k, (v, i) in self._newest.items()}
       )
-
-
-def open_watch(
-    experiment: build.Experiment,
-    workdir: str,
-    first: int,
-    params: Any,
-    stack: contextlib.ExitStack,
-) -> Watch:
-  """Opens the writers and hooks of a run that starts after a step.
-
-  Args:
-    first: finished steps.
-    params: of the sampled player, for the table of parameters.
-    stack: closes what is opened.
-  """
-  config = experiment.config
-  training = experiment.training
-  log = experiment.log
-  writer = metric_writers.create_writer(
-      workdir, jax.process_index() == 0, resume_step=first
-  )
-  stack.callback(writer.close)
-  if first == 0:
-    writer.write_hparams(resolve.flatten(resolve.to_json(config)))
-    hooks.log_parameter_overview(params)
-  progress = hooks.Progress(
-      training.num_steps, first, every_secs=log.progress_secs
-  )
-  stack.callback(progress.close)
-  size = sum(int(np.prod(np.shape(x))) for x in jax.tree.leaves(params))
-  hosts = jax.process_count()
-  progress.note(
-      f"training {config.method.name} on {config.data.name}: steps {first} to "
-      f"{training.num_steps}, batch {training.batch_size}, {size:,} "
-      f"parameters, {jax.device_count()} {jax.devices()[0].platform} device(s)"
-      f"{f' on {hosts} hosts' if hosts > 1 else ''}; compiling"
-  )
-  return Watch(
-      writer,
-      hooks.report_progress(training.num_steps, writer, every_secs=60.0),
-      hooks.profile(workdir, first_profile=first + 10) if log.profile
-      else lambda step: None,
-      progress,
-      log.every_steps,
-      training.num_steps,
-  )

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import loop
 from bcm_jax import train
 from bcm_jax.checkpoint import checkpoint
+from bcm_jax.checkpoint import recovery
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import config_files
@@ -261,10 +261,10 @@ def test_a_run_goes_on_with_its_own_images_alone(tmp_path):
     found = image_source.fingerprint(source(name))
     return {"data_fingerprint": found, "frozen": {}}
 
-  loop._check_unchanged(fixed("a"), fixed("moved"), "npz")
-  loop._check_unchanged({}, fixed("b"), "npz")
-  with pytest.raises(errors.UserError, match="holds other images"):
-    loop._check_unchanged(fixed("a"), fixed("b"), "npz")
+  recovery.check_unchanged(fixed("a"), fixed("moved"), "npz")
+  recovery.check_unchanged({}, fixed("b"), "npz")
+  with pytest.raises(errors.UserError, match="data.path"):
+    recovery.check_unchanged(fixed("a"), fixed("b"), "npz")
 
 
 def test_statistics_of_the_training_split_are_taken_once(copy, monkeypatch):

@@ -27,11 +27,11 @@ def slow(secs: float = 0.1) -> str:
   return f"""
 import time
 from bcm_jax.training import metric_logger
-at_once = metric_logger.Watch.__call__
+at_once = metric_logger.MetricLogger.__call__
 def slowly(self, step, count, metrics):
   at_once(self, step, count, metrics)
   time.sleep({secs})
-metric_logger.Watch.__call__ = slowly
+metric_logger.MetricLogger.__call__ = slowly
 """
 
 

@@ -69,7 +69,7 @@ from bcm_jax.training import metric_logger
 cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=1)
 os.dup2(cat.stdin.fileno(), 1)
 os.dup2(cat.stdin.fileno(), 2)
-report = metric_logger.Watch.__call__
+report = metric_logger.MetricLogger.__call__
 def limited(self, step, count, metrics):
   report(self, step, count, metrics)
   hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -78,7 +78,7 @@ def limited(self, step, count, metrics):
   if step == UNTIL:
     time.sleep(1.0)  # The save under way shall meet it.
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-metric_logger.Watch.__call__ = limited
+metric_logger.MetricLogger.__call__ = limited
 """
 
 
@@ -119,7 +119,7 @@ def stuck(*args):
   time.sleep(1e9)
 """
 HUNG_LOOP = HANG + """
-watch.Watch.__call__ = stuck
+metric_logger.MetricLogger.__call__ = stuck
 """
 # The first save never ends; the run learns of it when it waits for it.
 HUNG_DISK = HANG + """

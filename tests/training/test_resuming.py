@@ -112,12 +112,12 @@ def test_kills_at_any_moment_cost_nothing_but_time(server, unbroken, tmp_path):
 TOLD = """
 import os, signal
 from bcm_jax.training import metric_logger
-report = metric_logger.Watch.__call__
+report = metric_logger.MetricLogger.__call__
 def told(self, step, count, metrics):
   report(self, step, count, metrics)
   if step == STEP:
     os.kill(os.getpid(), signal.SIGTERM)
-metric_logger.Watch.__call__ = told
+metric_logger.MetricLogger.__call__ = told
 """
 
 
@@ -140,11 +140,11 @@ def test_a_notice_saves_the_step_and_the_next_start_goes_on(
 def test_a_notice_before_the_first_step_ends_at_once(server, tmp_path):
   code = """
 import os, signal
-from bcm_jax import loop
-def create(self, start_from):
+from bcm_jax import train
+def create(self):
   os.kill(os.getpid(), signal.SIGTERM)
   raise AssertionError("not told")
-loop.Run._create = create
+train.Run._create = create
 """
   start = server.start(tmp_path, code=code)
   start.wait(errors.EXIT_PREEMPTED)

@@ -22,8 +22,8 @@ TWO = "training.max_skipped_in_row=2"
 # Batches at the positions BAD hold one image with one pixel that is NaN.
 POISON = """
 import numpy as np
-from bcm_jax import loop
-batches = loop.batches
+from bcm_jax import train
+batches = train.batches
 def poisoned(experiment, source):
   read = batches(experiment, source)
   def one(position):
@@ -33,7 +33,7 @@ def poisoned(experiment, source):
       batch["image"][-1, 0, 0, 0] = np.nan
     return batch
   return one
-loop.batches = poisoned
+train.batches = poisoned
 """
 
 
@@ -188,13 +188,13 @@ def test_a_roll_back_that_is_killed_resumes_bit_for_bit(whole, broken, name):
 # Step 10 and 11 are bad whatever the data, as where the training diverges.
 DIVERGE = """
 import numpy as np
-from bcm_jax import loop
-batches, stream, bad = loop.batches, loop.stream, []
+from bcm_jax import train
+batches, stream, bad = train.batches, train.stream, []
 def by_step(experiment, source, backend, calls, window):
   bad[:] = [window + 9, window + 10]
   return stream(experiment, source, backend, calls, window)
-loop.stream = by_step
-""" + POISON.partition("batches = loop.batches")[2].replace("BAD", "bad")
+train.stream = by_step
+""" + POISON.partition("batches = train.batches")[2].replace("BAD", "bad")
 
 
 def test_a_run_that_fails_at_the_same_step_for_ever_stops(server, tmp_path):
@@ -202,7 +202,7 @@ def test_a_run_that_fails_at_the_same_step_for_ever_stops(server, tmp_path):
   start = server.start(tmp_path, TWO, code=DIVERGE)
   start.wait(errors.EXIT_BAD_INPUT)
   back = [line.partition("going on from ")[2] for line in
-          start.text.splitlines() if "going on from" in line]
+          start.text.splitlines() if "continuing from" in line]
   assert back == [
       f"step {step} with other data (roll-back {i} of 3)"
       for i, step in enumerate((8, 4, 4), start=1)
@@ -212,7 +212,7 @@ def test_a_run_that_fails_at_the_same_step_for_ever_stops(server, tmp_path):
   # Started again, it has no more tries than before.
   again = server.start(tmp_path, TWO, code=DIVERGE)
   again.wait(errors.EXIT_BAD_INPUT)
-  assert "going on from" not in again.text
+  assert "continuing from" not in again.text
 
 
 def test_what_does_not_get_better_stops_with_a_bundle(server, tmp_path):

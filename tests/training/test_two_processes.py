@@ -105,12 +105,12 @@ def test_two_processes_train_as_one_does(unbroken, alone, kind):
 TOLD = """
 import os, signal
 from bcm_jax.training import metric_logger
-report = metric_logger.Watch.__call__
+report = metric_logger.MetricLogger.__call__
 def told(self, step, count, metrics):
   report(self, step, count, metrics)
   if step == 5:
     os.kill(os.getpid(), signal.SIGTERM)
-metric_logger.Watch.__call__ = told
+metric_logger.MetricLogger.__call__ = told
 """
 # Long enough for a notice to pass from one process to the other.
 SLOW = starts.slow(0.2)
