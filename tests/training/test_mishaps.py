@@ -45,7 +45,7 @@ def test_a_writer_that_was_replaced_stops_before_it_saves(server, tmp_path):
   whole = starts.leaves(tmp_path, STEPS)
   first.send(signal.SIGCONT)
   first.wait(errors.EXIT_BAD_INPUT)
-  assert "another job has taken over" in first.text
+  assert "was taken over by another job" in first.text
   assert starts.leaves(tmp_path, STEPS) == whole
   assert (tmp_path / "DONE").exists()
 

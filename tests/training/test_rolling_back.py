@@ -201,7 +201,7 @@ def test_a_run_that_fails_at_the_same_step_for_ever_stops(server, tmp_path):
   """Though it comes as far as a new checkpoint every time."""
   start = server.start(tmp_path, TWO, code=DIVERGE)
   start.wait(errors.EXIT_BAD_INPUT)
-  back = [line.partition("going on from ")[2] for line in
+  back = [line.partition("continuing from ")[2] for line in
           start.text.splitlines() if "continuing from" in line]
   assert back == [
       f"step {step} with other data (roll-back {i} of 3)"

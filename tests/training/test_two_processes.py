@@ -169,7 +169,7 @@ def test_a_bad_image_on_one_host_is_skipped_and_rolled_back_on_both(
   assert rolling_back.numbers(tmp_path / "a") == [STEPS, 3, 1, STEPS - 1]
   for start in both:
     assert "step 7: 2 steps in a row were not finite" in start.text
-    assert "going on from step 4 with other data" in start.text
+    assert "continuing from step 4 with other data" in start.text
   codes = [rolling_back.poison(), rolling_back.poison(*range(5, 99))]
   both = pair(server, tmp_path / "b", *flags, codes=codes)
   wait(both, errors.EXIT_BAD_INPUT)
