@@ -114,7 +114,7 @@ class Run:
         experiment.method, experiment.optimizers(),
         experiment.step_options(self.backend),
     )
-    # One step per call, and several (parallel.steps_per_call).
+    # One step per call, and several (parallel.substeps).
     self.step_fns = {
         several: self.backend.compile(step, several)
         for several in (False, True)
@@ -122,7 +122,7 @@ class Run:
     self.compiled: set[Any] = set()
     self.calls = itertools.count()
     self.watchdog = watchdog.Watchdog(
-        experiment.training.hang_secs,
+        experiment.training.watchdog_timeout_secs,
         os.path.join(self.workdir, nonfinite.FOLDER,
                      f"stacks-host{jax.process_index()}.txt"),
     )
@@ -189,10 +189,10 @@ class Run:
     self.window = int(self.backend.fetch(state.window))
     self.accounts.begin(first)
     began = time.monotonic()
-    guard = nonfinite.Guard(experiment.training.max_skipped_in_row)
+    guard = nonfinite.Guard(experiment.training.max_consecutive_nonfinite)
     # A call runs one step or several on the devices; none crosses a save.
     calls = sharding.calls(
-        method, first, total, experiment.parallel.steps_per_call, (every,)
+        method, first, total, experiment.parallel.substeps, (every,)
     )
     with (
         self._logger(state, first) as logger,
@@ -246,8 +246,9 @@ class Run:
         raise
       raise errors.UserError(
           f"step {start + 1} does not fit the devices' memory "
-          f"({' '.join(str(e).split())[:160]}); lower parallel.max_examples "
-          f"(got {self.experiment.parallel.max_examples}), set "
+          f"({' '.join(str(e).split())[:160]}); lower "
+          f"parallel.microbatch_size_per_device "
+          f"(got {self.experiment.parallel.microbatch_size_per_device}), set "
           "model.remat=True, or shard the state by parallel.fsdp=0 and "
           "parallel.sharding=fsdp"
       ) from e

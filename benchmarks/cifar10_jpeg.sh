@@ -26,7 +26,7 @@ config=(--config=configs/cifar10_jpeg.py --config.data.path="$data")
   --config.eval.features_path="$work/classifier" \
   --config.eval.samplers=onestep,ancestral@1.2 \
   --config.eval.num_samples=2000 --config.eval.seeds=0,1,2 \
-  --config.eval.num_reference=2000 \
+  --config.eval.num_real_for_prdc=2000 \
   --config.eval.inversion_noise=0.03,0.07,0.15,0.3
 
 newest=$(find "$work/run/eval" -name '*.json' | sort -V | tail -n 1)

@@ -97,7 +97,7 @@ class Bench:
   def told(self, images: np.ndarray, hole: np.ndarray | None = None) -> dict:
     """PSNR against the originals, and the share whose class is recognised."""
     right = np.mean(self.judge.classify(images) == self.classes)
-    told = {"recognised": float(right)}
+    told = {"class_accuracy": float(right)}
     mse = similarity.errors(self.images, images, None)["mse"]
     if mse:
       # Around a hole all is equal.
@@ -210,7 +210,7 @@ def classes(bench: Bench) -> Iterator[tuple[str, dict]]:
   new = (bench.classes + 1) % bench.model.num_classes
   out = bench.model.relabel(bench.images, bench.labels, new)
   yield "`relabel` to the next class: that one", {
-      "recognised": float(np.mean(bench.judge.classify(out) == new))
+      "class_accuracy": float(np.mean(bench.judge.classify(out) == new))
   }
 
 
@@ -220,10 +220,17 @@ def attributes(bench: Bench) -> Iterator[tuple[str, dict]]:
   before = bench.images.mean()
   for strength in STRENGTHS:
     out = bench.model.shift(bench.images, way, strength, bench.labels)
-    yield (f"`shift` by {strength:g}: mean grey level {before:.0f} to "
-           f"{out.mean():.0f}"), {
-        "recognised": float(np.mean(bench.judge.classify(out) == bench.classes))
-    }
+    yield (
+      (
+        f"`shift` by {strength:g}: mean grey level {before:.0f} to "
+        f"{out.mean():.0f}"
+      ),
+      {
+        "class_accuracy": float(
+          np.mean(bench.judge.classify(out) == bench.classes)
+        )
+      },
+    )
 
 
 def attack(bench: Bench) -> Iterator[tuple[str, dict]]:
@@ -234,21 +241,22 @@ def attack(bench: Bench) -> Iterator[tuple[str, dict]]:
     images = bench.images
     if size:
       images = image_source.to_uint8(
-          np.asarray(_perturb(bench, clean, size, bench.classes))
+        np.asarray(_perturb(bench, clean, size, bench.classes))
       )
     yield name, bench.told(images)
     found = None
     if bench.labels is not None:
       # What purification is told where the class is not known.
       found = bench.model.classify(images)
-      yield f"{name}, `classify`", {
-          "recognised": float(np.mean(found == bench.classes))
-      }
+      yield (
+        f"{name}, `classify`",
+        {"class_accuracy": float(np.mean(found == bench.classes))},
+      )
     yield f"{name}, `purify`", bench.told(bench.model.purify(images, found))
 
 
 def _perturb(
-    bench: Bench, clean: jax.Array, size: float, classes: np.ndarray
+  bench: Bench, clean: jax.Array, size: float, classes: np.ndarray
 ) -> jax.Array:
   network, params = bench.judge.network, bench.judge.params
 
@@ -258,7 +266,7 @@ def _perturb(
       # The classifier wants grey levels.
       _, logits = network.apply({"params": params}, 127.5 * (x + 1))
       return optax.softmax_cross_entropy_with_integer_labels(
-          logits, classes
+        logits, classes
       ).sum()
 
     x = x + size / 5 * jnp.sign(jax.grad(loss)(x))
@@ -271,9 +279,14 @@ def _perturb(
 
 
 TASKS: dict[str, Callable[[Bench], Iterator[tuple[str, dict]]]] = {
-    "holes": holes, "jpeg": jpeg, "noise": noise, "small": small,
-    "colours": colours, "classes": classes, "attributes": attributes,
-    "attack": attack,
+  "holes": holes,
+  "jpeg": jpeg,
+  "noise": noise,
+  "small": small,
+  "colours": colours,
+  "classes": classes,
+  "attributes": attributes,
+  "attack": attack,
 }
 
 
@@ -283,9 +296,9 @@ def latency(bench: Bench) -> dict[str, float]:
   label = None if bench.labels is None else int(bench.classes[0])
   times = {}
   for name, edit in {
-      "reconstruct": lambda x: model.reconstruct(x, label, nfe=1),
-      "restore": lambda x: model.restore(x, label),
-      "inpaint": lambda x: model.inpaint(x, _corner(x), label),
+    "reconstruct": lambda x: model.reconstruct(x, label, nfe=1),
+    "restore": lambda x: model.restore(x, label),
+    "inpaint": lambda x: model.inpaint(x, _corner(x), label),
   }.items():
     seconds = []
     for i in range(12):
@@ -312,19 +325,22 @@ def draw(bench: Bench, start: str) -> None:
   rows = _undone(bench) | _changed(bench)
   for task, made in rows.items():
     image_grid.save_png(
-        f"{start}_{task}.png",
-        image_grid.captioned_rows([("image", images), *made], scale=scale),
+      f"{start}_{task}.png",
+      image_grid.captioned_rows([("image", images), *made], scale=scale),
     )
   half = len(images) // 2
   between = bench.model.interpolate(
-      images[:half], images[half:], None if labels is None else labels[:half],
-      None if labels is None else labels[half:], points=len(images),
+    images[:half],
+    images[half:],
+    None if labels is None else labels[:half],
+    None if labels is None else labels[half:],
+    points=len(images),
   )
   image_grid.save_png(
-      f"{start}_interpolate.png",
-      image_grid.image_grid(
-          between.reshape(-1, *images.shape[1:]), len(images), scale=scale
-      ),
+    f"{start}_interpolate.png",
+    image_grid.image_grid(
+      between.reshape(-1, *images.shape[1:]), len(images), scale=scale
+    ),
   )
 
 
@@ -341,30 +357,36 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
   noisy = floats + 0.6 * np.random.default_rng(0).standard_normal(floats.shape)
   noisy = noisy.astype(np.float32)
   repeated = small.repeat(2, 1).repeat(2, 2)
-  attacked = image_source.to_uint8(np.asarray(
-      _perturb(bench, jnp.asarray(floats), 0.2, true)
-  ))
+  attacked = image_source.to_uint8(
+    np.asarray(_perturb(bench, jnp.asarray(floats), 0.2, true))
+  )
   rows = {
-      "inpaint": [("covered", covered),
-                  ("inpaint", model.inpaint(covered, hole, labels)),
-                  ("inpaint_cm", model.inpaint(covered, hole, labels,
-                                               task="inpaint_cm"))],
-      "restore": [("JPEG, 10", poor), ("restore", model.restore(poor, labels))],
-      "denoise": [("noise 0.6", image_source.to_uint8(noisy)),
-                  ("denoise", model.denoise(noisy, None, labels)[0])],
-      "super_resolve": [
-          ("half", repeated),
-          ("super_resolve", model.super_resolve(small, 2, labels)),
-      ],
-      "stroke": [
-          ("sketch", repeated), ("stroke", model.stroke(repeated, labels))
-      ],
-      "purify": [("attack", attacked), ("purify", model.purify(attacked))],
+    "inpaint": [
+      ("covered", covered),
+      ("inpaint", model.inpaint(covered, hole, labels)),
+      ("inpaint_cm", model.inpaint(covered, hole, labels, task="inpaint_cm")),
+    ],
+    "restore": [("JPEG, 10", poor), ("restore", model.restore(poor, labels))],
+    "denoise": [
+      ("noise 0.6", image_source.to_uint8(noisy)),
+      ("denoise", model.denoise(noisy, None, labels)[0]),
+    ],
+    "super_resolve": [
+      ("half", repeated),
+      ("super_resolve", model.super_resolve(small, 2, labels)),
+    ],
+    "stroke": [
+      ("sketch", repeated),
+      ("stroke", model.stroke(repeated, labels)),
+    ],
+    "purify": [("attack", attacked), ("purify", model.purify(attacked))],
   }
   if model.image_shape[-1] == 3:
     grey = image_source.to_uint8(np.asarray(operators.to_grey(floats)))
-    rows["colorize"] = [("grey", grey),
-                        ("colorize", model.colorize(grey, labels))]
+    rows["colorize"] = [
+      ("grey", grey),
+      ("colorize", model.colorize(grey, labels)),
+    ]
   return rows
 
 
@@ -372,10 +394,12 @@ def _changed(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
   """Rows of tasks that change what an image shows."""
   model, (images, _, labels) = bench.model, bench.some(SHOWN)
   way = bench.brightening()
-  rows = {"attribute": [
+  rows = {
+    "attribute": [
       (f"shift {strength:+g}", model.shift(images, way, strength, labels))
       for strength in STRENGTHS
-  ]}
+    ]
+  }
   if labels is not None:
     new = (labels + 1) % model.num_classes
     rows["relabel"] = [("next class", model.relabel(images, labels, new))]
@@ -388,11 +412,14 @@ def _changed(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
 def table(record: dict[str, Any], task: str) -> str:
   """A task's rows as Markdown."""
   rows = [
-      [name, *(
-          "-" if key not in n else form.format(n[key])
-          for key, form in (("psnr", "{:.2f}"), ("recognised", "{:.1%}"))
-      )]
-      for name, n in record["tasks"][task].items()
+    [
+      name,
+      *(
+        "-" if key not in n else form.format(n[key])
+        for key, form in (("psnr", "{:.2f}"), ("class_accuracy", "{:.1%}"))
+      ),
+    ]
+    for name, n in record["tasks"][task].items()
   ]
   return tables.markdown(["", "PSNR, dB", "class recognised"], rows)
 
@@ -420,16 +447,16 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--only", default=",".join(TASKS))
   parser.add_argument("--out", metavar="FILE")
   parser.add_argument(
-      "--pictures", metavar="START", help="of the names of pictures"
+    "--pictures", metavar="START", help="of the names of pictures"
   )
   parser.add_argument("--table", action="store_true")
   with cli.reporting():
     args: argparse.Namespace = parser.parse_args(
-        sys.argv[1:] if argv is None else argv
+      sys.argv[1:] if argv is None else argv
     )
     if not args.table and not (args.workdir and args.classifier):
       raise errors.UserError(
-          "give a WORKDIR and its --classifier, or --table alone"
+        "give a WORKDIR and its --classifier, or --table alone"
       )
     if args.workdir:
       bench = Bench(args.workdir, args.classifier, args.count)
@@ -438,9 +465,10 @@ def main(argv: list[str] | None = None) -> None:
         rows = record["tasks"][task] = {}
         for name, numbers in TASKS[task](bench):
           rows[name] = numbers
-          print(f"{name}: " + ", ".join(
-              f"{k} {v:.3f}" for k, v in numbers.items()
-          ), flush=True)
+          print(
+            f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()),
+            flush=True,
+          )
       record["milliseconds"] = latency(bench)
       print(record["milliseconds"])
       record["run"] = provenance.facts(bench.model.experiment)

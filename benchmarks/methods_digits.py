@@ -109,7 +109,7 @@ def train(work: pathlib.Path, name: str, seed: int) -> None:
         "--config.eval.features=classifier",
         f"--config.eval.features_path={work / 'classifier'}",
         "--config.eval.num_samples=1437", "--config.eval.seeds=0,1,2",
-        "--config.eval.num_reference=None", "--config.eval.inversion_nfe=")
+        "--config.eval.num_real_for_prdc=None", "--config.eval.inversion_nfe=")
   newest = max(place.glob("eval/*.json"), key=lambda p: int(p.stem))
   RESULTS.mkdir(parents=True, exist_ok=True)
   shutil.copy(newest, RESULTS / f"{place.name}.json")
@@ -152,7 +152,7 @@ def rows(found: Mapping[str, list[dict[str, Any]]]) -> Iterable[list[str]]:
       mean, std = numbers(results, key, FEATURES)
       share, precision, recall = (
           numbers(results, key, m)[0]
-          for m in ("recognised", "precision", "recall")
+          for m in ("class_accuracy", "precision", "recall")
       )
       yield [
           f"`{name}`", key.rpartition("_nfe")[0], str(sampler["nfe"]),
@@ -170,8 +170,10 @@ def _minutes(results) -> Iterable[float]:
 
 def table() -> str:
   """The table of all results that are there."""
-  head = ["run", "sampler", "NFE", FEATURES, "of the teacher's", "recognised",
-          "P", "R", "images", "minutes", "seeds"]
+  head = [
+      "run", "sampler", "NFE", FEATURES, "of the teacher's", "class accuracy",
+      "P", "R", "images", "minutes", "seeds",
+  ]
   found = read()
   return tables.markdown(head, rows(found)) if found else "Not run yet."
 
@@ -190,16 +192,16 @@ def sentence(name: str) -> str:
   parts = []
   if name in found:
     parts += [
-        f"{FEATURES} {mean:.3f} ± {std:.3f} in {sampler['nfe']} "
-        f"({key.rpartition('_nfe')[0]})"
-        for key, sampler in found[name][0]["samplers"].items()
-        for mean, std in [numbers(found[name], key, FEATURES)]
+      f"{FEATURES} {mean:.3f} ± {std:.3f} in {sampler['nfe']} "
+      f"({key.rpartition('_nfe')[0]})"
+      for key, sampler in found[name][0]["samplers"].items()
+      for mean, std in [numbers(found[name], key, FEATURES)]
     ]
   reached = ", ".join(parts) or tables.NOT_RUN
   step = tables.NOT_RUN if cost is None else f"{cost:.2f}"
   return (
-      f"Digits, `{name}`, what evaluations reach: {reached}. A step costs "
-      f"{step} times one of iCT.{_published(name)}"
+    f"Digits, `{name}`, what evaluations reach: {reached}. A step costs "
+    f"{step} times one of iCT.{_published(name)}"
   )
 
 
@@ -210,11 +212,12 @@ def _published(name: str) -> str:
     if row.ours == name:
       found.setdefault((row.data, row.method, row.source), []).append(row)
   parts = [
-      f"{method} on {data} "
-      + " / ".join(f"{r.numbers['FID']:.2f}" for r in rows) + " in "
-      + " / ".join(str(r.nfe) for r in rows)
-      + f" ({source}{'' if rows[0].verified else ', recalled'})"
-      for (data, method, source), rows in found.items()
+    f"{method} on {data} "
+    + " / ".join(f"{r.numbers['FID']:.2f}" for r in rows)
+    + " in "
+    + " / ".join(str(r.nfe) for r in rows)
+    + f" ({source}{'' if rows[0].verified else ', recalled'})"
+    for (data, method, source), rows in found.items()
   ]
   return f" Published FID: {'; '.join(parts)}." if parts else ""
 
@@ -227,12 +230,12 @@ def expectations() -> str:
   found = read()
   lines = [_near_teacher(found, name) for name in ("cd", "ctm", "dmd2")]
   lines += [
-      _more_steps(found, "ctm", "ancestral", False),
-      _more_steps(found, "cd", "cm_multistep", True),
-      _worse(found, "dmd2_no_gan", "dmd2"),
+    _more_steps(found, "ctm", "ancestral", False),
+    _more_steps(found, "cd", "cm_multistep", True),
+    _worse(found, "dmd2_no_gan", "dmd2"),
   ]
   return "\n".join(
-      textwrap.fill(f"* {line}", 80, subsequent_indent="  ") for line in lines
+    textwrap.fill(f"* {line}", 80, subsequent_indent="  ") for line in lines
   )
 
 
@@ -259,7 +262,7 @@ def _more_steps(found, name: str, sampler: str, rises: bool) -> str:
   if name not in found:
     return f"{claim}: {tables.NOT_RUN}"
   keys = ["onestep_nfe1"] + [
-      k for k in found[name][0]["samplers"] if k.startswith(sampler)
+    k for k in found[name][0]["samplers"] if k.startswith(sampler)
   ]
   values = [numbers(found[name], k, FEATURES) for k in keys]
   (first, a), (last, b) = values[0], values[-1]
@@ -276,8 +279,8 @@ def _worse(found, name: str, other: str) -> str:
     return claim + tables.NOT_RUN
   said = "yes" if mine[0] - its[0] > mine[1] + its[1] else "no"
   return (
-      claim + f"{mine[0]:.3f} ± {mine[1]:.3f} and {its[0]:.3f} ± {its[1]:.3f}, "
-      f"{said}"
+    claim + f"{mine[0]:.3f} ± {mine[1]:.3f} and {its[0]:.3f} ± {its[1]:.3f}, "
+    f"{said}"
   )
 
 
@@ -316,13 +319,16 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--seeds", default="0,1,2", metavar="0,1,2")
   parser.add_argument("--table", action="store_true")
   args: argparse.Namespace = parser.parse_args(
-      sys.argv[1:] if argv is None else argv
+    sys.argv[1:] if argv is None else argv
   )
   work = pathlib.Path(args.work).resolve()
   if not args.table:
     if not (work / "classifier" / "classifier.json").exists():
-      _do("bcm_jax.tools.train_classifier", "--config=configs/digits.py",
-          f"--out={work / 'classifier'}")
+      _do(
+        "bcm_jax.tools.train_classifier",
+        "--config=configs/digits.py",
+        f"--out={work / 'classifier'}",
+      )
     seeds = [int(seed) for seed in args.seeds.split(",")]
     for seed in seeds:
       for name in args.only.split(","):

@@ -64,7 +64,7 @@ class Soak:
     self.steps = PER_CYCLE * cycles
     self.flags = (
         f"training.num_steps={self.steps}", f"checkpoint.every_steps={EVERY}",
-        "checkpoint.keep=3", "training.hang_secs=60.0",
+        "checkpoint.keep=3", "training.watchdog_timeout_secs=60.0",
     )
     self.random, self.deck = random.Random(0), []
     self.kinds: collections.Counter = collections.Counter()
@@ -150,17 +150,21 @@ class Soak:
     total = goodput.total(str(self.workdir))
     assert 0 < total["wall"] <= self.outside, (total, self.outside)
     return {
-        "steps": self.steps, "steps_saved_every": EVERY,
-        "cycles": sum(self.kinds.values()), "by_kind": dict(self.kinds),
-        "exit_statuses": dict(self.ended),
-        "steps_lost": self.lost, "steps_lost_by_accounts": total["lost_steps"],
-        "recoveries": self.ended.total() - 1,
-        "identical_to_one_start": True,
-        "seconds": {
-            "all_processes": self.outside, "in_accounts": total["wall"],
-            "by_part": total["seconds"],
-        },
-        "goodput": total["goodput"],
+      "steps": self.steps,
+      "steps_saved_every": EVERY,
+      "cycles": sum(self.kinds.values()),
+      "by_kind": dict(self.kinds),
+      "exit_statuses": dict(self.ended),
+      "steps_lost": self.lost,
+      "steps_lost_by_accounts": total["repeated_steps"],
+      "recoveries": self.ended.total() - 1,
+      "identical_to_one_start": True,
+      "seconds": {
+        "all_processes": self.outside,
+        "in_accounts": total["wall"],
+        "by_part": total["seconds"],
+      },
+      "goodput": total["goodput"],
     }
 
 
@@ -178,8 +182,11 @@ def main() -> None:
       done = False
       for number in range(asked.cycles):
         done = soak.cycle()
-        print(f"cycle {number + 1}: step {soak.committed} of {soak.steps}, "
-              f"{time.time() - began:.0f} s", flush=True)
+        print(
+          f"cycle {number + 1}: step {soak.committed} of {soak.steps}, "
+          f"{time.time() - began:.0f} s",
+          flush=True,
+        )
         if done:
           break
       if not done:

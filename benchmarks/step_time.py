@@ -90,7 +90,7 @@ class Bench:
     self.experiment = build.build(config)
     self.backend = self.experiment.backend()
     self.source = source
-    self.per_call = config.parallel.steps_per_call
+    self.per_call = config.parallel.substeps
     step = train_step.make_step(
         self.experiment.method, self.experiment.optimizers(),
         self.experiment.step_options(self.backend),
@@ -175,7 +175,7 @@ def model_flops(experiment: build.Experiment, phase: Phase) -> int:
 
   Loops whose length is drawn, such as CTM's solver, count once.
   """
-  overrides = {"parallel.max_examples": "0"}
+  overrides = {"parallel.microbatch_size_per_device": "0"}
   if "remat" in experiment.config.model:
     overrides["model.remat"] = "False"
   config = resolve.resolve(experiment.config.to_dict(), overrides)
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
   experiment = build.build(config)
   result: dict[str, Any] = {
       "batch_size": config.training.batch_size,
-      "steps_per_call": config.parallel.steps_per_call,
+      "substeps": config.parallel.substeps,
   }
   if counts:
     result["scaling"] = scaling(config, counts)

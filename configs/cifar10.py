@@ -67,7 +67,7 @@ def get_config(variant: str = "bcm") -> ml_collections.ConfigDict:
   config.training = dict(
       num_steps=400_000, batch_size=1024, ema_rates=(0.99993,)
   ) | training
-  config.parallel = dict(max_examples=64)  # What 16 GB hold.
+  config.parallel = dict(microbatch_size_per_device=64)  # What 16 GB hold.
   several = "ancestral" if model.get("two_time") else "cm_multistep"
   config.sample = dict(sampler=several, num_samples=50_000) | times
   config.invert = dict(times=(15.0,))

@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.training = dict(
       num_steps=800_000, batch_size=512, ema_rates=(0.9999,)
   )
-  config.parallel = dict(max_examples=64)
+  config.parallel = dict(microbatch_size_per_device=64)
   config.sample = dict(
       sampler="cm_multistep", times=(0.585,), num_samples=50_000
   )

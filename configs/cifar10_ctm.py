@@ -39,7 +39,7 @@ def get_config(variant: str = "dsm") -> ml_collections.ConfigDict:
     config.critic = dict(learning_rate=2e-3, b1=0.5, b2=0.9)
     config.training.batch_size = 528
     config.training.init_from = "runs/ctm"
-  config.parallel = dict(max_examples=16)
+  config.parallel = dict(microbatch_size_per_device=16)
   config.sample = dict(sampler="ancestral", nfe=2, num_samples=50_000)
   config.eval = dict(samplers=("onestep", "ancestral"), at_end=False)
   return config

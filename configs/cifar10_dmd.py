@@ -49,7 +49,7 @@ def get_config(variant: str = "dmd2") -> ml_collections.ConfigDict:
     config.training = dict(
         num_steps=300_000, batch_size=392, ema_rates=(0.9999,)
     )
-  config.parallel = dict(max_examples=32)
+  config.parallel = dict(microbatch_size_per_device=32)
   config.sample = dict(num_samples=50_000)
   config.eval = dict(samplers=("onestep",), at_end=False)
   return config

@@ -42,7 +42,7 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
       num_steps=200_000_000 // batch, batch_size=batch,
       ema_rates=(0.5 ** (batch / 500_000),), ema_warmup=True,
   )
-  config.parallel = dict(max_examples=64)
+  config.parallel = dict(microbatch_size_per_device=64)
   config.sample = dict(sampler="heun", num_levels=18, num_samples=50_000)
   config.eval = dict(samplers=("heun",), at_end=False)
   return config

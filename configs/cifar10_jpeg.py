@@ -53,6 +53,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.log = dict(every_steps=25, progress_secs=30.0)
   config.sample = dict(times=(1.2,))
   # A glance at the end; docs/evaluation.md measures with features and seeds.
-  config.eval = dict(num_samples=1000, allow_few=True, num_reference=1000)
+  config.eval = dict(
+    num_samples=1000, allow_fewer_samples=True, num_real_for_prdc=1000
+  )
   config.invert = dict(num_images=500)
   return config

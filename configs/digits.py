@@ -65,5 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.log = dict(every_steps=50, progress_secs=15.0)
   config.sample = dict(times=(0.7,))  # The middle time of two steps.
   # 1,437 training images: 50,000 samples of them would say no more.
-  config.eval = dict(num_samples=1000, allow_few=True, num_reference=1000)
+  config.eval = dict(
+    num_samples=1000, allow_fewer_samples=True, num_real_for_prdc=1000
+  )
   return config

@@ -71,7 +71,7 @@ def get_config(variant: str = "finetune") -> ml_collections.ConfigDict:
   config.training = dict(
       num_steps=800_000, batch_size=4096, ema_rates=(0.99997,)
   ) | training
-  config.parallel = dict(max_examples=16)  # What 16 GB hold.
+  config.parallel = dict(microbatch_size_per_device=16)  # What 16 GB hold.
   several = "ancestral" if model.get("two_time") else "cm_multistep"
   config.sample = dict(sampler=several, num_samples=50_000) | times
   config.invert = dict(times=(15.0,))

@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
       num_steps=600_000, batch_size=2048,
       ema_rates=(0.9999, 0.999, 0.9999432),
   )
-  config.parallel = dict(max_examples=16)
+  config.parallel = dict(microbatch_size_per_device=16)
   config.sample = dict(
       sampler="cm_multistep", times=(1.38,), num_samples=50_000
   )

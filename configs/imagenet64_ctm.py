@@ -44,7 +44,7 @@ def get_config(variant: str = "dsm") -> ml_collections.ConfigDict:
     config.training.update(
         num_steps=30_000, batch_size=4224, init_from="runs/ctm"
     )
-  config.parallel = dict(max_examples=8)
+  config.parallel = dict(microbatch_size_per_device=8)
   config.sample = dict(sampler="ancestral", nfe=2, num_samples=50_000)
   config.eval = dict(samplers=("onestep", "ancestral"), at_end=False)
   return config

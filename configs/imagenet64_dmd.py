@@ -52,7 +52,7 @@ def get_config(variant: str = "dmd2") -> ml_collections.ConfigDict:
   elif variant == "dmd":
     config.data.pairs = "runs/edm/pairs.npz"
     config.training.update(num_steps=350_000, batch_size=336)
-  config.parallel = dict(max_examples=8)
+  config.parallel = dict(microbatch_size_per_device=8)
   # The published networks are not averaged.
   config.sample = dict(num_samples=50_000, average="params")
   config.eval = dict(samplers=("onestep",), at_end=False)

@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
       num_steps=2_500_000_000 // batch, batch_size=batch,
       ema_rates=(0.5 ** (batch / 50_000_000),), ema_warmup=True,
   )
-  config.parallel = dict(max_examples=16)
+  config.parallel = dict(microbatch_size_per_device=16)
   config.sample = dict(sampler="heun", num_levels=40, num_samples=50_000)
   config.eval = dict(samplers=("heun",), at_end=False)
   return config

@@ -258,8 +258,8 @@ MUTATIONS = (
   Mutation(
     "config drift let pass",
     "config/resolve.py",
-    '_FREE = ("parallel",',
-    '_FREE = ("optimizer", "model", "parallel",',
+    '_FREE = (\n    "parallel",',
+    '_FREE = (\n    "optimizer", "model", "parallel",',
     _RESUMING + "test_config_drift_is_refused_with_a_difference",
   ),
 )

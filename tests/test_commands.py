@@ -25,10 +25,10 @@ TINY = {
     "method.s0": "4", "method.s1": "16",
     "training.num_steps": str(STEPS), "training.batch_size": "16",
     "checkpoint.every_steps": str(EVERY), "log.every_steps": "1",
-    "eval.num_samples": "20", "eval.num_reference": "50",
+    "eval.num_samples": "20", "eval.num_real_for_prdc": "50",
     "sample.num_samples": "20", "sample.batch_size": "20",
     "sample.nfe": "None", "sample.times": "2.5", "sample.average": "None",
-    "invert.num_images": "20", "edit.pairs": "2", "edit.points": "3",
+    "invert.num_images": "20", "edit.pairs": "2", "edit.num_interpolants": "3",
 }
 
 
@@ -113,9 +113,17 @@ def test_evaluation_holds_every_number(run):
   result = json.loads((run / "eval" / f"{STEPS}.json").read_text())
   assert set(result["samplers"]) == {"onestep_nfe1", "ancestral_nfe2"}
   for numbers in result["samplers"].values():
-    assert 0 <= numbers["recognised_worst_class"] <= numbers["recognised"] <= 1
-    assert {"precision", "recall", "density", "coverage", "KID",
-            "FD (raw pixels)", "ratio"} <= set(numbers)
+    worst, mean = numbers["worst_class_accuracy"], numbers["class_accuracy"]
+    assert 0 <= worst <= mean <= 1
+    assert {
+      "precision",
+      "recall",
+      "density",
+      "coverage",
+      "KID",
+      "FD (raw pixels)",
+      "ratio",
+    } <= set(numbers)
     assert numbers["seeds"]["0"]["KID"] == numbers["KID"]
   assert set(result["inversion"]) == {"nfe1", "nfe2"}
   assert result["judge_test_accuracy"] > 0.98
@@ -136,9 +144,14 @@ def test_sample_files(run):
 
 
 def test_sample_mode_takes_the_runs_config(run, capsys):
-  main("--mode=sample", f"--workdir={run}", "--config.sample.sampler=zigzag",
-       "--config.sample.label=3", "--config.sample.num_samples=5",
-       "--config.sample.seed=1")
+  main(
+    "--mode=sample",
+    f"--workdir={run}",
+    "--config.sample.sampler=zigzag",
+    "--config.sample.label=3",
+    "--config.sample.num_samples=5",
+    "--config.sample.seed=1",
+  )
   assert "zigzag: 3 NFE" in capsys.readouterr().out
   with np.load(run / "samples/zigzag_nfe3/samples.npz") as data:
     assert list(data["arr_1"]) == [3] * 5
@@ -146,9 +159,12 @@ def test_sample_mode_takes_the_runs_config(run, capsys):
 
 def test_samples_depend_on_their_position_not_on_the_batch(run):
   def samples(batch):
-    main("--mode=sample", f"--workdir={run}",
-         "--config.sample.sampler=onestep",
-         f"--config.sample.batch_size={batch}")
+    main(
+      "--mode=sample",
+      f"--workdir={run}",
+      "--config.sample.sampler=onestep",
+      f"--config.sample.batch_size={batch}",
+    )
     with np.load(run / "samples/onestep_nfe1/samples.npz") as data:
       return data["arr_0"].astype(int)
 
@@ -162,16 +178,16 @@ def test_invert_mode(run):
   main("--mode=invert", f"--workdir={run}", "--config.invert.nfe=3")
   folder = run / "inversions/nfe3"
   with np.load(folder / "inversion.npz") as data:
-    difference = (data["originals"] / 255.0 - data["reconstructions"] / 255.0)
+    difference = data["originals"] / 255.0 - data["reconstructions"] / 255.0
     mse = np.mean(difference**2)
     assert data["latents"].shape == (20, 8, 8, 1)
   assert json.loads((folder / "result.json").read_text())["mse"] == (
-      pytest.approx(mse)
+    pytest.approx(mse)
   )
 
 
 def test_edit_mode(run):
-  main("--mode=edit", f"--workdir={run}", "--config.edit.points=4")
+  main("--mode=edit", f"--workdir={run}", "--config.edit.num_interpolants=4")
   with np.load(run / "edits/interpolate/interpolation.npz") as data:
     assert data["images"].shape == (2, 6, 8, 8, 1)
 
@@ -189,11 +205,18 @@ def test_eval_mode_repeats_the_numbers(run):
 def test_inspect_mode(run, capsys):
   main("--mode=inspect", f"--workdir={run}", f"--compare=@{EVERY}")
   text = capsys.readouterr().out
-  for part in ("== config", "== players and phases", "== schedule",
-               "== times at the last N", "== weighting", "== parameters",
-               "player student: 8 updates", "tensors equal",
-               "0 step(s) done again",
-               "time_embed_align"):
+  for part in (
+    "== config",
+    "== players and phases",
+    "== schedule",
+    "== times at the last N",
+    "== weighting",
+    "== parameters",
+    "player student: 8 updates",
+    "tensors equal",
+    "0 step(s) done again",
+    "time_embed_align",
+  ):
     assert part in text
 
 
@@ -222,12 +245,12 @@ main.main(["bcm_jax", *sys.argv[2:]])
 
 def test_killed_run_resumes_bit_for_bit(run, tmp_path):
   # tests/training kills a smaller run at every other moment.
-  arguments = [
-      "--config=configs/digits.py", f"--workdir={tmp_path}", *flags()
-  ]
+  arguments = ["--config=configs/digits.py", f"--workdir={tmp_path}", *flags()]
   killed = subprocess.run(
-      [sys.executable, "-c", KILL, str(EVERY + 1), *arguments], check=False,
-      capture_output=True, text=True,
+    [sys.executable, "-c", KILL, str(EVERY + 1), *arguments],
+    check=False,
+    capture_output=True,
+    text=True,
   )
   assert killed.returncode == 9, killed.stderr
   assert not (tmp_path / "checkpoints" / str(STEPS)).exists()
@@ -241,9 +264,14 @@ def test_fine_tuning_starts_from_a_consistency_model(tmp_path, capsys):
   train(source, config="configs/digits_ict.py", training__num_steps="2")
   out = capsys.readouterr().out
   assert "inversion" not in out
-  train(target, config="configs/digits_bcm_finetune.py",
-        training__init_from=str(source), training__num_steps="1",
-        optimizer__learning_rate="0.0", eval__at_end="False")
+  train(
+    target,
+    config="configs/digits_bcm_finetune.py",
+    training__init_from=str(source),
+    training__num_steps="1",
+    optimizer__learning_rate="0.0",
+    eval__at_end="False",
+  )
   capsys.readouterr()
   main("--mode=inspect", f"--workdir={target}", f"--compare={source}")
   text = capsys.readouterr().out
@@ -256,13 +284,17 @@ def test_fine_tuning_starts_from_a_consistency_model(tmp_path, capsys):
 
 def test_bad_starts_for_fine_tuning(run, tmp_path, capsys):
   line = fails(
-      capsys, "--config=configs/digits.py", f"--workdir={tmp_path / 'a'}",
-      *flags(training__init_from=str(tmp_path / "none")),
+    capsys,
+    "--config=configs/digits.py",
+    f"--workdir={tmp_path / 'a'}",
+    *flags(training__init_from=str(tmp_path / "none")),
   )
   assert "no checkpoint" in line
   line = fails(
-      capsys, "--config=configs/digits.py", f"--workdir={tmp_path / 'b'}",
-      *flags(training__init_from=str(run), model__model_channels="16"),
+    capsys,
+    "--config=configs/digits.py",
+    f"--workdir={tmp_path / 'b'}",
+    *flags(training__init_from=str(run), model__model_channels="16"),
   )
   assert "init_from" in line
 
@@ -270,41 +302,46 @@ def test_bad_starts_for_fine_tuning(run, tmp_path, capsys):
 def test_another_config_is_refused_and_nothing_is_lost(run, capsys):
   before = (run / "config.json").read_text(), state_digests(run)
   line = fails(
-      capsys, "--config=configs/digits.py", f"--workdir={run}",
-      *flags(seed="5"),
+    capsys,
+    "--config=configs/digits.py",
+    f"--workdir={run}",
+    *flags(seed="5"),
   )
   assert "seed is 0 there, 5 here" in line
   assert ((run / "config.json").read_text(), state_digests(run)) == before
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--mode=smaple", "--workdir=x"], "did you mean 'sample'"),
-        (["--workdri=x"], "Did you mean: workdir"),
-        (["--mode=sample"], "--workdir is missing"),
-        (["--mode=sample", "--workdir=/nonexistent"], "--config is missing"),
-        (["--workdir=x"], "--config is missing"),
-        (["--config=configs/digit.py", "--workdir=x"], "digits.py"),
-        (["stray", "--workdir=x"], "unexpected argument 'stray'"),
-        (["--config=configs/digits.py", "--workdir=/proc/none"],
-         "cannot write"),
-    ],
+  "arguments, said",
+  [
+    (["--mode=smaple", "--workdir=x"], "did you mean 'sample'"),
+    (["--workdri=x"], "Did you mean: workdir"),
+    (["--mode=sample"], "--workdir is missing"),
+    (["--mode=sample", "--workdir=/nonexistent"], "--config is missing"),
+    (["--workdir=x"], "--config is missing"),
+    (["--config=configs/digit.py", "--workdir=x"], "digits.py"),
+    (["stray", "--workdir=x"], "unexpected argument 'stray'"),
+    (["--config=configs/digits.py", "--workdir=/proc/none"], "cannot write"),
+  ],
 )
 def test_bad_command_lines(arguments, said, capsys):
   assert said in fails(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--config.sample.label=10"], "classes 0 to 9"),
-        (["--config.sample.sampler=ancestral", "--config.sample.times=1,2"],
-         "not strictly decreasing"),
-        (["--config.sample.sampler=ancestral", "--config.sample.times=90"],
-         "outside the trained"),
-        (["--config.sample.average=ema_0.5"], "sample.average"),
-    ],
+  "arguments, said",
+  [
+    (["--config.sample.label=10"], "classes 0 to 9"),
+    (
+      ["--config.sample.sampler=ancestral", "--config.sample.times=1,2"],
+      "not strictly decreasing",
+    ),
+    (
+      ["--config.sample.sampler=ancestral", "--config.sample.times=90"],
+      "outside the trained",
+    ),
+    (["--config.sample.average=ema_0.5"], "sample.average"),
+  ],
 )
 def test_bad_sampling_requests(run, arguments, said, capsys):
   line = fails(capsys, "--mode=sample", f"--workdir={run}", *arguments)
@@ -313,8 +350,10 @@ def test_bad_sampling_requests(run, arguments, said, capsys):
 
 def test_nan_loss_stops_with_a_diagnosis(tmp_path, capsys):
   line = fails(
-      capsys, "--config=configs/digits.py", f"--workdir={tmp_path}",
-      *flags(training__max_skipped_in_row="2", method__sigma_data="1e30"),
+    capsys,
+    "--config=configs/digits.py",
+    f"--workdir={tmp_path}",
+    *flags(training__max_skipped_in_row="2", method__sigma_data="1e30"),
   )
   assert "2 steps in a row were not finite" in line
   assert "optimizer.learning_rate" in line
@@ -333,8 +372,11 @@ def test_missing_and_damaged_checkpoints(run, tmp_path, capsys):
 
 def test_module_is_a_command_with_help():
   done = subprocess.run(
-      [sys.executable, "-m", "bcm_jax.main", "--help"], check=False,
-      capture_output=True, text=True, env=os.environ,
+    [sys.executable, "-m", "bcm_jax.main", "--help"],
+    check=False,
+    capture_output=True,
+    text=True,
+    env=os.environ,
   )
   assert "--workdir" in done.stdout
   assert "--mode" in done.stdout
@@ -359,9 +401,17 @@ main.main(["bcm_jax", *sys.argv[1:]])
 
 def test_training_works_without_tensorflow(run, tmp_path):
   done = subprocess.run(
-      [sys.executable, "-c", WITHOUT_TENSORFLOW, "--config=configs/digits.py",
-       f"--workdir={tmp_path}", *flags()],
-      check=False, capture_output=True, text=True,
+    [
+      sys.executable,
+      "-c",
+      WITHOUT_TENSORFLOW,
+      "--config=configs/digits.py",
+      f"--workdir={tmp_path}",
+      *flags(),
+    ],
+    check=False,
+    capture_output=True,
+    text=True,
   )
   assert done.returncode == 0, done.stderr
   assert not (tmp_path / "tensorboard").exists()

@@ -34,7 +34,7 @@ TINY = {
     "training.num_steps": "4", "training.batch_size": "16",
     "training.ema_rates": "0.5,", "checkpoint.every_steps": "2",
     "checkpoint.keep": "none", "sample.batch_size": "32",
-    "eval.num_samples": "24", "eval.num_reference": "50",
+    "eval.num_samples": "24", "eval.num_real_for_prdc": "50",
     "optimizer.schedule": "constant", "optimizer.warmup_steps": "0",
 }
 
@@ -304,8 +304,8 @@ def test_guidance_by_the_network_itself_and_by_a_worse_one(teacher):
   "overrides, said",
   [
     ({"method.label_dropout": "0.0"}, "has not learnt"),
-    ({"sample.guide": "/nowhere"}, "holds no run"),
-    ({"sample.guide": "RUN@x"}, "must be a number"),
+    ({"sample.guidance_network": "/nowhere"}, "holds no run"),
+    ({"sample.guidance_network": "RUN@x"}, "must be a number"),
   ],
 )
 def test_guides_that_cannot(teacher, overrides, said):

@@ -144,9 +144,14 @@ class Experiment:
     settings = self.parallel
     rules = sharding.parse_rules(settings.sharding)
     mesh = sharding.make_mesh(devices, settings.fsdp)
-    several = sharding.microbatches(
-        self.config.training.batch_size, len(devices), settings.max_examples
-    ) > 1
+    several = (
+      sharding.microbatches(
+        self.config.training.batch_size,
+        len(devices),
+        settings.microbatch_size_per_device,
+      )
+      > 1
+    )
     whole = all(rule.spec == "replicate" for rule in rules)
     return sharding.Jit(mesh, rules, several and whole and len(devices) > 1)
 
@@ -155,21 +160,22 @@ class Experiment:
     training = self.training
     p = self.config.data.augment
     return train_step.StepOptions(
-        seed=self.config.seed,
-        ema_rates=training.ema_rates,
-        ema_warmup=training.ema_warmup,
-        ema_stds=training.ema_stds,
-        microbatches=sharding.microbatches(
-            training.batch_size, backend.devices,
-            self.config.parallel.max_examples,
-        ),
-        axis_name=backend.axis_name,
-        augment=augmentation.training_pipe(p) if p else None,
+      seed=self.config.seed,
+      ema_rates=training.ema_rates,
+      ema_warmup=training.ema_warmup,
+      ema_stds=training.ema_stds,
+      microbatches=sharding.microbatches(
+        training.batch_size,
+        backend.devices,
+        self.config.parallel.microbatch_size_per_device,
+      ),
+      axis_name=backend.axis_name,
+      augment=augmentation.training_pipe(p) if p else None,
     )
 
 
 def build(
-    config: ml_collections.ConfigDict, to_train: bool = True
+  config: ml_collections.ConfigDict, to_train: bool = True
 ) -> Experiment:
   """Makes an experiment and checks that its parts fit together.
 
@@ -191,16 +197,22 @@ def build(
   if to_train:
     validate.teacher(config, data, teacher)
   return Experiment(
-      config, method, data.image_shape, config.model.num_classes, teacher
+    config, method, data.image_shape, config.model.num_classes, teacher
   )
 
 
 def _data_set(config: ml_collections.ConfigDict) -> datasets.DataSet:
   data = config.data
   return datasets.find(
-      data.name, tuple(data.image_shape), data.num_classes, path=data.path,
-      size=data.size, crop=data.crop, skip_corrupt=data.skip_corrupt,
-      channels=data.channels, threads=data.threads or None,
+    data.name,
+    tuple(data.image_shape),
+    data.num_classes,
+    path=data.path,
+    size=data.size,
+    crop=data.crop,
+    skip_corrupt=data.skip_corrupt,
+    channels=data.channels,
+    threads=data.threads or None,
   )
 
 
@@ -209,8 +221,8 @@ def _described(config, data: datasets.DataSet) -> ml_collections.ConfigDict:
   if config.data.path is None:
     return config
   overrides = {
-      "data.image_shape": str(tuple(data.image_shape)),
-      "data.num_classes": str(data.num_classes),
+    "data.image_shape": str(tuple(data.image_shape)),
+    "data.num_classes": str(data.num_classes),
   }
   return resolve.resolve(config.to_dict(), overrides)
 
@@ -223,16 +235,16 @@ def _teacher(config: ml_collections.ConfigDict) -> Experiment | None:
   found = resolve.of_run(workdir)
   if found is None:
     raise errors.UserError(
-        f"method.teacher={workdir} holds no run (no config.json); train one "
-        "with method.name='edm', or convert published weights"
+      f"method.teacher={workdir} holds no run (no config.json); train one "
+      "with method.name='edm', or convert published weights"
     )
   return build(found, to_train=False)
 
 
 def _method(
-    config: ml_collections.ConfigDict,
-    teacher: Experiment | None,
-    to_train: bool,
+  config: ml_collections.ConfigDict,
+  teacher: Experiment | None,
+  to_train: bool,
 ) -> base.Method:
   model = config.model.to_dict()
   module, noise, _ = registry.MODELS[model.pop("name")]
@@ -245,12 +257,11 @@ def _method(
   if "gan_encoder" in numbers:
     name, path = numbers["gan_encoder"], numbers.pop("gan_encoder_path")
     numbers["gan_encoder"] = (
-        projected.by_name(name, tuple(path))
-        if to_train and name != "teacher" else None
+      projected.by_name(name, tuple(path))
+      if to_train and name != "teacher"
+      else None
     )
-  return cls(
-      network=module(**model), scalings=scalings, noise=noise, **numbers
-  )
+  return cls(network=module(**model), scalings=scalings, noise=noise, **numbers)
 
 
 def example_batch(experiment: Experiment) -> tuple[Any, Any]:
@@ -263,7 +274,7 @@ def example_batch(experiment: Experiment) -> tuple[Any, Any]:
 
 
 def network_inputs(
-    experiment: Experiment, batch: dict[str, np.ndarray]
+  experiment: Experiment, batch: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
   """What of a batch the step takes: no example ids, labels if conditional."""
   unused = ["example"]
@@ -273,28 +284,27 @@ def network_inputs(
 
 
 def frozen_shapes(experiment: Experiment) -> dict[str, Any]:
-  """Shapes of the networks that are not trained, without a teacher's weights.
-  """
+  """Shapes of the networks that are not trained; reads no weights."""
   frozen, images_and_labels = {}, example_batch(experiment)
   if experiment.teacher is not None:
     method = experiment.teacher.method
     frozen["teacher"] = method.players[method.sampled].init
   if experiment.config.method.get("metric") == "lpips":
     frozen["lpips"] = lambda *_: vgg_names.load_lpips(
-        *experiment.config.method.lpips_path
+      *experiment.config.method.lpips_path
     )
   encoder = getattr(experiment.method, "gan_encoder", None)
   if encoder is not None:
     frozen["gan_encoder"] = encoder.init
   key = jax.random.key(0)
   return {
-      name: jax.eval_shape(functools.partial(init, key, *images_and_labels))
-      for name, init in frozen.items()
+    name: jax.eval_shape(functools.partial(init, key, *images_and_labels))
+    for name, init in frozen.items()
   }
 
 
 def create_state(
-    experiment: Experiment, start_from: Any = None
+  experiment: Experiment, start_from: Any = None
 ) -> train_state.TrainState:
   """The state before the first step; pure, so it can be jitted.
 
@@ -304,13 +314,13 @@ def create_state(
   training = experiment.training
   images, labels = example_batch(experiment)
   return train_state.create(
-      experiment.method,
-      experiment.optimizers(),
-      training.ema_rates,
-      experiment.config.seed,
-      images,
-      labels,
-      start_from,
-      loss_scaling=experiment.config.model.dtype == "float16",
-      ema_stds=training.ema_stds,
+    experiment.method,
+    experiment.optimizers(),
+    training.ema_rates,
+    experiment.config.seed,
+    images,
+    labels,
+    start_from,
+    loss_scaling=experiment.config.model.dtype == "float16",
+    ema_stds=training.ema_stds,
   )

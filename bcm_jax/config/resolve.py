@@ -42,18 +42,20 @@ SECTIONS = {
 # Keys that span the run unless a config says otherwise.
 _SPANS = (("method", "curriculum_steps"), ("optimizer", "schedule_steps"))
 # What may differ between a run and the config that resumes it.
-_FREE = ("parallel", "checkpoint", "log", "sample", "invert", "edit", "eval",
-         "search", "training.max_skipped_in_row", "training.max_rollbacks",
-         "training.hang_secs", "data.path", "data.data_dir", "data.threads",
-         "data.pairs", "method.teacher", "method.lpips_path",
-         "method.gan_encoder_path")
+_FREE = (
+    "parallel", "checkpoint", "log", "sample", "invert", "edit", "eval",
+    "search", "training.max_consecutive_nonfinite", "training.max_rollbacks",
+    "training.watchdog_timeout_secs", "data.path", "data.data_dir",
+    "data.threads", "data.pairs", "method.teacher", "method.lpips_path",
+    "method.gan_encoder_path",
+)
 
 
 # Resolving -----------------------------------------------------------------
 
 
 def resolve(
-    raw: Mapping[str, Any], overrides: Mapping[str, str] | None = None
+  raw: Mapping[str, Any], overrides: Mapping[str, str] | None = None
 ) -> ml_collections.ConfigDict:
   """Completes and checks a config.
 
@@ -89,8 +91,8 @@ def resolve(
     full[section] = _fill(section, given, cls)
   if "critic" in given and not method.critic:
     raise errors.UserError(
-        "config.critic is the optimiser of a method's other networks, and "
-        f"method.name={name!r} has none; leave it out"
+      "config.critic is the optimiser of a method's other networks, and "
+      f"method.name={name!r} has none; leave it out"
     )
   if method.critic:  # What it leaves out is as for the sampled player.
     own = given.get("critic", {})
@@ -100,12 +102,13 @@ def resolve(
   given["model"] = {**model.preset, **given["model"]}
   full["model"] = {"name": model_name} | _fill("model", given, model.cls)
   full["method"] = {"name": name} | _fill(
-      "method", given, method.cls, _named(method)
+    "method", given, method.cls, _named(method)
   )
   if full["method"]["preconditioning"] not in registry.PRECONDITIONINGS:
     raise errors.unknown_name(
-        "preconditioning", full["method"]["preconditioning"],
-        registry.PRECONDITIONINGS,
+      "preconditioning",
+      full["method"]["preconditioning"],
+      registry.PRECONDITIONINGS,
     )
   return ml_collections.ConfigDict(full).lock()
 
@@ -113,15 +116,19 @@ def resolve(
 def _named(method: registry.Method) -> dict[str, tuple[Any, Any]]:
   """Keys of a method whose values are names of what the method is made of."""
   keys: dict[str, tuple[Any, Any]] = {
-      "preconditioning": (str, method.preconditioning)
+    "preconditioning": (str, method.preconditioning)
   }
   fields = {f.name for f in dataclasses.fields(method.cls)}
   if "teacher" in fields:
-    keys |= {"teacher": (str | None, None),
-             "teacher_average": (str | None, None)}
+    keys |= {
+      "teacher": (str | None, None),
+      "teacher_average": (str | None, None),
+    }
   if "gan_encoder" in fields:
-    keys |= {"gan_encoder": (str, "teacher"),
-             "gan_encoder_path": (tuple[str, ...], ())}
+    keys |= {
+      "gan_encoder": (str, "teacher"),
+      "gan_encoder_path": (tuple[str, ...], ()),
+    }
   return keys
 
 
@@ -129,7 +136,7 @@ def _set(given: dict[str, Any], path: str, text: str) -> None:
   *sections, key = path.split(".")
   if len(sections) > 1:
     raise errors.UserError(
-        f"unknown config key {path!r}; keys are config.section.key"
+      f"unknown config key {path!r}; keys are config.section.key"
     )
   if not sections:
     if key != "seed":
@@ -173,12 +180,13 @@ def _fill(section, given, cls, extra=None) -> dict[str, Any]:
       kind = values.get("name")
       of = f" of {kind!r}" if isinstance(kind, str) else ""
       raise errors.unknown_name(
-          f"config key{of}", f"{section}.{key}",
-          [f"{section}.{k}" for k in keys],
+        f"config key{of}",
+        f"{section}.{key}",
+        [f"{section}.{k}" for k in keys],
       )
   return {
-      key: _convert(values.get(key, default), hint, f"{section}.{key}")
-      for key, (hint, default) in keys.items()
+    key: _convert(values.get(key, default), hint, f"{section}.{key}")
+    for key, (hint, default) in keys.items()
   }
 
 
@@ -196,7 +204,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if typing.get_origin(hint):
       want = str(hint).replace("typing.", "")
     raise errors.UserError(
-        f"config.{path} must be {want}, not {value!r}"
+      f"config.{path} must be {want}, not {value!r}"
     ) from e
 
 
@@ -213,8 +221,10 @@ def _cast(value: Any, hint: Any) -> Any:
   if origin is tuple:
     if isinstance(value, str):
       literal = value[:1] in ("(", "[") or (args[0] is not str and value)
-      value = ast.literal_eval(value) if literal else tuple(
-          v.strip() for v in value.split(",") if v.strip()
+      value = (
+        ast.literal_eval(value)
+        if literal
+        else tuple(v.strip() for v in value.split(",") if v.strip())
       )
     if not isinstance(value, (list, tuple)):
       value = (value,)
@@ -224,9 +234,11 @@ def _cast(value: Any, hint: Any) -> Any:
       raise TypeError(value)
     return value
   if isinstance(value, str):
-    value = {"true": True, "false": False}.get(
-        value.lower(), None
-    ) if hint is bool else ast.literal_eval(value)
+    value = (
+      {"true": True, "false": False}.get(value.lower(), None)
+      if hint is bool
+      else ast.literal_eval(value)
+    )
   if hint is float and type(value) in (int, float):
     return float(value)
   if hint is int and type(value) is float and value.is_integer():
@@ -262,19 +274,19 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def difference(
-    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+  old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
 ) -> dict[str, tuple[Any, Any]]:
   """Keys that differ: 'section.key' -> (old value, new value)."""
   a, b = flatten(to_json(old)), flatten(to_json(new))
   return {
-      k: (a.get(k), b.get(k))
-      for k in sorted(a.keys() | b.keys())
-      if a.get(k) != b.get(k)
+    k: (a.get(k), b.get(k))
+    for k in sorted(a.keys() | b.keys())
+    if a.get(k) != b.get(k)
   }
 
 
 def check_resume(
-    run: ml_collections.ConfigDict, asked: ml_collections.ConfigDict
+  run: ml_collections.ConfigDict, asked: ml_collections.ConfigDict
 ) -> None:
   """Raises UserError unless a run may go on under the config asked for.
 
@@ -282,23 +294,25 @@ def check_resume(
   more steps, as long as curriculum and learning-rate schedule stay.
   """
   changed = {
-      k: v
-      for k, v in difference(run, asked).items()
-      if k.split(".")[0] not in _FREE and k not in _FREE
-      and not (k == "training.num_steps" and v[1] > v[0])
+    k: v
+    for k, v in difference(run, asked).items()
+    if k.split(".")[0] not in _FREE and k not in _FREE
+    and not (k == "training.num_steps" and v[1] > v[0])
   }
   if not changed:
     return
   keep = " ".join(
-      f"--config.{'.'.join(k)}={changed['.'.join(k)][0]}"
-      for k in _SPANS if ".".join(k) in changed
+    f"--config.{'.'.join(k)}={changed['.'.join(k)][0]}"
+    for k in _SPANS
+    if ".".join(k) in changed
   )
   raise errors.UserError(
-      "the work directory holds a run with another config: "
-      + "; ".join(f"{k} is {a!r} there, {b!r} here"
-                  for k, (a, b) in changed.items())
-      + ". Use another --workdir, or the run's own values"
-      + (f" ({keep})" if keep else "")
+    "the work directory holds a run with another config: "
+    + "; ".join(
+      f"{k} is {a!r} there, {b!r} here" for k, (a, b) in changed.items()
+    )
+    + ". Use another --workdir, or the run's own values"
+    + (f" ({keep})" if keep else "")
   )
 
 
@@ -308,7 +322,7 @@ def write(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def of_run(
-    workdir: str, overrides: Mapping[str, str] | None = None
+  workdir: str, overrides: Mapping[str, str] | None = None
 ) -> ml_collections.ConfigDict | None:
   """The config of the run in a work directory, or None if there is none."""
   path = pathlib.Path(workdir) / "config.json"
@@ -318,13 +332,13 @@ def of_run(
     raw = json.loads(path.read_text())
   except json.JSONDecodeError as e:
     raise errors.UserError(
-        f"{path} is damaged ({e}); restore it, or pass --config"
+      f"{path} is damaged ({e}); restore it, or pass --config"
     ) from e
   return resolve(raw, overrides)
 
 
 def split_overrides(
-    arguments: Sequence[str],
+  arguments: Sequence[str],
 ) -> tuple[str | None, dict[str, str], list[str]]:
   """Takes --config and --config.a.b out of a command line.
 
@@ -352,10 +366,10 @@ def split_overrides(
 
 
 def load(
-    file: str | None,
-    overrides: Mapping[str, str],
-    workdir: str | None,
-    of_run_too: bool,
+  file: str | None,
+  overrides: Mapping[str, str],
+  workdir: str | None,
+  of_run_too: bool,
 ) -> ml_collections.ConfigDict:
   """The config that a command line asks for: of a file, or of the run.
 
@@ -373,7 +387,7 @@ def load(
   if run is None:
     names = ", ".join(p.name for p in config_files.shipped_configs())
     raise errors.UserError(
-        f"--config is missing, and --workdir={workdir} holds no run to take "
-        f"it from; pass --config=configs/NAME, shipped are {names}"
+      f"--config is missing, and --workdir={workdir} holds no run to take "
+      f"it from; pass --config=configs/NAME, shipped are {names}"
     )
   return run

@@ -60,11 +60,11 @@ class Training:
     ema_warmup: min(rate, (1 + n) / (10 + n)) instead of the rate.
     ema_stds: lengths sigma_rel of power-function averages (EDM2: 0.05, 0.1);
       from two of them sample.average='posthoc_0.15' makes any other length.
-    max_skipped_in_row: non-finite steps in a row after which the run rolls back
-      to its last good checkpoint and goes on with other data.
+    max_consecutive_nonfinite: non-finite steps in a row after which the run
+      rolls back to its last good checkpoint and goes on with other data.
     max_rollbacks: roll-backs without a new checkpoint after which it stops.
-    hang_secs: seconds without a step, compiling included, after which a
-      process ends with the stacks of its threads; 0 never ends it.
+    watchdog_timeout_secs: seconds without a step, compiling included, after
+      which a process ends with the stacks of its threads; 0 never ends it.
     init_from: work directory of a run whose average the player starts from;
       None starts fresh.
     init_average: which of its averages; None is its first.
@@ -75,9 +75,9 @@ class Training:
   ema_rates: tuple[float, ...] = (0.9999,)
   ema_warmup: bool = False
   ema_stds: tuple[float, ...] = ()
-  max_skipped_in_row: int = 20
+  max_consecutive_nonfinite: int = 20
   max_rollbacks: int = 3
-  hang_secs: float = 3600.0
+  watchdog_timeout_secs: float = 3600.0
   init_from: str | None = None
   init_average: str | None = None
 
@@ -92,9 +92,10 @@ class Parallel:
       devices, or a number that it does not divide, the next smaller divisor.
     sharding: rules, the first that fits a tensor counts: 'replicate', 'fsdp',
       'PATTERN=fsdp', or 'PATTERN=- - - fsdp' with a word for each dimension.
-    max_examples: most examples that a device takes at a time; the rest of its
-      share follows by gradient accumulation. 0 takes them all at once.
-    steps_per_call: steps that one call runs on the devices, so that small
+    microbatch_size_per_device: most examples that a device takes at a time;
+      the rest of its share follows by gradient accumulation. 0 takes them all
+      at once.
+    substeps: steps that one call runs on the devices, so that small
       networks do not wait for the host.
     heartbeat_secs: silence after which a process counts as dead.
     cpu_devices: devices that JAX makes of the host's cores where it runs on
@@ -104,8 +105,8 @@ class Parallel:
   backend: Literal["jit", "pmap"] = "jit"
   fsdp: int = 1
   sharding: tuple[str, ...] = ("replicate",)
-  max_examples: int = 0
-  steps_per_call: int = 1
+  microbatch_size_per_device: int = 0
+  substeps: int = 1
   heartbeat_secs: int = 100
   cpu_devices: int = 0
 
@@ -164,8 +165,8 @@ class Sample:
     guidance: w of D_0 + w (D_1 - D_0), of networks that denoise; 1 is off.
     guidance_interval: (low, high): levels low < t <= high are guided; empty
       is all.
-    guide: D_0: work directory of a worse network, as DIR or DIR@STEP; None is
-      the network itself without the class.
+    guidance_network: D_0: work directory of a worse network, as DIR or
+      DIR@STEP; None is the network itself without the class.
     rejection: share of images that are drawn in addition, to keep those of
       which a classifier is surest; 0 keeps all.
     rejection_classifier: folder of it, see bcm_jax.tools.train_classifier.
@@ -193,7 +194,7 @@ class Sample:
   s_noise: float = 1.0
   guidance: float = 1.0
   guidance_interval: tuple[float, ...] = ()
-  guide: str | None = None
+  guidance_network: str | None = None
   rejection: float = 0.0
   rejection_classifier: str | None = None
   num_samples: int = 1000
@@ -232,26 +233,27 @@ class Edit:
     task: what is done, see recipes.TASKS.
     input: an image file or a folder of them; None takes images of the test
       split and does to them what the task undoes.
-    second: the other ends of 'interpolate', as `input`.
+    end_images: the other ends of 'interpolate', as `input`.
     mask: of 'inpaint': an image, or a folder of one an image, white in the
       holes; None is a square in the middle, of half the height and width.
     reference: the images as they should come out, as `input`; PSNR, SSIM and
       LPIPS (eval.lpips_path) are measured against them.
-    present, absent: folders of images with and without a property, of
-      'attribute'; None are training images of new_label and of label.
+    positive_images, negative_images: folders of images with and without a
+      property, of 'attribute'; None are training images of new_label and of
+      label.
     resize: whether images of other sizes or channels are made to fit.
     label: classes of the images of `input`, one or as many as images.
-    classify: whether the network finds the classes itself, which takes 20
+    predict_labels: whether the network finds the classes itself, which takes 20
       evaluations a class and image.
     new_label: class to make, of 'relabel'; of the other ends of
       'interpolate', None is `label`.
-    noise, level, nfe, times: of the recipe; None and () take its defaults.
+    noise, sigma, nfe, times: of the recipe; None and () take its defaults.
     factor: of 'super_resolve'; `input` has that part of the height and width.
     strength: of 'attribute'; 1 goes all the way from absent to present.
     quality: of the JPEG files that 'restore' makes of test images.
     num_images: test images.
     pairs: pairs of them, of 'interpolate'.
-    points: images a row of 'interpolate', both ends included.
+    num_interpolants: images a row of 'interpolate', both ends included.
     seed: of the choice of test images and of the added noise.
   """
 
@@ -260,17 +262,17 @@ class Edit:
       "denoise", "restore", "stroke", "relabel", "attribute", "purify",
   ] = "interpolate"
   input: str | None = None
-  second: str | None = None
+  end_images: str | None = None
   mask: str | None = None
   reference: str | None = None
-  present: str | None = None
-  absent: str | None = None
+  positive_images: str | None = None
+  negative_images: str | None = None
   resize: bool = False
   label: tuple[int, ...] = ()
-  classify: bool = False
+  predict_labels: bool = False
   new_label: int | None = None
   noise: float | None = None
-  level: float | None = None
+  sigma: float | None = None
   nfe: int | None = None
   times: tuple[float, ...] = ()
   factor: int = 2
@@ -278,7 +280,7 @@ class Edit:
   quality: int = 20
   num_images: int = 16
   pairs: int = 8
-  points: int = 9
+  num_interpolants: int = 9
   seed: int = 0
 
 
@@ -296,15 +298,15 @@ class Eval:
       the number of one.
     seeds: of the noise; results tell every seed, mean and spread.
     num_samples: generated images, equal shares a class.
-    allow_few: fewer samples than the protocol's 50,000 are no error, and the
-      result says so.
+    allow_fewer_samples: fewer samples than the protocol's 50,000 are no error,
+      and the result says so.
     features: 'pixels', 'inception', 'classifier', or 'module:function' of
       uint8 images [n, H, W, C] -> [n, D].
     features_path: weights of 'inception', folder of a 'classifier'.
     resize: Inception's, 'tf1' as EDM and ADM do, 'torch' as pytorch-fid.
     reference: .npz of statistics (ours, ADM's, EDM's); None takes them of the
       training split, once a run.
-    num_reference: training images that precision, recall, density and
+    num_real_for_prdc: training images that precision, recall, density and
       coverage compare with; None takes those of the reference file, or all.
     k: neighbours of precision and recall.
     lpips_path: weights of LPIPS, of reconstructions; None leaves it out.
@@ -313,10 +315,10 @@ class Eval:
     inversion_noise: initial noises of the curve; empty is invert.noise alone.
     likelihood_images: test images whose bits a dimension are measured, of
       networks that denoise (edm, ctm); 0 measures none.
-    likelihood_legacy: reproduce the two errors of CTM's released code.
-    baseline: work directory of a denoiser whose DDIM and Heun inversions are
-      measured beside.
-    baseline_nfe: evaluations of each of these.
+    ctm_likelihood_compat: reproduce the two errors of CTM's released code.
+    inversion_baseline: work directory of a denoiser whose DDIM and Heun
+      inversions are measured beside.
+    inversion_baseline_nfe: evaluations of each of these.
   """
 
   at_end: bool = True
@@ -325,20 +327,20 @@ class Eval:
   steps: str = "last"
   seeds: tuple[int, ...] = (0,)
   num_samples: int = 50_000
-  allow_few: bool = False
+  allow_fewer_samples: bool = False
   features: str = "pixels"
   features_path: str | None = None
   resize: Literal["tf1", "torch"] = "tf1"
   reference: str | None = None
-  num_reference: int | None = 10_000
+  num_real_for_prdc: int | None = 10_000
   k: int = 3
   lpips_path: tuple[str, ...] = ()
   inversion_nfe: tuple[int, ...] = (1, 2)
   inversion_noise: tuple[float, ...] = ()
   likelihood_images: int = 0
-  likelihood_legacy: bool = False
-  baseline: str | None = None
-  baseline_nfe: tuple[int, ...] = (1, 2, 4, 8, 16)
+  ctm_likelihood_compat: bool = False
+  inversion_baseline: str | None = None
+  inversion_baseline_nfe: tuple[int, ...] = (1, 2, 4, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,11 @@ from bcm_jax.data import datasets
 # Keys that must not be smaller.
 _AT_LEAST = {
     "training.num_steps": 1, "training.batch_size": 1,
-    "training.max_skipped_in_row": 1, "training.max_rollbacks": 0,
-    "training.hang_secs": 0, "checkpoint.every_steps": 1,
+    "training.max_consecutive_nonfinite": 1, "training.max_rollbacks": 0,
+    "training.watchdog_timeout_secs": 0, "checkpoint.every_steps": 1,
     "checkpoint.keep": 1, "checkpoint.max_failures": 1,
-    "parallel.fsdp": 0, "parallel.max_examples": 0,
-    "parallel.steps_per_call": 1, "parallel.heartbeat_secs": 1,
+    "parallel.fsdp": 0, "parallel.microbatch_size_per_device": 0,
+    "parallel.substeps": 1, "parallel.heartbeat_secs": 1,
     "log.every_steps": 1,
 }
 

@@ -32,7 +32,7 @@ _GROUP = 200
 def settings(section: schema.Edit) -> dict[str, Any]:
   """What section edit says of the recipe."""
   return dict(
-      noise=section.noise, level=section.level, nfe=section.nfe,
+      noise=section.noise, level=section.sigma, nfe=section.nfe,
       times=section.times,
   )
 
@@ -52,7 +52,7 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
   model = facade.Model(
       batched_sampler.Runner(experiment, params, min(size, len(inputs.images)))
   )
-  if section.classify:
+  if section.predict_labels:
     _classify(model, inputs)
   if section.task == "interpolate":
     return [interpolate(model, workdir, inputs)]
@@ -85,7 +85,7 @@ def interpolate(
   print(recipe)
   between = model.interpolate(
       inputs.images, inputs.second, inputs.labels, inputs.second_labels,
-      section.points, section.seed, **asked,
+      section.num_interpolants, section.seed, **asked,
   )
   images = np.concatenate(
       [inputs.images[:, None], between, inputs.second[:, None]], axis=1
@@ -140,7 +140,7 @@ def _edit(
         if (images != inputs.reference).any()  # No decibels are infinite.
     }
     for name, numbers in more["numbers"].items():
-      print(f"{name}: PSNR {numbers['psnr_of_mean_mse']:.2f} dB against the "
+      print(f"{name}: PSNR {numbers['psnr']:.2f} dB against the "
             f"reference ({len(results)} images)")
   _write_record(model, folder, recipe, results, more)
   return folder
@@ -151,7 +151,7 @@ def _write_record(
     results: np.ndarray, more: dict[str, Any],
 ) -> None:
   """result.json: what was done, by what, and the numbers."""
-  if model.experiment.config.edit.classify:
+  if model.experiment.config.edit.predict_labels:
     # Not part of the recipe, and paid for each image all the same.
     more = {"nfe_to_classify": model.num_classes * len(tasks.CLASS_TIMES)
             * tasks.CLASS_DRAWS, **more}
@@ -188,7 +188,7 @@ def perform(
       return model.super_resolve(images, section.factor, **common), {}
     case "denoise":
       given = images if inputs.exact is None else inputs.exact
-      out, levels = model.denoise(given, section.level, inputs.labels)
+      out, levels = model.denoise(given, section.sigma, inputs.labels)
       return out, {"levels": [float(v) for v in levels]}
     case "relabel":
       return model.relabel(images, new_labels=_new_label(section), **common), {}
@@ -209,30 +209,32 @@ def _new_label(section: schema.Edit) -> int:
 def _attribute(model, section: schema.Edit, images, common):
   """Moves latents along the way from one group of images to another."""
   labels = (None, None)
-  if section.present is not None and section.absent is not None:
+  if None not in (section.positive_images, section.negative_images):
     groups = [
-        pictures.read_folder(model.experiment, path, f"edit.{key}")
-        for key, path in (
-            ("present", section.present), ("absent", section.absent)
-        )
+      pictures.read_folder(model.experiment, path, f"edit.{key}")
+      for key, path in (
+        ("positive_images", section.positive_images),
+        ("negative_images", section.negative_images),
+      )
     ]
-    if section.classify and model.num_classes is not None:
+    if section.predict_labels and model.num_classes is not None:
       labels = tuple(model.classify(group) for group in groups)
     elif model.num_classes is not None:
       labels = (_one_label(section),) * 2
   elif model.num_classes is None and len(section.label) == 1:
     groups = [
-        pictures.of_class(model.experiment, label, _GROUP)
-        for label in (_new_label(section), section.label[0])
+      pictures.of_class(model.experiment, label, _GROUP)
+      for label in (_new_label(section), section.label[0])
     ]
   else:
     raise errors.UserError(
-        "edit.task='attribute' needs folders edit.present and edit.absent; "
-        "between classes that the network knows go by 'relabel', between "
-        "others by edit.label and edit.new_label"
+      "edit.task='attribute' needs folders edit.positive_images and "
+      "edit.negative_images; "
+      "between classes that the network knows go by 'relabel', between "
+      "others by edit.label and edit.new_label"
     )
   direction = model.direction(
-      *groups, *labels, seed=section.seed, **settings(section)
+    *groups, *labels, seed=section.seed, **settings(section)
   )
   moved = model.shift(images, direction, section.strength, **common)
   return moved, {"direction_norm": float(np.linalg.norm(direction))}
@@ -242,8 +244,9 @@ def _one_label(section: schema.Edit) -> int:
   """The class of both groups."""
   if len(set(section.label)) != 1:
     raise errors.UserError(
-        f"edit.label={section.label}: edit.task='attribute' takes one class, "
-        "that of edit.present and edit.absent too; or set edit.classify=true"
+      f"edit.label={section.label}: edit.task='attribute' takes one class, "
+      "that of edit.positive_images and edit.negative_images too; or set "
+      "edit.predict_labels=true"
     )
   return section.label[0]
 

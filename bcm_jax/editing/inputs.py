@@ -67,7 +67,7 @@ def _check(experiment, section: schema.Edit) -> None:
         "one that does, at least 2"
     )
   for key, low, high in (
-      ("seed", 0, 2**31 - 1), ("points", 2, 1000), ("quality", 1, 95)
+      ("seed", 0, 2**31 - 1), ("num_interpolants", 2, 1000), ("quality", 1, 95)
   ):
     value = getattr(section, key)
     if not low <= value <= high:
@@ -131,13 +131,14 @@ def _files(experiment, section: schema.Edit) -> Inputs:
         section.reference, "edit.reference", len(paths), shape, resize
     )
   if section.task == "interpolate":
-    if section.second is None:
+    if section.end_images is None:
       raise errors.UserError(
-          "edit.task='interpolate' goes from edit.input to edit.second; name "
+          "edit.task='interpolate' goes from edit.input to edit.end_images; "
+          "name "
           "the second image or folder"
       )
     inputs.second = _as_many(
-        section.second, "edit.second", len(paths), shape, resize
+        section.end_images, "edit.end_images", len(paths), shape, resize
     )
     inputs.second_labels = inputs.labels
     if section.new_label is not None:
@@ -201,18 +202,19 @@ def labels_of(
   given = section.label
   if experiment.num_classes is None:
     return None
-  if section.classify and given:
+  if section.predict_labels and given:
     raise errors.UserError(
-        f"edit.label={given} names classes, and edit.classify has them found; "
+        f"edit.label={given} names classes, and edit.predict_labels has them "
+        f"found; "
         "leave one of the two out"
     )
-  if section.classify:
+  if section.predict_labels:
     given = (0,)
   if len(given) not in (1, count):
     raise errors.UserError(
         f"edit.label={given}: this network wants the classes of the images, 0 "
         f"to {experiment.num_classes - 1}; give one for all or {count}, or set "
-        "edit.classify=true to have them found"
+        "edit.predict_labels=true to have them found"
     )
   return np.broadcast_to(np.asarray(given, np.int32), (count,)).copy()
 
@@ -231,7 +233,7 @@ def _damaged(experiment, section: schema.Edit) -> Inputs:
     raise errors.UserError(
         f"edit.{key}={count}: the test split has enough for 1 to {most}"
     )
-  theirs = {"second": section.second, "reference": section.reference}
+  theirs = {"second": section.end_images, "reference": section.reference}
   if experiment.num_classes is not None and section.task != "attribute":
     theirs["label"] = section.label or None
   for key, value in theirs.items():
@@ -277,12 +279,12 @@ def _damaged(experiment, section: schema.Edit) -> Inputs:
   return inputs
 
 
-# Noise of test images where edit.level does not say it.
+# Noise of test images where edit.sigma does not say it.
 _NOISE = 0.5
 
 
 def _add_noise(inputs: Inputs, section: schema.Edit) -> None:
-  level = _NOISE if section.level is None else section.level
+  level = _NOISE if section.sigma is None else section.sigma
   noise = np.random.default_rng(section.seed).standard_normal(
     inputs.images.shape
   )

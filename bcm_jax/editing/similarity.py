@@ -51,7 +51,7 @@ def errors(
   """Numbers of images beside their originals, uint8 [n, H, W, C].
 
   Returns:
-    'mse' on the [0, 1] scale, 'psnr_of_mean_mse' in dB, 'ssim' where its
+    'mse' on the [0, 1] scale, 'psnr' in dB, 'ssim' where its
     window fits, 'lpips' where there is a `measure`.
   """
   mse = reconstruction.per_pixel_mse(originals, images)
@@ -59,7 +59,7 @@ def errors(
     "images": len(mse),
     "mse": float(np.mean(mse)),
     "mse_worst_image": float(np.max(mse)),
-    "psnr_of_mean_mse": float(reconstruction.psnr(np.mean(mse))),
+    "psnr": float(reconstruction.psnr(np.mean(mse))),
   }
   if min(originals.shape[1:3]) >= structural_similarity.WINDOW:
     ssim = structural_similarity.structural_similarity(originals, images)

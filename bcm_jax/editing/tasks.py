@@ -128,7 +128,7 @@ def recipe(
   if not known.both_ways:
     start = experiment.levels.sigma_max if level is None else level
     levels = experiment.levels
-    levels.check((start,), "edit.level")
+    levels.check((start,), "edit.sigma")
     mid = planning.times_between(
         times, known.nfe if nfe is None and not times else nfe, start,
         levels.sigma_min, experiment.method.rho, "edit",
@@ -167,7 +167,7 @@ def _check(experiment, task: str, known: Task, noise, level) -> None:
     )
   if level is not None and task not in ("stroke", "denoise"):
     raise errors.UserError(
-        f"edit.level={level} is where 'stroke' and 'denoise' start; leave it "
+        f"edit.sigma={level} is where 'stroke' and 'denoise' start; leave it "
         f"out of edit.task={task!r}"
     )
 
@@ -181,7 +181,7 @@ def _denoising(experiment, level, nfe, times) -> Recipe:
   if level is None:
     estimate = ESTIMATE if experiment.method.inverts else 0
     return Recipe("denoise", (), estimate + 1)
-  levels.check((level,), "edit.level")
+  levels.check((level,), "edit.sigma")
   jump = sampling_plan.Jump(level, levels.sigma_min)
   return Recipe("denoise", (sampling_plan.Plan("denoise", level, (jump,)),))
 

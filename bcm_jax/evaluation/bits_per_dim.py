@@ -37,7 +37,7 @@ def measure(experiment: build.Experiment, params: Any) -> Numbers:
   method, size = experiment.method, experiment.sample.batch_size
   settings = likelihood.Likelihood(
       method.sigma_min, method.sigma_max, method.rho,
-      legacy_ctm=section.likelihood_legacy,
+      legacy_ctm=section.ctm_likelihood_compat,
   )
   batch = batched_sampler.test_images(experiment, section.likelihood_images)
   labels = batch["label"] if experiment.num_classes is not None else None
@@ -57,7 +57,7 @@ def measure(experiment: build.Experiment, params: Any) -> Numbers:
       "bits_per_dim": float(np.mean(bits)),
       "standard_error": float(np.std(bits) / np.sqrt(len(bits))),
       "nfe": calls,
-      "legacy": section.likelihood_legacy,
+      "legacy": section.ctm_likelihood_compat,
   }
 
 

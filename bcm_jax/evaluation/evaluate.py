@@ -54,8 +54,8 @@ class Evaluation:
 
   Raises:
     UserError: on making it, for fewer samples than the protocol's without
-      eval.allow_few, features or references that cannot be used, and bad
-      samplers or times.
+      eval.allow_fewer_samples, features or references that cannot be used, and
+      bad samplers or times.
   """
 
   def __init__(self, experiment: build.Experiment, workdir: str):
@@ -178,8 +178,8 @@ class Evaluation:
       return {}
     r = class_accuracy.recognition(seen, labels)
     return {
-        "recognised": r["accuracy"],
-        "recognised_worst_class": r["worst_class_accuracy"],
+        "class_accuracy": r["accuracy"],
+        "worst_class_accuracy": r["worst_class_accuracy"],
     }
 
   def _protocol(self) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 _FORMATS = {
-    "recognised": "{:.1%}", "recognised_worst_class": "{:.0%}",
+    "class_accuracy": "{:.1%}", "worst_class_accuracy": "{:.0%}",
     "KID": "{:.2e}", "IS": "{:.2f}",
 }
 _TOLD_ELSEWHERE = ("plan", "nfe", "std", "seeds")
@@ -376,9 +376,9 @@ def check_protocol(section: schema.Eval) -> None:
     )
   if not section.seeds:
     raise errors.UserError("eval.seeds is empty; give at least one seed")
-  if section.num_samples < PROTOCOL_SAMPLES and not section.allow_few:
+  if section.num_samples < PROTOCOL_SAMPLES and not section.allow_fewer_samples:
     raise errors.UserError(
         f"eval.num_samples={section.num_samples}, but the protocol of "
         f"published numbers takes {PROTOCOL_SAMPLES}, and fewer give other "
-        "(larger) distances; set eval.allow_few=true if that is meant"
+        "(larger) distances; set eval.allow_fewer_samples=true if that is meant"
     )

@@ -44,7 +44,7 @@ def curve(
   section = experiment.eval
   usual = experiment.invert.noise
   result = {}
-  if not (experiment.method.inverts or section.baseline):
+  if not (experiment.method.inverts or section.inversion_baseline):
     return result
   if experiment.source_if_there("test") is None:
     print("inversion is not measured: there are no test images; python -m "
@@ -62,7 +62,7 @@ def curve(
     for nfe, noise in points:
       name = f"nfe{nfe}" + ("" if noise == usual else f"_noise{noise:g}")
       result[name] = _own(experiment, runner, nfe, noise, batch, measure)
-  if section.baseline:
+  if section.inversion_baseline:
     result |= _baselines(experiment, batch, measure)
   return result
 
@@ -113,7 +113,7 @@ def ode_round_trip(
 
 def _baselines(experiment, batch, measure) -> dict[str, Numbers]:
   section = experiment.eval
-  teacher, params = _open_baseline(experiment, section.baseline)
+  teacher, params = _open_baseline(experiment, section.inversion_baseline)
   runner = batched_sampler.Runner(
       teacher, params, experiment.sample.batch_size
   )
@@ -123,7 +123,7 @@ def _baselines(experiment, batch, measure) -> dict[str, Numbers]:
   for noise in (low, *section.inversion_noise):
     x = _noisy(experiment, batch["image"], noise if noise > low else 0.0)
     for solver, evaluations in _BASELINES.items():
-      for nfe in section.baseline_nfe:
+      for nfe in section.inversion_baseline_nfe:
         n = nfe // evaluations
         if not n or nfe % evaluations:
           continue
@@ -163,14 +163,15 @@ def _open_baseline(experiment, workdir: str):
   )
   if not (teacher.method.solves or shared):
     raise errors.UserError(
-        f"eval.baseline={workdir} is no denoiser (it holds a "
+        f"eval.inversion_baseline={workdir} is no denoiser (it holds a "
         f"{config.method.name!r} with preconditioning "
         f"{config.method.preconditioning!r}); give a run that was converted "
         "from EDM's weights, or trained as one"
     )
   if teacher.image_shape != experiment.image_shape:
     raise errors.UserError(
-        f"eval.baseline={workdir} makes images {teacher.image_shape}, not "
+        f"eval.inversion_baseline={workdir} makes images "
+        f"{teacher.image_shape}, not "
         f"{experiment.image_shape}; give a denoiser of the same data"
     )
   _, _, params = runs.load_run(teacher, workdir)
@@ -196,5 +197,5 @@ def check(experiment: build.Experiment) -> None:
     for nfe in section.inversion_nfe:
       for noise in (None, *section.inversion_noise):
         planning.inversion_plan(experiment, nfe, noise)
-  if section.baseline:
-    _open_baseline(experiment, section.baseline)
+  if section.inversion_baseline:
+    _open_baseline(experiment, section.inversion_baseline)

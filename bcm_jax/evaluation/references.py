@@ -166,7 +166,7 @@ def open_target(
     reference = _of_training_split(experiment, features, folder)
   reference_stats.check_features(reference, features.name, features.digest)
   if reference.images is not None:
-    real = reference.images[: section.num_reference]
+    real = reference.images[: section.num_real_for_prdc]
     return quality.Target(reference, features(real).pooled)
   source = experiment.source_if_there("train")
   if source is None:
@@ -177,7 +177,7 @@ def open_target(
     return quality.Target(reference, None)
   parts = [
     features(b["image"]).pooled
-    for b in in_blocks(source, chosen(source, section.num_reference))
+    for b in in_blocks(source, chosen(source, section.num_real_for_prdc))
   ]
   return quality.Target(reference, np.concatenate(parts))
 
@@ -223,13 +223,13 @@ def _of_training_split(
 def run(experiment: build.Experiment, workdir: str) -> str:
   """Mode reference: writes workdir/reference.npz of the training split.
 
-  It holds ADM's keys, among them eval.num_reference images for precision and
-  recall, so that other evaluators read it too.
+  It holds ADM's keys, among them eval.num_real_for_prdc images for precision
+  and recall, so that other evaluators read it too.
   """
   section = experiment.eval
   features = open_features(section)
   source = experiment.source("train")
-  ids = chosen(source, section.num_reference)
+  ids = chosen(source, section.num_real_for_prdc)
   reference = dataclasses.replace(
     compute(source, features),
     images=np.concatenate([b["image"] for b in in_blocks(source, ids)]),

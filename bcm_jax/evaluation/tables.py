@@ -36,12 +36,12 @@ _COLUMNS = {
     "KID": ("KID", "{:.4f}"), "IS": ("IS", "{:.2f}"),
     "precision": ("P", "{:.3f}"), "recall": ("R", "{:.3f}"),
     "density": ("density", "{:.3f}"), "coverage": ("coverage", "{:.3f}"),
-    "recognised": ("recognised", "{:.1%}"),
-    "recognised_worst_class": ("worst class", "{:.0%}"),
-    "mse": ("MSE", "{:.4f}"), "psnr_of_mean_mse": ("PSNR", "{:.1f}"),
+    "class_accuracy": ("class accuracy", "{:.1%}"),
+    "worst_class_accuracy": ("worst class", "{:.0%}"),
+    "mse": ("MSE", "{:.4f}"), "psnr": ("PSNR", "{:.1f}"),
     "ssim": ("SSIM", "{:.3f}"), "lpips": ("LPIPS", "{:.3f}"),
 }
-_INVERSION = ("mse", "psnr_of_mean_mse", "ssim", "lpips")
+_INVERSION = ("mse", "psnr", "ssim", "lpips")
 
 
 def read(folder: str) -> dict[str, Result]:

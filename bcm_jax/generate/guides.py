@@ -1,4 +1,5 @@
-"""What a config's sample.guide stands for: the network that guides."""
+"""What a config's sample.guidance_network stands for: the network that
+guides."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,31 +34,35 @@ def open_guide(experiment: build.Experiment) -> Guide | None:
   if sample.guidance == 1.0:
     return None
   method = experiment.method
-  if sample.guide is None:
+  if sample.guidance_network is None:
     hidden = getattr(method, "label_dropout", 0.0)
     if experiment.num_classes is None or not hidden:
       raise errors.UserError(
-          f"sample.guidance={sample.guidance} without sample.guide takes the "
+          f"sample.guidance={sample.guidance} without sample.guidance_network "
+          f"takes the "
           "network without its class, which it has not learnt: train with "
-          "method.label_dropout=0.1, or name another run by sample.guide"
+          "method.label_dropout=0.1, or name another run by "
+          "sample.guidance_network"
       )
     return Guide(
         lambda p: guidance.without_class(method.flow_map(p)), None
     )
-  workdir, step = runs.split_place(sample.guide, "sample.guide")
+  workdir, step = runs.split_place(
+    sample.guidance_network, "sample.guidance_network"
+  )
   other = build.build(runs.config_of(workdir), to_train=False)
   if not other.method.solves:
     raise errors.UserError(
-        f"sample.guide={workdir} is no denoiser; give a worse network of the "
-        "same kind, such as an early checkpoint DIR@STEP"
+      f"sample.guidance_network={workdir} is no denoiser; give a worse "
+      f"network of the "
+      "same kind, such as an early checkpoint DIR@STEP"
     )
-  mine, its = (
-      (e.image_shape, e.num_classes) for e in (experiment, other)
-  )
+  mine, its = ((e.image_shape, e.num_classes) for e in (experiment, other))
   if mine != its:
     raise errors.UserError(
-        f"sample.guide={workdir} makes images {its[0]} of {its[1]} classes, "
-        f"not {mine[0]} of {mine[1]}; give a network of the same data"
+      f"sample.guidance_network={workdir} makes images {its[0]} of {its[1]} "
+      f"classes, "
+      f"not {mine[0]} of {mine[1]}; give a network of the same data"
     )
   _, _, params = runs.load_run(other, workdir, step=step)
   return Guide(other.method.flow_map, params)

@@ -213,7 +213,8 @@ def _does_not_fit(error: Exception) -> errors.UserError | None:
   return errors.UserError(
       f"the step needs {need} a chip, and a program may use {have}; take more "
       "chips, parallel.fsdp=0 with parallel.sharding=fsdp, "
-      "parallel.max_examples for gradient accumulation, or model.remat=True"
+      "parallel.microbatch_size_per_device for gradient accumulation, or "
+      "model.remat=True"
   )
 
 

@@ -259,7 +259,7 @@ def _accounts(workdir: str) -> list[str]:
   return [
       f"{total['starts']} start(s), {hooks.format_secs(total['wall'])} in all: "
       f"{parts}",
-      f"{total['lost_steps']} step(s) done again; "
+      f"{total['repeated_steps']} step(s) done again; "
       f"{100 * total['goodput']:.1f}% of the time in steps that count",
   ]
 

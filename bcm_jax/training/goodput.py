@@ -128,9 +128,9 @@ def total(workdir: str) -> dict[str, Any] | None:
   """Sums over all starts of a run; None where there is no account.
 
   Returns:
-    'starts', 'last' step, 'wall', 'seconds' by part, 'lost_steps' (done, and
-    done again after a kill or a roll-back), 'goodput': share of the wall time
-    in steps that count.
+    'starts', 'last' step, 'wall', 'seconds' by part, 'repeated_steps' (done,
+    and done again after a kill or a roll-back), 'goodput': share of the wall
+    time in steps that count.
   """
   records = []
   for path in sorted((pathlib.Path(workdir) / FOLDER).glob("*.json")):
@@ -155,6 +155,6 @@ def total(workdir: str) -> dict[str, Any] | None:
   useful = seconds["step"] * (1 - lost / steps) if steps else 0.0
   return {
       "starts": len(records), "last": records[-1]["last"], "wall": wall,
-      "seconds": seconds, "lost_steps": lost,
+      "seconds": seconds, "repeated_steps": lost,
       "goodput": useful / wall if wall else 0.0,
   }

@@ -96,7 +96,8 @@ class Watchdog:
   def _report(self) -> None:
     print(
         f"error: no step went through for {self._secs:.0f} s after step "
-        f"{self._step} (training.hang_secs); the stacks of all threads follow "
+        f"{self._step} (training.watchdog_timeout_secs); the stacks of all "
+        f"threads follow "
         f"and are in {self._file}; exit status {errors.EXIT_HANGING}",
         file=sys.stderr, flush=True,
     )

@@ -99,7 +99,7 @@ def test_coloured_test_images_become_grey_and_get_colours(tmp_path):
 
 
 def test_pairs_of_test_images(tmp_path):
-  folder = run(tmp_path, experiment(pairs=2, points=4, noise=0.01))
+  folder = run(tmp_path, experiment(pairs=2, num_interpolants=4, noise=0.01))
   with np.load(folder / "interpolation.npz") as f:
     assert f["images"].shape == (2, 6, 8, 8, 1) and f["labels"].shape == (2, 2)
     ends = f["images"][:, [0, -1]].astype(int), f["images"][:, [1, -2]]
@@ -148,17 +148,29 @@ def test_files_with_masks_and_references(tmp_path):
 def test_two_files_and_what_lies_between_them(tmp_path):
   write(tmp_path / "a.png", picture(0))
   write(tmp_path / "b.png", picture(1))
-  folder = run(tmp_path, experiment(
-      input=tmp_path / "a.png", second=tmp_path / "b.png", label=3, points=3,
-  ))
+  folder = run(
+    tmp_path,
+    experiment(
+      input=tmp_path / "a.png",
+      end_images=tmp_path / "b.png",
+      label=3,
+      num_interpolants=3,
+    ),
+  )
   with np.load(folder / "interpolation.npz") as f:
     assert f["images"].shape == (1, 5, 8, 8, 1)
     np.testing.assert_array_equal(f["images"][0, -1], picture(1))
     assert f["labels"].tolist() == [[3, 3]]
-  folder = run(tmp_path, experiment(
-      input=tmp_path / "a.png", second=tmp_path / "b.png", label=3,
-      new_label=5, method=dict(tint=0.05),
-  ))
+  folder = run(
+    tmp_path,
+    experiment(
+      input=tmp_path / "a.png",
+      end_images=tmp_path / "b.png",
+      label=3,
+      new_label=5,
+      method=dict(tint=0.05),
+    ),
+  )
   with np.load(folder / "interpolation.npz") as f:
     assert f["labels"].tolist() == [[3, 5]]
 
@@ -169,9 +181,7 @@ def test_files_of_one_name_and_results_of_before(tmp_path):
   (tmp_path / "in" / "folder.png").mkdir()
   (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nowhere")
   settings = dict(task="restore", noise=0.002)
-  folder = run(tmp_path, experiment(
-      input=tmp_path / "in", label=3, **settings
-  ))
+  folder = run(tmp_path, experiment(input=tmp_path / "in", label=3, **settings))
   names = sorted(p.name for p in (folder / "images").iterdir())
   assert names == ["a_bmp.png", "a_png.png"]
   gap = read(folder / "images" / "a_png.png").astype(int) - picture(0)
@@ -195,35 +205,59 @@ def test_holes_are_covered_where_classes_are_found(tmp_path):
   mask = np.zeros((8, 8), np.uint8)
   mask[:, 2:] = 255
   write(tmp_path / "mask.png", mask)
-  folder = run(tmp_path, experiment(
-      task="inpaint", input=tmp_path / "a.png", mask=tmp_path / "mask.png",
-      classify=True, method=dict(tint=0.2), num_classes=5,
-  ))
+  folder = run(
+    tmp_path,
+    experiment(
+      task="inpaint",
+      input=tmp_path / "a.png",
+      mask=tmp_path / "mask.png",
+      predict_labels=True,
+      method=dict(tint=0.2),
+      num_classes=5,
+    ),
+  )
   with np.load(folder / "edit.npz") as f:
     assert list(f["labels"]) == [0]
 
 
 def test_small_files_get_details(tmp_path):
   write(tmp_path / "small.png", picture(size=4))
-  folder = run(tmp_path, experiment(
-      task="super_resolve", input=tmp_path / "small.png", label=3,
-  ))
+  folder = run(
+    tmp_path,
+    experiment(
+      task="super_resolve",
+      input=tmp_path / "small.png",
+      label=3,
+    ),
+  )
   assert read(folder / "images" / "small.png").shape == (8, 8, 1)
 
 
 def test_grey_files_get_colours(tmp_path):
   write(tmp_path / "grey.png", picture())
-  folder = run(tmp_path, experiment(
-      (8, 8, 3), None, task="colorize", input=tmp_path / "grey.png",
-  ))
+  folder = run(
+    tmp_path,
+    experiment(
+      (8, 8, 3),
+      None,
+      task="colorize",
+      input=tmp_path / "grey.png",
+    ),
+  )
   assert np.ptp(read(folder / "images" / "grey.png"), axis=-1).mean() > 10
 
 
 def test_other_sizes_and_channels_are_made_to_fit_if_asked(tmp_path):
   write(tmp_path / "photo.png", picture(size=20, channels=3))
-  folder = run(tmp_path, experiment(
-      task="restore", input=tmp_path / "photo.png", label=3, resize=True,
-  ))
+  folder = run(
+    tmp_path,
+    experiment(
+      task="restore",
+      input=tmp_path / "photo.png",
+      label=3,
+      resize=True,
+    ),
+  )
   assert read(folder / "images" / "photo.png").shape == (8, 8, 1)
 
 
@@ -233,8 +267,11 @@ def test_classes_of_files_are_found(tmp_path, capsys):
   write(tmp_path / "photos" / "a.png", dark)
   write(tmp_path / "photos" / "b.png", light)
   built = experiment(
-      task="restore", input=tmp_path / "photos", classify=True,
-      method=dict(tint=0.2), num_classes=5,
+    task="restore",
+    input=tmp_path / "photos",
+    predict_labels=True,
+    method=dict(tint=0.2),
+    num_classes=5,
   )
   with np.load(run(tmp_path, built) / "edit.npz") as f:
     labels = list(f["labels"])
@@ -249,12 +286,16 @@ def test_groups_of_an_attribute_have_the_classes_that_are_found(tmp_path):
     lifted = np.clip(picture(1).astype(int) + lift, 0, 255).astype(np.uint8)
     write(tmp_path / name / "a.png", lifted)
   settings = dict(
-      task="attribute", present=tmp_path / "light", absent=tmp_path / "dark",
-      input=tmp_path / "dark", noise=0.002, num_classes=5,
-      method=dict(tint=0.2),
+    task="attribute",
+    positive_images=tmp_path / "light",
+    negative_images=tmp_path / "dark",
+    input=tmp_path / "dark",
+    noise=0.002,
+    num_classes=5,
+    method=dict(tint=0.2),
   )
   norms = []
-  for how in (dict(classify=True), dict(label=0)):
+  for how in (dict(predict_labels=True), dict(label=0)):
     folder = run(tmp_path, experiment(**settings, **how))
     record = json.loads((folder / "result.json").read_text())
     norms.append(record["direction_norm"])
@@ -270,9 +311,13 @@ def test_attributes_of_folders(tmp_path, num_classes):
     light = np.clip(dark + 60, 0, 255).astype(np.uint8)
     write(tmp_path / "light" / f"{i}.png", light)
   built = experiment(
-      num_classes=num_classes, task="attribute", present=tmp_path / "light",
-      absent=tmp_path / "dark", input=tmp_path / "dark", noise=0.01,
-      **({} if num_classes is None else {"label": 3}),
+    num_classes=num_classes,
+    task="attribute",
+    positive_images=tmp_path / "light",
+    negative_images=tmp_path / "dark",
+    input=tmp_path / "dark",
+    noise=0.01,
+    **({} if num_classes is None else {"label": 3}),
   )
   with np.load(run(tmp_path, built) / "edit.npz") as f:
     moved = f["results"].mean() - f["images"].mean()
@@ -280,9 +325,16 @@ def test_attributes_of_folders(tmp_path, num_classes):
 
 
 def test_attributes_of_classes_of_the_data(tmp_path):
-  folder = run(tmp_path, experiment(
-      num_classes=None, task="attribute", num_images=2, label=1, new_label=0,
-  ))
+  folder = run(
+    tmp_path,
+    experiment(
+      num_classes=None,
+      task="attribute",
+      num_images=2,
+      label=1,
+      new_label=0,
+    ),
+  )
   record = json.loads((folder / "result.json").read_text())
   assert record["direction_norm"] > 0
 
@@ -301,7 +353,9 @@ def files(tmp_path):
   write(tmp_path / "two" / "b.png", picture())
 
 
-@pytest.mark.parametrize("keys, said", [
+@pytest.mark.parametrize(
+  "keys, said",
+  [
     (dict(input="gone.png"), "gone.png is not there"),
     (dict(input="empty"), "empty holds no images"),
     (dict(input="large.png"), "9x9 pixels .* takes 8x8; set edit.resize=true"),
@@ -309,7 +363,7 @@ def files(tmp_path):
     (dict(input="broken.png"), "cannot be read as an image; give a PNG"),
     (dict(input="ok.png", label="()"), "wants the classes of the images, 0 to"),
     (dict(input="ok.png", label="12"), "from 0 to 9"),
-    (dict(input="ok.png", classify=True), "leave one of the two out"),
+    (dict(input="ok.png", predict_labels=True), "leave one of the two out"),
     (dict(input="two", label="1,2,3"), "give one for all or 2"),
     (dict(input="ok.png", reference="two"), "holds 2 images, and edit.input 1"),
     (dict(task="inpaint", input="ok.png", mask="black.png"), "has no hole"),
@@ -317,26 +371,39 @@ def files(tmp_path):
     (dict(task="inpaint", input="ok.png", mask="two"), "give one, or 1 as"),
     (dict(task="interpolate", input="ok.png"), "name the second image"),
     (dict(task="relabel", input="ok.png"), "needs edit.new_label"),
-    (dict(task="attribute", input="ok.png"), "needs folders edit.present"),
+    (
+      dict(task="attribute", input="ok.png"),
+      "needs folders edit.positive_images",
+    ),
     (dict(reference="ok.png", label="()"), "edit.reference goes with edit.inp"),
     (dict(num_images=1000, label="()"), "has enough for 1 to 360"),
     (dict(num_images=2), "edit.label goes with edit.input"),
     (dict(task="super_resolve", factor=3), "edit.factor=3 does not divide 8x8"),
     (dict(task="super_resolve", factor=0, input="ok.png"), "edit.factor=0"),
     (dict(seed=-1), "edit.seed=-1; give a whole number from 0"),
-    (dict(points=1, task="interpolate"), "edit.points=1; give a whole number"),
+    (
+      dict(num_interpolants=1, task="interpolate"),
+      "edit.num_interpolants=1; give a whole number",
+    ),
     (dict(quality=0), "edit.quality=0; give a whole number from 1 to 95"),
     (dict(task="inpaint", noise=0.0), "edit.noise=0.0 fills the hole"),
-    (dict(task="attribute", input="two", present="two", absent="two",
-          label="1,2"), "takes one class"),
+    (
+      dict(
+        task="attribute",
+        input="two",
+        positive_images="two",
+        negative_images="two",
+        label="1,2",
+      ),
+      "takes one class",
+    ),
     (dict(task="interpolate", pairs=181, label="()"), "enough for 1 to 180"),
-])
+  ],
+)
 def test_files_that_do_not_fit(tmp_path, keys, said):
   files(tmp_path)
-  paths = ("input", "mask", "reference", "present", "absent")
-  keys = {
-      k: tmp_path / v if k in paths else v for k, v in keys.items()
-  }
+  paths = ("input", "mask", "reference", "positive_images", "negative_images")
+  keys = {k: tmp_path / v if k in paths else v for k, v in keys.items()}
   built = experiment(**({"task": "restore", "label": "3"} | keys))
   with pytest.raises(errors.UserError, match=said):
     edit.run(built, str(tmp_path / "run"))
@@ -344,10 +411,8 @@ def test_files_that_do_not_fit(tmp_path, keys, said):
 
 
 def test_tasks_that_a_network_cannot_do_are_refused_before_files_are_read(
-    tmp_path
+  tmp_path,
 ):
-  built = experiment(
-      task="restore", input="gone", method=dict(inverts=False)
-  )
+  built = experiment(task="restore", input="gone", method=dict(inverts=False))
   with pytest.raises(errors.UserError, match="edit.task='restore' inverts"):
     edit.run(built, str(tmp_path))

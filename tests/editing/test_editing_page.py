@@ -40,9 +40,14 @@ def test_numbers_reach_the_page(benchmark, monkeypatch, tmp_path):
   monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
   marked = "<!-- editing: x_holes -->\nold\n<!-- end -->"
   assert "Not run yet." in benchmark.page(marked)
-  record = {"tasks": {"holes": {
-      "a": {"psnr": 12.345, "recognised": 0.5}, "b": {"recognised": 0.25},
-  }}}
+  record = {
+    "tasks": {
+      "holes": {
+        "a": {"psnr": 12.345, "class_accuracy": 0.5},
+        "b": {"class_accuracy": 0.25},
+      }
+    }
+  }
   (tmp_path / "editing_x.json").write_text(json.dumps(record))
   page = benchmark.page(marked)
   assert "| a | 12.35 | 50.0% |" in page or "| a | 12.34 | 50.0% |" in page

@@ -38,7 +38,7 @@ def test_numbers_of_a_known_difference(side):
   assert numbers["images"] == 2 and numbers["lpips"] == 2.0
   assert numbers["mse"] == pytest.approx(0.02)
   assert numbers["mse_worst_image"] == pytest.approx(0.04)
-  assert numbers["psnr_of_mean_mse"] == pytest.approx(-10 * np.log10(0.02))
+  assert numbers["psnr"] == pytest.approx(-10 * np.log10(0.02))
   # Its window is 11 pixels wide.
   assert ("ssim" in numbers) == (side == 11)
   assert "lpips" not in similarity.errors(a, b, None)

@@ -33,7 +33,7 @@ TINY = {
     **toys.TINY,
     "training.num_steps": "4", "training.ema_rates": "0.5,0.9",
     "sample.batch_size": "32", "sample.times": "2.5", "invert.num_images": "16",
-    "eval.num_samples": "24", "eval.num_reference": "50",
+    "eval.num_samples": "24", "eval.num_real_for_prdc": "50",
     "eval.samplers": "onestep,", "eval.inversion_nfe": "1,",
 }
 
@@ -77,7 +77,7 @@ def copy(run, tmp_path):
 
 def test_fewer_samples_than_the_protocol_need_a_flag():
   few = experiment(eval__allow_few="false")
-  with pytest.raises(errors.UserError, match="eval.allow_few=true"):
+  with pytest.raises(errors.UserError, match="eval.allow_fewer_samples=true"):
     evaluate.check_before_training(few)
   for fine in ({"eval__num_samples": "50000"}, {"eval__at_end": "false"}):
     evaluate.check_before_training(
@@ -295,7 +295,7 @@ def test_statistics_of_the_training_split_are_taken_once(copy, monkeypatch):
     ({"eval__reference": "/nowhere.npz"}, "/nowhere.npz"),
     ({"eval__samplers": "onestep:3"}, "makes 1"),
     ({"eval__inversion_noise": "500,"}, "outside the trained"),
-    ({"eval__baseline": "/nowhere"}, "holds no run"),
+    ({"eval__inversion_baseline": "/nowhere"}, "holds no run"),
     ({"eval__averages": "ema_0.7,"}, "ema_0.7"),
     ({"eval__steps": "lats"}, "did you mean 'last'"),
   ],
@@ -309,7 +309,7 @@ def test_bad_requests_say_what_to_do(run, tmp_path, overrides, said):
 
 def test_a_bidirectional_network_is_no_baseline(run):
   with pytest.raises(errors.UserError, match="is no denoiser"):
-    evaluate.check_outputs(experiment(eval__baseline=run))
+    evaluate.check_outputs(experiment(eval__inversion_baseline=run))
 
 
 def test_inversion_is_a_curve_over_noise_and_evaluations(copy):
@@ -321,7 +321,7 @@ def test_inversion_is_a_curve_over_noise_and_evaluations(copy):
   assert set(inversion) == {"nfe1", "nfe2", "nfe1_noise0.3", "nfe2_noise0.3"}
   assert [r["noise"] for r in inversion.values()] == [0.07, 0.07, 0.3, 0.3]
   for r in inversion.values():
-    assert r["psnr_of_mean_mse"] == pytest.approx(-10 * np.log10(r["mse"]))
+    assert r["psnr"] == pytest.approx(-10 * np.log10(r["mse"]))
     assert "ssim" not in r  # 8x8 images hold no window of 11.
   picture = copy / "eval" / "4_inversion.png"
   assert picture.read_bytes().startswith(b"\x89PNG")
@@ -349,7 +349,8 @@ def test_baselines_are_the_odes_of_a_denoiser(copy, tmp_path):
   with checkpoint.Checkpoints(runs.checkpoint_dir(folder)) as saved:
     saved.save(1, state, {})
   evaluate.run(
-    experiment(eval__baseline=folder, eval__baseline_nfe="1,4"), str(copy)
+    experiment(eval__inversion_baseline=folder, eval__baseline_nfe="1,4"),
+    str(copy),
   )
   found = results(copy)["4"]["inversion"]
   assert {k for k in found if k.startswith(("DDIM", "EDM"))} == {

@@ -70,18 +70,18 @@ def test_another_method_or_data_set_is_not_ours():
 
 def test_columns_are_what_any_run_measured():
   page = tables.render({
-      "a": result(data="mine", recognised=0.5),
+      "a": result(data="mine", class_accuracy=0.5),
       "b": result(data="mine", fid=None, precision=0.25)
       | {"inversion": {}},
   })
   assert "## mine" in page
   head = next(x for x in page.splitlines() if x.startswith("| run | sampler"))
-  assert head == "| run | sampler | NFE | FID | P | recognised |"
+  assert head == "| run | sampler | NFE | FID | P | class accuracy |"
   assert "| `b` | ancestral | 2 |  | 0.250 ± 0.250 |  |" in page
 
 
 def test_aims_stand_below_the_digits():
-  page = tables.render({"digits": result(data="digits", recognised=0.5)})
+  page = tables.render({"digits": result(data="digits", class_accuracy=0.5)})
   assert "| aimed at |  | 1 |  | 97.0% |" in page
   assert "| aimed at |  | 1 |  | 0.0080 |" in page
 

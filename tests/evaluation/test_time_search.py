@@ -5,7 +5,6 @@ import types
 
 import numpy as np
 import pytest
-from tests.test_planning import digits
 
 from bcm_jax import errors
 from bcm_jax.config import build
@@ -13,6 +12,7 @@ from bcm_jax.config import schema
 from bcm_jax.evaluation import time_search
 from bcm_jax.generate import planning
 from bcm_jax.plots import draw
+from tests.generate.test_planning import digits
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 40, 201])
@@ -129,7 +129,7 @@ def test_searches_that_cannot_be_made(overrides, said):
   section = schema.Search(**overrides)
   experiment = types.SimpleNamespace(
       levels=built.levels, method=built.method,
-      section=lambda name: section if name == "search" else built.section(name),
+      search=section, sample=built.sample,
   )
   with pytest.raises(errors.UserError, match=said):
     time_search.check(experiment)

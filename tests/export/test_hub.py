@@ -36,9 +36,9 @@ SETTINGS = {
     "training.ema_rates": "0.5,0.9", "sample.average": "ema_0.5",
     "sample.num_samples": "20", "sample.batch_size": "20",
     "sample.nfe": "none", "sample.times": "2.5",
-    "eval.num_samples": "20", "eval.num_reference": "50",
+    "eval.num_samples": "20", "eval.num_real_for_prdc": "50",
     "eval.samplers": "onestep,", "eval.inversion_nfe": "1,",
-    "invert.num_images": "20", "edit.pairs": "2", "edit.points": "3",
+    "invert.num_images": "20", "edit.pairs": "2", "edit.num_interpolants": "3",
 }
 
 
@@ -254,11 +254,13 @@ def test_a_result_of_several_averages_is_found(run, tmp_path):
 def test_places_of_this_machine_are_told_and_can_be_changed(
     run, tmp_path, capsys
 ):
-  hub("pack", run, tmp_path / "a", "--config.sample.guide=/home/me/secret")
-  assert "sample.guide=/home/me/secret" in capsys.readouterr().out
-  hub("pack", run, tmp_path / "b", "--config.sample.guide=none")
+  hub("pack", run, tmp_path / "a",
+      "--config.sample.guidance_network=/home/me/secret")
+  assert "sample.guidance_network=/home/me/secret" in capsys.readouterr().out
+  hub("pack", run, tmp_path / "b", "--config.sample.guidance_network=none")
   assert "names places" not in capsys.readouterr().out
-  assert model_folder.read(str(tmp_path / "b"))[0]["sample"]["guide"] is None
+  sample = model_folder.read(str(tmp_path / "b"))[0]["sample"]
+  assert sample["guidance_network"] is None
 
 
 def test_a_folder_names_no_code_to_run(run, tmp_path):
@@ -286,18 +288,28 @@ def grow(params):
   params["time_embed_align"]["kernel"] = np.zeros((2, 3), np.float32)
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda p: p["time_embed_align"].pop("kernel"),
-     "1 missing: time_embed_align.kernel"),
-    (lambda p: p.update(more={"a": np.zeros(2, np.float32)}),
-     "1 unexpected: more.a"),
-    (grow, "1 of another shape: time_embed_align.kernel is (2, 3) and should"
-     " be (64, 32)"),
+@pytest.mark.parametrize(
+  "change, said",
+  [
+    (
+      lambda p: p["time_embed_align"].pop("kernel"),
+      "1 missing: time_embed_align.kernel",
+    ),
+    (
+      lambda p: p.update(more={"a": np.zeros(2, np.float32)}),
+      "1 unexpected: more.a",
+    ),
+    (
+      grow,
+      "1 of another shape: time_embed_align.kernel is (2, 3) and should"
+      " be (64, 32)",
+    ),
     (lambda p: [p.pop(k) for k in sorted(p)[1:]], " and 71 more"),
-])
+  ],
+)
 def test_tensors_of_another_network(folder, tmp_path, capsys, change, said):
   line = fails(
-      capsys, "unpack", other(folder, tmp_path, change), tmp_path / "out"
+    capsys, "unpack", other(folder, tmp_path, change), tmp_path / "out"
   )
   assert said in line and "model.safetensors" in line
   assert os.listdir(tmp_path) == ["other"]
@@ -311,7 +323,9 @@ def test_a_config_of_another_version(folder, tmp_path, capsys):
   assert "config.json: unknown config key" in line and "brightness" in line
 
 
-@pytest.mark.parametrize("arguments, said", [
+@pytest.mark.parametrize(
+  "arguments, said",
+  [
     ([], "the command is missing; give one of pack, unpack, push, pull"),
     (["pakc", "a", "b"], "did you mean 'pack'"),
     (["pack", "a"], "required: FOLDER"),
@@ -322,7 +336,8 @@ def test_a_config_of_another_version(folder, tmp_path, capsys):
     (["push", "/nowhere", "me/it"], "holds no run"),
     (["push", "a", "it"], "'it' is no repository; expected OWNER/NAME"),
     (["pull", "../it/there", "c"], "is no repository"),
-])
+  ],
+)
 def test_bad_command_lines(tmp_path, monkeypatch, capsys, arguments, said):
   monkeypatch.chdir(tmp_path)
   assert said in fails(capsys, *arguments)
@@ -334,17 +349,17 @@ def test_bad_packing(run, folder, tmp_path, capsys):
   out = tmp_path / "out"
   assert "sample.average" in fails(capsys, "pack", run, out, "--average=ema_7")
   assert "no checkpoint of step 3" in fails(
-      capsys, "pack", run, out, "--step=3"
+    capsys, "pack", run, out, "--step=3"
   )
   assert "'float32'" in fails(capsys, "pack", run, out, "--dtype=float23")
   assert "are not those of the config's network" in fails(
-      capsys, "pack", run, out, "--config.model.model_channels=16"
+    capsys, "pack", run, out, "--config.model.model_channels=16"
   )
   assert not out.exists()
   for verb, source in (("pack", run), ("unpack", folder)):
     assert "is there already" in fails(capsys, verb, source, folder)
   assert "cannot be made" in fails(
-      capsys, "pack", run, folder / "README.md" / "out"
+    capsys, "pack", run, folder / "README.md" / "out"
   )
 
 
@@ -361,7 +376,7 @@ def online(monkeypatch):
 
 
 def test_pushed_and_pulled_is_the_same_to_the_byte(
-    folder, tmp_path, online, capsys
+  folder, tmp_path, online, capsys
 ):
   source = tmp_path / "source"
   shutil.copytree(folder, source)
@@ -383,8 +398,16 @@ def test_pushed_and_pulled_is_the_same_to_the_byte(
 def test_a_work_directory_is_packed_on_the_way(run, folder, tmp_path, online):
   hub("push", run, "me/a")
   assert online.repositories["me/a"].files == files_of(folder)
-  hub("push", run, "me/b", "--average=params", "--dtype=bfloat16", "--private",
-      "--license=mit", "--config.sample.num_samples=7")
+  hub(
+    "push",
+    run,
+    "me/b",
+    "--average=params",
+    "--dtype=bfloat16",
+    "--private",
+    "--license=mit",
+    "--config.sample.num_samples=7",
+  )
   assert online.repositories["me/b"].private
   hub("pull", "me/b", tmp_path / "b")
   config, _, metadata = model_folder.read(str(tmp_path / "b"))
@@ -438,13 +461,15 @@ def test_damage_does_not_travel(folder, tmp_path, online, capsys):
 
 
 def test_who_may_not_is_told_how_to_log_in(
-    folder, tmp_path, online, capsys, monkeypatch
+  folder, tmp_path, online, capsys, monkeypatch
 ):
   hub("push", folder, "me/mine", "--private")
   monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-  for arguments in (["push", folder, "me/other"],
-                    ["pull", "me/mine", tmp_path / "out"],
-                    ["pull", "me/nothing", tmp_path / "out"]):
+  for arguments in (
+    ["push", folder, "me/other"],
+    ["pull", "me/mine", tmp_path / "out"],
+    ["pull", "me/nothing", tmp_path / "out"],
+  ):
     line = fails(capsys, *arguments)
     assert "hf auth login, or set HF_TOKEN" in line, line
     assert "hf_wrong" not in line
@@ -452,14 +477,16 @@ def test_who_may_not_is_told_how_to_log_in(
 
 
 def test_what_the_hub_says_is_one_line(
-    folder, tmp_path, online, capsys, monkeypatch
+  folder, tmp_path, online, capsys, monkeypatch
 ):
   hub("push", folder, "me/a")
   line = fails(capsys, "pull", "me/a@never", tmp_path / "out")
   assert "me/a@never: the repository has no such revision" in line
   online.fails = 500
-  for arguments in (["push", folder, "me/b"],
-                    ["pull", "me/a", tmp_path / "out"]):
+  for arguments in (
+    ["push", folder, "me/b"],
+    ["pull", "me/a", tmp_path / "out"],
+  ):
     assert "failed or cannot be reached (" in fails(capsys, *arguments)
   assert "me/b" not in online.repositories
   assert "Cannot have -- or .." in fails(capsys, "push", folder, "me/a--b")
@@ -478,16 +505,20 @@ def test_no_connection(folder, tmp_path, online, capsys, monkeypatch):
     taken.bind(("127.0.0.1", 0))  # Bound, not listening: refused.
     address = f"http://127.0.0.1:{taken.getsockname()[1]}"
     monkeypatch.setenv("HF_ENDPOINT", address)
-    for arguments in (["push", folder, "me/b"],
-                      ["pull", "me/a", tmp_path / "out"]):
+    for arguments in (
+      ["push", folder, "me/b"],
+      ["pull", "me/a", tmp_path / "out"],
+    ):
       assert "check the connection" in fails(capsys, *arguments)
   assert not (tmp_path / "out").exists()
 
 
 def test_without_the_library(folder, tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-  for arguments in (["push", folder, "me/b"],
-                    ["pull", "me/a", tmp_path / "out"]):
+  for arguments in (
+    ["push", folder, "me/b"],
+    ["pull", "me/a", tmp_path / "out"],
+  ):
     assert "pip install 'bcm_jax[hub]'" in fails(capsys, *arguments)
   hub("unpack", folder, tmp_path / "unpacked")
 
@@ -495,13 +526,13 @@ def test_without_the_library(folder, tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_the_library_is_imported_late():
   code = (
-      "import sys\n"
-      "from bcm_jax.export import hub\n"
-      "assert 'huggingface_hub' not in sys.modules\n"
-      "hub.main(['--help'])"
+    "import sys\n"
+    "from bcm_jax.export import hub\n"
+    "assert 'huggingface_hub' not in sys.modules\n"
+    "hub.main(['--help'])"
   )
   done = subprocess.run(
-      [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    [sys.executable, "-c", code], check=False, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
   assert "OWNER/NAME[@REVISION]" in done.stdout

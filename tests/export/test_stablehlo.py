@@ -234,7 +234,7 @@ def test_an_average_and_a_guide_of_another_go_along(denoiser, tmp_path):
     "sample.sampler": "ddim",
     "sample.num_levels": "2",
     "sample.guidance": "2.0",
-    "sample.guide": str(denoiser),
+    "sample.guidance_network": str(denoiser),
   }
   flags = [f"--config.{k}={v}" for k, v in guided.items()]
   stablehlo.main(

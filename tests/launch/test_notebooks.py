@@ -96,7 +96,7 @@ def test_a_published_checkpoint(tmp_path, monkeypatch):
       EVALUATE={
           "eval.features": "tiny:colours", "eval.reference": "reference.npz",
           "eval.samplers": "onestep", "eval.num_samples": "8",
-          "eval.allow_few": "true", "eval.inversion_nfe": "()",
+          "eval.allow_fewer_samples": "true", "eval.inversion_nfe": "()",
           "sample.batch_size": "4",
       },
   )

@@ -44,7 +44,7 @@ def gaussian(method, params, **settings):
   sections = {"sample": schema.Sample(), "invert": schema.Invert(**settings)}
   experiment = types.SimpleNamespace(
       method=method, num_classes=None, image_shape=(2, 2, 1),
-      section=sections.get, config=types.SimpleNamespace(**sections),
+      **sections, config=types.SimpleNamespace(**sections),
       source=lambda split: image_source.ArraySource(images),
   )
   return experiment, batched_sampler.Runner(experiment, params, 6)

@@ -139,7 +139,7 @@ def test_too_large_a_batch_is_refused_with_what_to_do():
   line = run("--topology=v5e:2x2", "--config.training.batch_size=8388608",
              rc=errors.EXIT_BAD_INPUT).splitlines()[-1]
   assert line.startswith("error: ") and "15.75G" in line
-  assert "parallel.max_examples" in line
+  assert "parallel.microbatch_size_per_device" in line
 
 
 @pytest.mark.parametrize("topology,part", [

@@ -104,7 +104,7 @@ def test_several_starts_and_steps_that_were_lost(tmp_path):
   assert total["seconds"]["step"] == 20 + 10 + 15
   assert total["seconds"]["init"] == 15
   assert total["wall"] == sum(total["seconds"].values()) == 60
-  assert total["lost_steps"] == 5
+  assert total["repeated_steps"] == 5
   assert total["goodput"] == pytest.approx(45 * (1 - 5 / 45) / 60)
 
 
@@ -112,7 +112,7 @@ def test_a_start_that_did_more_than_its_account_says(tmp_path):
   start(tmp_path, 0, 5)  # Killed; nothing but its beginning is written.
   start(tmp_path, 4, 10, saved=10)
   total = goodput.total(str(tmp_path))
-  assert total["lost_steps"] == 0 and 0 < total["goodput"] < 1
+  assert total["repeated_steps"] == 0 and 0 < total["goodput"] < 1
 
 
 def test_steps_before_a_roll_back_are_lost(tmp_path):
@@ -128,7 +128,7 @@ def test_steps_before_a_roll_back_are_lost(tmp_path):
     clock.pass_(1)
   accounts.save(10, 10)
   total = goodput.total(str(tmp_path))
-  assert total["lost_steps"] == 6
+  assert total["repeated_steps"] == 6
   assert total["goodput"] == pytest.approx(16 * (10 / 16) / 18)
 
 

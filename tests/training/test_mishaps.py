@@ -135,7 +135,7 @@ def test_a_hang_ends_with_the_stacks_of_all_threads(
 ):
   hanging = [
       (tmp_path / name, server.start(
-          tmp_path / name, "training.hang_secs=12.0", code=code
+          tmp_path / name, "training.watchdog_timeout_secs=12.0", code=code
       )) for name, code in (("run", HUNG_LOOP), ("disk", HUNG_DISK))
   ]
   for workdir, start in hanging:

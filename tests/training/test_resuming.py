@@ -153,7 +153,7 @@ train.Run._create = create
 
 
 def test_several_steps_a_call_resume_too(server, tmp_path):
-  several = "parallel.steps_per_call=2"
+  several = "parallel.substeps=2"
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   a = server.start(whole, several)
   b = server.start(broken, several, code=TOLD.replace("STEP", "6"))
@@ -276,4 +276,4 @@ def test_where_the_time_went_adds_up(server, tmp_path):
   # All but starting Python, and what followed the last account of the first.
   assert total["wall"] > 0.5 * whole
   assert 0 < total["goodput"] < 1
-  assert total["lost_steps"] == 2 * EVERY - first
+  assert total["repeated_steps"] == 2 * EVERY - first

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 # Two bad steps in a row are too many.
-TWO = "training.max_skipped_in_row=2"
+TWO = "training.max_consecutive_nonfinite=2"
 # Batches at the positions BAD hold one image with one pixel that is NaN.
 POISON = """
 import numpy as np

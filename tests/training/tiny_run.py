@@ -39,7 +39,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.method = dict(name="bcm", sigma_max=40.0, s0=4, s1=32)
   config.optimizer = dict(name="radam", learning_rate=1e-2)
   config.training = dict(
-      num_steps=STEPS, batch_size=16, ema_rates=(0.9,), hang_secs=120.0
+    num_steps=STEPS,
+    batch_size=16,
+    ema_rates=(0.9,),
+    watchdog_timeout_secs=120.0,
   )
   config.parallel = dict(cpu_devices=2, heartbeat_secs=10)
   config.checkpoint = dict(every_steps=EVERY, keep=None, retry_secs=0.1)
