@@ -336,7 +336,8 @@ def _members(
   np.savez(buffer, **weights)
   contents[stablehlo_runtime.WEIGHTS] = buffer.getvalue()
   loader = pathlib.Path(stablehlo_runtime.__file__)
-  contents[loader.name] = loader.read_bytes()
+  # Users write `import exported` with the file on their path.
+  contents["exported.py"] = loader.read_bytes()
   manifest = (
     {"format": stablehlo_runtime.FORMAT}
     | facts

@@ -145,7 +145,7 @@ def test_a_mistake_in_the_state_is_no_failure_of_the_disk(make):
 
 def test_a_failure_on_another_host_counts_here(make, monkeypatch, caplog):
   mine = make()
-  monkeypatch.setattr(saver.hosts, "all_agree", lambda ok: False)
+  monkeypatch.setattr(saver.multihost, "all_agree", lambda ok: False)
   mine.save(1, state(1))
   assert mine.failures == 2  # The wait, and the save.
   assert "on another host" in messages(caplog)[0]

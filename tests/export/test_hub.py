@@ -153,7 +153,7 @@ def test_unpacked_run_makes_the_same_samples(run, folder, tmp_path, capsys):
 
 
 def test_a_folder_is_no_run_and_says_what_makes_one(run, folder, capsys):
-  with pytest.raises(errors.UserError, match="bcm_jax.export.hub unpack"):
+  with pytest.raises(errors.UserError, match="bcm_jax.release.hub unpack"):
     params_of(folder)
   line = fails(capsys, "pack", run, "out", "--config=digits.py")
   assert "configs of their own" in line

@@ -177,7 +177,7 @@ def test_missing_files(tmp_path, missing, said):
   for name in missing:
     (folder / name).unlink()
   assert said in fails(folder)
-  assert "bcm_jax.export.hub pack" in fails(tmp_path / "nowhere")
+  assert "bcm_jax.release.hub pack" in fails(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("cut", [0, 4, 200, -1])
@@ -226,11 +226,11 @@ def test_weights_of_other_libraries(tmp_path):
   folder = written(tmp_path / "a")
   path = str(folder / model_folder.WEIGHTS)
   weight_files.write(path, {"x": np.zeros(3, np.float32)})
-  assert "bcm_jax.generate.convert" in fails(folder)
+  assert "bcm_jax.interop.convert" in fails(folder)
   torch_file = str(tmp_path / "x.pt")
   weight_files.write(torch_file, {"x": np.zeros(3, np.float32)})
   os.replace(torch_file, path)
-  assert "bcm_jax.generate.convert" in fails(folder)
+  assert "bcm_jax.interop.convert" in fails(folder)
 
 
 def test_a_tensor_below_another(tmp_path):

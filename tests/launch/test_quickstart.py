@@ -92,7 +92,7 @@ def test_first_run_makes_venv_installs_and_tests(checkout):
 def test_second_run_only_tests_until_setup_changes(checkout):
   launch(checkout, "launch/test.sh")
   again = launch(checkout, "launch/test.sh", JAX_PLATFORMS="tpu")
-  assert again.log == [f"<JAX_PLATFORMS=tpu>{PYTEST}"]
+  assert again.log == [f"<JAX_PLATFORMS=tpu>{PYTEST}<-m><not slow>"]
   with open(checkout / "requirements.txt", "a") as f:
     f.write("another\n")
   changed = launch(checkout, "launch/test.sh")
