@@ -171,7 +171,7 @@ class Run:
           if self.recovery.exhausted():
             raise self._give_up(error)
           self.latest = None
-          state = self.recovery.roll_back(error, self.window)
+          state = self.recovery.roll_back(error, self.data_offset)
 
   def _train_steps(
       self, state: train_state.TrainState
@@ -186,7 +186,7 @@ class Run:
     total = experiment.training.num_steps
     every = experiment.checkpoint.every_steps
     first = self._step_of(state)
-    self.window = int(self.backend.fetch(state.window))
+    self.data_offset = int(self.backend.fetch(state.data_offset))
     self.accounts.begin(first)
     began = time.monotonic()
     guard = nonfinite.Guard(experiment.training.max_consecutive_nonfinite)
@@ -197,7 +197,7 @@ class Run:
     with (
         self._logger(state, first) as logger,
         stream(
-            experiment, self.source, self.backend, calls, self.window
+            experiment, self.source, self.backend, calls, self.data_offset
         ) as batches,
     ):
       for start, count in calls:
@@ -260,7 +260,7 @@ class Run:
         self.workdir,
         f"training {config.method.name} on {config.data.name}, batch "
         f"{config.training.batch_size}",
-        self.backend.fetch(state.players[method.sampled].params),
+        self.backend.fetch(state.networks[method.sampled_network].params),
         resolve.flatten(resolve.to_json(config)),
         first, config.training.num_steps, config.log.every_steps,
         config.log.progress_secs, config.log.profile,
@@ -277,11 +277,11 @@ class Run:
     """Creates the state before the first step, on the host."""
     method, training = self.experiment.method, self.experiment.training
     start_from = {
-        name: self.frozen[player.starts_from]
-        for name, player in method.players.items() if player.starts_from
+        name: self.frozen[network.init_from]
+        for name, network in method.networks.items() if network.init_from
     }
     if training.init_from is not None:
-      start_from[method.sampled] = runs.load_params(
+      start_from[method.sampled_network] = runs.load_params(
           training.init_from, training.init_average
       )
     try:
@@ -318,7 +318,7 @@ class Run:
 
   def _give_up(self, error: nonfinite.NotFinite) -> errors.UserError:
     """Writes a bundle for inspection; returns the error that ends the run."""
-    position = self.window + error.step - 1
+    position = self.data_offset + error.step - 1
     most = self.experiment.training.max_rollbacks
     batch = batches(self.experiment, self.source)(position)
     state = multihost.to_host(self.backend.fetch(self.latest.saved()))
@@ -357,7 +357,7 @@ def stream(
     source: image_source.Source,
     backend: sharding.Backend,
     calls: list[tuple[int, int]],
-    window: int,
+    data_offset: int,
 ) -> contextlib.AbstractContextManager[Iterator[tuple[Any, Any]]]:
   """Prepares the batches and curricula of calls ahead, on the devices.
 
@@ -366,7 +366,7 @@ def stream(
     source: training images.
     backend: where they go.
     calls: (first step, number of steps) of each, see sharding.calls.
-    window: how far the data is ahead of the step.
+    data_offset: how far the data is ahead of the step.
 
   Returns:
     A context of an iterator over (batch, curriculum), stacked in a call of
@@ -377,7 +377,7 @@ def stream(
   def inputs(i):
     start, count = calls[i]
     parts = [
-        build.network_inputs(experiment, read(window + step))
+        build.network_inputs(experiment, read(data_offset + step))
         for step in range(start, start + count)
     ]
     curriculum = sharding.curricula(experiment.method, start, count)
@@ -440,7 +440,7 @@ def _finish(experiment, workdir: str, state, accounts) -> None:
   total = experiment.config.training.num_steps
   with accounts.part("eval"):
     average, params = runs.choose(
-        experiment.method.sampled,
+        experiment.method.sampled_network,
         serialization.to_state_dict(state),
         experiment.config.sample.average,
         "sample.average",

@@ -4,7 +4,7 @@
       --out=docs/results/step_cost_digits.json
 
 Times the real steps of the digits' configs, one after the other in blocks, so
-that ratios are of one machine in one state. A method whose players take turns
+that ratios are of one machine in one state. A method whose networks take turns
 is averaged over a round. All have the same network and, here, the same batch.
 """
 

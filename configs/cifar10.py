@@ -27,8 +27,8 @@ _NCSNPP = dict(name="ncsnpp", fourier_scale=0.02, dropout=0.3)
 _DDPMPP = dict(name="ddpmpp", two_time=True, dropout=0.2)
 _CURRICULUM = dict(s0=10, s1=1280)
 # One batch size in all passes of a step: fewer shapes to compile.
-_BCM = dict(name="bcm", doubled_batch=False)
-_FIXED = _BCM | dict(scales="fixed", s0=320, s1=320)
+_BCM = dict(name="bcm", concat_jumps=False)
+_FIXED = _BCM | dict(discretization="fixed", s0=320, s1=320)
 _TIMES = dict(times=(1.2,), zigzag_noise=(0.2,), zigzag_level=(0.8,))
 _START = "runs/start"
 

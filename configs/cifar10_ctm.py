@@ -36,7 +36,7 @@ def get_config(variant: str = "dsm") -> ml_collections.ConfigDict:
   )
   if variant == "gan":
     config.method.gan = True
-    config.critic = dict(learning_rate=2e-3, b1=0.5, b2=0.9)
+    config.auxiliary_optimizer = dict(learning_rate=2e-3, b1=0.5, b2=0.9)
     config.training.batch_size = 528
     config.training.init_from = "runs/ctm"
   config.parallel = dict(microbatch_size_per_device=16)

@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
       resblock_updown=False,
       num_groups=8,
   )
-  config.method = dict(name="bcm", scales="doubling", s0=10, s1=160)
+  config.method = dict(name="bcm", discretization="doubling", s0=10, s1=160)
   config.optimizer = dict(
       name="radam",
       learning_rate=2e-3,

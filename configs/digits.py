@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
       sigma_max=40.0,
       p_mean=-0.5,
       p_std=1.9,
-      scales="doubling",
+      discretization="doubling",
       s0=20,
       s1=160,
       bidirectional_weight=2.5,

@@ -31,6 +31,6 @@ def get_config(variant: str = "dsm") -> ml_collections.ConfigDict:
   config.eval.samplers = ("onestep", "ancestral", "cm_multistep")
   if variant == "gan":
     config.method.gan = True
-    config.critic = dict(learning_rate=2e-3, b1=0.5, b2=0.9)
+    config.auxiliary_optimizer = dict(learning_rate=2e-3, b1=0.5, b2=0.9)
     config.training.init_from = "runs/ctm"
   return config

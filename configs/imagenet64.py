@@ -35,8 +35,8 @@ _CM = dict(
 )
 _CURRICULUM = dict(s0=10, s1=1280, huber_c=0.06)
 # One batch size in all passes of a step: fewer shapes to compile.
-_BCM = dict(name="bcm", doubled_batch=False)
-_FIXED = _BCM | dict(scales="fixed", s0=320, s1=320, huber_c=0.06)
+_BCM = dict(name="bcm", concat_jumps=False)
+_FIXED = _BCM | dict(discretization="fixed", s0=320, s1=320, huber_c=0.06)
 _TIMES = dict(times=(2.4,), zigzag_noise=(0.1,), zigzag_level=(1.2,))
 
 # Variant -> (model, method, training, times of samplers).

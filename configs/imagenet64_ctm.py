@@ -40,7 +40,7 @@ def get_config(variant: str = "dsm") -> ml_collections.ConfigDict:
         gan_max_solver_steps=39,
     )
     config.optimizer.learning_rate = 8e-6
-    config.critic = dict(learning_rate=2e-3, b1=0.5, b2=0.9)
+    config.auxiliary_optimizer = dict(learning_rate=2e-3, b1=0.5, b2=0.9)
     config.training.update(
         num_steps=30_000, batch_size=4224, init_from="runs/ctm"
     )

@@ -24,9 +24,9 @@ class ExactMethod:
   sigma_max: float = 40.0
   sigma_data: float = gaussian.SD
   rho: float = 7.0
-  inverts: bool = True
-  solves: bool = False
-  two_time: bool = True
+  supports_inversion: bool = True
+  is_denoiser: bool = False
+  takes_end_time: bool = True
   tint: float = 0.0
 
   def flow_map(self, params):

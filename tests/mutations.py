@@ -46,14 +46,14 @@ MUTATIONS = (
   Mutation(
     "data position dropped on resuming",
     "train.py",
-    "read(window + step))",
-    "read(window + step - calls[0][0]))",
+    "read(data_offset + step))",
+    "read(data_offset + step - calls[0][0]))",
     _NOTICE,
   ),
   Mutation(
     "data window dropped",
     "train.py",
-    "read(window + step))",
+    "read(data_offset + step))",
     "read(step))",
     _ONCE,
   ),
@@ -68,15 +68,15 @@ MUTATIONS = (
   Mutation(
     "key of the step reused",
     "training/train_step.py",
-    "position = state.step + state.window",
+    "position = state.step + state.data_offset",
     "position = 0 * state.step",
     "training/test_train_step.py::test_every_step_draws_anew_and_the_seed_matters",
   ),
   Mutation(
     "averages late by one",
     "training/train_step.py",
-    "averages = _averages(\n          method, options, state, players,",
-    "averages = _averages(\n          method, options, state, state.players,",
+    "averages = _averages(\n          method, options, state, networks,",
+    "averages = _averages(\n          method, options, state, state.networks,",
     "training/test_train_step.py::"
     "test_averages_take_the_updated_parameters_at_their_own_rates",
   ),
@@ -195,8 +195,8 @@ MUTATIONS = (
   Mutation(
     "window kept on rolling back",
     "training/train_state.py",
-    "window=jnp.int32(position - int(good.step))",
-    "window=good.window",
+    "data_offset=jnp.int32(position - int(good.step))",
+    "data_offset=good.data_offset",
     _ONCE,
   ),
   Mutation(

@@ -205,18 +205,11 @@ def test_eval_mode_repeats_the_numbers(run):
 def test_inspect_mode(run, capsys):
   main("--mode=inspect", f"--workdir={run}", f"--compare=@{EVERY}")
   text = capsys.readouterr().out
-  for part in (
-    "== config",
-    "== players and phases",
-    "== schedule",
-    "== times at the last N",
-    "== weighting",
-    "== parameters",
-    "player student: 8 updates",
-    "tensors equal",
-    "0 step(s) done again",
-    "time_embed_align",
-  ):
+  for part in ("== config", "== networks and phases", "== schedule",
+               "== times at the last N", "== weighting", "== parameters",
+               "network student: 8 updates", "tensors equal",
+               "0 step(s) done again",
+               "time_embed_align"):
     assert part in text
 
 

@@ -123,7 +123,7 @@ def test_a_student_trains(teacher, trained, file):
   state, meta = tree(folder, 4)
   assert not state.get("frozen") and list(meta["frozen"]) == ["teacher"]
   assert snapshot(teacher) == before
-  updates = {k: int(p["updates"]) for k, p in state["players"].items()}
+  updates = {k: int(p["num_updates"]) for k, p in state["networks"].items()}
   assert updates == UPDATES[file]
   last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
   numbers = json.loads(last)
@@ -181,11 +181,11 @@ def test_turns_go_on_where_they_were(trained, tmp_path):
 
 
 def test_students_start_as_their_teacher(teacher, trained):
-  players = tree(trained("digits_dmd.py:dmd2")[1], 4)[0]["players"]
+  networks = tree(trained("digits_dmd.py:dmd2")[1], 4)[0]["networks"]
   expected = tree(teacher, 4)[0]["averages"]["ema_0.5"]
-  toys.assert_close(players["student"]["params"], expected, rtol=1e-6)
+  toys.assert_close(networks["student"]["params"], expected, rtol=1e-6)
   toys.assert_close(
-    players["fake_score"]["params"]["network"], expected, rtol=1e-6
+    networks["fake_score"]["params"]["network"], expected, rtol=1e-6
   )
 
 

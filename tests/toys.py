@@ -75,7 +75,7 @@ class GaussianFlow(nn.Module):
   two_time: bool = True
 
   @staticmethod
-  def probe(tree):
+  def last_layer(tree):
     """What stands for a convolution near the output."""
     return tree["scale"]
 
@@ -129,10 +129,10 @@ class Scale(nn.Module):
     return self.param("w", nn.initializers.constant(self.start), ()) * x
 
 
-def scale_player(start=1.0) -> base.Player:
-  """A player of that one parameter."""
+def scale_network(start=1.0) -> base.TrainableNetwork:
+  """A network of that one parameter."""
   network = Scale(start)
-  return base.Player(
+  return base.TrainableNetwork(
       network, lambda key, x, y: network.init(key, x)["params"]
   )
 
@@ -148,7 +148,7 @@ def context(
     curriculum=None,
     labels=None,
     averages=None,
-    players=None,
+    networks=None,
     seed=0,
     step=0,
     index=None,
@@ -162,7 +162,7 @@ def context(
     return rng.example_keys(seed, stream, step, index)
 
   return base.Context(
-      images, labels, keys, curriculum or {}, players or {}, averages or {},
+      images, labels, keys, curriculum or {}, networks or {}, averages or {},
       index=jnp.asarray(index), frozen=frozen or {}, extra=extra or {},
       shared_key=lambda stream: rng.step_key(seed, stream, step),
   )
@@ -207,7 +207,7 @@ def consistency_toy(network=None, **options):
 
 
 def parameters(method, images, labels=None):
-  """Fresh parameters of a method's only player."""
+  """Fresh parameters of a method's only network."""
   return jax.jit(method.init)(jax.random.key(1), images, labels)
 
 

@@ -53,7 +53,7 @@ class Recovery:
     """
     state = self._restore() if self.saver.steps() else self.create()
     before = rollbacks.of_state(
-        rollbacks.history(self.workdir), int(state.step), int(state.window)
+        rollbacks.history(self.workdir), int(state.step), int(state.data_offset)
     )
     return self._place(state, before and before.position)
 
@@ -62,13 +62,13 @@ class Recovery:
     return self._past_rollbacks()[0] >= self.max_rollbacks
 
   def roll_back(
-      self, error: nonfinite.NotFinite, window: int
+      self, error: nonfinite.NotFinite, data_offset: int
   ) -> train_state.TrainState:
     """Returns a saved state that continues with the data after a failed step.
 
     Args:
       error: the failed step.
-      window: offset of its data, as in the state of that step.
+      data_offset: offset of its data, as in the state of that step.
     """
     fault_injection.point("before_rollback")
     stored = self.saver.steps()
@@ -77,9 +77,9 @@ class Recovery:
     # the one before it may not.
     older = stored[-2] if before and len(stored) > 1 else None
     good = self._restore(older) if stored else self.create()
-    position = error.step + window
+    position = error.step + data_offset
     rollbacks.add(self.workdir, rollbacks.Rollback(
-        int(good.step), int(good.window), position, reached, before + 1
+        int(good.step), int(good.data_offset), position, reached, before + 1
     ))
     if older is not None:
       self.saver.saved.set_aside(

@@ -76,7 +76,7 @@ def write(
   Args:
     workdir: must not hold anything yet.
     experiment: that the network belongs to; its config becomes the run's.
-    params: of the sampled player; there are no averages beside them.
+    params: of the sampled network; there are no averages beside them.
     step: of the checkpoint.
     facts: JSON values, where the network comes from.
 
@@ -85,7 +85,7 @@ def write(
   """
   config = experiment.config
   state = {
-      "players": {experiment.method.sampled: {"params": params}},
+      "networks": {experiment.method.sampled_network: {"params": params}},
       "averages": {},
   }
   meta = {"config": resolve.to_json(config), "version": __version__, **facts}
@@ -96,12 +96,12 @@ def write(
 
 
 def choose(
-    player: str, state: Any, average: str | None, what: str
+    network: str, state: Any, average: str | None, what: str
 ) -> tuple[str, Params]:
-  """Parameters of a player or one of its averages, out of a state's dict.
+  """Parameters of a network or one of its averages, out of a state's dict.
 
   Args:
-    player: name of the sampled player.
+    network: name of the sampled network.
     state: nested dict as a checkpoint holds it.
     average: name of an average, 'params' for the parameters themselves, None
       for the first average (the parameters where there is none).
@@ -115,7 +115,7 @@ def choose(
     names = [n for n in averages if n.startswith(("ema_", "power_"))]
     average = names[0] if names else "params"
   if average == "params":
-    return average, state["players"][player]["params"]
+    return average, state["networks"][network]["params"]
   if average not in averages:
     raise errors.unknown_name(what, average, [*averages, "params"])
   return average, averages[average]
@@ -129,9 +129,9 @@ def load_params(workdir: str, average: str | None) -> Params:
   """
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   _, state, _ = saved.read_raw()
-  # The sampled player of every method with several.
-  player = "student"
-  return choose(player, state, average, "training.init_average")[1]
+  # The sampled network of every method with several.
+  network = "student"
+  return choose(network, state, average, "training.init_average")[1]
 
 
 def load_frozen(experiment: build.Experiment) -> dict[str, Params]:
@@ -187,7 +187,7 @@ def load_run(
         saved, step, average, experiment.config.training.ema_stds
     )
   return step, *choose(
-      experiment.method.sampled, state, average, "sample.average"
+      experiment.method.sampled_network, state, average, "sample.average"
   )
 
 

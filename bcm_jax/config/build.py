@@ -67,7 +67,7 @@ class Experiment:
   data = _Section(schema.Data)
   training = _Section(schema.Training)
   optimizer = _Section(optim.Optimizer)
-  critic = _Section(optim.Optimizer)
+  auxiliary_optimizer = _Section(optim.Optimizer)
   parallel = _Section(schema.Parallel)
   checkpoint = _Section(schema.Checkpoint)
   log = _Section(schema.Log)
@@ -114,12 +114,14 @@ class Experiment:
       return None
 
   def optimizers(self) -> dict[str, optax.GradientTransformation]:
-    """An optimiser for every player, of section critic for all but one."""
+    """An optimizer for each network: section optimizer for the sampled one,
+    auxiliary_optimizer for the others."""
     return {
         name: (
-            self.optimizer if name == self.method.sampled else self.critic
+            self.optimizer if name == self.method.sampled_network
+            else self.auxiliary_optimizer
         ).build()
-        for name in self.method.players
+        for name in self.method.networks
     }
 
   def backend(self) -> sharding.Backend:
@@ -288,7 +290,7 @@ def frozen_shapes(experiment: Experiment) -> dict[str, Any]:
   frozen, images_and_labels = {}, example_batch(experiment)
   if experiment.teacher is not None:
     method = experiment.teacher.method
-    frozen["teacher"] = method.players[method.sampled].init
+    frozen["teacher"] = method.networks[method.sampled_network].init
   if experiment.config.method.get("metric") == "lpips":
     frozen["lpips"] = lambda *_: vgg_names.load_lpips(
       *experiment.config.method.lpips_path
@@ -309,7 +311,7 @@ def create_state(
   """The state before the first step; pure, so it can be jitted.
 
   Args:
-    start_from: player -> parameters of another run, or None.
+    start_from: network -> parameters of another run, or None.
   """
   training = experiment.training
   images, labels = example_batch(experiment)

@@ -41,14 +41,14 @@ class Method(NamedTuple):
     cls: its class.
     preset: its options that differ from the class's defaults.
     preconditioning: the usual one.
-    critic: whether it trains other networks beside the one that is sampled;
-      section critic is their optimiser.
+    auxiliary: whether it trains networks besides the one that is sampled;
+      section auxiliary_optimizer is their optimizer.
   """
 
   cls: type
   preset: Mapping[str, Any] = _NOTHING
   preconditioning: str = "cm"
-  critic: bool = False
+  auxiliary: bool = False
 
 
 MODELS = {
@@ -66,15 +66,15 @@ METHODS = {
     "bcm": Method(bcm.BidirectionalTraining, preconditioning="bcm"),
     "edm": Method(edm.Diffusion, preconditioning="edm"),
     "ctm": Method(
-        ctm.TrajectoryDistillation, preconditioning="ctm", critic=True
+        ctm.TrajectoryDistillation, preconditioning="ctm", auxiliary=True
     ),
     "dmd": Method(
         dmd.DistributionMatching, dmd.DMD,
-        "edm", critic=True,
+        "edm", auxiliary=True,
     ),
     "dmd2": Method(
         dmd.DistributionMatching, dmd.DMD2,
-        "edm", critic=True,
+        "edm", auxiliary=True,
     ),
     "cd": Method(cd.ConsistencyDistillation, cd.PRESET),
 }

@@ -74,7 +74,7 @@ def resolve(
   given = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
   for path, text in (overrides or {}).items():
     _set(given, path, text)
-  known = ["seed", "model", "method", "critic", *SECTIONS]
+  known = ["seed", "model", "method", "auxiliary_optimizer", *SECTIONS]
   for section in given:
     if section not in known:
       raise errors.unknown_name("config section", section, known)
@@ -89,15 +89,16 @@ def resolve(
       spans.setdefault(key, full["training"]["num_steps"])
   for section, cls in SECTIONS.items():
     full[section] = _fill(section, given, cls)
-  if "critic" in given and not method.critic:
+  if "auxiliary_optimizer" in given and not method.auxiliary:
     raise errors.UserError(
-      "config.critic is the optimiser of a method's other networks, and "
-      f"method.name={name!r} has none; leave it out"
+        "config.auxiliary_optimizer is for the networks besides the sampled "
+        "one, and "
+        f"method.name={name!r} has none; leave it out"
     )
-  if method.critic:  # What it leaves out is as for the sampled player.
-    own = given.get("critic", {})
-    given["critic"] = {**full["optimizer"], **own}
-    full["critic"] = _fill("critic", given, optim.Optimizer)
+  if method.auxiliary:  # Keys that it does not set are section optimizer's.
+    section = "auxiliary_optimizer"
+    given[section] = {**full["optimizer"], **given.get(section, {})}
+    full[section] = _fill(section, given, optim.Optimizer)
   model_name, model = _look_up("model", given, registry.MODELS)
   given["model"] = {**model.preset, **given["model"]}
   full["model"] = {"name": model_name} | _fill("model", given, model.cls)

@@ -65,7 +65,7 @@ class Training:
     max_rollbacks: roll-backs without a new checkpoint after which it stops.
     watchdog_timeout_secs: seconds without a step, compiling included, after
       which a process ends with the stacks of its threads; 0 never ends it.
-    init_from: work directory of a run whose average the player starts from;
+    init_from: work directory of a run whose average the network starts from;
       None starts fresh.
     init_average: which of its averages; None is its first.
   """

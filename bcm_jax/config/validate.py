@@ -150,10 +150,10 @@ def _check_end_levels(section, two_time: bool) -> None:
         "method.name='bcm' needs a network with an end level; set "
         "model.two_time=True"
     )
-  if section.bins == "continuous":
+  if section.time_distribution == "continuous":
     raise errors.UserError(
-        "method.bins='continuous' has no grid to draw end levels from; use "
-        "'lognormal' or 'uniform' with method.name='bcm'"
+        "method.time_distribution='continuous' has no grid to draw end levels "
+        "from; use 'lognormal' or 'uniform' with method.name='bcm'"
     )
   if section.preconditioning not in ("bcm", "ctm"):
     raise errors.UserError(
@@ -188,7 +188,7 @@ def teacher(
       )
     return
   what = f"method.teacher={numbers.teacher}"
-  if not found.method.solves:
+  if not found.method.is_denoiser:
     raise errors.UserError(
         f"{what} is no denoiser (method.name={found.config.method.name!r}); "
         "give a run of method.name='edm', or converted weights of one"

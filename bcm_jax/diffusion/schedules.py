@@ -74,7 +74,7 @@ def grid_tables(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
-    bins: str = "lognormal",
+    time_distribution: str = "lognormal",
     p_mean: float = -1.1,
     p_std: float = 2.0,
     include_T: bool = True,  # noqa: N803 (the literature's T)
@@ -84,7 +84,7 @@ def grid_tables(
   Args:
     num_scales: N, number of levels.
     length: L >= N, length of the padded tables.
-    bins: 'lognormal' or 'uniform' law of the interval.
+    time_distribution: 'lognormal' or 'uniform' law of the interval.
     include_T: let start and end levels reach sigma_max. End levels are drawn
       as left edges of intervals; with include_T sigma_max gets the weight of
       the last interval too. False leaves the last interval out, as the
@@ -95,7 +95,7 @@ def grid_tables(
     Tables of shape [length].
   """
   sigmas = karras_sigmas(num_scales, sigma_min, sigma_max, rho)
-  law = {"uniform": uniform_bins}.get(bins)
+  law = {"uniform": uniform_bins}.get(time_distribution)
   mass = law(sigmas) if law else lognormal_bins(sigmas, p_mean, p_std)
   end = np.zeros(num_scales)
   end[:-1] = mass

@@ -199,14 +199,14 @@ class Model(pretrained.Pretrained):
     self.recipe("denoise", level=level)
     images = pretrained.checked(images, self.image_shape, "images", floats=True)
     method, levels = self.experiment.method, self.experiment.levels
-    if level is None and method.inverts:
+    if level is None and method.supports_inversion:
       measure = self.latent_variances
 
     def clean(flow_map, x, labels, keys):
       del keys
       if level is not None:
         sigma = jnp.full(len(x["images"]), level, jnp.float32)
-      elif method.inverts:
+      elif method.supports_inversion:
         sigma = zero_shot.noise_level(
             flow_map, x["images"], levels, *measure, labels, tasks.ESTIMATE
         )

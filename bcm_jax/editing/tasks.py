@@ -148,7 +148,7 @@ def recipe(
 
 
 def _check(experiment, task: str, known: Task, noise, level) -> None:
-  if known.both_ways and not experiment.method.inverts:
+  if known.both_ways and not experiment.method.supports_inversion:
     others = [k for k, v in TASKS.items() if not v.both_ways]
     raise errors.UserError(
         f"edit.task={task!r} inverts images, which takes a network trained "
@@ -179,7 +179,7 @@ def _denoising(experiment, level, nfe, times) -> Recipe:
     )
   levels = experiment.levels
   if level is None:
-    estimate = ESTIMATE if experiment.method.inverts else 0
+    estimate = ESTIMATE if experiment.method.supports_inversion else 0
     return Recipe("denoise", (), estimate + 1)
   levels.check((level,), "edit.sigma")
   jump = sampling_plan.Jump(level, levels.sigma_min)

@@ -337,7 +337,7 @@ def finish(
   folders = []
   for sampler in section.samplers:
     folders.append(generate.sample(experiment, workdir, runner, sampler))
-  if experiment.method.inverts and experiment.has_split("test"):
+  if experiment.method.supports_inversion and experiment.has_split("test"):
     for nfe in section.inversion_nfe:
       folders.append(generate.invert(experiment, workdir, runner, nfe))
     folders.append(edit.interpolate(facade.Model(runner), workdir))

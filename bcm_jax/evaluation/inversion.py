@@ -44,7 +44,7 @@ def curve(
   section = experiment.eval
   usual = experiment.invert.noise
   result = {}
-  if not (experiment.method.inverts or section.inversion_baseline):
+  if not (experiment.method.supports_inversion or section.inversion_baseline):
     return result
   if experiment.source_if_there("test") is None:
     print("inversion is not measured: there are no test images; python -m "
@@ -54,7 +54,7 @@ def curve(
       experiment, experiment.invert.num_images
   )
   measure = similarity.perceptual(section.lpips_path)
-  if experiment.method.inverts:
+  if experiment.method.supports_inversion:
     points = [(n, usual) for n in section.inversion_nfe] + [
         (n, e) for e in section.inversion_noise for n in section.inversion_nfe
         if e != usual
@@ -158,10 +158,10 @@ def _open_baseline(experiment, workdir: str):
   config = runs.config_of(workdir)
   teacher = build.build(config, to_train=False)
   # The form that BCM shares with EDM makes a denoiser of a one-time network.
-  shared = not teacher.method.two_time and (
+  shared = not teacher.method.takes_end_time and (
       config.method.preconditioning in ("edm", "bcm")
   )
-  if not (teacher.method.solves or shared):
+  if not (teacher.method.is_denoiser or shared):
     raise errors.UserError(
         f"eval.inversion_baseline={workdir} is no denoiser (it holds a "
         f"{config.method.name!r} with preconditioning "
@@ -193,7 +193,7 @@ def summary(inversion: dict[str, Numbers]) -> list[str]:
 def check(experiment: build.Experiment) -> None:
   """Finds bad times and baselines before any work is done."""
   section = experiment.eval
-  if experiment.method.inverts:
+  if experiment.method.supports_inversion:
     for nfe in section.inversion_nfe:
       for noise in (None, *section.inversion_noise):
         planning.inversion_plan(experiment, nfe, noise)

@@ -157,7 +157,7 @@ def _check_shapes(place: str, experiment, params: Mapping[str, Any]) -> None:
   """Raises UserError where parameters are not those of the config's network."""
   method = experiment.method
   init = functools.partial(
-      method.players[method.sampled].init, jax.random.key(0),
+      method.networks[method.sampled_network].init, jax.random.key(0),
       *build.example_batch(experiment),
   )
   wanted, found = (

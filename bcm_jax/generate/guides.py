@@ -51,7 +51,7 @@ def open_guide(experiment: build.Experiment) -> Guide | None:
     sample.guidance_network, "sample.guidance_network"
   )
   other = build.build(runs.config_of(workdir), to_train=False)
-  if not other.method.solves:
+  if not other.method.is_denoiser:
     raise errors.UserError(
       f"sample.guidance_network={workdir} is no denoiser; give a worse "
       f"network of the "

@@ -189,7 +189,7 @@ def _solver_plan(
 ) -> plans.Plan:
   """A solver's plan; nfe None takes sample.num_levels."""
   sample = experiment.sample
-  if not experiment.method.solves:
+  if not experiment.method.is_denoiser:
     raise errors.UserError(
         f"sampler {name!r} solves the ODE of a denoiser, and this network "
         "learnt to jump; use 'onestep', 'ancestral' or 'cm_multistep'"
@@ -224,7 +224,7 @@ def _guided(
   sample = experiment.sample
   if sample.guidance == 1.0:
     return plan
-  if not experiment.method.solves:
+  if not experiment.method.is_denoiser:
     raise errors.UserError(
         f"sample.guidance={sample.guidance} guides denoisers, and this network "
         "learnt to jump; set sample.guidance=1"
@@ -263,7 +263,8 @@ def inversion_plan(
   )
   plan = plans.inversion(e, mid, levels)
   _check_end_levels(experiment, plan)
-  if not (experiment.method.inverts or experiment.method.solves):
+  method = experiment.method
+  if not (method.supports_inversion or method.is_denoiser):
     raise errors.UserError(
         "this network learnt to go from noise to images alone; inverting and "
         "editing take one trained with method.name='bcm', or a denoiser"
@@ -273,7 +274,7 @@ def inversion_plan(
 
 def _check_end_levels(experiment: build.Experiment, plan) -> None:
   low = experiment.levels.sigma_min
-  if experiment.method.two_time:
+  if experiment.method.takes_end_time:
     return
   if any(isinstance(s, plans.Jump) and s.u != low for s in plan.steps):
     raise errors.UserError(

@@ -35,7 +35,7 @@ def run(experiment: build.Experiment, workdir: str) -> str:
   """
   section = experiment.sample
   plan = planning.sampling_plan(experiment)
-  if not experiment.method.solves or any(
+  if not experiment.method.is_denoiser or any(
       isinstance(step, sampling_plan.AddNoise) for step in plan.steps
   ):
     raise errors.UserError(

@@ -1,4 +1,4 @@
-"""What a method is: players, losses, phases, a curriculum and a flow map.
+"""What a method is: networks, losses, phases, a curriculum and a flow map.
 
 A method is a frozen dataclass of numbers and modules. It declares; the engine
 in `training` does gradients, accumulation, averages, sharding and metrics.
@@ -17,7 +17,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Context(NamedTuple):
-  """What a loss may read beside its own player's parameters.
+  """What a loss may read beside its own network's parameters.
 
   Attributes:
     images: [B, H, W, C] float in [-1, 1].
@@ -25,7 +25,7 @@ class Context(NamedTuple):
     keys: stream name -> [B] keys, one an example. A stream's keys depend on
       (seed, stream, step, position in the global batch) alone.
     curriculum: numbers and tables of `Method.curriculum(step)`.
-    players: parameters of every player, stop-gradiented.
+    networks: parameters of every network, stop-gradiented.
     averages: moving averages by name, stop-gradiented.
     augment_labels: [B, 9], what data.augmentation did to the images; None
       where it did nothing.
@@ -41,7 +41,7 @@ class Context(NamedTuple):
   labels: jax.Array | None
   keys: Callable[[str], jax.Array]
   curriculum: Mapping[str, Any]
-  players: Mapping[str, Params]
+  networks: Mapping[str, Params]
   averages: Mapping[str, Params]
   augment_labels: jax.Array | None = None
   index: jax.Array | None = None
@@ -50,12 +50,12 @@ class Context(NamedTuple):
   extra: Mapping[str, jax.Array] = types.MappingProxyType({})
 
 
-# Of a player with a Balance the first result is {term: loss [B]}.
+# Of a network with an AdaptiveWeight the first result is {term: loss [B]}.
 Loss = Callable[[Params, Context], tuple[Any, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Balance:
+class AdaptiveWeight:
   """Weights of a loss's terms, taken from their gradients.
 
   The norms are of gradients of the mean over the global batch, so weights do
@@ -63,53 +63,53 @@ class Balance:
 
   Attributes:
     terms: names of the terms.
-    leaf: gradient of all parameters -> the tensor whose norm counts.
-    weigh: {term: norm}, scalars -> {term: weight}, scalars.
+    last_layer: gradient of all parameters -> the tensor whose norm counts.
+    loss_weights: {term: norm}, scalars -> {term: weight}, scalars.
   """
 
   terms: tuple[str, ...]
-  leaf: Callable[[Params], jax.Array]
-  weigh: Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]]
+  last_layer: Callable[[Params], jax.Array]
+  loss_weights: Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Player:
+class TrainableNetwork:
   """A trained network.
 
   Attributes:
     network: the Linen module.
     init: (key, images, labels) -> parameters.
-    adapt: (parameters of another run's network, fresh parameters) ->
+    load_pretrained: (parameters of another run's network, fresh parameters) ->
       parameters to start from; raises ValueError where they do not fit. None
       takes them unchanged.
-    starts_from: name of the frozen network that it starts from where the run
+    init_from: name of the frozen network that it starts from where the run
       names no other; None starts fresh.
     project: parameters after an update -> parameters, such as forced weight
       normalisation; None leaves them.
-    balance: how the terms of its loss are weighed; None where the loss is one
-      number an example.
+    adaptive_weight: weights of the terms of its loss; None where the loss is
+      one number per example.
   """
 
   network: nn.Module
   init: Callable[[jax.Array, jax.Array, jax.Array | None], Params]
-  adapt: Callable[[Params, Params], Params] | None = None
-  starts_from: str | None = None
+  load_pretrained: Callable[[Params, Params], Params] | None = None
+  init_from: str | None = None
   project: Callable[[Params], Params] | None = None
-  balance: Balance | None = None
+  adaptive_weight: AdaptiveWeight | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Average:
   """A moving average that a method itself needs.
 
-  It moves in steps that update its player, and only in those.
+  It moves in steps that update its network, and only in those.
 
   Attributes:
-    player: whose parameters are averaged.
+    network: whose parameters are averaged.
     rate: key of the curriculum that holds the rate of a step.
   """
 
-  player: str
+  network: str
   rate: str
 
 
@@ -117,31 +117,32 @@ class Method(Protocol):
   """Protocol of all methods.
 
   Attributes:
-    players: trained networks by name.
-    losses: player -> (params, context) -> (loss [B], metrics of [B] each);
-      pure, an example at a time, not averaged. A loss with a Balance returns
-      {term: [B]} in place of the first.
+    networks: trained networks by name.
+    losses: network -> (params, context) -> (loss [B], metrics of [B] each);
+      pure, one per example, not averaged. With an AdaptiveWeight the first is
+      {term: [B]}.
     averages: moving averages that the losses read.
-    sampled: the player whose parameters `flow_map` takes.
-    two_time: whether the flow map takes any end level, or sigma_min alone.
-    inverts: whether it also leads from images to noise.
-    solves: whether it is Euler's step of a denoiser, which solvers may correct
-      and guides may push.
+    sampled_network: the network whose parameters `flow_map` takes.
+    takes_end_time: whether the flow map takes any end level, or only
+      sigma_min.
+    supports_inversion: whether it also leads from images to noise.
+    is_denoiser: whether it is Euler's step of a denoiser, which solvers may
+      correct and guidance may change.
     sigma_min, sigma_max: levels between which the flow map is trained.
   """
 
-  players: Mapping[str, Player]
+  networks: Mapping[str, TrainableNetwork]
   losses: Mapping[str, Loss]
   averages: Mapping[str, Average]
-  sampled: str
-  two_time: bool
-  inverts: bool
-  solves: bool
+  sampled_network: str
+  takes_end_time: bool
+  supports_inversion: bool
+  is_denoiser: bool
   sigma_min: float
   sigma_max: float
 
   def phase(self, step: int) -> tuple[str, ...]:
-    """Players to update at a step; on the host, static, few values."""
+    """Networks to update at a step; on the host, static, few values."""
 
   def phases(self) -> tuple[tuple[str, ...], ...]:
     """Every value that `phase` can take."""
@@ -153,20 +154,21 @@ class Method(Protocol):
     """f(x, t, u, labels): all that samplers, editing and metrics see."""
 
 
-class OnePlayer:
-  """Phases and players of a method that trains one network alone."""
+class SingleNetworkMethod:
+  """Phases and networks of a method that trains one network alone."""
 
-  sampled = "student"
-  inverts = False
-  solves = False
+  sampled_network = "student"
+  supports_inversion = False
+  is_denoiser = False
 
   @property
-  def players(self) -> Mapping[str, Player]:
-    player = Player(
-        self.network, self.init, adapt=getattr(self, "adapt", None),
+  def networks(self) -> Mapping[str, TrainableNetwork]:
+    network = TrainableNetwork(
+        self.network, self.init,
+        load_pretrained=getattr(self, "load_pretrained", None),
         project=getattr(self.network, "project", None),
     )
-    return {"student": player}
+    return {"student": network}
 
   @property
   def losses(self) -> Mapping[str, Loss]:

@@ -29,17 +29,17 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
   Attributes:
     bidirectional_weight: coefficient of L_ST; 1 in the published method, 0
       leaves it out (the negative control).
-    doubled_batch: take both jumps of an example in one pass of twice the batch.
+    concat_jumps: take both jumps of an example in one pass of twice the batch.
       Two passes give the same up to rounding; then all passes of a step have
       one batch size, and XLA has fewer shapes to compile.
   """
 
   bidirectional_weight: float = 1.0
-  doubled_batch: bool = True
+  concat_jumps: bool = True
 
-  inverts = True
+  supports_inversion = True
 
-  def adapt(self, source, fresh):
+  def load_pretrained(self, source, fresh):
     """Starts from a consistency model's parameters, F unchanged.
 
     Parameters that have the second time branch already are taken as they are.
@@ -57,7 +57,7 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     )
     return jnp.asarray(tables.sigmas)[other]
 
-  def two_jumps(
+  def two_jump_outputs(
       self, params, x, t, ends, labels, dropout_keys, augment_labels=None
   ):
     """f(x, t, u) for both of two end levels, under one dropout mask.
@@ -65,7 +65,7 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     In a doubled batch each example is doubled in place, so that a batch cut
     over devices stays where it is, and takes its dropout key along.
     """
-    if not self.doubled_batch:
+    if not self.concat_jumps:
       return tuple(
           self.f(params, x, t, u, labels, dropout_keys, augment_labels)
           for u in ends
@@ -104,7 +104,7 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     # The same keys to each pass: one dropout mask shared by all four.
     keys = ctx.keys("dropout")
     end = jnp.full_like(times.t, self.sigma_min)
-    a, y = self.two_jumps(
+    a, y = self.two_jump_outputs(
         params, x_t, times.t, (end, u), ctx.labels, keys, ctx.augment_labels
     )
     b = self.target(params, ctx, z, times, keys)
@@ -112,5 +112,5 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     soft = self.soft_term(params, ctx, y, times.t, u, b, keys)
     return ct + self.bidirectional_weight * soft, {
         "loss_ct": ct,
-        "loss_soft": soft,
+        "loss_st": soft,
     }

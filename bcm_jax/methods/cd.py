@@ -25,8 +25,8 @@ from bcm_jax.metrics import lpips
 
 # Song et al.'s on CIFAR-10, but for the distance: 18 levels, a target network.
 PRESET: Mapping[str, Any] = dict(
-    scales="fixed", s0=17, s1=17, bins="uniform", metric="features",
-    weighting="uniform", target_mu0=0.95,
+    discretization="fixed", s0=17, s1=17, time_distribution="uniform",
+    metric="features", weighting="uniform", target_mu0=0.95,
 )
 
 
@@ -75,12 +75,12 @@ class ConsistencyDistillation(consistency.ConsistencyTraining):
   lpips_pooling: Literal["max", "average"] = "average"
 
   @property
-  def players(self) -> Mapping[str, base.Player]:
+  def networks(self) -> Mapping[str, base.TrainableNetwork]:
     """The student, which starts from the teacher."""
-    player = super().players["student"]
-    return {"student": dataclasses.replace(player, starts_from="teacher")}
+    network = super().networks["student"]
+    return {"student": dataclasses.replace(network, init_from="teacher")}
 
-  def earlier(self, ctx: base.Context, z, times):
+  def x_r(self, ctx: base.Context, z, times):
     """x_r by one step of the teacher's solver from x_t."""
     x_t = process.add_noise(ctx.images, times.t, z)
     t, r = (process.expand(s, x_t.ndim) for s in (times.t, times.r))

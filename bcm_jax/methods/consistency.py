@@ -26,15 +26,16 @@ from bcm_jax.methods import flow_map
 # Options that make the three published methods of the one loss.
 PRESETS: Mapping[str, dict[str, Any]] = {
     "ct": dict(
-        scales="sqrt", s0=2, s1=150, bins="uniform", metric="l2",
-        weighting="uniform", target_mu0=0.9,
+        discretization="sqrt", s0=2, s1=150, time_distribution="uniform",
+        metric="l2", weighting="uniform", target_mu0=0.9,
     ),
     "ict": dict(
-        scales="doubling", s0=10, s1=1280, bins="lognormal",
+        discretization="doubling", s0=10, s1=1280,
+        time_distribution="lognormal",
         metric="pseudo_huber", weighting="inverse_gap", target_mu0=0.0,
     ),
     "ect": dict(
-        bins="continuous", metric="pseudo_huber", huber_c=0.0,
+        time_distribution="continuous", metric="pseudo_huber", huber_c=0.0,
         huber_normalise=False, weighting="inverse_gap", target_mu0=0.0,
     ),
 }
@@ -49,7 +50,7 @@ class Times(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
+class ConsistencyTraining(flow_map.NetworkMap, base.SingleNetworkMethod):
   """The loss above with its options; the defaults are iCT's.
 
   Attributes:
@@ -57,12 +58,12 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
     scalings: preconditioning of f.
     noise: conditioning value of a level, as the network expects it.
     sigma_data, sigma_min, sigma_max, rho: data spread and Karras grid.
-    bins: law of (t, r): 'lognormal' or 'uniform' over the intervals of the
-      grid, or 'continuous' (ECT: ln t ~ N(p_mean, p_std^2)).
+    time_distribution: law of (t, r): 'lognormal' or 'uniform' over the
+      intervals of the grid, or 'continuous' (ECT: ln t ~ N(p_mean, p_std^2)).
     p_mean, p_std: of the log-normal laws.
     include_T: train at sigma_max too, see schedules.grid_tables.
-    scales: curriculum of N; s0, s1: its first and last number of intervals;
-      curriculum_steps: K, the steps it spans.
+    discretization: curriculum of N; s0, s1: its first and last number of
+      intervals; curriculum_steps: K, the steps it spans.
     ect_q, ect_stage_steps, ect_k, ect_b: ECT's r(t), see schedules.
     metric: 'pseudo_huber', 'l2' or 'l1'.
     huber_c: width of the pseudo-Huber; None is iCT's 0.00054 sqrt(D).
@@ -81,11 +82,11 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
   sigma_min: float = 0.002
   sigma_max: float = 80.0
   rho: float = 7.0
-  bins: Literal["lognormal", "uniform", "continuous"] = "lognormal"
+  time_distribution: Literal["lognormal", "uniform", "continuous"] = "lognormal"
   p_mean: float = -1.1
   p_std: float = 2.0
   include_T: bool = True  # noqa: N815 (the literature's T)
-  scales: Literal["doubling", "sqrt", "linear", "fixed"] = "doubling"
+  discretization: Literal["doubling", "sqrt", "linear", "fixed"] = "doubling"
   s0: int = 10
   s1: int = 1280
   curriculum_steps: int = 400_000
@@ -111,19 +112,19 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
   def num_scales(self, step: int) -> int:
     """N of a step."""
     step = min(step, self.curriculum_steps)
-    return schedules.CURRICULA[self.scales](
+    return schedules.CURRICULA[self.discretization](
         step, self.curriculum_steps, self.s0, self.s1
     )
 
   def curriculum(self, step: int) -> dict[str, Any]:
     """N, its tables and the target's rate; or ECT's gap ratio."""
-    if self.bins == "continuous":
+    if self.time_distribution == "continuous":
       ratio = schedules.ect_gap_ratio(step, self.ect_stage_steps, self.ect_q)
       return {"gap_ratio": jnp.float32(ratio)}
     n = self.num_scales(step)
     tables = schedules.grid_tables(
-        n, self.s1 + 2, self.sigma_min, self.sigma_max, self.rho, self.bins,
-        self.p_mean, self.p_std, self.include_T,
+        n, self.s1 + 2, self.sigma_min, self.sigma_max, self.rho,
+        self.time_distribution, self.p_mean, self.p_std, self.include_T,
     )
     rate = schedules.target_ema_rate(n, self.target_mu0, self.s0)
     return {
@@ -134,7 +135,7 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
 
   def sample_times(self, ctx: base.Context) -> Times:
     """Draws levels r < t for every example."""
-    if self.bins == "continuous":
+    if self.time_distribution == "continuous":
       z = jax.vmap(jax.random.normal)(ctx.keys("t"))
       t = jnp.exp(self.p_mean + self.p_std * z)
       r = schedules.ect_earlier_time(
@@ -167,7 +168,7 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
         "edm": lambda: preconditioning.edm_weight(t, sd),
     }[self.weighting]()
 
-  def earlier(self, ctx: base.Context, z, times) -> jax.Array:
+  def x_r(self, ctx: base.Context, z, times) -> jax.Array:
     """x_r [B, ...], on the ODE's path through x_t: of the same noise."""
     return process.add_noise(ctx.images, times.r, z)
 
@@ -175,11 +176,11 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
     """Target b [B, ...] of the consistency term, stop-gradiented."""
     frozen = jax.lax.stop_gradient(ctx.averages.get("target", params))
     end = jnp.full_like(times.r, self.sigma_min)
-    x_r = self.earlier(ctx, z, times)
+    x_r = self.x_r(ctx, z, times)
     b = self.f(
         frozen, x_r, times.r, end, ctx.labels, dropout_keys, ctx.augment_labels
     )
-    if self.bins == "continuous":
+    if self.time_distribution == "continuous":
       # ECT's r may be 0, where the target is the image itself.
       b = jnp.where(process.expand(times.r, b.ndim) > 0, b, ctx.images)
     return jax.lax.stop_gradient(b)

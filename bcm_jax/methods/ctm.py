@@ -123,9 +123,9 @@ class TrajectoryDistillation(
   gan_augment: bool = True
   end_init: Literal["zero", "random"] = "zero"
 
-  sampled = "student"
-  inverts = False
-  solves = False
+  sampled_network = "student"
+  supports_inversion = False
+  is_denoiser = False
 
   # What it declares -----------------------------------------------------------
 
@@ -138,42 +138,45 @@ class TrajectoryDistillation(
     return tuple(names)
 
   @property
-  def players(self) -> Mapping[str, base.Player]:
+  def networks(self) -> Mapping[str, base.TrainableNetwork]:
     """The student, and the discriminator if there is one."""
-    players = {"student": base.Player(
-        self.network, self.init, self.adapt,
-        starts_from=None if self.teacher is None else "teacher",
-        balance=base.Balance(self.terms, self.network.probe, self.weigh)
-        if self.adaptive else None,
+    networks = {"student": base.TrainableNetwork(
+        self.network, self.init, self.load_pretrained,
+        init_from=None if self.teacher is None else "teacher",
+        adaptive_weight=base.AdaptiveWeight(
+            self.terms, self.network.last_layer, self.loss_weights
+        ) if self.adaptive else None,
     )}
     if self.gan:
-      players["discriminator"] = base.Player(
-          self.critic.heads, self.critic.init
+      networks["discriminator"] = base.TrainableNetwork(
+          self.discriminator.heads, self.discriminator.init
       )
-    return players
+    return networks
 
   @property
-  def critic(self) -> adversarial.Critic:
+  def discriminator(self) -> adversarial.Discriminator:
     """The discriminator."""
     heads = discriminator.Heads(self.gan_levels, self.gan_features)
     if self.gan_encoder is not None:
-      return adversarial.Critic(
+      return adversarial.Discriminator(
           self.gan_encoder, heads, None, self.gan_augment
       )
-    return adversarial.Critic(
+    return adversarial.Discriminator(
         self.teacher, heads, self.gan_sigma_max, self.gan_augment
     )
 
-  def judge(self, params, images, ctx: base.Context, stream: str) -> jax.Array:
+  def discriminate(
+      self, params, images, ctx: base.Context, stream: str
+  ) -> jax.Array:
     """Logits [B, heads] of images by the discriminator's parameters."""
     encoder = "teacher" if self.gan_encoder is None else "gan_encoder"
-    return self.critic(
+    return self.discriminator(
         params, ctx.frozen[encoder], images, ctx.labels, ctx, stream
     )
 
   @property
   def losses(self) -> Mapping[str, base.Loss]:
-    """By player."""
+    """By network."""
     losses = {"student": self.student_loss}
     if self.gan:
       losses["discriminator"] = self.discriminator_loss
@@ -193,7 +196,7 @@ class TrajectoryDistillation(
 
   def phases(self) -> tuple[tuple[str, ...], ...]:
     """Both turns."""
-    return tuple((name,) for name in self.players)
+    return tuple((name,) for name in self.networks)
 
   def curriculum(self, step: int) -> dict[str, Any]:
     """theta-'s rate, and whether the discriminator plays."""
@@ -202,11 +205,13 @@ class TrajectoryDistillation(
         "gan": jnp.float32(self.gan and step >= self.gan_start),
     }
 
-  def adapt(self, source, fresh):
+  def load_pretrained(self, source, fresh):
     """Starts from the teacher; parameters that have s already stay."""
     return end_time.add_end(source, fresh, self.end_init == "zero")
 
-  def weigh(self, norms: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  def loss_weights(
+      self, norms: Mapping[str, jax.Array]
+  ) -> dict[str, jax.Array]:
     """lambda by term, from the gradients' norms: VQGAN's rule."""
     weights = {"ctm": jnp.ones(()), "dsm": self.dsm_weight,
                "gan": self.gan_weight}
@@ -256,7 +261,7 @@ class TrajectoryDistillation(
 
     return jax.lax.fori_loop(0, times.solver_steps, step, x_t)
 
-  def to_end(self, ctx: base.Context, x, s, stream: str) -> jax.Array:
+  def jump_to_zero(self, ctx: base.Context, x, s, stream: str) -> jax.Array:
     """G_theta-(x, s, 0); gradients flow to x alone."""
     return self.f(
         ctx.averages["target"], x, s, jnp.full_like(s, self.sigma_min),
@@ -268,19 +273,20 @@ class TrajectoryDistillation(
     y = self.f(
         params, x_t, times.t, times.s, ctx.labels, ctx.keys("dropout/student")
     )
-    return self.to_end(ctx, y, times.s, "estimate")
+    return self.jump_to_zero(ctx, y, times.s, "estimate")
 
   def target(self, params, ctx: base.Context, x_t, times) -> jax.Array:
     """G_theta-(G(x_u, u, s), s, 0), stop-gradiented."""
     x_u = jax.lax.stop_gradient(self.solve(ctx, x_t, times))
     if self.target_inner == "none":
-      return self.to_end(ctx, x_u, times.u, "target_end")
+      return self.jump_to_zero(ctx, x_u, times.u, "target_end")
     inner = params if self.target_inner == "online" else ctx.averages["target"]
     y = self.f(
         jax.lax.stop_gradient(inner), x_u, times.u, times.s, ctx.labels,
         ctx.keys("dropout/target"),
     )
-    return jax.lax.stop_gradient(self.to_end(ctx, y, times.s, "target_end"))
+    y = self.jump_to_zero(ctx, y, times.s, "target_end")
+    return jax.lax.stop_gradient(y)
 
   def distance(self, a, b, ctx: base.Context) -> jax.Array:
     """d(a, b) for [B, ...] twice -> [B]."""
@@ -288,7 +294,9 @@ class TrajectoryDistillation(
 
   # Losses ---------------------------------------------------------------------
 
-  def noisy(self, ctx: base.Context, t, stream: str = "noise") -> jax.Array:
+  def sample_x_t(
+      self, ctx: base.Context, t, stream: str = "noise"
+  ) -> jax.Array:
     """x_t."""
     z = process.normal_like(ctx.keys(stream), ctx.images)
     return process.add_noise(ctx.images, t, z)
@@ -297,7 +305,7 @@ class TrajectoryDistillation(
     """L_DSM [B]."""
     sigma = self.dsm_levels(ctx).astype(ctx.images.dtype)
     d = self.denoise(
-        params, self.noisy(ctx, sigma, "dsm/noise"), sigma, ctx.labels,
+        params, self.sample_x_t(ctx, sigma, "dsm/noise"), sigma, ctx.labels,
         ctx.keys("dropout/dsm"),
     )
     weight = preconditioning.edm_weight(sigma, self.sigma_data)
@@ -306,7 +314,7 @@ class TrajectoryDistillation(
   def student_loss(self, params, ctx: base.Context):
     """The student's terms, [B] each, or their sum where nothing adapts."""
     times = self.sample_times(ctx)
-    x_t = self.noisy(ctx, times.t)
+    x_t = self.sample_x_t(ctx, times.t)
     estimate = self.estimate(params, ctx, x_t, times)
     target = self.target(params, ctx, x_t, times)
     terms = {"ctm": self.distance(estimate, target, ctx)}
@@ -316,29 +324,29 @@ class TrajectoryDistillation(
       fake = estimate
       if self.gan_own_times:
         fake = self._fake(params, ctx)
-      logits = self.judge(
-          ctx.players["discriminator"], fake, ctx, "generator"
+      logits = self.discriminate(
+          ctx.networks["discriminator"], fake, ctx, "generator"
       )
       terms["gan"] = (
           ctx.curriculum["gan"] * adversarial.hinge_generator(logits)
       )
     if self.adaptive:
       return terms, {}
-    weights = self.weigh(terms)
+    weights = self.loss_weights(terms)
     loss = sum(weights[name] * term for name, term in terms.items())
     return loss, {f"loss_{name}": term for name, term in terms.items()}
 
   def _fake(self, params, ctx: base.Context) -> jax.Array:
     """A generated image: the estimate, at the levels that L_GAN draws."""
     times = self.sample_times(ctx, gan=self.gan_own_times)
-    return self.estimate(params, ctx, self.noisy(ctx, times.t), times)
+    return self.estimate(params, ctx, self.sample_x_t(ctx, times.t), times)
 
   def discriminator_loss(self, params, ctx: base.Context):
     """Hinge loss [B] of the discriminator, and its logits."""
-    fake = jax.lax.stop_gradient(self._fake(ctx.players["student"], ctx))
-    judged = {
-        name: self.judge(params, images, ctx, name)
+    fake = jax.lax.stop_gradient(self._fake(ctx.networks["student"], ctx))
+    logits = {
+        name: self.discriminate(params, images, ctx, name)
         for name, images in (("fake", fake), ("real", ctx.images))
     }
-    loss = adversarial.hinge_discriminator(**judged)
-    return loss, {f"logit_{k}": v.mean(axis=-1) for k, v in judged.items()}
+    loss = adversarial.hinge_discriminator(**logits)
+    return loss, {f"logit_{k}": v.mean(axis=-1) for k, v in logits.items()}

@@ -57,7 +57,7 @@ class TrajectoryLevels:
     grid = self.grid.astype(ctx.images.dtype)
     return Times(grid[i], grid[i + h], grid[j], i, h)
 
-  def drawn_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
+  def sampled_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
     """What mode inspect tells of the levels."""
     times = self.sample_times(ctx)
     return {

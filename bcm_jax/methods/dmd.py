@@ -89,11 +89,11 @@ class DistributionMatching:
   gan_levels: tuple[int, ...] = ()
   gan_features: int | None = None
 
-  sampled = "student"
+  sampled_network = "student"
   # Its map leads to images alone.
-  two_time = False
-  inverts = False
-  solves = False
+  takes_end_time = False
+  supports_inversion = False
+  is_denoiser = False
   averages: Mapping[str, base.Average] = dataclasses.field(
       default_factory=dict, init=False
   )
@@ -101,21 +101,21 @@ class DistributionMatching:
   # What it declares -----------------------------------------------------------
 
   @property
-  def players(self) -> Mapping[str, base.Player]:
+  def networks(self) -> Mapping[str, base.TrainableNetwork]:
     """The generator, and mu_fake with its head."""
     return {
-        "student": base.Player(
-            self.network, self.denoiser.init, starts_from="teacher"
+        "student": base.TrainableNetwork(
+            self.network, self.denoiser.init, init_from="teacher"
         ),
-        "fake_score": base.Player(
-            self.network, self.init_fake, adapt=_with_head,
-            starts_from="teacher",
+        "fake_score": base.TrainableNetwork(
+            self.network, self.init_fake, load_pretrained=_with_head,
+            init_from="teacher",
         ),
     }
 
   @property
   def losses(self) -> Mapping[str, base.Loss]:
-    """By player."""
+    """By network."""
     return {"student": self.student_loss, "fake_score": self.fake_loss}
 
   def phase(self, step: int) -> tuple[str, ...]:
@@ -149,10 +149,10 @@ class DistributionMatching:
     )
 
   @property
-  def critic(self) -> gan.Critic:
+  def discriminator(self) -> gan.Discriminator:
     """The head on mu_fake's encoder; images are noised, not augmented."""
     heads = discriminator.Heads(self.gan_levels or (-1,), self.gan_features)
-    return gan.Critic(
+    return gan.Discriminator(
         self.denoiser, heads, self.sigma_max, augment=False
     )
 
@@ -160,7 +160,7 @@ class DistributionMatching:
     """Fresh parameters of mu_fake, with a head where there is a loss for it."""
     params = {"network": self.denoiser.init(key, images, labels)}
     if self.gan_weight:
-      params["head"] = self.critic.init(key, images, labels)
+      params["head"] = self.discriminator.init(key, images, labels)
     return params
 
   # The generator --------------------------------------------------------------
@@ -214,7 +214,7 @@ class DistributionMatching:
     v = jax.vmap(jax.random.uniform)(ctx.keys(f"{stream}/sigma"))
     return _karras(1 - (low + v * (high - low)), self).astype(ctx.images.dtype)
 
-  def drawn_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
+  def sampled_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
     """What mode inspect tells of the levels."""
     return {
         "sigma of the gradient": self.levels(ctx, "dm", _LOW, _HIGH),
@@ -225,10 +225,10 @@ class DistributionMatching:
     """grad [B, H, W, C] of images x, of no gradient itself."""
     sigma = self.levels(ctx, "dm", _LOW, _HIGH)
     z = process.normal_like(ctx.keys("dm/noise"), x)
-    noisy = process.add_noise(x, sigma, z)
-    real = self.teacher.denoise(ctx.frozen["teacher"], noisy, sigma, labels)
+    x_s = process.add_noise(x, sigma, z)
+    real = self.teacher.denoise(ctx.frozen["teacher"], x_s, sigma, labels)
     fake = self.denoiser.denoise(
-        ctx.players["fake_score"]["network"], noisy, sigma, labels
+        ctx.networks["fake_score"]["network"], x_s, sigma, labels
     )
     size = jnp.mean(jnp.abs(x - real), axis=(1, 2, 3))
     factor = {
@@ -254,7 +254,7 @@ class DistributionMatching:
       loss += self.regression_weight * parts["loss_regression"]
     if self.gan_weight:
       logits = self.logits(
-          ctx.players["fake_score"], x, labels, ctx, "generator"
+          ctx.networks["fake_score"], x, labels, ctx, "generator"
       )
       parts["loss_gan"] = gan.softplus_generator(logits)
       loss += self.gan_weight * parts["loss_gan"]
@@ -271,7 +271,7 @@ class DistributionMatching:
 
   def logits(self, fake, images, labels, ctx: base.Context, stream: str):
     """Logits [B, heads] by mu_fake's parameters."""
-    return self.critic(
+    return self.discriminator(
         fake["head"], fake["network"], images, labels, ctx, stream
     )
 
@@ -280,7 +280,7 @@ class DistributionMatching:
     it from real images."""
     labels = self.labels(ctx)
     x = jax.lax.stop_gradient(
-        self.generate(ctx.players["student"], ctx, labels)
+        self.generate(ctx.networks["student"], ctx, labels)
     )
     sigma = self.levels(ctx, "fake", 0.0, 1.0)
     z = process.normal_like(ctx.keys("fake/noise"), x)
@@ -290,14 +290,14 @@ class DistributionMatching:
     loss = self.denoiser.weight(sigma) * distances.l2(d, x)
     parts = {"loss_denoising": loss}
     if self.gan_weight:
-      judged = {
+      logits = {
           "fake": self.logits(params, x, labels, ctx, "judge_fake"),
           "real": self.logits(
               params, ctx.images, ctx.labels, ctx, "judge_real"
           ),
       }
-      parts["loss_gan"] = gan.softplus_discriminator(**judged)
-      parts |= {f"logit_{k}": v.mean(axis=-1) for k, v in judged.items()}
+      parts["loss_gan"] = gan.softplus_discriminator(**logits)
+      parts |= {f"logit_{k}": v.mean(axis=-1) for k, v in logits.items()}
       loss = loss + self.gan_fake_weight * parts["loss_gan"]
     return loss, parts
 

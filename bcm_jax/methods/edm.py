@@ -24,7 +24,7 @@ from bcm_jax.models import layers
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffusion(base.OnePlayer):
+class Diffusion(base.SingleNetworkMethod):
   """The loss above; the defaults are EDM's.
 
   Attributes:
@@ -52,8 +52,8 @@ class Diffusion(base.OnePlayer):
   uncertainty: bool = False
 
   # Its flow map is DDIM's step, to any level.
-  two_time = True
-  solves = True
+  takes_end_time = True
+  is_denoiser = True
   averages: Mapping[str, base.Average] = dataclasses.field(
       default_factory=dict, init=False
   )
@@ -107,18 +107,18 @@ class Diffusion(base.OnePlayer):
     """EDM's weight (sigma^2 + sd^2) / (sigma sd)^2: [B]."""
     return preconditioning.edm_weight(sigma, self.sigma_data)
 
-  def sample_levels(self, ctx: base.Context) -> jax.Array:
+  def lognormal_sigma(self, ctx: base.Context) -> jax.Array:
     """Draws a level for every example: [B]."""
     z = jax.vmap(jax.random.normal)(ctx.keys("t"))
     return jnp.exp(self.p_mean + self.p_std * z)
 
-  def drawn_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
+  def sampled_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
     """What mode inspect tells of the levels."""
-    return {"sigma": self.sample_levels(ctx)}
+    return {"sigma": self.lognormal_sigma(ctx)}
 
   def loss(self, params, ctx: base.Context):
     """L: per-example loss [B], a mean over pixels, and metrics."""
-    sigma = self.sample_levels(ctx)
+    sigma = self.lognormal_sigma(ctx)
     labels = ctx.labels
     if labels is not None and self.label_dropout:
       hidden = jax.vmap(jax.random.uniform)(ctx.keys("label_dropout"))

@@ -10,14 +10,14 @@ class NetworkMap:
   """f(x, t, u) of methods that have `network`, `scalings` and `noise`."""
 
   @property
-  def two_time(self) -> bool:
+  def takes_end_time(self) -> bool:
     """Whether the network takes an end level."""
     return self.network.two_time
 
   def init(self, key, images, labels):
     """Fresh parameters for images [B, H, W, C] and labels [B] or None."""
     t = jnp.ones(images.shape[:1], jnp.float32)
-    end = t if self.two_time else None
+    end = t if self.takes_end_time else None
     return self.network.init(key, images, t, end, labels)["params"]
 
   def f(
@@ -28,7 +28,7 @@ class NetworkMap:
     extra = () if augment_labels is None else (augment_labels,)
 
     def network(x, c_noise, c_noise_end):
-      end = c_noise_end if self.two_time else None
+      end = c_noise_end if self.takes_end_time else None
       return self.network.apply(
           {"params": params}, x, c_noise, end, labels, dropout_keys, *extra
       )

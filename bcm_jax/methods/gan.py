@@ -22,7 +22,7 @@ from bcm_jax.models import discriminator
 
 
 @dataclasses.dataclass(frozen=True)
-class Critic:
+class Discriminator:
   """Logits of images.
 
   Attributes:

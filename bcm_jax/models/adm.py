@@ -158,7 +158,7 @@ class ADM(nn.Module):
   ALIGN = "time_embed_align"
 
   @staticmethod
-  def probe(tree):
+  def last_layer(tree):
     """Of a tree like its parameters, the last block's second convolution."""
     blocks = [k for k in tree if k.startswith("output_blocks_")]
     last = max(int(k.split("_")[2]) for k in blocks)

@@ -189,7 +189,7 @@ class SongUNet(nn.Module):
   ALIGN = "map_align"
 
   @staticmethod
-  def probe(tree):
+  def last_layer(tree):
     """Of a tree like its parameters, the last convolution."""
     heads = [k for k in tree if k.endswith("_aux_conv")]
     sizes = {int(k.split("x")[-1].split("_")[0]): k for k in heads}

@@ -102,9 +102,9 @@ def curves(runs: Mapping[str, records.Series], path: str) -> None:
                 linewidth=1.5, **style[name])
     if wide(np.concatenate([values for _, values in lines.values()])):
       axis.set_yscale("log")
-    player, metric = key
+    network, metric = key
     title = _TITLES.get(metric, metric)
-    axis.set_title(title if player == "student" else f"{title}, {player}",
+    axis.set_title(title if network == "student" else f"{title}, {network}",
                    fontsize="medium")
     axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axis.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
@@ -119,9 +119,9 @@ def curves(runs: Mapping[str, records.Series], path: str) -> None:
 
 
 def _panel_order(key: tuple[str, str]) -> tuple:
-  player, metric = key
+  network, metric = key
   first = _FIRST.index(metric) if metric in _FIRST else len(_FIRST)
-  return metric == "steps_per_sec", player != "student", player, first, metric
+  return metric == "steps_per_sec", network != "student", network, first, metric
 
 
 def _plain(axis) -> None:

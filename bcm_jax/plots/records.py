@@ -17,7 +17,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.data import image_source
 
-# Bare metrics are of the sampled player, whose name is this in every method.
+# Bare metrics are of the sampled network, whose name is this in every method.
 _SAMPLED = "student"
 _NOT_SHOWN = ("uptime", "skipped_in_row")
 _QUALITY = ("precision", "recall")
@@ -136,7 +136,7 @@ def _directory(run: Run) -> str:
 
 
 def scalars(run: Run) -> Series:
-  """(player, metric) -> (steps [n], values [n]) of metrics.jsonl.
+  """(network, metric) -> (steps [n], values [n]) of metrics.jsonl.
 
   Where a line's step is not greater than the one before it, steps were done
   again, after a roll-back: what they replace is left out. So are metrics that
@@ -152,10 +152,10 @@ def scalars(run: Run) -> Series:
       line.append((record["step"], value))
   found = {}
   for name, line in lines.items():
-    player, _, metric = name.rpartition("/")
+    network, _, metric = name.rpartition("/")
     steps, values = (np.array(column) for column in zip(*line, strict=True))
     if metric not in _NOT_SHOWN and np.any(values):
-      found[player or _SAMPLED, metric] = steps, values
+      found[network or _SAMPLED, metric] = steps, values
   if not found:
     raise errors.UserError(
         f"{path} holds no metrics; mode train writes them"

@@ -49,7 +49,7 @@ def trajectory(run: records.Run) -> list[records.Rows]:
   step, average, params = runs.load_run(experiment, run.path)
   runner = batched_sampler.Runner(experiment, params, _ROWS)
   blocks = [_down(experiment, runner)]
-  if experiment.method.inverts:
+  if experiment.method.supports_inversion:
     try:
       blocks.append(_up(experiment, runner))
     except errors.UserError as e:  # Of the data set alone.
@@ -85,7 +85,7 @@ def _jump(runner, x, labels, t: float, u: float) -> np.ndarray:
 def _down(experiment, runner) -> records.Rows:
   """From noise to images."""
   method = experiment.method
-  count = _ROWS if method.two_time and not method.solves else _PAIRS
+  count = _ROWS if method.takes_end_time and not method.is_denoiser else _PAIRS
   keys = rng.example_keys(
     experiment.config.sample.seed, "sample/start", 0, jnp.arange(count)
   )
@@ -101,8 +101,8 @@ def _down(experiment, runner) -> records.Rows:
   levels = levels_between(method.sigma_max, method.sigma_min)
   way = (
     _along_solver
-    if method.solves
-    else (_one_jump if method.two_time else _noised_again)
+    if method.is_denoiser
+    else (_one_jump if method.takes_end_time else _noised_again)
   )
   title, parts = way(method, runner, noise, labels, levels)
   images = np.stack(

@@ -53,9 +53,9 @@ class Studio:
     self.editor = facade.Model(model.runner.resized(1))
     self.scale = max(1, CANVAS // max(model.image_shape[:2]))
     method = model.experiment.method
-    if method.solves:
+    if method.is_denoiser:
       self.samplers = ("heun", "ddim")
-    elif method.two_time:
+    elif method.takes_end_time:
       self.samplers = ("onestep", "ancestral", "cm_multistep")
     else:
       self.samplers = ("onestep", "cm_multistep")

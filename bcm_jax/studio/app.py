@@ -47,7 +47,7 @@ def _spoken(function: Callable) -> Callable:
 def build(studio: actions.Studio) -> Any:
   """The page: a gradio.Blocks, not launched."""
   gr = _gradio()
-  inverts = studio.model.experiment.method.inverts
+  inverts = studio.model.experiment.method.supports_inversion
   config = studio.model.experiment.config
   with gr.Blocks(title=_TITLE, analytics_enabled=False) as page:
     height, width, _ = studio.model.image_shape

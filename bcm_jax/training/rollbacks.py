@@ -1,7 +1,7 @@
 """Roll-backs of a run, on disk: a restart goes on as if it had not happened.
 
 A checkpoint does not know that the steps after it were tried and failed. The
-step and window that it holds say which state it is; a record beside the
+step and offset that it holds say which state it is; a record beside the
 checkpoints says where in the data that state goes on, and how often the run
 has failed to get further. Written before the steps are tried.
 """
@@ -25,7 +25,7 @@ class Rollback:
   """One return to a saved state.
 
   Attributes:
-    step, window: of the saved state.
+    step, data_offset: of the saved state.
     position: first batch to go on with.
     reached: greatest step that was saved by then. A run that comes so far
       again, from an older state, has not got further.
@@ -33,7 +33,7 @@ class Rollback:
   """
 
   step: int
-  window: int
+  data_offset: int
   position: int
   reached: int
   count: int
@@ -53,10 +53,12 @@ def history(workdir: str) -> list[Rollback]:
 
 
 def of_state(
-    rollbacks: list[Rollback], step: int, window: int
+    rollbacks: list[Rollback], step: int, data_offset: int
 ) -> Rollback | None:
   """The last roll-back to a state; None if there was none."""
-  found = [r for r in rollbacks if (r.step, r.window) == (step, window)]
+  found = [
+      r for r in rollbacks if (r.step, r.data_offset) == (step, data_offset)
+  ]
   return found[-1] if found else None
 
 

@@ -87,7 +87,7 @@ class Rule:
   """Where tensors lie whose path matches.
 
   Attributes:
-    pattern: regular expression, searched in 'players/student/params/...'.
+    pattern: regular expression, searched in 'networks/student/params/...'.
     spec: 'replicate', 'fsdp' (cut along the longest axis that divides evenly),
       or the mesh axis of each dimension, None for none; such a rule is for
       tensors of as many dimensions.

@@ -14,18 +14,18 @@ from bcm_jax.training import rng
 
 
 @struct.dataclass
-class PlayerState:
+class NetworkState:
   """One trained network.
 
   Attributes:
     params: its parameters.
     opt_state: state of its optimiser.
-    updates: number of updates that went through; int32 scalar.
+    num_updates: number of updates that went through; int32 scalar.
   """
 
   params: Any
   opt_state: Any
-  updates: jax.Array
+  num_updates: jax.Array
 
 
 @struct.dataclass
@@ -34,9 +34,10 @@ class TrainState:
 
   Attributes:
     step: number of finished steps; int32 scalar.
-    window: how far data and noise are ahead of the step, because roll-backs
-      left some out: step k takes those of position k + window; int32 scalar.
-    players: trained networks by name.
+    data_offset: how far data and noise are ahead of the step, because
+      roll-backs skipped some: step k takes those of position
+      k + data_offset; int32 scalar.
+    networks: trained networks by name.
     averages: moving averages of parameters by name.
     skipped: steps whose update was skipped as non-finite; int32 scalar.
     skipped_in_row: such steps since the last good one; int32 scalar.
@@ -47,8 +48,8 @@ class TrainState:
   """
 
   step: jax.Array
-  window: jax.Array
-  players: dict[str, PlayerState]
+  data_offset: jax.Array
+  networks: dict[str, NetworkState]
   averages: dict[str, Any]
   skipped: jax.Array
   skipped_in_row: jax.Array
@@ -88,41 +89,43 @@ def create(
   """Makes the state before the first step; pure, so it can be jitted.
 
   Args:
-    method: declares players and averages.
-    optimizers: one for each player.
-    ema_rates: rates of the averages of the sampled player.
+    method: declares networks and averages.
+    optimizers: one for each network.
+    ema_rates: rates of the averages of the sampled network.
     seed: run's seed.
     images: [b, H, W, C] of any b, for shapes.
     labels: [b] or None.
-    start_from: player -> parameters of another run to start from.
+    start_from: network -> parameters of another run to start from.
     loss_scaling: scale losses, so that gradients survive float16.
     ema_stds: lengths of its power-function averages.
 
   Raises:
     ValueError: parameters to start from do not fit the network.
   """
-  players = {}
-  for name, player in method.players.items():
+  networks = {}
+  for name, network in method.networks.items():
     key = rng.stream_key(seed, f"init/{name}")
-    params = player.init(key, images, labels)
+    params = network.init(key, images, labels)
     if start_from and name in start_from:
       source, fresh = start_from[name], params
-      params = player.adapt(source, fresh) if player.adapt else source
+      params = source
+      if network.load_pretrained is not None:
+        params = network.load_pretrained(source, fresh)
       _check_fits(params, fresh)
-    players[name] = PlayerState(
+    networks[name] = NetworkState(
         params, optimizers[name].init(params), jnp.int32(0)
     )
   names = [*map(average_name, ema_rates), *map(power_name, ema_stds)]
   averages = {
-      name: ema.start(players[method.sampled].params) for name in names
+      name: ema.start(networks[method.sampled_network].params) for name in names
   }
   for name, average in method.averages.items():
-    averages[name] = ema.start(players[average.player].params)
+    averages[name] = ema.start(networks[average.network].params)
   # Distinct arrays: a donated buffer must not appear twice.
   zero = [jnp.zeros((), jnp.int32) for _ in range(4)]
   scale = jnp.float32(_LOG2_LOSS_SCALE) if loss_scaling else None
   return TrainState(
-      zero[0], zero[1], players, averages, zero[2], zero[3], scale
+      zero[0], zero[1], networks, averages, zero[2], zero[3], scale
   )
 
 
@@ -134,7 +137,7 @@ def roll_back(good: TrainState, position: int) -> TrainState:
     position: first batch that was not tried yet.
   """
   return good.replace(
-      window=jnp.int32(position - int(good.step)),
+      data_offset=jnp.int32(position - int(good.step)),
       skipped_in_row=jnp.zeros((), jnp.int32),
   )
 

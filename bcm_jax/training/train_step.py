@@ -1,6 +1,6 @@
 """The training step: pure, the same for every method.
 
-  gradients of the players in the phase  (each of its own loss, all others
+  gradients of the networks in the phase  (each of its own loss, all others
   stop-gradiented; summed over microbatches; averaged over devices)
   -> finite?  -> optimisers -> averages -> metrics
 
@@ -39,7 +39,7 @@ class StepOptions:
 
   Attributes:
     seed: of all randomness of the step.
-    ema_rates: rates of the sampled player's averages.
+    ema_rates: rates of the sampled network's averages.
     ema_warmup: let the averages forget the start early, see ema.warmed_rate.
     ema_stds: lengths of its power-function averages, see power_ema.
     microbatches: gradient accumulation; the batch is cut into this many.
@@ -84,26 +84,26 @@ def make_step(
       metrics[name]["grad_norm"] = norm
 
     def updated():
-      players = dict(state.players)
+      networks = dict(state.networks)
       for name in phase:
-        players[name] = _update(
-            state.players[name], grads[name], optimizers[name],
-            method.players[name].project,
+        networks[name] = _update(
+            state.networks[name], grads[name], optimizers[name],
+            method.networks[name].project,
         )
       averages = _averages(
-          method, options, state, players, curriculum, phase
+          method, options, state, networks, curriculum, phase
       )
-      return players, averages
+      return networks, averages
 
     # A branch, not a selection: XLA would read and write twice as much.
-    players, averages = jax.lax.cond(
-        finite, updated, lambda: (dict(state.players), dict(state.averages))
+    networks, averages = jax.lax.cond(
+        finite, updated, lambda: (dict(state.networks), dict(state.averages))
     )
     bad = 1 - finite.astype(jnp.int32)
     new = train_state.TrainState(
         step=state.step + 1,
-        window=state.window,
-        players=players,
+        data_offset=state.data_offset,
+        networks=networks,
         averages=averages,
         skipped=state.skipped + bad,
         skipped_in_row=(state.skipped_in_row + 1) * bad,
@@ -116,9 +116,9 @@ def make_step(
 
 
 def _reported(method, new: train_state.TrainState, metrics) -> dict[str, Any]:
-  """Metrics of all players of the phase, and what the state counts."""
+  """Metrics of all networks of the phase, and what the state counts."""
   flat = {
-      (k if len(method.players) == 1 else f"{name}/{k}"): v
+      (k if len(method.networks) == 1 else f"{name}/{k}"): v
       for name in metrics
       for k, v in metrics[name].items()
   }
@@ -129,13 +129,13 @@ def _reported(method, new: train_state.TrainState, metrics) -> dict[str, Any]:
   return flat
 
 
-def _loss(params, term, player, method, options, state, batch, curriculum):
-  """Mean of a term of a player's loss over a (micro)batch, and metrics."""
-  players, averages, frozen = jax.lax.stop_gradient((
-      {n: p.params for n, p in state.players.items()}, state.averages,
+def _loss(params, term, name, method, options, state, batch, curriculum):
+  """Mean of a term of a network's loss over a (micro)batch, and metrics."""
+  networks, averages, frozen = jax.lax.stop_gradient((
+      {n: p.params for n, p in state.networks.items()}, state.averages,
       state.frozen,
   ))
-  position = state.step + state.window
+  position = state.step + state.data_offset
 
   def keys(stream):
     return rng.example_keys(options.seed, stream, position, batch["index"])
@@ -153,14 +153,14 @@ def _loss(params, term, player, method, options, state, batch, curriculum):
       augment_labels=augment_labels,
       keys=keys,
       curriculum=curriculum,
-      players=players,
+      networks=networks,
       averages=averages,
       index=batch["index"],
       frozen=frozen,
       shared_key=lambda stream: rng.step_key(options.seed, stream, position),
       extra={k: v for k, v in batch.items() if k not in _KNOWN},
   )
-  loss, metrics = method.losses[player](params, context)
+  loss, metrics = method.losses[name](params, context)
   means = {k: jnp.mean(v) for k, v in metrics.items()}
   if term is None:
     mean = means["loss"] = jnp.mean(loss)
@@ -187,17 +187,17 @@ def _next_loss_scale(log2_scale, finite):
   return log2_scale + jnp.where(finite, _LOSS_SCALE_GROWTH, -1.0)
 
 
-def _gradients(method, options, state, batch, curriculum, player):
-  """Gradient of a player's mean loss over the global batch, and metrics."""
-  params = state.players[player].params
-  balance = method.players[player].balance
-  terms = (None,) if balance is None else balance.terms
+def _gradients(method, options, state, batch, curriculum, name):
+  """Gradient of a network's mean loss over the global batch, and metrics."""
+  params = state.networks[name].params
+  adaptive_weight = method.networks[name].adaptive_weight
+  terms = (None,) if adaptive_weight is None else adaptive_weight.terms
 
   def one(batch):
     grads, metrics = [], {}
     for term in terms:  # XLA computes once what they have in common.
       grad, found = jax.grad(_loss, has_aux=True)(
-          params, term, player, method, options, state, batch, curriculum
+          params, term, name, method, options, state, batch, curriculum
       )
       if state.log2_loss_scale is not None:
         grad = jax.tree.map(lambda g: g / _loss_scale(state), grad)
@@ -225,20 +225,20 @@ def _gradients(method, options, state, batch, curriculum, player):
   if options.axis_name is not None:
     result = jax.lax.pmean(result, options.axis_name)
   grads, metrics = result
-  if balance is None:
+  if adaptive_weight is None:
     return grads[0], metrics
-  return _balanced(balance, grads, metrics)
+  return _balanced(adaptive_weight, grads, metrics)
 
 
-def _balanced(balance: base.Balance, grads, metrics):
+def _balanced(adaptive_weight: base.AdaptiveWeight, grads, metrics):
   """The sum of the terms' gradients by the weights that a method gives them.
   """
   norms = {
-      term: jnp.linalg.norm(balance.leaf(grad).ravel())
-      for term, grad in zip(balance.terms, grads, strict=True)
+      term: jnp.linalg.norm(adaptive_weight.last_layer(grad).ravel())
+      for term, grad in zip(adaptive_weight.terms, grads, strict=True)
   }
-  weights = jax.lax.stop_gradient(balance.weigh(norms))
-  factors = [weights[term] for term in balance.terms]
+  weights = jax.lax.stop_gradient(adaptive_weight.loss_weights(norms))
+  factors = [weights[term] for term in adaptive_weight.terms]
   total = jax.tree.map(
       lambda *leaves: sum(
           w * leaf for w, leaf in zip(factors, leaves, strict=True)
@@ -246,51 +246,51 @@ def _balanced(balance: base.Balance, grads, metrics):
   )
   metrics = metrics | {f"weight_{t}": w for t, w in weights.items()}
   metrics["loss"] = sum(
-      weights[term] * metrics[f"loss_{term}"] for term in balance.terms
+      weights[term] * metrics[f"loss_{term}"] for term in adaptive_weight.terms
   )
   return total, metrics
 
 
-def _update(player, grads, optimizer, project):
+def _update(network, grads, optimizer, project):
   updates, opt_state = optimizer.update(
-      grads, player.opt_state, player.params
+      grads, network.opt_state, network.params
   )
-  params = optax.apply_updates(player.params, updates)
+  params = optax.apply_updates(network.params, updates)
   if project is not None:
     params = project(params)
-  return train_state.PlayerState(params, opt_state, player.updates + 1)
+  return train_state.NetworkState(params, opt_state, network.num_updates + 1)
 
 
 def _averages(
-    method, options, state, players, curriculum, phase
+    method, options, state, networks, curriculum, phase
 ) -> dict[str, Any]:
-  """Moving averages after the updates, of the players of the phase."""
+  """Moving averages after the updates, of the networks of the phase."""
   averages = dict(state.averages)
-  if method.sampled in phase:
+  if method.sampled_network in phase:
     averages |= _sampled_averages(
-        options, averages, players[method.sampled]
+        options, averages, networks[method.sampled_network]
     )
   for name, average in method.averages.items():
-    if average.player in phase:
+    if average.network in phase:
       averages[name] = ema.update(
           averages[name],
-          players[average.player].params,
+          networks[average.network].params,
           curriculum[average.rate],
       )
   return averages
 
 
 def _sampled_averages(options, old, sampled) -> dict[str, Any]:
-  """The sampled player's averages after its update."""
+  """The sampled network's averages after its update."""
   averages = {}
   for rate in options.ema_rates:
     name = train_state.average_name(rate)
     if options.ema_warmup:
-      rate = ema.warmed_rate(rate, sampled.updates)
+      rate = ema.warmed_rate(rate, sampled.num_updates)
     averages[name] = ema.update(old[name], sampled.params, rate)
   for std in options.ema_stds:
     name = train_state.power_name(std)
     averages[name] = phema.update(
-        old[name], sampled.params, std, sampled.updates, 1
+        old[name], sampled.params, std, sampled.num_updates, 1
     )
   return averages

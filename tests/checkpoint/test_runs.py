@@ -21,7 +21,7 @@ def experiment(stds=STDS, average=None):
   config = ml_collections.ConfigDict(
       {"training": {"ema_stds": stds}, "sample": {"average": average}}
   )
-  method = types.SimpleNamespace(sampled="student")
+  method = types.SimpleNamespace(sampled_network="student")
   return types.SimpleNamespace(config=config, method=method)
 
 
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
         tracked[std] = phema.update(tracked[std], value, std, step, 1)
       if step % 10 == 0:
         saved.save(step, {
-            "players": {"student": {"params": {"w": value}}},
+            "networks": {"student": {"params": {"w": value}}},
             "averages": {
                 train_state.power_name(s): {"w": tracked[s]} for s in STDS
             },

@@ -32,13 +32,14 @@ def test_shipped_configs_resolve_and_build(path):
   )
 
 
-def test_a_critic_is_as_the_student_but_for_what_it_says():
+def test_other_networks_train_as_the_sampled_one_by_default():
   raw = config_files.read_file("configs/digits_dmd.py")
-  config = resolve.resolve(raw, {"critic.learning_rate": "0.5"})
+  config = resolve.resolve(raw, {"auxiliary_optimizer.learning_rate": "0.5"})
   student = config.optimizer.to_dict()
-  assert config.critic.to_dict() == student | {"learning_rate": 0.5}
+  auxiliary = config.auxiliary_optimizer.to_dict()
+  assert auxiliary == student | {"learning_rate": 0.5}
   with pytest.raises(errors.UserError, match="'bcm' has none; leave it out"):
-    digits(critic__learning_rate="0.5")
+    digits(auxiliary_optimizer__learning_rate="0.5")
 
 
 def test_resolved_config_survives_json():
@@ -98,7 +99,7 @@ def test_overrides_take_the_type_of_their_key(key, text, value):
         ("model.num_classes", "5", "set model.num_classes=10"),
         ("model.num_groups", "7", "does not divide"),
         ("model.two_time", "False", "set model.two_time=True"),
-        ("method.bins", "continuous", "no grid"),
+        ("method.time_distribution", "continuous", "no grid"),
         ("method.sigma_min", "90", "sigma_min < sigma_max"),
         ("method.s0", "1000", "s0 <= s1"),
         ("seed.x", "1", "has no keys"),

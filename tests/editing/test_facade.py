@@ -208,7 +208,7 @@ def test_noise_is_taken_out(grey, level):
 
 
 def test_networks_that_cannot_invert_measure_noise_by_wavelets():
-  built = model(inverts=False, two_time=False)
+  built = model(supports_inversion=False, takes_end_time=False)
   noise = 0.3 * np.random.default_rng(3).normal(size=(8, 8, 8, 1))
   _, levels = built.denoise(noise.astype(np.float32), labels=3)
   assert levels.mean() == pytest.approx(0.3, rel=0.15)

@@ -65,7 +65,7 @@ def make_run(folder, file="digits.py", **overrides):
 
   with checkpoint.Checkpoints(runs.checkpoint_dir(str(folder))) as saved:
     saved.save(8, {
-        "players": {built.method.sampled: {"params": moved()}},
+        "networks": {built.method.sampled_network: {"params": moved()}},
         "averages": {"ema_0.9": moved(), "ema_0.5": moved()},
     }, {})
   return folder

@@ -227,7 +227,7 @@ def test_a_bidirectional_model_starts_from_converted_weights(tmp_path):
   state = jax.jit(lambda: train_state.create(
       e.method, e.optimizers(), (), 0, images, labels, start
   ))()
-  new = state.players["student"].params
+  new = state.networks["student"].params
   for key, old in start["student"].items():
     jax.tree.map(np.testing.assert_array_equal, new[key], old)
   align = np.asarray(new["map_align"]["kernel"])

@@ -47,9 +47,9 @@ def terms(method, params, ctx):
   """L_CT and L_ST, [B] each."""
   loss, metrics = jax.jit(lambda params: method.loss(params, ctx))(params)
   np.testing.assert_allclose(
-      loss, metrics["loss_ct"] + metrics["loss_soft"], rtol=1e-6
+      loss, metrics["loss_ct"] + metrics["loss_st"], rtol=1e-6
   )
-  return metrics["loss_ct"], metrics["loss_soft"]
+  return metrics["loss_ct"], metrics["loss_st"]
 
 
 # The exact flow map of Gaussian data.
@@ -103,7 +103,7 @@ class Line(nn.Module):
     return a * x + b * u * x + c
 
 
-TERMS = {"loss_ct": 0, "loss_soft": 1}
+TERMS = {"loss_ct": 0, "loss_st": 1}
 
 
 @functools.cache
@@ -235,7 +235,7 @@ def test_equal_levels_cost_nothing_under_a_shared_mask():
   b = method.target(
       params, ctx, z, method.sample_times(ctx), ctx.keys("another")
   )
-  a, _ = method.two_jumps(
+  a, _ = method.two_jump_outputs(
       params, process.add_noise(IMAGES, T, z), T, (jnp.full(B, 0.002), U),
       None, ctx.keys("dropout"),
   )
@@ -249,13 +249,13 @@ def test_two_jumps_are_two_calls(num_classes):
   params = toys.parameters(method, IMAGES, labels)
   keys = toys.context(IMAGES).keys("dropout")
   ends = jnp.full(B, 0.002), U
-  both = method.two_jumps(params, IMAGES, T, ends, labels, keys)
+  both = method.two_jump_outputs(params, IMAGES, T, ends, labels, keys)
   for out, end in zip(both, ends, strict=True):
     alone = method.f(params, IMAGES, T, end, labels, keys)
     np.testing.assert_allclose(out, alone, rtol=1e-5, atol=1e-6)
     without = method.f(params, IMAGES, T, end, labels)
     assert np.max(np.abs(out - without)) > 1e-2
-  unmasked = method.two_jumps(params, IMAGES, T, ends, labels, None)
+  unmasked = method.two_jump_outputs(params, IMAGES, T, ends, labels, None)
   np.testing.assert_allclose(
       unmasked[1], method.f(params, IMAGES, T, U, labels), rtol=1e-5,
       atol=1e-6,
@@ -266,7 +266,7 @@ def test_two_jumps_are_two_calls(num_classes):
 def test_one_doubled_pass_is_two_passes_up_to_rounding():
   def gradients(doubled):
     method = toys.bidirectional_toy(
-        toys.MLP(dropout=0.3), doubled_batch=doubled
+        toys.MLP(dropout=0.3), concat_jumps=doubled
     )
     params = toys.parameters(method, IMAGES)
     ctx = toys.context(IMAGES, method.curriculum(0))
@@ -340,5 +340,5 @@ def test_weight_nought_is_plain_consistency_training():
   half = toys.bidirectional_toy(bidirectional_weight=0.5)
   loss, metrics = half.loss(params, ctx)
   np.testing.assert_allclose(
-      loss, metrics["loss_ct"] + 0.5 * metrics["loss_soft"], rtol=1e-6
+      loss, metrics["loss_ct"] + 0.5 * metrics["loss_st"], rtol=1e-6
   )

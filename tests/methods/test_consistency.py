@@ -165,7 +165,7 @@ def test_ect_target_at_level_nought_is_the_image():
 @pytest.mark.parametrize("bins", ["lognormal", "uniform"])
 def test_grid_times_follow_the_law_of_the_intervals(bins):
   images = np.zeros((20_000, 1, 1, 1), np.float32)
-  method = toys.consistency_toy(bins=bins)  # N = 11 at first.
+  method = toys.consistency_toy(time_distribution=bins)  # N = 11 at first.
   times = method.sample_times(toys.context(images, method.curriculum(0)))
   # The grid and the law, written anew.
   edges = np.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 11) ** 7

@@ -37,7 +37,7 @@ def make(preset=dmd.DMD2, cls=dmd.DistributionMatching, **options):
 
 def context(images=IMAGES, student=ZERO, fake=ZERO, step=0, **more):
   return toys.context(
-      images, players={"student": student, "fake_score": {"network": fake}},
+      images, networks={"student": student, "fake_score": {"network": fake}},
       frozen={"teacher": ZERO}, step=step, **more,
   )
 
@@ -254,11 +254,11 @@ def test_the_fake_loss_gives_the_generator_nothing():
   assert jax.grad(mean)(jnp.float32(0.4)) == 0
 
 
-# Players ----------------------------------------------------------------------
+# Networks ---------------------------------------------------------------------
 
 
 def begin(method, images):
-  optimizers = {name: optax.adam(1e-2) for name in method.players}
+  optimizers = {name: optax.adam(1e-2) for name in method.networks}
   start = {"student": ZERO, "fake_score": ZERO}
   state = train_state.create(
       method, optimizers, (), 0, images, None, start
@@ -279,10 +279,10 @@ def test_five_updates_of_the_fake_to_one_of_the_generator():
     new, metrics = step(state, batch, {}, method.phase(k))
     toys.assert_equal(new.frozen, state.frozen)
     if k % 5:
-      toys.assert_equal(new.players["student"], state.players["student"])
+      toys.assert_equal(new.networks["student"], state.networks["student"])
       assert "student/loss" not in metrics
     state = new
-  updates = {k: int(p.updates) for k, p in state.players.items()}
+  updates = {k: int(p.num_updates) for k, p in state.networks.items()}
   assert updates == {"student": 3, "fake_score": 11}
   assert step._cache_size() == len(method.phases()) == 2
 
@@ -293,11 +293,11 @@ def test_who_learns_from_the_discriminator():
   images = toys.images(8, 4)
   method = make()
   state, _ = begin(method, images)
-  fake = state.players["fake_score"].params
+  fake = state.networks["fake_score"].params
   assert set(fake) == {"network", "head"}
   ctx = toys.context(
     images,
-    players={"student": {"scale": jnp.float32(0.3)}, "fake_score": fake},
+    networks={"student": {"scale": jnp.float32(0.3)}, "fake_score": fake},
     frozen={"teacher": ZERO},
   )
   grads = jax.grad(lambda p: jnp.mean(method.fake_loss(p, ctx)[1]["loss_gan"]))(
@@ -315,7 +315,7 @@ def test_who_learns_from_the_discriminator():
 def test_regression_is_on_pairs():
   method = make(dmd.DMD, metric="l2")
   assert set(
-    method.players["fake_score"].init(jax.random.key(0), IMAGES[:1], None)
+    method.networks["fake_score"].init(jax.random.key(0), IMAGES[:1], None)
   ) == {"network"}
   noise = jax.random.normal(jax.random.key(1), (8, 2, 2, 1))
   made = method.denoiser.denoise(

@@ -33,7 +33,7 @@ def test_the_exact_denoiser_loses_one_at_every_level():
   loss, metrics = method.loss(params, toys.context(IMAGES))
   assert np.mean(loss) == pytest.approx(1, abs=0.03)
   np.testing.assert_array_equal(metrics["loss_denoising"], loss)
-  sigma = np.asarray(method.sample_levels(toys.context(IMAGES)))
+  sigma = np.asarray(method.lognormal_sigma(toys.context(IMAGES)))
   for low, high in ((0, 0.1), (0.1, 0.5), (0.5, 100)):
     part = loss[(low < sigma) & (sigma < high)]
     assert len(part) > 300
@@ -55,7 +55,7 @@ def test_it_is_the_minimum():
 
 def test_levels_are_log_normal():
   method, _ = toys.gaussian_teacher(p_mean=-0.8, p_std=1.6)
-  logs = np.log(method.sample_levels(toys.context(IMAGES)))
+  logs = np.log(method.lognormal_sigma(toys.context(IMAGES)))
   assert np.mean(logs) == pytest.approx(-0.8, abs=0.1)
   assert np.std(logs) == pytest.approx(1.6, abs=0.07)
 
@@ -101,7 +101,7 @@ def test_the_log_variance_head_balances_the_loss():
   loss, _ = plain.loss(params, ctx)
   balanced, metrics = told.loss(params, ctx)
   u = network.apply(
-      {"params": params}, plain.noise(plain.sample_levels(ctx)),
+      {"params": params}, plain.noise(plain.lognormal_sigma(ctx)),
       method="logvar",
   )
   np.testing.assert_allclose(balanced, loss * jnp.exp(-u) + u, rtol=1e-4)
@@ -205,7 +205,7 @@ def test_noise_is_added_once():
   x = jnp.asarray(IMAGES[:2])
   z = process.normal_like(toys.context(x).keys("noise"), x)
   assert z.shape == x.shape
-  sigma = method.sample_levels(toys.context(x))
+  sigma = method.lognormal_sigma(toys.context(x))
   noisy = process.add_noise(x, sigma, z)
   d = method.denoise(params, noisy, sigma, None)
   expected = np.mean(np.square(d - x), axis=(1, 2, 3)) * method.weight(sigma)

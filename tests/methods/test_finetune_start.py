@@ -54,7 +54,7 @@ def finetuning():
 def test_fine_tuning_starts_with_the_output_unchanged():
   network, source, fresh = finetuning()
   bcm = toys.bidirectional_toy(network(True))
-  params = bcm.players["student"].adapt(source, fresh)
+  params = bcm.networks["student"].load_pretrained(source, fresh)
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
   x = IMAGES + T[:, None, None, None] * toys.images(seed=1) * 2
   end = np.full(B, 0.002, np.float32)
@@ -80,7 +80,7 @@ def test_fine_tuning_starts_with_the_output_unchanged():
 def test_a_bidirectional_source_is_taken_as_it_is():
   network, _, fresh = finetuning()
   bcm = toys.bidirectional_toy(network(True))
-  assert bcm.adapt(fresh, fresh) is fresh
+  assert bcm.load_pretrained(fresh, fresh) is fresh
 
 
 @pytest.mark.parametrize("change, named", [

@@ -127,6 +127,6 @@ def test_it_is_differentiable():
 
 def test_levels_stay_below_the_highest():
   teacher, _ = toys.gaussian_teacher()
-  critic = gan.Critic(teacher, discriminator.Heads(), sigma_max=1.0)
-  sigma = np.asarray(critic.levels(KEYS))
+  judge = gan.Discriminator(teacher, discriminator.Heads(), sigma_max=1.0)
+  sigma = np.asarray(judge.levels(KEYS))
   assert 0.002 <= sigma.min() and 0.9 < sigma.max() <= 1.0

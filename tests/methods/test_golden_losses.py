@@ -98,7 +98,7 @@ def bcm_losses(gradients):
     def terms(params):
       with with_noise(z):
         total, metrics = method.loss(params, ctx)
-      values = metrics["loss_ct"], metrics["loss_soft"], total
+      values = metrics["loss_ct"], metrics["loss_st"], total
       ct, soft = (jnp.mean(v) for v in values[:2])
       return coefficients[0] * ct + coefficients[1] * soft, values
 

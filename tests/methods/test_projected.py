@@ -80,7 +80,7 @@ def test_a_discriminator_of_it_plays_and_it_stays_as_it_was():
       gan_encoder=encoder,
   )
   images = toys.images(8, 4)
-  optimizers = {name: optax.adam(1e-2) for name in method.players}
+  optimizers = {name: optax.adam(1e-2) for name in method.networks}
   state = train_state.create(method, optimizers, (), 0, images, None)
   frozen = {"teacher": {"scale": jnp.zeros(())},
             "gan_encoder": encoder.init(jax.random.key(0), images, None)}
@@ -97,12 +97,12 @@ def test_a_discriminator_of_it_plays_and_it_stays_as_it_was():
   last, row = step(new, batch, method.curriculum(1), ("discriminator",))
   assert row["discriminator/logit_real"] != row["discriminator/logit_fake"]
   toys.assert_equal(last.frozen, frozen)
-  heads = last.players["discriminator"].params
+  heads = last.networks["discriminator"].params
   assert set(heads) == {"level0", "level1", "level2"}
   moved = jax.tree.map(
     lambda a, b: np.abs(a - b).max(),
     heads,
-    new.players["discriminator"].params,
+    new.networks["discriminator"].params,
   )
   for level in moved.values():
     assert level["logit"]["kernel"] > 0 and level["last"]["kernel"] > 0
@@ -145,7 +145,7 @@ def config(**method):
 
 def test_a_config_names_it():
   experiment = build.build(config(gan_encoder=NAME))
-  assert experiment.method.critic.encoder.backbone is pyramid
+  assert experiment.method.discriminator.encoder.backbone is pyramid
   first, second = (runs.load_frozen(experiment) for _ in range(2))
   toys.assert_equal(first, second)
   shapes = build.frozen_shapes(experiment)

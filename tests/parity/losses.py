@@ -28,7 +28,7 @@ class AtLevels(diffusion.Diffusion):
 
   recorded = None
 
-  def sample_levels(self, ctx):
+  def lognormal_sigma(self, ctx):
     return self.recorded
 
 
@@ -117,7 +117,7 @@ def bidirectional_loss(file, precision):
 
   yield from _gradients(file, precision, model, {
       "grad_loss_ct": mean("loss_ct"),
-      "grad_loss_soft": mean("loss_soft"),
+      "grad_loss_soft": mean("loss_st"),
       "grad_loss": lambda p: jnp.mean(batch.loss(method, p)[0]),
   }, params)
 

@@ -32,7 +32,7 @@ class Recorded(trajectory.TrajectoryDistillation):
   def dsm_levels(self, ctx):
     return self.recorded["dsm_sigma"]
 
-  def noisy(self, ctx, t, stream="noise"):
+  def sample_x_t(self, ctx, t, stream="noise"):
     return process.add_noise(
         ctx.images, t, self.recorded[stream.replace("/", "_")]
     )
@@ -89,7 +89,7 @@ def ctm(file: files.Reference, precision: str):
       continue
     method = make(inner, jumps)
     times = method.sample_times(ctx)
-    x_t = method.noisy(ctx, times.t)
+    x_t = method.sample_x_t(ctx, times.t)
     values = {
         "estimate": method.estimate(params, ctx, x_t, times),
         "target": method.target(params, ctx, x_t, times),

@@ -164,7 +164,7 @@ def test_smoothing_steps_over_what_is_not_finite():
   np.testing.assert_array_equal(smooth, [1, 1, 1, 1, 1, 1, np.nan, np.nan])
 
 
-def test_runs_share_panels_by_player_and_metric(tmp_path, drawn):
+def test_runs_share_panels_by_network_and_metric(tmp_path, drawn):
   write_metrics(tmp_path / "one", {"step": 1, "loss": 1.0, "loss_ct": 2.0})
   write_metrics(
       tmp_path / "two", {"step": 1, "student/loss": 3.0, "critic/loss": 4.0}

@@ -103,7 +103,7 @@ def one_way(start_levels=()):
     return f
 
   return types.SimpleNamespace(
-      flow_map=flow_map, two_time=False, solves=False, sigma_data=SD,
+      flow_map=flow_map, takes_end_time=False, is_denoiser=False, sigma_data=SD,
       sigma_min=low, sigma_max=40.0, start_levels=start_levels,
   )
 
@@ -173,7 +173,7 @@ def untrained(folder, file, **changed):
     saved.save(
       7,
       {
-        "players": {"student": {"params": params}},
+        "networks": {"student": {"params": params}},
         "averages": {"ema_0.9": params},
       },
       {},

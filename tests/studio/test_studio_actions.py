@@ -214,7 +214,9 @@ def test_compression_and_restoration(studio, tmp_path):
 
 
 def test_networks_without_classes_or_inversion():
-  one_way = make((8, 8, 3), None, inverts=False, two_time=False)
+  one_way = make(
+      (8, 8, 3), None, supports_inversion=False, takes_end_time=False
+  )
   assert one_way.samplers == ("onestep", "cm_multistep")
   assert one_way.classes == ()
   shown, words = one_way.generate(None, 0, 4, "cm_multistep", 3)
@@ -225,7 +227,7 @@ def test_networks_without_classes_or_inversion():
       "inpaint_cm",
   )
   assert "4 pixels filled" in words
-  assert make(solves=True).samplers == ("heun", "ddim")
+  assert make(is_denoiser=True).samplers == ("heun", "ddim")
 
 
 def test_examples_are_test_images(studio):

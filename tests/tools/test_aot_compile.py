@@ -59,7 +59,7 @@ def test_work_a_device_does_not_grow_with_devices(costs):
   state = jax.eval_shape(
       lambda: build.create_state(build.build(tiny()))
   )
-  sizes = jax.tree.leaves(state.players["student"].params)
+  sizes = jax.tree.leaves(state.networks["student"].params)
   gradients = 4 * sum(x.size for x in sizes)
   (count, size), = four.collectives.values()
   assert gradients <= size <= gradients + 1000

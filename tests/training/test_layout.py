@@ -77,7 +77,7 @@ def mesh():
   return sharding.make_mesh(jax.devices()[:4], 2)
 
 
-def spec(mesh, rules, path="players/student/params/a/kernel", shape=(3, 512)):
+def spec(mesh, rules, path="networks/student/params/a/kernel", shape=(3, 512)):
   return sharding.spec_of(sharding.parse_rules(rules), path, shape, mesh)
 
 

@@ -42,7 +42,7 @@ def poison(*positions):
 
 
 def state(workdir, step=STEPS):
-  """Step, window, skipped and updates of a checkpoint, and all it holds."""
+  """Step, offset, skipped and updates of a checkpoint, and all it holds."""
   from bcm_jax.checkpoint import checkpoint
 
   saved = checkpoint.Checkpoints(workdir / "checkpoints")
@@ -53,8 +53,8 @@ def state(workdir, step=STEPS):
 def numbers(workdir, step=STEPS):
   tree = state(workdir, step)
   return [int(x) for x in (
-      tree["step"], tree["window"], tree["skipped"],
-      tree["players"]["student"]["updates"],
+      tree["step"], tree["data_offset"], tree["skipped"],
+      tree["networks"]["student"]["num_updates"],
   )]
 
 

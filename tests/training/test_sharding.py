@@ -58,8 +58,8 @@ def test_training_is_the_same(topology):
   assert state.step == STEPS and np.isfinite(metrics["loss"]).all()
   toys.assert_close(state, expected, rtol=1e-5)
   toys.assert_close(metrics, expected_metrics, rtol=1e-4)
-  moved = expected.players["student"].params["out"]["kernel"]
-  start = first_state().players["student"].params["out"]["kernel"]
+  moved = expected.networks["student"].params["out"]["kernel"]
+  start = first_state().networks["student"].params["out"]["kernel"]
   assert np.abs(moved - start).max() > 1e-3
 
 
@@ -140,9 +140,9 @@ def test_devices_agree_on_a_bad_step(topology):
     assert np.all(np.asarray(leaf) == 1)
   copies = jax.tree.map(
       lambda x: [np.asarray(s.data) for s in x.addressable_shards],
-      state.players,
+      state.networks,
   )
-  start = first_state().players
+  start = first_state().networks
   for path, leaf in jax.tree_util.tree_leaves_with_path(start):
     found = functools.reduce(_child, path, copies)
     assert len(found) == 4
@@ -204,14 +204,14 @@ def shards(tree):
 ])
 def test_the_state_is_really_cut(topology, out, hidden, optimizer):
   devices, step = compiled(topology)
-  kernel = "players/student/params/out/kernel"
+  kernel = "networks/student/params/out/kernel"
   state = devices.create(topologies.create)
   for where in (state, devices.place(first_state()),
                 step(devices.place(first_state()), *inputs(devices, 0),
                      ("student",))[0]):
     found = shards(where)
     assert found[kernel] == {out}
-    assert found["players/student/params/hidden_0/kernel"] == {hidden}
+    assert found["networks/student/params/hidden_0/kernel"] == {hidden}
     assert found["averages/ema_0.9/out/kernel"] == {out}
     moments = [v for k, v in found.items()
                if k.endswith("out/kernel") and "opt_state" in k]
