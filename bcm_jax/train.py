@@ -145,7 +145,8 @@ class Run:
     self.recovery = recovery.Recovery(
         self.workdir, self.backend, self.saver, self._create,
         lambda: build.create_state(experiment), self.frozen, fixed,
-        self.source.name, experiment.training.max_rollbacks,
+        self.source.name, experiment.frozen_keys(),
+        experiment.training.max_rollbacks,
     )
 
   def train(self) -> train_state.TrainState:
@@ -294,7 +295,8 @@ class Run:
         raise
       source = f"training.init_from={training.init_from}"
       if training.init_from is None:
-        source = f"method.teacher={self.experiment.config.method.teacher}"
+        key = method.networks[method.sampled_network].init_from
+        source = f"method.{key}={self.experiment.config.method[key]}"
       raise errors.UserError(
           f"{source}: {e}; expected this config's network, with or without "
           "the second time branch"

@@ -98,7 +98,7 @@ UPDATES = {
 }
 # At rate 0, so that what it started from is seen.
 STILL = dict(
-    optimizer__learning_rate="0.0", critic__learning_rate="0.0",
+    optimizer__learning_rate="0.0", auxiliary_optimizer__learning_rate="0.0",
     optimizer__weight_decay="0.0",
 )
 

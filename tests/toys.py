@@ -113,9 +113,7 @@ class GaussianDenoiser(nn.Module):
 
 def gaussian_teacher(**options):
   """(Diffusion with the exact denoiser of such images, its parameters)."""
-  method = edm.Diffusion(
-      GaussianDenoiser(), preconditioning.EDM(SIGMA_DATA), **options
-  )
+  method = edm.Diffusion(GaussianDenoiser(), **options)
   return method, {"scale": jnp.zeros(())}
 
 
@@ -190,7 +188,7 @@ def at_times(cls, t, r, u=None):
 def bidirectional_toy(network=None, **options):
   """BCM on few pixels, with a short curriculum."""
   settings = dict(
-      network=network or MLP(), scalings=preconditioning.Bidirectional(),
+      network=network or MLP(), c_noise=preconditioning.adm_c_noise,
       s0=10, s1=40, curriculum_steps=30,
   )
   return bcm.BidirectionalTraining(**(settings | options))
@@ -200,7 +198,7 @@ def consistency_toy(network=None, **options):
   """CM on few pixels, one-time unless the network says otherwise."""
   settings = dict(
       network=network or MLP(two_time=False),
-      scalings=preconditioning.ConsistencyBoundary(),
+      c_noise=preconditioning.adm_c_noise,
       s0=10, s1=40, curriculum_steps=30,
   )
   return consistency.ConsistencyTraining(**(settings | options))

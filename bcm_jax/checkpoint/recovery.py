@@ -33,6 +33,7 @@ class Recovery:
     fixed: facts that a run may not change: 'data_fingerprint' and 'frozen',
       the digest of each frozen network.
     data_name: of the data set, for errors.
+    frozen_keys: frozen network -> key of section method that names it.
     max_rollbacks: roll-backs without a new checkpoint after which a run stops.
   """
 
@@ -44,6 +45,7 @@ class Recovery:
   frozen: Mapping[str, Any]
   fixed: Mapping[str, Any]
   data_name: str
+  frozen_keys: Mapping[str, str]
   max_rollbacks: int
 
   def start(self) -> train_state.TrainState:
@@ -107,13 +109,16 @@ class Recovery:
     at, state, meta = self.saver.saved.restore(
         self.backend.abstract(jax.eval_shape(self.template)), step
     )
-    check_unchanged(meta, self.fixed, self.data_name)
+    check_unchanged(meta, self.fixed, self.data_name, self.frozen_keys)
     logging.info("resuming at step %d", at)
     return state
 
 
 def check_unchanged(
-    meta: Mapping[str, Any], fixed: Mapping[str, Any], data_name: str
+    meta: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    data_name: str,
+    frozen_keys: Mapping[str, str],
 ) -> None:
   """Raises UserError if images or frozen weights differ from the run's own.
 
@@ -121,6 +126,7 @@ def check_unchanged(
     meta: facts of a checkpoint.
     fixed: the same facts now.
     data_name: of the data set.
+    frozen_keys: frozen network -> key of section method that names it.
   """
   began, found = (m.get("data_fingerprint") for m in (meta, fixed))
   if began not in (None, found):
@@ -132,7 +138,7 @@ def check_unchanged(
   began, found = meta.get("frozen", {}), fixed["frozen"]
   for which in sorted(began.keys() | found.keys()):
     if began.get(which) != found.get(which):
-      key = {"lpips": "lpips_path"}.get(which, which)
+      key = frozen_keys.get(which, which)
       raise errors.UserError(
           f"method.{key}: got weights of digest {found.get(which)}, expected "
           f"{began.get(which)}, those the run in the work directory began "

@@ -14,7 +14,6 @@ from bcm_jax.checkpoint import checkpoint
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.export import model_folder
-from bcm_jax.interop.families import vgg_names
 from bcm_jax.training import phema
 from bcm_jax.training import train_state
 from bcm_jax.utils import files
@@ -135,25 +134,22 @@ def load_params(workdir: str, average: str | None) -> Params:
 
 
 def load_frozen(experiment: build.Experiment) -> dict[str, Params]:
-  """Parameters of the networks that a method does not train, on the host.
+  """Loads the parameters of the frozen networks, on the host.
 
   Raises:
-    UserError: no good checkpoint of the teacher.
+    UserError: no good checkpoint of a run.
   """
-  frozen, method = {}, experiment.config.method
-  if experiment.teacher is not None:
-    _, _, frozen["teacher"] = load_run(
-        experiment.teacher, method.teacher, method.teacher_average
-    )
-  if method.get("metric") == "lpips":
-    frozen["lpips"] = vgg_names.load_lpips(*method.lpips_path)
-  encoder = getattr(experiment.method, "gan_encoder", None)
-  if encoder is not None:
-    images, labels = build.example_batch(experiment)
-    # The same mixing at every start, of any seed: it is not saved.
-    params = encoder.init(jax.random.key(0), images, labels)
-    frozen["gan_encoder"] = jax.tree.map(np.asarray, params)
-  return frozen
+  section = experiment.config.method
+  inputs = build.example_batch(experiment)
+
+  def load(name, part):
+    if isinstance(part, build.Experiment):
+      return load_run(part, section[name], section[f"{name}_average"])[2]
+    # The same draws at every start, whatever the seed: they are not saved.
+    params = part.init(jax.random.key(0), *inputs)
+    return jax.tree.map(np.asarray, params)
+
+  return {k: load(k, v) for k, v in experiment.frozen.items()}
 
 
 def load_run(
@@ -182,13 +178,15 @@ def load_run(
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   average = average or experiment.config.sample.average
   step, state, _ = saved.read_raw(step)
+  name = experiment.method.sampled_network
   if average is not None and average.startswith(_POSTHOC):
-    return step, average, _posthoc(
+    params = _posthoc(
         saved, step, average, experiment.config.training.ema_stds
     )
-  return step, *choose(
-      experiment.method.sampled_network, state, average, "sample.average"
-  )
+  else:
+    average, params = choose(name, state, average, "sample.average")
+  network = experiment.method.networks[name]
+  return step, average, network.without_heads(params)
 
 
 def _posthoc(saved, step: int, average: str, stds) -> Params:

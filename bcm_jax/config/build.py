@@ -1,6 +1,6 @@
 """A resolved config as objects: method, sources, optimisers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, Generic, TypeVar
@@ -19,9 +19,8 @@ from bcm_jax.data import augmentation
 from bcm_jax.data import datasets
 from bcm_jax.data import image_source
 from bcm_jax.data import pairs
-from bcm_jax.interop.families import vgg_names
+from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import base
-from bcm_jax.methods import projected
 from bcm_jax.sampling import sampling_plan
 from bcm_jax.training import optim
 from bcm_jax.training import sharding
@@ -55,14 +54,15 @@ class Experiment:
     method: what is learnt.
     image_shape: (H, W, C).
     num_classes: classes that the network is conditioned on, or None.
-    teacher: the experiment whose network method.teacher names, or None.
+    frozen: networks that are not trained, by name: the experiment of a run, or
+      an object whose init returns the parameters.
   """
 
   config: ml_collections.ConfigDict
   method: base.Method
   image_shape: tuple[int, int, int]
   num_classes: int | None
-  teacher: "Experiment | None" = None
+  frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   data = _Section(schema.Data)
   training = _Section(schema.Training)
@@ -76,6 +76,11 @@ class Experiment:
   edit = _Section(schema.Edit)
   eval = _Section(schema.Eval)
   search = _Section(schema.Search)
+
+  def frozen_keys(self) -> dict[str, str]:
+    """Returns the key of section method that names each frozen network."""
+    declared = registry.METHODS[self.config.method.name].cls.frozen
+    return {name: part.paths(name)[0] for name, part in declared.items()}
 
   @property
   def levels(self) -> sampling_plan.Range:
@@ -183,23 +188,24 @@ def build(
 
   Args:
     config: resolved.
-    to_train: False where networks are only used, as by samplers: those that
-      training alone needs (a teacher, a discriminator's encoder) are left
-      out, and may be gone.
+    to_train: False skips the frozen networks, which only training needs;
+      their files need not exist.
 
   Raises:
     UserError: for a config whose parts contradict one another.
   """
-  teacher = _teacher(config) if to_train else None
-  method = _method(config, teacher, to_train)
+  frozen = _frozen(config) if to_train else {}
+  method = _method(config, frozen)
   data = _data_set(config)
   config = _described(config, data)
   validate.model(config, data)
   validate.method(config)
-  if to_train:
-    validate.teacher(config, data, teacher)
+  declared = registry.METHODS[config.method.name].cls.frozen
+  for name, part in declared.items():
+    if to_train and isinstance(part, base.FrozenRun):
+      validate.frozen_run(config, data, name, part, frozen.get(name))
   return Experiment(
-    config, method, data.image_shape, config.model.num_classes, teacher
+      config, method, data.image_shape, config.model.num_classes, frozen
   )
 
 
@@ -229,41 +235,52 @@ def _described(config, data: datasets.DataSet) -> ml_collections.ConfigDict:
   return resolve.resolve(config.to_dict(), overrides)
 
 
-def _teacher(config: ml_collections.ConfigDict) -> Experiment | None:
-  """The experiment of the run that method.teacher names."""
-  workdir = config.method.get("teacher")
+def _frozen(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the frozen networks that a config asks for, see Experiment."""
+  section, frozen = config.method, {}
+  for name, declared in registry.METHODS[section.name].cls.frozen.items():
+    if isinstance(declared, base.FrozenNetwork):
+      part = declared.build(section)
+    else:
+      part = _run(f"method.{name}", section[name])
+    if part is not None:
+      frozen[name] = part
+  return frozen
+
+
+def _run(key: str, workdir: str | None) -> Experiment | None:
+  """Returns the experiment of a run that a key names."""
   if workdir is None:
     return None
-  found = resolve.of_run(workdir)
-  if found is None:
+  config = resolve.of_run(workdir)
+  if config is None:
     raise errors.UserError(
-      f"method.teacher={workdir} holds no run (no config.json); train one "
-      "with method.name='edm', or convert published weights"
+        f"{key}={workdir} holds no run (no config.json); train one, or convert "
+        "published weights"
     )
-  return build(found, to_train=False)
+  return build(config, to_train=False)
 
 
 def _method(
-  config: ml_collections.ConfigDict,
-  teacher: Experiment | None,
-  to_train: bool,
+    config: ml_collections.ConfigDict, frozen: Mapping[str, Any]
 ) -> base.Method:
-  model = config.model.to_dict()
-  module, noise, _ = registry.MODELS[model.pop("name")]
-  numbers = config.method.to_dict()
-  cls = registry.METHODS[numbers.pop("name")].cls
-  scalings = registry.PRECONDITIONINGS[numbers.pop("preconditioning")](numbers)
-  if "teacher" in numbers:
-    del numbers["teacher"], numbers["teacher_average"]
-    numbers["teacher"] = None if teacher is None else teacher.method
-  if "gan_encoder" in numbers:
-    name, path = numbers["gan_encoder"], numbers.pop("gan_encoder_path")
-    numbers["gan_encoder"] = (
-      projected.by_name(name, tuple(path))
-      if to_train and name != "teacher"
-      else None
+  """Returns the method; it receives only what its class has fields for."""
+  options, section = config.model.to_dict(), config.method.to_dict()
+  model = registry.MODELS[options.pop("name")]
+  cls = registry.METHODS[section["name"]].cls
+  fields = {f.name for f in dataclasses.fields(cls)}
+  objects = {
+      name: part.method if isinstance(part, Experiment) else part
+      for name, part in frozen.items()
+  } | {"network": model.cls(**options)}
+  for name in cls.frozen:
+    objects.setdefault(name, None)
+  if "c_noise" in fields and model.c_noise_scale != 1:
+    objects["c_noise"] = preconditioning.Scaled(
+        cls.c_noise, model.c_noise_scale
     )
-  return cls(network=module(**model), scalings=scalings, noise=noise, **numbers)
+  values = section | objects
+  return cls(**{k: v for k, v in values.items() if k in fields})
 
 
 def example_batch(experiment: Experiment) -> tuple[Any, Any]:
@@ -286,22 +303,19 @@ def network_inputs(
 
 
 def frozen_shapes(experiment: Experiment) -> dict[str, Any]:
-  """Shapes of the networks that are not trained; reads no weights."""
-  frozen, images_and_labels = {}, example_batch(experiment)
-  if experiment.teacher is not None:
-    method = experiment.teacher.method
-    frozen["teacher"] = method.networks[method.sampled_network].init
-  if experiment.config.method.get("metric") == "lpips":
-    frozen["lpips"] = lambda *_: vgg_names.load_lpips(
-      *experiment.config.method.lpips_path
-    )
-  encoder = getattr(experiment.method, "gan_encoder", None)
-  if encoder is not None:
-    frozen["gan_encoder"] = encoder.init
+  """Returns shapes of the frozen networks' parameters, without their files."""
+  inputs = example_batch(experiment)
+
+  def init(part, key):
+    if not isinstance(part, Experiment):
+      return part.init(key, *inputs)
+    network = part.method.networks[part.method.sampled_network]
+    return network.without_heads(network.init(key, *inputs))
+
   key = jax.random.key(0)
   return {
-    name: jax.eval_shape(functools.partial(init, key, *images_and_labels))
-    for name, init in frozen.items()
+      name: jax.eval_shape(functools.partial(init, part), key)
+      for name, part in experiment.frozen.items()
   }
 
 

@@ -46,8 +46,7 @@ _FREE = (
     "parallel", "checkpoint", "log", "sample", "invert", "edit", "eval",
     "search", "training.max_consecutive_nonfinite", "training.max_rollbacks",
     "training.watchdog_timeout_secs", "data.path", "data.data_dir",
-    "data.threads", "data.pairs", "method.teacher", "method.lpips_path",
-    "method.gan_encoder_path",
+    "data.threads", "data.pairs",
 )
 
 
@@ -81,7 +80,7 @@ def resolve(
   full: dict[str, Any] = {"seed": _convert(given.get("seed", 0), int, "seed")}
   full["training"] = _fill("training", given, schema.Training)
   name, method = _look_up("method", given, registry.METHODS)
-  given["method"] = {**method.preset, **given["method"]}
+  given["method"] = {**method.preset.options, **given["method"]}
   classes = SECTIONS | {"method": method.cls}
   for section, key in _SPANS:
     if key in _keys(classes[section]):
@@ -89,48 +88,26 @@ def resolve(
       spans.setdefault(key, full["training"]["num_steps"])
   for section, cls in SECTIONS.items():
     full[section] = _fill(section, given, cls)
-  if "auxiliary_optimizer" in given and not method.auxiliary:
+  if "auxiliary_optimizer" in given and not method.cls.auxiliary_networks:
     raise errors.UserError(
-        "config.auxiliary_optimizer is for the networks besides the sampled "
-        "one, and "
-        f"method.name={name!r} has none; leave it out"
+        "config.auxiliary_optimizer is for networks besides the sampled one, "
+        f"and method.name={name!r} has none; leave it out"
     )
-  if method.auxiliary:  # Keys that it does not set are section optimizer's.
+  if method.cls.auxiliary_networks:
+    # Keys that it does not set are those of section optimizer.
     section = "auxiliary_optimizer"
     given[section] = {**full["optimizer"], **given.get(section, {})}
     full[section] = _fill(section, given, optim.Optimizer)
   model_name, model = _look_up("model", given, registry.MODELS)
   given["model"] = {**model.preset, **given["model"]}
   full["model"] = {"name": model_name} | _fill("model", given, model.cls)
+  frozen_keys: dict[str, tuple[Any, Any]] = {}
+  for part, declared in method.cls.frozen.items():
+    frozen_keys |= declared.keys(part)
   full["method"] = {"name": name} | _fill(
-    "method", given, method.cls, _named(method)
+      "method", given, method.cls, frozen_keys
   )
-  if full["method"]["preconditioning"] not in registry.PRECONDITIONINGS:
-    raise errors.unknown_name(
-      "preconditioning",
-      full["method"]["preconditioning"],
-      registry.PRECONDITIONINGS,
-    )
   return ml_collections.ConfigDict(full).lock()
-
-
-def _named(method: registry.Method) -> dict[str, tuple[Any, Any]]:
-  """Keys of a method whose values are names of what the method is made of."""
-  keys: dict[str, tuple[Any, Any]] = {
-    "preconditioning": (str, method.preconditioning)
-  }
-  fields = {f.name for f in dataclasses.fields(method.cls)}
-  if "teacher" in fields:
-    keys |= {
-      "teacher": (str | None, None),
-      "teacher_average": (str | None, None),
-    }
-  if "gan_encoder" in fields:
-    keys |= {
-      "gan_encoder": (str, "teacher"),
-      "gan_encoder_path": (tuple[str, ...], ()),
-    }
-  return keys
 
 
 def _set(given: dict[str, Any], path: str, text: str) -> None:
@@ -294,11 +271,16 @@ def check_resume(
   Sections of logging, saving, sampling and evaluation are free, and so are
   more steps, as long as curriculum and learning-rate schedule stay.
   """
+  frozen = registry.METHODS[run.method.name].cls.frozen
+  free = _FREE + tuple(
+      f"method.{path}"
+      for part, declared in frozen.items() for path in declared.paths(part)
+  )
   changed = {
-    k: v
-    for k, v in difference(run, asked).items()
-    if k.split(".")[0] not in _FREE and k not in _FREE
-    and not (k == "training.num_steps" and v[1] > v[0])
+      k: v
+      for k, v in difference(run, asked).items()
+      if k.split(".")[0] not in free and k not in free
+      and not (k == "training.num_steps" and v[1] > v[0])
   }
   if not changed:
     return

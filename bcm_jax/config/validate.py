@@ -1,4 +1,4 @@
-"""Whether the parts of a config fit together; the words where they do not."""
+"""Validates constraints across config sections; no method is named here."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from bcm_jax import errors
 from bcm_jax.config import registry
 from bcm_jax.data import augmentation
 from bcm_jax.data import datasets
+from bcm_jax.methods import base
 
 # Keys that must not be smaller.
 _AT_LEAST = {
@@ -19,6 +20,9 @@ _AT_LEAST = {
     "parallel.substeps": 1, "parallel.heartbeat_secs": 1,
     "log.every_steps": 1,
 }
+# Fields of an example besides image and label: the config key that names their
+# file.
+_EXTRA_FIELDS = {"noise": ("data", "pairs")}
 
 
 def model(
@@ -91,45 +95,28 @@ def _max_levels(height: int, width: int) -> int:
 
 def method(config: ml_collections.ConfigDict) -> None:
   """Raises UserError for sections that contradict one another."""
-  section, two_time = config.method, config.model.get("two_time")
-  if section.name == "bcm":
-    _check_end_levels(section, two_time)
-  if section.name in ("edm", "dmd", "dmd2") and two_time:
-    raise errors.UserError(
-        f"method.name={section.name!r} trains a denoiser, which takes no end "
-        "level; set model.two_time=False"
-    )
-  if section.name == "ctm" and not (
-      two_time and config.model.end_branch == "blocks"
-  ):
-    raise errors.UserError(
-        "method.name='ctm' needs a network with an end level in every block; "
-        "set model.two_time=True and model.end_branch='blocks'"
-    )
-  if section.get("metric") == "lpips" and not section.lpips_path:
-    raise errors.UserError(
-        "method.metric='lpips' needs weights: set method.lpips_path as "
-        "docs/evaluation.md says, or method.metric='features'"
-    )
-  data = config.data
-  if section.get("regression_weight") and not data.pairs:
-    raise errors.UserError(
-        "method.name='dmd' regresses on pairs of the teacher; set data.pairs "
-        "to a file of mode pairs, or method.regression_weight=0"
-    )
+  section, data = config.method, config.data
+  cls = registry.METHODS[section.name].cls
+  text = cls.constraints(config)
+  if text is not None:
+    raise errors.UserError(text)
+  for field, reader in cls.extra_fields(section).items():
+    if config[_EXTRA_FIELDS[field][0]][_EXTRA_FIELDS[field][1]] is None:
+      key = ".".join(_EXTRA_FIELDS[field])
+      raise errors.UserError(
+          f"{key}: got None, expected a file with the {field!r} of each image, "
+          f"which {reader} reads; write one by mode pairs, or change that key"
+      )
   if data.pairs and (data.flip or data.augment):
     raise errors.UserError(
-        "data.pairs brings images with their noise, which data.flip and "
-        "data.augment would tear apart; set both to 0"
+        "data.pairs holds images with their noise, which data.flip and "
+        "data.augment would separate; set both to 0"
     )
-  if not 0 < section.sigma_min < section.sigma_max:
+  low, high = section.get("sigma_min"), section.get("sigma_max")
+  if low is not None and not 0 < low < high:
     raise errors.UserError(
-        f"method.sigma_min={section.sigma_min} and sigma_max="
-        f"{section.sigma_max} must satisfy 0 < sigma_min < sigma_max"
-    )
-  if "s0" in section and not 1 <= section.s0 <= section.s1:
-    raise errors.UserError(
-        f"method.s0={section.s0} and s1={section.s1} must satisfy 1 <= s0 <= s1"
+        f"method.sigma_min={low} and sigma_max={high} must satisfy "
+        "0 < sigma_min < sigma_max"
     )
   for key, least in _AT_LEAST.items():
     part, name = key.split(".")
@@ -143,69 +130,50 @@ def method(config: ml_collections.ConfigDict) -> None:
       )
 
 
-def _check_end_levels(section, two_time: bool) -> None:
-  """Raises UserError where jumps to any level cannot be learnt."""
-  if not two_time:
-    raise errors.UserError(
-        "method.name='bcm' needs a network with an end level; set "
-        "model.two_time=True"
-    )
-  if section.time_distribution == "continuous":
-    raise errors.UserError(
-        "method.time_distribution='continuous' has no grid to draw end levels "
-        "from; use 'lognormal' or 'uniform' with method.name='bcm'"
-    )
-  if section.preconditioning not in ("bcm", "ctm"):
-    raise errors.UserError(
-        f"method.preconditioning={section.preconditioning!r} has no end level; "
-        "use 'bcm' with method.name='bcm'"
-    )
-
-
-def teacher(
-    config: ml_collections.ConfigDict, data: datasets.DataSet, found: Any
+def frozen_run(
+    config: ml_collections.ConfigDict,
+    data: datasets.DataSet,
+    name: str,
+    declared: base.FrozenRun,
+    run: Any,
 ) -> None:
-  """Raises UserError unless the teacher denoises images of this data.
+  """Raises UserError unless a run fits what a method declares of it.
 
   Args:
     config: of the student.
     data: its images.
-    found: the teacher's Experiment, or None.
+    name: of the frozen network.
+    declared: what it must be and share.
+    run: its Experiment, or None.
   """
-  numbers = config.method
-  if found is None:
-    if numbers.name in registry.NEED_TEACHER:
+  denoiser = registry.methods_with("is_denoiser")
+  if run is None:
+    reader = declared.required_by(config.method)
+    if reader is not None:
       raise errors.UserError(
-          f"method.name={numbers.name!r} learns from a teacher; name the work "
-          "directory of one by method.teacher (train it with "
-          "method.name='edm', or convert published weights)"
-      )
-    if numbers.get("gan") and numbers.gan_encoder == "teacher":
-      raise errors.UserError(
-          "method.gan=True judges by a teacher's features; name the work "
-          "directory of a denoiser by method.teacher, or another network by "
-          "method.gan_encoder"
+          f"method.{name}: got None, expected the work directory of a run, "
+          f"which {reader} needs; train one with {denoiser}, or convert "
+          "published weights"
       )
     return
-  what = f"method.teacher={numbers.teacher}"
-  if not found.method.is_denoiser:
+  what = f"method.{name}={config.method[name]}"
+  if declared.is_denoiser and not run.method.is_denoiser:
     raise errors.UserError(
-        f"{what} is no denoiser (method.name={found.config.method.name!r}); "
-        "give a run of method.name='edm', or converted weights of one"
+        f"{what} is no denoiser (method.name={run.config.method.name!r}); "
+        f"give a run of {denoiser}, or converted weights of one"
     )
-  for name, mine, its in (
-      ("images", tuple(data.image_shape), found.image_shape),
-      ("classes", config.model.num_classes, found.num_classes),
-      ("sigma_data", numbers.sigma_data, found.method.sigma_data),
+  ours, theirs = config.data.name, run.config.data.name
+  if "none" in (ours, theirs) or config.data.path is not None:
+    theirs = ours  # Names say nothing.
+  for part, own, its in (
+      ("images", tuple(data.image_shape), run.image_shape),
+      ("classes", config.model.num_classes, run.num_classes),
+      ("sigma_data", config.method.get("sigma_data"),
+       run.config.method.get("sigma_data")),
+      ("data", ours, theirs),
   ):
-    if mine != its:
+    if part in declared.shares and own != its:
       raise errors.UserError(
-          f"{what} has {name} {its}, and this config {mine}; a teacher must "
-          "have learnt the same data"
+          f"{what} has {part} {its}, and this config {own}; both must be "
+          "trained on the same data"
       )
-  mine, its = config.data.name, found.config.data.name
-  if mine != its and "none" not in (mine, its) and config.data.path is None:
-    raise errors.UserError(
-        f"{what} was trained on {its}, and this config names {mine}; a teacher "
-        "must have learnt the same data"
-    )

@@ -9,7 +9,7 @@ everything is computed in float32 or wider.
 
 from collections.abc import Callable
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from bcm_jax.diffusion import process
 
 
-class Scalings(NamedTuple):
-  """Factors of D = c_skip x + c_out F(c_in x, c_noise), shaped like t."""
+class Coefficients(NamedTuple):
+  """Coefficients of D = c_skip x + c_out F(c_in x, c_noise), shaped like t."""
 
   c_skip: jax.Array
   c_out: jax.Array
@@ -26,9 +26,15 @@ class Scalings(NamedTuple):
 
 
 class Preconditioning(Protocol):
-  """A form of D: levels in, factors out."""
+  """A form of D: levels -> coefficients.
 
-  def __call__(self, t: jax.Array, u: jax.Array) -> Scalings: ...
+  Attributes:
+    ends_at_denoiser: whether D at end level 0 is EDM's denoiser.
+  """
+
+  ends_at_denoiser: bool
+
+  def __call__(self, t: jax.Array, u: jax.Array) -> Coefficients: ...
 
 
 def _wide(t) -> jax.Array:
@@ -41,11 +47,12 @@ class EDM:
   """Denoiser D(x, t) ~ E[x_0 | x_t]; the end level is 0 and u is unused."""
 
   sigma_data: float = 0.5
+  ends_at_denoiser = True
 
-  def __call__(self, t, u=None) -> Scalings:
+  def __call__(self, t, u=None) -> Coefficients:
     t, sd = _wide(t), self.sigma_data
     a = t**2 + sd**2
-    return Scalings(sd**2 / a, t * sd / jnp.sqrt(a), 1 / jnp.sqrt(a))
+    return Coefficients(sd**2 / a, t * sd / jnp.sqrt(a), 1 / jnp.sqrt(a))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +64,12 @@ class ConsistencyBoundary:
 
   sigma_data: float = 0.5
   sigma_min: float = 0.002
+  ends_at_denoiser = False
 
-  def __call__(self, t, u=None) -> Scalings:
+  def __call__(self, t, u=None) -> Coefficients:
     t, sd = _wide(t), self.sigma_data
     a, s = t**2 + sd**2, t - self.sigma_min
-    return Scalings(
+    return Coefficients(
         sd**2 / (s**2 + sd**2), s * sd / jnp.sqrt(a), 1 / jnp.sqrt(a)
     )
 
@@ -76,11 +84,12 @@ class Bidirectional:
   """
 
   sigma_data: float = 0.5
+  ends_at_denoiser = True
 
-  def __call__(self, t, u) -> Scalings:
+  def __call__(self, t, u) -> Coefficients:
     t, u, sd = _wide(t), _wide(u), self.sigma_data
     a = t**2 + sd**2
-    return Scalings(
+    return Coefficients(
         (t * u + sd**2) / a, (t - u) * sd / jnp.sqrt(a), 1 / jnp.sqrt(a)
     )
 
@@ -94,53 +103,82 @@ class Trajectory:
   """
 
   inner: Preconditioning = EDM()
+  # Not relied on: u -> 0 is trained, u = 0 is not.
+  ends_at_denoiser = False
 
-  def __call__(self, t, u) -> Scalings:
+  def __call__(self, t, u) -> Coefficients:
     t, u = _wide(t), _wide(u)
     c_skip, c_out, c_in = self.inner(t)
     rest = (t - u) / t
-    return Scalings(u / t + rest * c_skip, rest * c_out, c_in)
+    return Coefficients(u / t + rest * c_skip, rest * c_out, c_in)
+
+
+# Values of config.method.preconditioning.
+Name = Literal["edm", "cm", "bcm", "ctm"]
+
+
+def by_name(
+    name: Name, sigma_data: float = 0.5, sigma_min: float = 0.002
+) -> Preconditioning:
+  """Returns the form of a name."""
+  return {
+      "edm": EDM(sigma_data),
+      "cm": ConsistencyBoundary(sigma_data, sigma_min),
+      "bcm": Bidirectional(sigma_data),
+      "ctm": Trajectory(EDM(sigma_data)),
+  }[name]
 
 
 def edm_weight(t: jax.Array, sigma_data: float) -> jax.Array:
-  """EDM's weight of a denoising loss, 1 / c_out^2: levels [B] -> [B]."""
+  """Returns EDM's weight of a denoising loss, 1 / c_out^2: [B] -> [B]."""
   return (t**2 + sigma_data**2) / (t * sigma_data) ** 2
 
 
-def adm_noise(t: jax.Array) -> jax.Array:
-  """ADM's conditioning value 250 ln t; t is floored at 1e-20, never 0."""
-  return 250 * jnp.log(jnp.maximum(_wide(t), 1e-20))
-
-
-def edm_noise(t: jax.Array) -> jax.Array:
-  """EDM's conditioning value ln(t) / 4; t is floored at 1e-20, never 0."""
+def edm_c_noise(t: jax.Array) -> jax.Array:
+  """Returns EDM's ln(t) / 4 (table 1); t is floored at 1e-20, never 0."""
   return jnp.log(jnp.maximum(_wide(t), 1e-20)) / 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+  """c_noise in the units of a network's embedding: factor c_noise(t)."""
+
+  c_noise: Callable[[jax.Array], jax.Array]
+  factor: float
+
+  def __call__(self, t: jax.Array) -> jax.Array:
+    return self.factor * self.c_noise(t)
+
+
+# ADM's sinusoids are for timesteps 0 .. 1000: 250 ln t.
+ADM_SCALE = 1000.0
+adm_c_noise = Scaled(edm_c_noise, ADM_SCALE)
 
 
 def precondition(
     network: Callable[..., jax.Array],
-    scalings: Preconditioning,
+    coefficients: Preconditioning,
     x: jax.Array,
     t: jax.Array,
     u: jax.Array,
-    noise: Callable[[jax.Array], jax.Array] = adm_noise,
+    c_noise: Callable[[jax.Array], jax.Array] = adm_c_noise,
 ) -> jax.Array:
   """Evaluates D = c_skip x + c_out F(c_in x, c_noise(t), c_noise(u)).
 
   Args:
     network: F(x, c_noise, c_noise_end) -> [B, ...].
-    scalings: one of the forms above.
+    coefficients: one of the forms above.
     x: [B, ...] image at level t.
     t: [B] start level.
     u: [B] end level.
-    noise: conditioning value of a level.
+    c_noise: conditioning value of a level.
 
   Returns:
     [B, ...], float32 or wider.
   """
   c_skip, c_out, c_in = (
       process.expand(jnp.broadcast_to(c, x.shape[:1]), x.ndim)
-      for c in scalings(t, u)
+      for c in coefficients(t, u)
   )
-  f = network(c_in * x, noise(t), noise(u))
+  f = network(c_in * x, c_noise(t), c_noise(u))
   return c_skip * x + c_out * f.astype(jnp.promote_types(f.dtype, c_out.dtype))

@@ -90,8 +90,8 @@ def _errors(originals, images, latents, measure) -> Numbers:
 def denoiser_of(flow_map: Callable, labels) -> solvers.Denoiser:
   """D(x, sigma) of a network without an end level: f(x, sigma, 0).
 
-  With the scalings of EDM and BCM f(x, t, 0) is the denoiser itself, and f(x,
-  t, u) is DDIM's step with it.
+  With the preconditioning of EDM and BCM f(x, t, 0) is the denoiser itself, and
+  f(x, t, u) is DDIM's step with it.
   """
 
   def denoise(x, sigma):
@@ -157,9 +157,9 @@ def _open_baseline(experiment, workdir: str):
   """The denoiser's own experiment and its parameters."""
   config = runs.config_of(workdir)
   teacher = build.build(config, to_train=False)
-  # The form that BCM shares with EDM makes a denoiser of a one-time network.
+  # A one-time network is a denoiser if its preconditioning at u = 0 is EDM's.
   shared = not teacher.method.takes_end_time and (
-      config.method.preconditioning in ("edm", "bcm")
+      teacher.method.coefficients.ends_at_denoiser
   )
   if not (teacher.method.is_denoiser or shared):
     raise errors.UserError(

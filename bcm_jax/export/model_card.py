@@ -8,17 +8,8 @@ from collections.abc import Mapping
 import json
 from typing import Any
 
-_KINDS = {
-    "bcm": "bidirectional consistency model",
-    "ct": "consistency model",
-    "ict": "consistency model, trained the improved way,",
-    "ect": "consistency model, tuned the easy way,",
-    "cd": "consistency model, distilled from a denoiser,",
-    "ctm": "consistency trajectory model",
-    "edm": "denoising diffusion model",
-    "dmd": "one-step generator, distilled by distribution matching,",
-    "dmd2": "few-step generator, distilled by distribution matching,",
-}
+from bcm_jax.config import registry
+
 # Entries of a result that are no number of a table.
 _NO_ROWS = ("plan", "std", "seeds")
 _UNKNOWN = "not measured"
@@ -86,7 +77,8 @@ def _front_matter(config, license_id: str | None) -> str:
 
 def _what(config, metadata) -> str:
   name = config["method"]["name"]
-  kind = _KINDS.get(name, f"model of method {name}")
+  method = registry.METHODS.get(name)
+  kind = method.title if method else f"model of method {name}"
   article = "An" if kind[0] in "aeiou" else "A"
   height, width, channels = metadata["image_shape"]
   colours = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")

@@ -156,14 +156,14 @@ def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _check_shapes(place: str, experiment, params: Mapping[str, Any]) -> None:
   """Raises UserError where parameters are not those of the config's network."""
   method = experiment.method
-  init = functools.partial(
-      method.networks[method.sampled_network].init, jax.random.key(0),
-      *build.example_batch(experiment),
-  )
+  network = method.networks[method.sampled_network]
+  shapes = jax.eval_shape(functools.partial(
+      network.init, jax.random.key(0), *build.example_batch(experiment)
+  ))
   wanted, found = (
       {name: tuple(v.shape) for name, v in
        traverse_util.flatten_dict(tree, sep=".").items()}
-      for tree in (jax.eval_shape(init), params)
+      for tree in (network.without_heads(shapes), params)
   )
   differing = [
       f"{name} is {found[name]} and should be {shape}"

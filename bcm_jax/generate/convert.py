@@ -25,6 +25,7 @@ from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.interop import transfer
 from bcm_jax.interop import weight_files
+from bcm_jax.interop.families import sections
 from bcm_jax.utils import cli
 from bcm_jax.utils import files
 
@@ -38,19 +39,6 @@ _FAMILIES = {model: family for family, model in _MODELS.items()} | {
 }
 # Which tensors of a file that holds several networks; the first that is there.
 _GROUPS = ("ema", "params_ema", "model_ema", "", "params", "model", "net")
-
-
-def method_of(kind: str, model: dict[str, Any]) -> dict[str, Any]:
-  """The sections under which a converted network is sampled."""
-  if model.get("two_time"):
-    name = "ctm" if model["end_branch"] == "blocks" else "bcm"
-    return {"method": {"name": name}}
-  if kind.startswith("edm"):
-    return {
-        "method": {"name": "edm"}, "sample": {"sampler": "heun"},
-        "eval": {"samplers": ("heun",)},
-    }
-  return {"method": {"name": "ict"}}
 
 
 def data_of(model: dict[str, Any], image_size: int) -> dict[str, Any]:
@@ -85,7 +73,9 @@ def _split_model(
   """Applies --config.model.*; returns (model section, the other overrides)."""
   mine = {k: v for k, v in overrides.items() if k.startswith("model.")}
   section = {"name": _MODELS[kind]} | model
-  config = resolve.resolve({"model": section, "method": {"name": "ict"}}, mine)
+  config = resolve.resolve(
+      {"model": section, **sections.of(kind, model)}, mine
+  )
   rest = {k: v for k, v in overrides.items() if k not in mine}
   return config.model.to_dict(), rest
 
@@ -153,7 +143,7 @@ def _config(found, kind, image_size, overrides) -> ml_collections.ConfigDict:
   return resolve.resolve(
       {
           "model": model,
-          **method_of(kind, model),
+          **sections.of(kind, model),
           "data": data_of(model, image_size),
           "training": {"ema_rates": ()},
       },

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from bcm_jax import errors
 from bcm_jax.config import build
+from bcm_jax.config import registry
 from bcm_jax.config import schema
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
@@ -266,8 +267,9 @@ def inversion_plan(
   method = experiment.method
   if not (method.supports_inversion or method.is_denoiser):
     raise errors.UserError(
-        "this network learnt to go from noise to images alone; inverting and "
-        "editing take one trained with method.name='bcm', or a denoiser"
+        "this network only goes from noise to images; inverting and editing "
+        f"take one of {registry.methods_with('supports_inversion')}, or a "
+        "denoiser"
     )
   return plan
 
@@ -280,5 +282,6 @@ def _check_end_levels(experiment: build.Experiment, plan) -> None:
     raise errors.UserError(
         f"{plan.name} jumps to other levels than sigma_min, which this "
         "network cannot (model.two_time=False); use sampler 'onestep' or "
-        "'cm_multistep', or fine-tune it with method.name='bcm'"
+        "'cm_multistep', or fine-tune it with "
+        f"{registry.methods_with('supports_inversion')}"
     )

@@ -5,9 +5,10 @@ One network f(x, t, u) for jumps between any two noise levels. To L_CT of
 
   L_ST = d( f_stopgrad(theta)( f_theta(x_t, t, u), u, eps ), b ) / |t - u|
 
-with b the target of L_CT at the level r next below t, and u any other level
-of the grid, above or below t: wherever f jumps, the way from there to the
-image must end where consistency training says it should.
+(eq. 10) with b the target of L_CT at the level r next below t, and u any other
+level of the grid, above or below t. As in the released code, the target is b
+and not f(x_t, t, eps), and all four passes share one dropout mask. Unlike it,
+t and u may be sigma_max (include_T).
 """
 
 import dataclasses
@@ -34,10 +35,35 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
       one batch size, and XLA has fewer shapes to compile.
   """
 
+  preconditioning: base.PreconditioningName = "bcm"
   bidirectional_weight: float = 1.0
   concat_jumps: bool = True
 
+  title = "bidirectional consistency model"
+  paper = "Li & He, 2024"
   supports_inversion = True
+
+  @classmethod
+  def constraints(cls, config):
+    """Returns why jumps to any level cannot be learned, or None."""
+    options = config.method
+    if not config.model.get("two_time"):
+      return (
+          f"method.name={options.name!r} needs a network with an end level; "
+          "set model.two_time=True"
+      )
+    if options.time_distribution == "continuous":
+      return (
+          "method.time_distribution='continuous' has no grid to draw end "
+          "levels from; use 'lognormal' or 'uniform' with "
+          f"method.name={options.name!r}"
+      )
+    if options.preconditioning not in ("bcm", "ctm"):
+      return (
+          f"method.preconditioning={options.preconditioning!r} has no end "
+          f"level; use 'bcm' with method.name={options.name!r}"
+      )
+    return super().constraints(config)
 
   def load_pretrained(self, source, fresh):
     """Starts from a consistency model's parameters, F unchanged.

@@ -2,17 +2,21 @@
 
   L_CT = w(t, r) d( f_theta(x_0 + t z, t), stopgrad f_target(x_0 + r z, r) )
 
-for adjacent noise levels r < t of a grid that refines over training (CT: Song
-et al., 2023; iCT: Song & Dhariwal, 2023) or for levels drawn continuously
-whose gap shrinks (ECT: Geng et al., 2024). Both passes share noise and
-dropout mask.
+CT: Song et al. (2023), eq. 10 and algorithm 3: adjacent levels r < t of a grid
+that refines over training, the target network a moving average. iCT: Song &
+Dhariwal (2023), sections 3.1 to 3.5 and table 1: w = 1 / (t - r), the target
+network is the online one, pseudo-Huber distance, N doubles, log-normal t. ECT:
+Geng et al. (2024): t is continuous and the gap t - r shrinks in stages.
+
+Both passes share noise and dropout mask. Differences from released code: iCT's
+mask is shared only where PyTorch's global generator was re-seeded, and ECT's
+evaluation changes to another preconditioning; here f is one function.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -21,28 +25,33 @@ from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.methods import base
-from bcm_jax.methods import flow_map
 
-# Options that make the three published methods of the one loss.
-PRESETS: Mapping[str, dict[str, Any]] = {
-    "ct": dict(
+CT = base.Preset(
+    dict(
         discretization="sqrt", s0=2, s1=150, time_distribution="uniform",
         metric="l2", weighting="uniform", target_mu0=0.9,
     ),
-    "ict": dict(
+    "consistency model", "Song et al., 2023",
+)
+ICT = base.Preset(
+    dict(
         discretization="doubling", s0=10, s1=1280,
-        time_distribution="lognormal",
-        metric="pseudo_huber", weighting="inverse_gap", target_mu0=0.0,
+        time_distribution="lognormal", metric="pseudo_huber",
+        weighting="inverse_gap", target_mu0=0.0,
     ),
-    "ect": dict(
+    "consistency model, trained the improved way,", "Song & Dhariwal, 2023",
+)
+ECT = base.Preset(
+    dict(
         time_distribution="continuous", metric="pseudo_huber", huber_c=0.0,
         huber_normalise=False, weighting="inverse_gap", target_mu0=0.0,
     ),
-}
+    "consistency model, tuned the easy way,", "Geng et al., 2024",
+)
 
 
 class Times(NamedTuple):
-  """Noise levels of a batch, [B] each; index is t's place in the grid."""
+  """Noise levels of a batch, [B] each; index is t's position in the grid."""
 
   t: jax.Array
   r: jax.Array
@@ -50,14 +59,12 @@ class Times(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConsistencyTraining(flow_map.NetworkMap, base.SingleNetworkMethod):
+class ConsistencyTraining(
+    base.PreconditionedNetwork, base.SingleNetworkMethod
+):
   """The loss above with its options; the defaults are iCT's.
 
   Attributes:
-    network: F(x, c_noise, c_noise_end, labels, dropout_keys).
-    scalings: preconditioning of f.
-    noise: conditioning value of a level, as the network expects it.
-    sigma_data, sigma_min, sigma_max, rho: data spread and Karras grid.
     time_distribution: law of (t, r): 'lognormal' or 'uniform' over the
       intervals of the grid, or 'continuous' (ECT: ln t ~ N(p_mean, p_std^2)).
     p_mean, p_std: of the log-normal laws.
@@ -75,13 +82,6 @@ class ConsistencyTraining(flow_map.NetworkMap, base.SingleNetworkMethod):
       online network, stop-gradiented.
   """
 
-  network: nn.Module
-  scalings: preconditioning.Preconditioning
-  noise: Callable[[jax.Array], jax.Array] = preconditioning.adm_noise
-  sigma_data: float = 0.5
-  sigma_min: float = 0.002
-  sigma_max: float = 80.0
-  rho: float = 7.0
   time_distribution: Literal["lognormal", "uniform", "continuous"] = "lognormal"
   p_mean: float = -1.1
   p_std: float = 2.0
@@ -101,6 +101,14 @@ class ConsistencyTraining(flow_map.NetworkMap, base.SingleNetworkMethod):
       "inverse_gap", "uniform", "snr", "snr+1", "truncated-snr", "karras", "edm"
   ] = "inverse_gap"
   target_mu0: float = 0.0
+
+  @classmethod
+  def constraints(cls, config):
+    """Returns what is wrong with the curriculum, or None."""
+    s0, s1 = config.method.s0, config.method.s1
+    if not 1 <= s0 <= s1:
+      return f"method.s0={s0} and s1={s1} must satisfy 1 <= s0 <= s1"
+    return None
 
   @property
   def averages(self) -> Mapping[str, base.Average]:

@@ -111,6 +111,8 @@ def create(
       params = source
       if network.load_pretrained is not None:
         params = network.load_pretrained(source, fresh)
+      # Sampling, conversion and export omit these.
+      params = {h: fresh[h] for h in network.heads} | dict(params)
       _check_fits(params, fresh)
     networks[name] = NetworkState(
         params, optimizers[name].init(params), jnp.int32(0)

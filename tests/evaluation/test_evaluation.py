@@ -261,10 +261,10 @@ def test_a_run_goes_on_with_its_own_images_alone(tmp_path):
     found = image_source.fingerprint(source(name))
     return {"data_fingerprint": found, "frozen": {}}
 
-  recovery.check_unchanged(fixed("a"), fixed("moved"), "npz")
-  recovery.check_unchanged({}, fixed("b"), "npz")
+  recovery.check_unchanged(fixed("a"), fixed("moved"), "npz", {})
+  recovery.check_unchanged({}, fixed("b"), "npz", {})
   with pytest.raises(errors.UserError, match="data.path"):
-    recovery.check_unchanged(fixed("a"), fixed("b"), "npz")
+    recovery.check_unchanged(fixed("a"), fixed("b"), "npz", {})
 
 
 def test_statistics_of_the_training_split_are_taken_once(copy, monkeypatch):

@@ -32,7 +32,7 @@ def quickly():
 def fixed(network, t=T, r=R, u=U, **options):
   """BCM with these draws of times."""
   return toys.at_times(BCM, t, r, u)(
-      network, preconditioning.Bidirectional(), **options
+      network, preconditioning.adm_c_noise, **options
   )
 
 
@@ -332,7 +332,7 @@ def test_weight_nought_is_plain_consistency_training():
   ctx = toys.context(IMAGES, toys.bidirectional_toy().curriculum(0))
   off = toys.bidirectional_toy(bidirectional_weight=0.0)
   plain = toys.consistency_toy(
-      toys.MLP(), scalings=preconditioning.Bidirectional()
+      toys.MLP(), preconditioning="bcm"
   )
   loss, metrics = off.loss(params, ctx)
   np.testing.assert_array_equal(loss, plain.loss(params, ctx)[0])

@@ -35,8 +35,7 @@ def make(**options):
   teacher, _ = toys.gaussian_teacher()
   settings = dict(
       network=toys.GaussianFlow(),
-      scalings=preconditioning.Trajectory(preconditioning.EDM()),
-      noise=preconditioning.adm_noise, teacher=teacher, metric="l2",
+      c_noise=preconditioning.adm_c_noise, teacher=teacher, metric="l2",
   )
   return ctm.TrajectoryDistillation(**(settings | options))
 
@@ -123,7 +122,7 @@ def test_a_jump_of_no_length_is_none_and_anchors_are_linear():
   assert np.all(np.isfinite(g))
   out = f(params, x, t, s, None)
   ratio = (s / t)[:, None, None, None]
-  inner = dataclasses.replace(method, scalings=preconditioning.EDM())
+  inner = dataclasses.replace(method, preconditioning="edm")
   inner_f = jax.jit(inner.f)
   expected = ratio * x + (1 - ratio) * inner_f(params, x, t, s, None)
   np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import dmd
 from bcm_jax.training import train_state
 from bcm_jax.training import train_step
@@ -29,10 +28,9 @@ def quickly():
 def make(preset=dmd.DMD2, cls=dmd.DistributionMatching, **options):
   teacher, _ = toys.gaussian_teacher()
   settings = dict(
-      network=toys.GaussianDenoiser(), scalings=preconditioning.EDM(),
-      teacher=teacher, gan_features=4,
+      network=toys.GaussianDenoiser(), teacher=teacher, gan_features=4
   )
-  return cls(**(settings | dict(preset) | options))
+  return cls(**(settings | dict(preset.options) | options))
 
 
 def context(images=IMAGES, student=ZERO, fake=ZERO, step=0, **more):

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
@@ -73,7 +72,7 @@ TOLD = []
 
 def test_label_dropout_hides_its_share_and_says_none():
   method = Told(
-      toys.GaussianDenoiser(), preconditioning.EDM(), label_dropout=0.25
+      toys.GaussianDenoiser(), label_dropout=0.25
   )
   labels = jnp.arange(len(IMAGES)) % 10
   TOLD.clear()
@@ -92,7 +91,7 @@ def test_the_log_variance_head_balances_the_loss():
       logvar_channels=8,
   )
   plain, told = (
-      edm.Diffusion(network, preconditioning.EDM(), uncertainty=u)
+      edm.Diffusion(network, uncertainty=u)
       for u in (False, True)
   )
   images = toys.images(4, 4)
@@ -101,7 +100,7 @@ def test_the_log_variance_head_balances_the_loss():
   loss, _ = plain.loss(params, ctx)
   balanced, metrics = told.loss(params, ctx)
   u = network.apply(
-      {"params": params}, plain.noise(plain.lognormal_sigma(ctx)),
+      {"params": params}, plain.c_noise(plain.lognormal_sigma(ctx)),
       method="logvar",
   )
   np.testing.assert_allclose(balanced, loss * jnp.exp(-u) + u, rtol=1e-4)
@@ -182,7 +181,7 @@ def test_churn_keeps_the_spread_of_the_images():
      ), (8, 16)),
 ], ids=["adm", "song", "edm2"])
 def test_features_are_the_encoders_one_a_level(network, widths):
-  method = edm.Diffusion(network, preconditioning.EDM())
+  method = edm.Diffusion(network)
   images = toys.images(3, 8)
   params = toys.parameters(method, images)
   sigma = jnp.array([0.1, 1.0, 10.0])

@@ -43,7 +43,7 @@ def gaussian(key):
 def train(data, num_steps, width=128, **options):
   """flow(x, t, u) of the averaged parameters after training."""
   method = bcm.BidirectionalTraining(
-      toys.MLP(width=width, depth=3), preconditioning.Bidirectional(),
+      toys.MLP(width=width, depth=3), preconditioning.adm_c_noise,
       s0=10, s1=80, curriculum_steps=num_steps, **options,
   )
   optimizer = optim.Optimizer(

@@ -63,8 +63,8 @@ def inputs(name, dtype):
   if "in/xs" in g.arrays and network.two_time:
     t, s = vector("t"), vector("s")
     noise = (
-        preconditioning.adm_noise if isinstance(network, adm.ADM)
-        else preconditioning.edm_noise
+        preconditioning.adm_c_noise if isinstance(network, adm.ADM)
+        else preconditioning.edm_c_noise
     )
     x = image("in/xs") / np.sqrt(t**2 + 0.25)[:, None, None, None]
     levels = [noise(jnp.asarray(v, dtype)) for v in (t, s)]

@@ -3,10 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from bcm_jax.diffusion import preconditioning as pre
 from bcm_jax.diffusion import process
 from bcm_jax.methods import ctm as trajectory
-from bcm_jax.methods import ctm_levels
 from tests import toys
 from tests.parity import files
 from tests.parity import weights
@@ -66,14 +64,14 @@ def ctm(file: files.Reference, precision: str):
   def make(inner, jumps=1):
     cls = type("Bound", (Recorded,), {"jumps": jumps})
     method = cls(
-        model.compiled, pre.Trajectory(pre.EDM(0.5)), model.noise,
-        teacher=None, metric="l2", target_inner=inner, adaptive=False,
+        model.compiled, model.noise, teacher=None,
+        metric="l2", target_inner=inner, adaptive=False,
         num_levels=int(file.meta["ctm_args"]["start_scales"]),
     )
     i = jnp.asarray(file["in/t_idx"])
     grid = method.grid.astype(precision)
     cls.recorded = {
-        "times": ctm_levels.Times(
+        "times": trajectory.Times(
             grid[i], grid[i + steps], grid[jnp.asarray(file["in/s_idx"])], i,
             jnp.asarray(steps),
         ),

@@ -164,8 +164,8 @@ class Model:
   def noise(self):
     """Conditioning value of a level, as the network takes it."""
     if self.family.NAME == "openai":
-      return preconditioning.adm_noise
-    return preconditioning.edm_noise
+      return preconditioning.adm_c_noise
+    return preconditioning.edm_c_noise
 
   def labels(self, file: files.Reference, none: bool = False):
     """[B] classes of a file's 'in/y' or rows 'in/labels', -1 for none."""

@@ -128,8 +128,7 @@ def weighed(topology):
   Its discriminator has its turns, too.
   """
   ctm = trajectory.TrajectoryDistillation(
-      network=toys.GaussianFlow(), noise=preconditioning.adm_noise,
-      scalings=preconditioning.Trajectory(preconditioning.EDM()),
+      network=toys.GaussianFlow(), c_noise=preconditioning.adm_c_noise,
       teacher=toys.gaussian_teacher()[0], metric="l2", gan=True,
       gan_features=4, gan_sigma_max=1.0,
   )
