@@ -3,7 +3,7 @@
 SOURCE is a published checkpoint (PyTorch .pt or .pth, safetensors, an EDM or
 EDM2 .pkl, a jcm msgpack); OUT becomes a work directory that modes sample,
 invert and eval take and that training can start from. With --reverse SOURCE
-is a work directory and OUT a .safetensors or .pt under PyTorch's names.
+is a work directory and OUT a .safetensors under PyTorch's names.
 
 What tensors do not tell is assumed as published, printed, and can be set:
 --config.model.num_head_channels=32. Exit status: 0 done, 65 bad input.
@@ -167,12 +167,13 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
 
   Args:
     workdir: directory of the run.
-    out: .safetensors or .pt file.
+    out: .safetensors file.
     average: which average, as sample.average.
 
   Returns:
     What was written, for a terminal.
   """
+  weight_files.check_suffix(out)
   if os.path.exists(out):
     raise errors.UserError(f"{out} is there already; choose another OUT")
   config = resolve.of_run(workdir)

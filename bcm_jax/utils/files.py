@@ -15,11 +15,16 @@ from bcm_jax import errors
 
 
 def write_bytes(path: str, content: bytes) -> None:
-  """Writes a file, whole or not at all."""
+  """Writes a file atomically; nothing is left of a write that fails."""
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  with open(path + ".tmp", "wb") as f:
-    f.write(content)
-  os.replace(path + ".tmp", path)
+  try:
+    with open(path + ".tmp", "wb") as f:
+      f.write(content)
+    os.replace(path + ".tmp", path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.remove(path + ".tmp")
+    raise
 
 
 def write_npz(path: str, **arrays: np.ndarray) -> None:

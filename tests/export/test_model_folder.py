@@ -18,6 +18,7 @@ from bcm_jax.export import model_card
 from bcm_jax.export import model_folder
 from bcm_jax.interop import weight_files
 from tests import toys
+from tests.interop import craft
 
 CONFIG = resolve.to_json(
     resolve.resolve(config_files.read_file("digits.py"))
@@ -228,7 +229,7 @@ def test_weights_of_other_libraries(tmp_path):
   weight_files.write(path, {"x": np.zeros(3, np.float32)})
   assert "bcm_jax.interop.convert" in fails(folder)
   torch_file = str(tmp_path / "x.pt")
-  weight_files.write(torch_file, {"x": np.zeros(3, np.float32)})
+  craft.save(torch_file, {"x": np.zeros(3, np.float32)})
   os.replace(torch_file, path)
   assert "bcm_jax.interop.convert" in fails(folder)
 

@@ -22,6 +22,7 @@ from bcm_jax.models import edm2
 from bcm_jax.models import song
 from bcm_jax.training import train_state
 from tests import golden
+from tests.interop import craft
 
 # File -> what its tensors do not tell.
 SETTINGS = {
@@ -42,10 +43,8 @@ def tensors_of(name):
   }
 
 
-def source_file(name, folder, suffix=".pt"):
-  path = str(folder / f"{name}_000007{suffix}")
-  weight_files.write(path, tensors_of(name))
-  return path
+def source_file(name, folder):
+  return craft.save(folder / f"{name}_000007.pt", tensors_of(name))
 
 
 def run(*arguments):
@@ -187,7 +186,11 @@ def test_bad_arguments(tmp_path, capsys):
   out.mkdir()
   (out / "mine").write_text("precious")
   assert "there already" in fails(capsys, source, out)
-  assert "no run" in fails(capsys, out, tmp_path / "a.pt", "--reverse")
+  back = tmp_path / "back.safetensors"
+  assert "no run" in fails(capsys, out, back, "--reverse")
+  for suffix in (".pt", ".pth"):
+    error = fails(capsys, out, tmp_path / f"back{suffix}", "--reverse")
+    assert f"got suffix '{suffix}', expected .safetensors" in error
   foreign = tmp_path / "foreign.pt"
   foreign.write_bytes(b"not a checkpoint")
   fails(capsys, foreign, tmp_path / "other")

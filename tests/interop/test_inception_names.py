@@ -7,6 +7,7 @@ import pytest
 from bcm_jax.errors import UserError
 from bcm_jax.interop import weight_files
 from bcm_jax.interop.families import inception_names
+from tests.interop import craft
 from tests.parity import features
 
 COUNTER = "Mixed_5b.branch1x1.bn.num_batches_tracked"
@@ -47,7 +48,8 @@ def test_layouts(tensors):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_files(tensors, tmp_path, suffix):
   path = str(tmp_path / f"inception{suffix}")
-  weight_files.write(path, tensors | UNUSED)
+  write = craft.save if suffix == ".pt" else weight_files.write
+  write(path, tensors | UNUSED)
   params = inception_names.load_inception(path)
   np.testing.assert_array_equal(
       params["Mixed_7c"]["branch_pool"]["var"],

@@ -6,6 +6,7 @@ import pytest
 from bcm_jax.errors import UserError
 from bcm_jax.interop import weight_files
 from bcm_jax.interop.families import vgg_names
+from tests.interop import craft
 
 BLOCKS = (4, 9, 16, 23)
 
@@ -60,7 +61,8 @@ def test_layouts(tensors):
 def test_two_files_or_one(tensors, tmp_path):
   def write(name, content):
     path = str(tmp_path / name)
-    weight_files.write(path, content)
+    write = craft.save if name.endswith(".pt") else weight_files.write
+    write(path, content)
     return path
 
   parts = [
