@@ -234,7 +234,7 @@ class _Archive:
     self.archive, self.bytes_left = archive, size
     self.infos = {info.filename: info for info in archive.infolist()}
     self.storages: dict[str, Storage] = {}
-    found = [n for n in self.infos if re.fullmatch("[^/]*/data.pkl", n)]
+    found = [n for n in self.infos if re.fullmatch(r"[^/]*/data\.pkl", n)]
     where = f"the zip archive holds {len(found)} records */data.pkl"
     unpickle.require(len(found) == 1, f"{where}, expected one")
     self.folder = found[0].removesuffix("data.pkl")

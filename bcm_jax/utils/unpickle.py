@@ -100,7 +100,7 @@ class Array:
 
 
 class Reader(io.BytesIO):
-  """Bytes of which a read returns as many as asked for, else UserError."""
+  """Byte stream that raises UserError instead of reading too few bytes."""
 
   def __init__(self, content: bytes):
     super().__init__(content)
@@ -213,7 +213,7 @@ class Unpickler(pickle._Unpickler):
       return super().load()
     except (errors.UserError, MemoryError):
       raise
-    # The standard library's opcodes raise of any kind for a malformed pickle.
+    # A malformed pickle can raise nearly any exception in the standard opcodes.
     except Exception as e:
       raise errors.UserError(
           f"the pickle is malformed ({type(e).__name__}: {shown(str(e))});"
@@ -284,6 +284,12 @@ class Unpickler(pickle._Unpickler):
     else:
       target.update(zip(map(key, items[::2]), items[1::2], strict=True))
 
+  def frozen(self) -> None:
+    """Replaces FROZENSET."""
+    self.spend(4)
+    items = self.pop_mark()
+    self.append(_set(items))
+
   def remember(self, index: int) -> None:
     """Puts the top of the stack into the memo."""
     require(index < self.size, f"memo index {index} in {self.size} bytes")
@@ -312,9 +318,7 @@ class Unpickler(pickle._Unpickler):
           ),
           pickle.SETITEMS: lambda s: s.add(dict, s.pop_mark()),
           pickle.ADDITEMS: lambda s: s.add(set, s.pop_mark()),
-          pickle.FROZENSET: lambda s: (
-              s.spend(4), s.append(_set(s.pop_mark()))
-          ),
+          pickle.FROZENSET: frozen,
           # The library's BYTEARRAY8 allocates before it reads.
           pickle.BYTEARRAY8: pickle._Unpickler.load_binbytes8,
           pickle.BINPUT: lambda s: s.remember(s.read(1)[0]),
@@ -359,7 +363,7 @@ GLOBALS = {each.name: each for each in (
     *(Global(f"builtins.{name}", _bytes) for name in ("bytes", "bytearray")),
     *(Global(f"builtins.{name}", _set) for name in ("set", "frozenset")),
     *(Global(f"builtins.{name}")
-      for name in "object int float list dict str bool tuple".split()),
+      for name in "object int long float list dict str bool tuple".split()),
     Global("numpy.dtype", Dtype),
     Global("numpy.ndarray"),
     *(Global(f"numpy.{core}.{name}", make)

@@ -226,6 +226,7 @@ def results(tmp_path_factory):
   done = subprocess.run(
       [sys.executable, "-c", SCRIPT, str(folder)], cwd=ROOT, check=True,
       env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+      timeout=300,
   )
   return folder, json.loads(done.stdout)
 

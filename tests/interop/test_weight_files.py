@@ -1,8 +1,11 @@
 """Files of real torch, safetensors and Flax give the recipe's numbers."""
 
+import collections
 import json
 import os
 import pathlib
+import pickle
+import pickletools
 import shutil
 import struct
 import tracemalloc
@@ -148,6 +151,36 @@ def test_edm_metadata_has_what_builds_the_network(name):
   assert metadata["modules"]["model.norm"] == dict(class_name="GroupNorm")
   assert metadata["dataset_kwargs"]["path"] == "a.zip"
   assert metadata["loss_fn"]["class_name"] == "EDMLoss"
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("optimize", [False, True])
+def test_plain_values_of_every_protocol(tmp_path, protocol, optimize):
+  many = [
+      collections.OrderedDict(a=[], b={}, c=(1, 2, 3, i)) for i in range(99)
+  ]
+  values = {
+      "text": "\u00e4\u4e2d" * 200,
+      "raw": [bytes(range(256)), bytearray(b"ab")],
+      "numbers": [None, True, -1, 255, 65536, -(2**31), 2**60, -(2**70), 1.5],
+      "sets": [{1, 2}, frozenset([3, 4]), [frozenset(), set()]], "many": many,
+      "types": collections.defaultdict(int, {7: np.float32(2), -7: ()}),
+      "tuples": [(), (1,), (1, 2), (1, 2, 3), (((),),)],
+  }
+  values["again"] = values["raw"]
+  content = pickle.dumps(dict(ema=np.arange(3), rest=values), protocol)
+  if optimize:
+    content = pickletools.optimize(content)
+  path = tmp_path / "a.pkl"
+  path.write_bytes(content)
+  weights = weight_files.read(str(path))
+  np.testing.assert_array_equal(weights.groups["ema"][""], np.arange(3))
+  expected = values | dict(
+      sets=[["1", "2"], ["3", "4"], [[], []]], types={7: 2.0, -7: []},
+      tuples=[[], [1], [1, 2], [1, 2, 3], [[[]]]],
+      many=[each | {"c": list(each["c"])} for each in many],
+  )
+  assert weights.metadata == {"rest": expected}
 
 
 def test_pickle_without_a_network_lists_its_keys(tmp_path):
