@@ -10,12 +10,10 @@ against a classifier that does not know of the defence. Classes are the true
 ones, which a conditional network is told.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 import json
 import pathlib
 import re
-import sys
 import time
 from typing import Any
 
@@ -441,19 +439,16 @@ def page(text: str) -> str:
 def main(argv: list[str] | None = None) -> None:
   """Measures, prints and writes."""
   parser = cli.Parser("benchmarks/editing.py", __doc__)
-  parser.add_argument("workdir", nargs="?")
-  parser.add_argument("--classifier", help="see bcm_jax.tools.train_classifier")
-  parser.add_argument("--count", type=int, help="test images at most")
-  parser.add_argument("--only", default=",".join(TASKS))
-  parser.add_argument("--out", metavar="FILE")
-  parser.add_argument(
-    "--pictures", metavar="START", help="of the names of pictures"
-  )
-  parser.add_argument("--table", action="store_true")
+  add = parser.add_argument
+  add("workdir", nargs="?", metavar="WORKDIR", help="run to measure")
+  add("--classifier", metavar="DIR", help="folder of bcm_jax.train_classifier")
+  add("--count", type=int, metavar="N", help="number of test images (all)")
+  add("--only", default=",".join(TASKS), metavar="NAMES", help="tasks (all)")
+  add("--out", metavar="FILE", help="JSON to write")
+  add("--pictures", metavar="PREFIX", help="prefix of the pictures' paths")
+  add("--table", action="store_true", help="render docs/editing.md again")
   with cli.reporting():
-    args: argparse.Namespace = parser.parse_args(
-      sys.argv[1:] if argv is None else argv
-    )
+    args = parser.parse_args(argv)
     if not args.table and not (args.workdir and args.classifier):
       raise errors.UserError(
         "give a WORKDIR and its --classifier, or --table alone"

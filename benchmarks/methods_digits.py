@@ -13,7 +13,6 @@ was measured is not measured again. What a step costs is
 benchmarks/step_cost.py's.
 """
 
-import argparse
 from collections.abc import Iterable, Mapping
 import contextlib
 import json
@@ -314,13 +313,14 @@ def write_page() -> None:
 def main(argv: list[str] | None = None) -> None:
   """Trains, measures and writes what is missing."""
   parser = cli.Parser("benchmarks/methods_digits.py", __doc__)
-  parser.add_argument("work", nargs="?", default="runs/methods")
-  parser.add_argument("--only", default=",".join(RUNS), metavar="cd,ctm")
-  parser.add_argument("--seeds", default="0,1,2", metavar="0,1,2")
-  parser.add_argument("--table", action="store_true")
-  args: argparse.Namespace = parser.parse_args(
-    sys.argv[1:] if argv is None else argv
-  )
+  add = parser.add_argument
+  add("work", nargs="?", default="runs/methods",
+      help="directory of all runs (%(default)s)")
+  add("--only", default=",".join(RUNS), metavar="cd,ctm",
+      help="runs to do (all)")
+  add("--seeds", default="0,1,2", metavar="0,1,2", help="seeds (%(default)s)")
+  add("--table", action="store_true", help="only render docs/methods.md again")
+  args = parser.parse_args(argv)
   work = pathlib.Path(args.work).resolve()
   if not args.table:
     if not (work / "classifier" / "classifier.json").exists():

@@ -11,7 +11,6 @@ to where they end. In the end the run is the same bit for bit as one of a
 single start, and the accounts of the time add up.
 """
 
-import argparse
 import collections
 import json
 import os
@@ -28,6 +27,7 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.training import fault_injection
 from bcm_jax.training import goodput
+from bcm_jax.utils import cli
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 from tests.training import starts
@@ -170,9 +170,10 @@ class Soak:
 
 def main() -> None:
   """Runs the cycles and one last start, prints and writes."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("out")
-  parser.add_argument("--cycles", type=int, default=200)
+  parser = cli.Parser("benchmarks/soak.py", __doc__)
+  parser.add_argument("out", metavar="OUT", help="JSON to write")
+  parser.add_argument("--cycles", type=int, default=200, metavar="N",
+                      help="starts that are killed (%(default)s)")
   asked = parser.parse_args()
   began = time.time()
   with tempfile.TemporaryDirectory() as folder:
@@ -198,4 +199,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  with cli.reporting():
+    main()

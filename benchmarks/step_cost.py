@@ -8,10 +8,8 @@ that ratios are of one machine in one state. A method whose networks take turns
 is averaged over a round. All have the same network and, here, the same batch.
 """
 
-import argparse
 import contextlib
 import statistics
-import sys
 from typing import Any
 
 import step_time
@@ -54,13 +52,14 @@ def _mean(bench: step_time.Bench) -> float:
 def main(argv: list[str] | None = None) -> None:
   """Measures, prints and writes."""
   parser = cli.Parser("benchmarks/step_cost.py", __doc__)
-  parser.add_argument("--teacher", default="runs/edm")
-  parser.add_argument("--pairs", default="runs/edm/pairs.npz")
-  parser.add_argument("--only", default="", metavar="ict,bcm")
-  parser.add_argument("--out", metavar="FILE")
-  args: argparse.Namespace = parser.parse_args(
-      sys.argv[1:] if argv is None else argv
-  )
+  add = parser.add_argument
+  add("--teacher", default="runs/edm", metavar="DIR",
+      help="run of the teacher (%(default)s)")
+  add("--pairs", default="runs/edm/pairs.npz", metavar="FILE",
+      help="pairs of the teacher (%(default)s)")
+  add("--only", default="", metavar="ict,bcm", help="methods to time (all)")
+  add("--out", metavar="FILE", help="JSON to write")
+  args = parser.parse_args(argv)
   multihost.use_cores(0, _BATCH)
   names = args.only.split(",") if args.only else list(CONFIGS)
   benches = {}

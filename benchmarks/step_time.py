@@ -15,13 +15,11 @@ and tells FLOPs, bytes and collectives a device; on virtual devices of a CPU
 (the default there) times would mean nothing, so none are told.
 """
 
-import argparse
 from collections.abc import Callable
 import contextlib
 import functools
 import os
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -244,16 +242,17 @@ def write(result: dict[str, Any], rows: dict[str, Any], out: str | None):
 
 def main(argv: list[str] | None = None) -> None:
   """Measures, prints and writes."""
-  argv = sys.argv[1:] if argv is None else argv
-  file, overrides, rest = resolve.split_overrides(argv)
-  parser = cli.Parser("benchmarks/step_time.py", __doc__)
-  parser.add_argument("--out", metavar="FILE")
-  parser.add_argument("--calls", type=int, default=15, help="timed calls")
-  parser.add_argument("--backends", default="jit")
-  parser.add_argument("--synthetic", action="store_true")
-  parser.add_argument("--scaling", default="", metavar="1,2,4,8")
-  args: argparse.Namespace = parser.parse_args(rest)
-  config = resolve.load(file, overrides, None, False)
+  parser = cli.Parser("benchmarks/step_time.py", __doc__, config="file")
+  add = parser.add_argument
+  add("--out", metavar="FILE", help="JSON to write")
+  add("--calls", type=int, default=15, metavar="N",
+      help="timed calls (%(default)s)")
+  add("--backends", default="jit", metavar="jit,pmap", help="(%(default)s)")
+  add("--synthetic", action="store_true", help="random images")
+  add("--scaling", default="", metavar="1,2,4,8",
+      help="compile for these numbers of devices")
+  args = parser.parse_args(argv)
+  config = resolve.load(args.config, args.overrides, None, False)
   counts = [int(n) for n in args.scaling.split(",") if n]
   multihost.use_cores(
       max(counts, default=config.parallel.cpu_devices),

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "bcm_jax"
 # its own.
 LAYERS = (
     {
-        *("__init__", "main", "arguments", "train", "sample"),
+        *("__init__", "__main__", "main", "train", "sample"),
         *("generate", "evaluation", "editing", "studio", "plots", "export"),
         *("tools", "release", "train_classifier"),
     },

@@ -7,7 +7,7 @@ comes out is complete, and is written to the run's config.json.
 """
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
 import hashlib
 import json
@@ -318,34 +318,6 @@ def of_run(
       f"{path} is damaged ({e}); restore it, or pass --config"
     ) from e
   return resolve(raw, overrides)
-
-
-def split_overrides(
-  arguments: Sequence[str],
-) -> tuple[str | None, dict[str, str], list[str]]:
-  """Takes --config and --config.a.b out of a command line.
-
-  Returns:
-    (config file or None, {'a.b': text}, the other arguments).
-  """
-  file, overrides, rest = None, {}, []
-  queue = list(arguments)
-  while queue:
-    flag = queue.pop(0)
-    name, equals, value = flag.partition("=")
-    name = name.lstrip("-") if flag.startswith("-") else ""
-    if name != "config" and not name.startswith("config."):
-      rest.append(flag)
-      continue
-    if not equals:
-      if not queue:
-        raise errors.UserError(f"{flag} needs a value: {flag}=...")
-      value = queue.pop(0)
-    if name == "config":
-      file = value
-    else:
-      overrides[name.removeprefix("config.")] = value
-  return file, overrides, rest
 
 
 def load(

@@ -1,10 +1,11 @@
-"""The command: python -m bcm_jax.data.prepare IN OUT --size=64.
+"""Writes images as raw pixels that are read by index: data.name='prepared'.
 
-Writes images as raw pixels that are read by index (data.name='prepared'). IN
-is a folder of images, a .npz file, a zip file of EDM, a folder with train and
-test files of these kinds, or tfds:cifar10, tfds:imagenet_resized/64x64 or
-tfds:imagenet2012. The same input gives the same bytes, whatever the machine.
-Exit status: 0 done, 65 bad input (one line says what).
+  python -m bcm_jax.data.prepare photos photos64 --size=64
+
+IN is a folder of images, a .npz file, a zip file of EDM, a folder with train
+and test files of these kinds, or tfds:cifar10, tfds:imagenet_resized/64x64 or
+tfds:imagenet2012. The same input gives the same bytes on every machine
+(docs/datasets.md). Exit status: 0 done, 65 bad input.
 """
 
 from collections.abc import Iterator
@@ -265,17 +266,21 @@ def _parser() -> cli.Parser:
   add = parser.add_argument
   add("source", metavar="IN", help="images, or tfds:NAME")
   add("out", metavar="OUT", help="folder to make")
-  add("--size", type=int, help="pixels a side; images keep theirs without it")
-  add("--crop", default="adm", help=" or ".join(resizing.BY_NAME))
+  add("--size", type=int, metavar="N", help="side in pixels (the images' own)")
+  add("--crop", default="adm", metavar="NAME",
+      help=f"{', '.join(resizing.BY_NAME)} (%(default)s)")
   add("--skip_corrupt", action="store_true",
-      help="leave out files that cannot be decoded; checks every one first")
+      help="check all files first, skip those that do not decode")
   add("--holdout", type=int, default=0, metavar="N",
-      help="N examples of train become the test split, where there is none")
-  add("--channels", type=int, default=3, help="3 (RGB) or 1 (grey)")
-  add("--shard_mb", type=int, default=256, help="MiB in a file, at most")
-  add("--workers", type=int, help="threads that decode; one a core without it")
+      help="if there is no test split, N train examples become it")
+  add("--channels", type=int, default=3, metavar="N",
+      help="1 (gray) or 3 (RGB) (%(default)s)")
+  add("--shard_mb", type=int, default=256, metavar="N",
+      help="largest size of a file in MiB (%(default)s)")
+  add("--workers", type=int, metavar="N",
+      help="threads that decode (one per core)")
   add("--overwrite", action="store_true", help="replace a prepared OUT")
-  add("--data_dir", help="folder of TFDS")
+  add("--data_dir", metavar="DIR", help="folder of TFDS")
   return parser
 
 
@@ -286,5 +291,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  cli.quiet_tensorflow()
   main()

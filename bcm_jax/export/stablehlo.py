@@ -1,15 +1,14 @@
-"""The command: python -m bcm_jax.release.export WORKDIR OUT.zip.
+"""Exports samplers: python -m bcm_jax.release.export WORKDIR OUT.zip.
 
 Writes the samplers of a run as StableHLO, with weights and a loader, into one
-file that jax and flatbuffers alone can run (docs/export.md):
+file that needs only jax and flatbuffers to run (docs/export.md):
 
   python -m bcm_jax.release.export runs/digits digits.zip \\
       --samplers=onestep,ancestral@0.7 --invert
 
 --samplers takes the notation of bcm_jax/generate/planning.py; without it the
-sampler of section sample is exported. Keys of that section and of section
-invert can be set
-too: --config.sample.guidance=2. Exit status: 0 done, 65 bad input.
+sampler of section sample is exported. Sections sample and invert can be set,
+such as --config.sample.guidance=2. Exit status: 0 done, 65 bad input.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ import io
 import json
 import os
 import pathlib
-import sys
 from typing import Any, NamedTuple
 import zipfile
 
@@ -376,31 +374,28 @@ def _store(out: str, members: dict[str, bytes]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  parser = cli.Parser("bcm_jax.export.stablehlo", __doc__)
-  parser.add_argument("workdir", help="work directory of the run")
-  parser.add_argument("out", help="file to make, such as digits.zip")
+  parser = cli.Parser("bcm_jax.release.export", __doc__, config="values")
   parser.add_argument(
-    "--samplers", default="", help="such as onestep,ancestral@0.7"
+    "workdir", metavar="WORKDIR", help="work directory of the run"
+  )
+  parser.add_argument("out", metavar="OUT.zip", help="file to make")
+  parser.add_argument(
+    "--samplers", default="", metavar="LIST",
+    help="such as onestep,ancestral@0.7 (the config's)",
   )
   parser.add_argument(
-    "--invert", action="store_true", help="also from images to latents and back"
+    "--invert", action="store_true", help="also export inversion and decoding"
   )
   parser.add_argument(
-    "--platforms",
-    default=",".join(DEFAULT_PLATFORMS),
-    help="of " + ", ".join(PLATFORMS),
+    "--platforms", default=",".join(DEFAULT_PLATFORMS), metavar="LIST",
+    help=f"of {','.join(PLATFORMS)} (%(default)s)",
   )
-  parser.add_argument("--average", help="which moving average")
-  parser.add_argument("--step", type=int, help="of the checkpoint")
+  parser.add_argument("--average", metavar="NAME", help="the moving average")
+  parser.add_argument(
+    "--step", type=int, metavar="N", help="step of the checkpoint"
+  )
   with cli.reporting():
-    argv = sys.argv[1:] if argv is None else argv
-    file, overrides, rest = resolve.split_overrides(argv)
-    args = parser.parse_args(rest)
-    if file is not None:
-      raise errors.UserError(
-        f"--config={file}: the run in {args.workdir} has its own config; "
-        "single values are set by --config.section.key=value"
-      )
+    args = parser.parse_args(argv)
     print(
       write(
         args.workdir,
@@ -410,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
         args.platforms.split(","),
         args.average,
         args.step,
-        overrides,
+        args.overrides,
       )
     )
 

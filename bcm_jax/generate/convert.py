@@ -1,18 +1,18 @@
-"""The command: python -m bcm_jax.interop.convert SOURCE OUT.
+"""Converts published weights: python -m bcm_jax.interop.convert SOURCE OUT.
 
 SOURCE is a published checkpoint (PyTorch .pt or .pth, safetensors, an EDM or
-EDM2 .pkl, a jcm msgpack); OUT becomes a work directory that modes sample,
-invert and eval take and that training can start from. With --reverse SOURCE
-is a work directory and OUT a .safetensors under PyTorch's names.
+EDM2 .pkl, a jcm msgpack); OUT becomes a work directory for modes sample,
+invert and eval, from which training can start. With --reverse, SOURCE is a
+work directory and OUT a .safetensors under PyTorch's names.
 
-What tensors do not tell is assumed as published, printed, and can be set:
---config.model.num_head_channels=32. Exit status: 0 done, 65 bad input.
+Settings that tensors do not determine are those published; they are printed
+and can be set, such as --config.model.num_head_channels=32
+(docs/checkpoints.md). Exit status: 0 done, 65 bad input.
 """
 
 import os
 import pathlib
 import re
-import sys
 from typing import Any
 
 import jax
@@ -194,26 +194,25 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  parser = cli.Parser("bcm_jax.generate.convert", __doc__)
-  parser.add_argument("source", help="the file, or with --reverse a workdir")
-  parser.add_argument("out", help="work directory or file to make")
-  parser.add_argument("--kind", default="auto", help="auto, "
-                      + ", ".join(transfer.FAMILIES))
-  parser.add_argument("--group", help="which network of a file with several")
-  parser.add_argument("--step", type=int, help="step of the checkpoint")
-  parser.add_argument("--image-size", type=int, help="pixels a side")
-  parser.add_argument("--average", help="--reverse: which moving average")
-  parser.add_argument("--reverse", action="store_true")
+  parser = cli.Parser("bcm_jax.interop.convert", __doc__, config="values")
+  add = parser.add_argument
+  add("source", metavar="SOURCE", help="file; with --reverse a work directory")
+  add("out", metavar="OUT", help="work directory; with --reverse a file")
+  add("--kind", default="auto", metavar="NAME",
+      help=", ".join(["auto", *transfer.FAMILIES]))
+  add("--group", metavar="NAME", help="the network, of a file with several")
+  add("--step", type=int, metavar="N", help="step to write in the checkpoint")
+  add("--image-size", type=int, metavar="N", help="side in pixels")
+  add("--average", metavar="NAME", help="with --reverse: the moving average")
+  add("--reverse", action="store_true", help="from a run to PyTorch's names")
   with cli.reporting():
-    argv = sys.argv[1:] if argv is None else argv
-    _, overrides, rest = resolve.split_overrides(argv)
-    args = parser.parse_args(rest)
+    args = parser.parse_args(argv)
     if args.reverse:
       print(to_file(args.source, args.out, args.average))
     else:
       print(to_workdir(
-          args.source, args.out, args.kind, args.group, args.step, overrides,
-          args.image_size,
+          args.source, args.out, args.kind, args.group, args.step,
+          args.overrides, args.image_size,
       ))
 
 

@@ -1,9 +1,9 @@
-"""Figures of what runs wrote: python -m bcm_jax.plots RUN [RUN ...].
+"""Draws figures of runs: python -m bcm_jax.plots RUN [RUN ...].
 
-Training curves, quality over NFE, inversion error over the initial noise,
-reconstructions, interpolations and trajectories: each that there is something
-for, as a PNG (docs/plots.md). Exit status: 0 for one figure or more, 65 for
-none and for bad input.
+Figures are curves (of training), quality (over NFE), inversion (error over the
+initial noise), reconstruction, interpolation and trajectory, each a PNG if the
+runs hold its data (docs/plots.md). Exit status: 0 one figure or more, 65 no
+figure or bad input.
 """
 
 import collections
@@ -167,10 +167,10 @@ def _parser() -> cli.Parser:
   parser.add_argument("runs", nargs="+", metavar="RUN",
                       help="work directory, or a result file of mode eval")
   parser.add_argument("--out", metavar="DIR",
-                      help="where figures go; plots/ beside the first RUN's "
-                      "files without it")
+                      help="folder of the figures (plots/ in the first RUN)")
   parser.add_argument("--only", default=",".join(KINDS), metavar="NAMES",
-                      help=f"some of {','.join(KINDS)}")
+                      help="figures to draw, such as "
+                      f"{','.join(list(KINDS)[:2])} (all)")
   return parser
 
 

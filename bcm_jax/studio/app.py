@@ -1,17 +1,15 @@
-"""A studio in the browser: make images, and edit real ones.
+"""A studio in the browser: generates images and edits real ones.
 
-  python -m bcm_jax.studio                 # the digits that ship with this
+  python -m bcm_jax.studio                 # the digits shipped with bcm_jax
   python -m bcm_jax.studio runs/mine --port=7861
 
-Needs the extra studio: pip install 'bcm_jax[studio]'. Listens to this machine
-alone unless --host says otherwise.
+Needs the extra studio: pip install 'bcm_jax[studio]'. Serves only this machine
+unless --host is set (docs/studio.md).
 """
 
-import argparse
 from collections.abc import Callable
 import contextlib
 import functools
-import sys
 from typing import Any
 
 from bcm_jax import errors
@@ -269,19 +267,20 @@ def launch(
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Entry point."""
+  """Entry point; exits with 65 and one line on bad input."""
   parser = cli.Parser("bcm_jax.studio", __doc__)
   parser.add_argument(
       "checkpoint", nargs="?",
-      help="work directory or released folder; without it the digits",
+      help="work directory or packed folder (shipped digits)",
   )
-  parser.add_argument("--host", default="127.0.0.1")
-  parser.add_argument("--port", type=int, default=7860)
-  parser.add_argument("--upload-mb", type=int, default=5)
+  parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
+                      help="address to listen on (%(default)s)")
+  parser.add_argument("--port", type=int, default=7860, metavar="N",
+                      help="port to listen on (%(default)s)")
+  parser.add_argument("--upload-mb", type=int, default=5, metavar="N",
+                      help="largest upload in MB (%(default)s)")
   with cli.reporting():
-    args: argparse.Namespace = parser.parse_args(
-        sys.argv[1:] if argv is None else argv
-    )
+    args = parser.parse_args(argv)
     _gradio()
     model = facade.load(args.checkpoint, batch_size=actions.MOST_IMAGES)
     launch(model, args.host, args.port, args.upload_mb)

@@ -1,10 +1,9 @@
-"""The command: python -m bcm_jax.train_classifier --config=CONFIG --out=DIR.
+"""Trains a classifier: python -m bcm_jax.train_classifier --config=F --out=DIR.
 
-Trains a small classifier on the images of a config's section data, whose
-pooled activations then serve as features for Frechet distances:
---config.eval.features=classifier --config.eval.features_path=DIR. Any value of
-the config can be set as --config.section.key=value. Exit status: 0 done, 65
-bad input (one line says what).
+A small ResNet learns the classes of the images of the config's section data;
+its pooled activations are features for Frechet distances:
+--config.eval.features=classifier --config.eval.features_path=DIR
+(docs/evaluation.md). Exit status: 0 done, 65 bad input.
 """
 
 import contextlib
@@ -302,15 +301,19 @@ def _check_source(source: image_source.Source) -> None:
 
 
 def _parser() -> cli.Parser:
-  parser = cli.Parser("bcm_jax.tools.train_classifier", __doc__)
+  parser = cli.Parser("bcm_jax.train_classifier", __doc__, config="file")
   default = Settings()
   add = parser.add_argument
   add("--out", required=True, metavar="DIR", help="folder to make")
-  add("--steps", type=int, help="50 epochs without it, at most 4500 steps")
-  add("--batch_size", type=int, default=default.batch_size)
-  add("--learning_rate", type=float, default=default.learning_rate)
-  add("--seed", type=int, default=default.seed)
-  add("--name", help="of the features; '<data set> ResNet' without it")
+  add("--steps", type=int, metavar="N",
+      help="optimizer steps (50 epochs, at most 4500)")
+  add("--batch_size", type=int, default=default.batch_size, metavar="N",
+      help="images per step (%(default)s)")
+  add("--learning_rate", type=float, default=default.learning_rate,
+      metavar="RATE", help="peak learning rate of AdamW (%(default)s)")
+  add("--seed", type=int, default=default.seed, metavar="N",
+      help="seed of weights, order and augmentation (%(default)s)")
+  add("--name", help="name of the features ('<data set> ResNet')")
   add("--overwrite", action="store_true", help="replace a classifier in DIR")
   return parser
 
@@ -318,9 +321,8 @@ def _parser() -> cli.Parser:
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
   with cli.reporting():
-    argv = sys.argv[1:] if argv is None else argv
-    file, overrides, rest = resolve.split_overrides(argv)
-    flags = vars(_parser().parse_args(rest))
+    flags = vars(_parser().parse_args(argv))
+    file, overrides = flags.pop("config"), flags.pop("overrides")
     where = {k: flags.pop(k) for k in ("out", "name", "overwrite")}
     settings = Settings(**flags)
     config = resolve.load(file, overrides, None, False)
@@ -329,5 +331,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  cli.quiet_tensorflow()
   main()

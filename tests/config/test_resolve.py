@@ -181,17 +181,6 @@ def test_damaged_config_of_a_run(tmp_path):
     resolve.of_run(str(tmp_path))
 
 
-def test_split_overrides():
-  file, overrides, rest = resolve.split_overrides(
-      ["--config=a.py", "--config.x.y=1", "--mode=eval", "--config.z", "2"]
-  )
-  assert (file, overrides, rest) == (
-      "a.py", {"x.y": "1", "z": "2"}, ["--mode=eval"]
-  )
-  with pytest.raises(errors.UserError, match="needs a value"):
-    resolve.split_overrides(["--config.z"])
-
-
 def test_a_conditional_network_needs_labels(tmp_path):
   images = np.zeros((3, 8, 8, 1), np.uint8)
   np.savez(tmp_path / "train.npz", arr_0=images)
