@@ -14,8 +14,8 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
-from bcm_jax.editing import facade
 from bcm_jax.editing import inputs as pictures
+from bcm_jax.editing import pretrained
 from bcm_jax.editing import similarity
 from bcm_jax.editing import tasks
 from bcm_jax.generate import batched_sampler
@@ -49,7 +49,7 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
   inputs = pictures.read(experiment)
   _, _, params = runs.load_run(experiment, workdir)
   size = experiment.config.sample.batch_size
-  model = facade.Model(
+  model = pretrained.Model(
       batched_sampler.Runner(experiment, params, min(size, len(inputs.images)))
   )
   if section.predict_labels:
@@ -59,7 +59,7 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
   return [_edit(model, workdir, inputs)]
 
 
-def _classify(model: facade.Model, inputs: pictures.Inputs) -> None:
+def _classify(model: pretrained.Model, inputs: pictures.Inputs) -> None:
   """Puts the classes that the network finds in place of those given."""
   section = model.experiment.edit
   inputs.labels = model.classify(_shown(section, inputs))
@@ -74,7 +74,7 @@ def _folder(workdir: str, task: str) -> str:
 
 
 def interpolate(
-    model: facade.Model, workdir: str,
+    model: pretrained.Model, workdir: str,
     inputs: pictures.Inputs | None = None,
 ) -> str:
   """Rows between pairs of images, of section edit or these; their folder."""
@@ -106,13 +106,13 @@ def interpolate(
   return folder
 
 
-def _scale(model: facade.Model) -> int:
+def _scale(model: pretrained.Model) -> int:
   """Enlargement that makes small images visible."""
   return max(1, 64 // model.image_shape[0])
 
 
 def _edit(
-    model: facade.Model, workdir: str, inputs: pictures.Inputs
+    model: pretrained.Model, workdir: str, inputs: pictures.Inputs
 ) -> str:
   """Runs a task on images and writes them, a picture and numbers."""
   section = model.experiment.edit
@@ -147,7 +147,7 @@ def _edit(
 
 
 def _write_record(
-    model: facade.Model, folder: str, recipe: tasks.Recipe,
+    model: pretrained.Model, folder: str, recipe: tasks.Recipe,
     results: np.ndarray, more: dict[str, Any],
 ) -> None:
   """result.json: what was done, by what, and the numbers."""
@@ -173,7 +173,7 @@ def _shown(section: schema.Edit, inputs: pictures.Inputs) -> np.ndarray:
 
 
 def perform(
-    model: facade.Model, section: schema.Edit, inputs: pictures.Inputs
+    model: pretrained.Model, section: schema.Edit, inputs: pictures.Inputs
 ) -> tuple[np.ndarray, dict[str, Any]]:
   """A task on images: (uint8 [n, H, W, C], what else came out)."""
   images, common = inputs.images, dict(

@@ -21,7 +21,7 @@ from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.editing import edit
-from bcm_jax.editing import facade
+from bcm_jax.editing import pretrained
 from bcm_jax.evaluation import bits_per_dim
 from bcm_jax.evaluation import inversion
 from bcm_jax.evaluation import references
@@ -340,7 +340,7 @@ def finish(
   if experiment.method.supports_inversion and experiment.has_split("test"):
     for nfe in section.inversion_nfe:
       folders.append(generate.invert(experiment, workdir, runner, nfe))
-    folders.append(edit.interpolate(facade.Model(runner), workdir))
+    folders.append(edit.interpolate(pretrained.Model(runner), workdir))
   print("pictures: " + ", ".join(f"{f}/grid.png" for f in folders))
   print(f"all at a glance: {draw.overview(experiment, workdir)}")
   if not section.at_end:

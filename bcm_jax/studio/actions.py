@@ -14,9 +14,9 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.data import image_source
-from bcm_jax.editing import facade
 from bcm_jax.editing import image_reading
 from bcm_jax.editing import inputs
+from bcm_jax.editing import pretrained
 from bcm_jax.generate import planning
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
@@ -48,9 +48,9 @@ class Studio:
     classes: (name, label) of the classes, () for a network without.
   """
 
-  def __init__(self, model: facade.Model):
+  def __init__(self, model: pretrained.Model):
     self.model = model
-    self.editor = facade.Model(model.runner.resized(1))
+    self.editor = pretrained.Model(model.runner.resized(1))
     self.scale = max(1, CANVAS // max(model.image_shape[:2]))
     method = model.experiment.method
     if method.is_denoiser:

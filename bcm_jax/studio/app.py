@@ -13,7 +13,7 @@ import functools
 from typing import Any
 
 from bcm_jax import errors
-from bcm_jax.editing import facade
+from bcm_jax.editing import pretrained
 from bcm_jax.editing import tasks
 from bcm_jax.studio import actions
 from bcm_jax.utils import cli
@@ -235,7 +235,7 @@ def _restore_tab(gr: Any, studio) -> None:
 
 
 def launch(
-    model: facade.Model, host: str = "127.0.0.1", port: int = 7860,
+    model: pretrained.Model, host: str = "127.0.0.1", port: int = 7860,
     upload_mb: int = 5, block: bool = True,
 ) -> Any:
   """Serves the studio; returns the running page if it does not block.
@@ -282,5 +282,5 @@ def main(argv: list[str] | None = None) -> None:
   with cli.reporting():
     args = parser.parse_args(argv)
     _gradio()
-    model = facade.load(args.checkpoint, batch_size=actions.MOST_IMAGES)
+    model = pretrained.load(args.checkpoint, batch_size=actions.MOST_IMAGES)
     launch(model, args.host, args.port, args.upload_mb)

@@ -8,7 +8,7 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.data import image_source
-from bcm_jax.editing import facade
+from bcm_jax.editing import pretrained
 from bcm_jax.studio import actions
 from bcm_jax.studio.actions import ALL
 from bcm_jax.studio.actions import FIND
@@ -17,7 +17,7 @@ from tests import exact
 
 def make(shape=(8, 8, 1), num_classes=10, **method):
   built = exact.experiment(shape, num_classes, **method)
-  return actions.Studio(facade.Model(exact.runner(built)))
+  return actions.Studio(pretrained.Model(exact.runner(built)))
 
 
 @pytest.fixture(scope="module")
