@@ -31,7 +31,7 @@ from bcm_jax.evaluation import tables
 from bcm_jax.metrics import classifier as classifiers
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
-from bcm_jax.sampling import operators
+from bcm_jax.sampling import zero_shot
 from bcm_jax.utils import cli
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
@@ -180,7 +180,7 @@ def noise(bench: Bench) -> Iterator[tuple[str, dict]]:
 def small(bench: Bench) -> Iterator[tuple[str, dict]]:
   """Half the height and width."""
   given = image_source.to_uint8(
-      np.asarray(operators.shrink(image_source.to_float(bench.images), 2))
+      np.asarray(zero_shot.shrink(image_source.to_float(bench.images), 2))
   )
   yield "half the size, pixels repeated", bench.told(
       given.repeat(2, 1).repeat(2, 2)
@@ -195,7 +195,7 @@ def colours(bench: Bench) -> Iterator[tuple[str, dict]]:
   if bench.model.image_shape[-1] != 3:
     return
   grey = image_source.to_uint8(
-      np.asarray(operators.to_grey(image_source.to_float(bench.images)))
+      np.asarray(zero_shot.to_grey(image_source.to_float(bench.images)))
   )
   yield "grey", bench.told(grey)
   yield "`colorize`", bench.told(bench.model.colorize(grey, bench.labels))
@@ -351,7 +351,7 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
   covered = np.where(hole[..., None], np.uint8(127), images)
   poor = np.stack([inputs.compress(i, 10) for i in images])
   floats = image_source.to_float(images)
-  small = image_source.to_uint8(np.asarray(operators.shrink(floats, 2)))
+  small = image_source.to_uint8(np.asarray(zero_shot.shrink(floats, 2)))
   noisy = floats + 0.6 * np.random.default_rng(0).standard_normal(floats.shape)
   noisy = noisy.astype(np.float32)
   repeated = small.repeat(2, 1).repeat(2, 2)
@@ -380,7 +380,7 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
     "purify": [("attack", attacked), ("purify", model.purify(attacked))],
   }
   if model.image_shape[-1] == 3:
-    grey = image_source.to_uint8(np.asarray(operators.to_grey(floats)))
+    grey = image_source.to_uint8(np.asarray(zero_shot.to_grey(floats)))
     rows["colorize"] = [
       ("grey", grey),
       ("colorize", model.colorize(grey, labels)),

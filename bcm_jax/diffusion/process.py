@@ -23,6 +23,16 @@ def ode_velocity(x: jax.Array, t: jax.Array, denoised: jax.Array) -> jax.Array:
   return (x - denoised) / expand(jnp.asarray(t), x.ndim)
 
 
-def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
-  """Standard normal noise of the shape of x [B, ...], one key an example."""
+def normal_like(
+    keys: jax.Array, x: jax.Array, number: int | jax.Array | None = None
+) -> jax.Array:
+  """Draws standard normal noise of the shape of x [B, ...].
+
+  Args:
+    keys: one per example, [B].
+    x: gives shape and dtype.
+    number: folded into each key first, for several draws from the same keys.
+  """
+  if number is not None:
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
   return jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)

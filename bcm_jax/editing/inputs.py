@@ -14,7 +14,7 @@ from bcm_jax.data import decoding
 from bcm_jax.data import folder as folders
 from bcm_jax.data import image_source
 from bcm_jax.editing import image_reading
-from bcm_jax.sampling import operators
+from bcm_jax.sampling import zero_shot
 
 
 @dataclasses.dataclass
@@ -259,20 +259,20 @@ def _damaged(experiment, section: schema.Edit) -> Inputs:
     _add_noise(inputs, section)
   elif section.task == "colorize":
     inputs.images = image_source.to_uint8(
-        np.asarray(operators.to_grey(image_source.to_float(images)))
+        np.asarray(zero_shot.to_grey(image_source.to_float(images)))
     )
   elif section.task == "super_resolve":
     inputs.images = image_source.to_uint8(
       np.asarray(
-        operators.shrink(image_source.to_float(images), section.factor)
+        zero_shot.shrink(image_source.to_float(images), section.factor)
       )
     )
   elif section.task == "restore":
     inputs.images = np.stack([compress(i, section.quality) for i in images])
   elif section.task == "stroke":
-    small = operators.shrink(image_source.to_float(images), 2)
+    small = zero_shot.shrink(image_source.to_float(images), 2)
     inputs.images = image_source.to_uint8(
-      np.asarray(operators.enlarge(small, 2))
+      np.asarray(zero_shot.enlarge(small, 2))
     )
   elif section.task in ("relabel", "attribute"):
     inputs.reference = None

@@ -33,7 +33,6 @@ from bcm_jax.export import model_folder
 from bcm_jax.export import packing
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
-from bcm_jax.sampling import operators
 from bcm_jax.sampling import zero_shot
 from bcm_jax.training import rng
 
@@ -295,9 +294,9 @@ class Model:
             flow_map, x["images"], x["known"], plan, labels, keys,
             sigma_data, _FEATHER,
         )
-      blank = operators.keep_pixels(0.0, x["images"], x["known"])
+      blank = zero_shot.keep_pixels(0.0, x["images"], x["known"])
       keep = functools.partial(
-          operators.keep_pixels, known=blank, mask=x["known"]
+          zero_shot.keep_pixels, known=blank, mask=x["known"]
       )
       return zero_shot.regenerate(flow_map, blank, plan, labels, keys, keep)
 
@@ -312,8 +311,8 @@ class Model:
     (plan,) = self.recipe("colorize", **settings).plans
 
     def colorize(flow_map, x, labels, keys):
-      grey = operators.to_grey(x["images"])
-      keep = functools.partial(operators.keep_grey, known=grey)
+      grey = zero_shot.to_grey(x["images"])
+      keep = functools.partial(zero_shot.keep_grey, known=grey)
       return zero_shot.regenerate(flow_map, grey, plan, labels, keys, keep)
 
     return self._edit(colorize, self.images(images), labels, seed)
@@ -335,9 +334,9 @@ class Model:
     images = checked(images, small, f"images at 1/{factor} of the size")
 
     def upsample(flow_map, x, labels, keys):
-      blocks = operators.enlarge(x["images"], factor)
+      blocks = zero_shot.enlarge(x["images"], factor)
       keep = functools.partial(
-          operators.keep_means, known=blocks, size=factor
+          zero_shot.keep_means, known=blocks, size=factor
       )
       return zero_shot.regenerate(flow_map, blocks, plan, labels, keys, keep)
 

@@ -39,7 +39,6 @@ from bcm_jax.export import stablehlo_runtime
 from bcm_jax.generate import guides
 from bcm_jax.generate import planning
 from bcm_jax.sampling import guidance
-from bcm_jax.sampling import rolled
 from bcm_jax.sampling import samplers
 from bcm_jax.sampling import sampling_plan
 from bcm_jax.training import rng
@@ -235,7 +234,7 @@ def sampler(experiment, guide, plan: sampling_plan.Plan) -> Function:
       experiment.method.sigma_max,
     )
     keys = rng.example_keys(seed, "sample/added", 0, index)
-    return _to_uint8(rolled.run(plan, *maps(weights), noise, labels, keys))
+    return _to_uint8(samplers.run_rolled(plan, *maps(weights), noise, labels, keys))
 
   return Function(_named(experiment, "seed", "index"), sample, plan)
 
@@ -247,7 +246,7 @@ def _inverter(experiment, guide, plan: sampling_plan.Plan) -> Function:
   def invert(weights, seed, index, images, labels=None):
     x = jnp.asarray(_GREY)[images]
     keys = rng.example_keys(seed, "invert/added", 0, index)
-    return rolled.run(plan, *maps(weights), x, labels, keys)
+    return samplers.run_rolled(plan, *maps(weights), x, labels, keys)
 
   return Function(_named(experiment, "seed", "index", "images"), invert, plan)
 
@@ -258,7 +257,9 @@ def _decoder(experiment, guide) -> Function:
   plan = sampling_plan.ancestral((), experiment.levels)
 
   def decode(weights, latents, labels=None):
-    return _to_uint8(rolled.run(plan, *maps(weights), latents, labels, None))
+    return _to_uint8(
+      samplers.run_rolled(plan, *maps(weights), latents, labels, None)
+    )
 
   return Function(_named(experiment, "latents"), decode, plan)
 

@@ -8,7 +8,7 @@ from bcm_jax import errors
 from bcm_jax.data import image_source
 from bcm_jax.editing import pretrained
 from bcm_jax.metrics import class_accuracy
-from bcm_jax.sampling import operators
+from bcm_jax.sampling import zero_shot
 from tests import exact
 from tests import gaussian
 
@@ -167,12 +167,12 @@ def test_holes_are_filled_and_the_rest_is_untouched(grey, task):
 def test_colours_come_and_the_luma_stays(colour):
   images = photos(channels=3)
   grey_images = image_source.to_uint8(
-    np.asarray(operators.to_grey(image_source.to_float(images)))
+    np.asarray(zero_shot.to_grey(image_source.to_float(images)))
   )
   out = colour.colorize(images)
   near(out, colour.colorize(grey_images), 3)
   luma = [
-    np.asarray(operators.to_grey(image_source.to_float(v)))[..., 0]
+    np.asarray(zero_shot.to_grey(image_source.to_float(v)))[..., 0]
     for v in (out, images)
   ]
   assert np.abs(luma[0] - luma[1]).max() < 0.02
@@ -186,7 +186,7 @@ def test_details_come_and_the_means_stay(grey):
   out = grey.super_resolve(small, 2, 3)
   assert out.shape == (6, 8, 8, 1)
   assert (out == 0).any() or (out == 255).any()
-  means = np.asarray(operators.shrink(image_source.to_float(out), 2))
+  means = np.asarray(zero_shot.shrink(image_source.to_float(out), 2))
   assert np.abs(means - image_source.to_float(small)).max() < 0.02
 
 

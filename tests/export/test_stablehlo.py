@@ -29,7 +29,7 @@ from bcm_jax.export import stablehlo
 from bcm_jax.export import stablehlo_runtime
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
-from bcm_jax.sampling import rolled
+from bcm_jax.sampling import samplers
 from tests import toys
 
 TINY = {
@@ -199,7 +199,7 @@ def denoiser(tmp_path_factory):
 def test_long_plans_are_loops_that_draw_the_same(
   denoiser, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(rolled, "UNROLLED", 4)
+  monkeypatch.setattr(samplers, "UNROLLED", 4)
   out = tmp_path / "edm.zip"
   # Of levels 40, 10.2, 1.6, 0.11 and 0.002: guided, plain, with noise, with
   # noise, plain.
@@ -219,7 +219,7 @@ def test_long_plans_are_loops_that_draw_the_same(
   )
   plan = planning.sampling_plan(library[0])
   assert (plan.nfe, plan.guide_nfe) == (5, 1)
-  assert [len(turns) for turns in rolled.alike(plan)] == [1, 1, 2, 1]
+  assert [len(turns) for turns in samplers.alike(plan)] == [1, 1, 2, 1]
   expected = samples(library, None, range(3), 1, np.arange(3))
   assert_within_a_grey_level(model.sample(3, seed=1), expected)
   (name,) = model.samplers
@@ -714,5 +714,5 @@ def test_the_page_names_every_flag_and_call():
   public = [n for n in vars(stablehlo_runtime.Model) if not n.startswith("_")]
   kinds = [n for n in vars(stablehlo_runtime) if n.endswith("Error")]
   assert len(public) == 3 and len(kinds) == 5
-  for word in [*public, *kinds, f"more than {rolled.UNROLLED}\nevaluations"]:
+  for word in [*public, *kinds, f"more than {samplers.UNROLLED}\nevaluations"]:
     assert word in text, word
