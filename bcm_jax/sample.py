@@ -53,7 +53,7 @@ def scale(experiment) -> int:
 def sample(
     experiment: build.Experiment,
     workdir: str,
-    runner: batched_sampler.Runner,
+    runner: batched_sampler.BatchedSampler,
     sampler: str | None = None,
 ) -> str:
   """Mode sample: writes samples.npz and grid.png; returns their folder."""
@@ -91,7 +91,7 @@ def sample(
 def invert(
     experiment: build.Experiment,
     workdir: str,
-    runner: batched_sampler.Runner,
+    runner: batched_sampler.BatchedSampler,
     nfe: int | None = None,
 ) -> str:
   """Mode invert: originals, latents, reconstructions and their error."""
@@ -147,7 +147,9 @@ def run(
   else:
     planning.inversion_plan(experiment)
   _, _, params = runs.load_run(experiment, workdir)
-  runner = batched_sampler.Runner(experiment, params, section.batch_size)
+  runner = batched_sampler.BatchedSampler(
+      experiment, params, section.batch_size
+  )
   if mode == "sample":
     return [sample(experiment, workdir, runner)]
   return [invert(experiment, workdir, runner)]

@@ -25,7 +25,6 @@ from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import digests
 from bcm_jax.checkpoint import recovery
 from bcm_jax.checkpoint import runs
-from bcm_jax.checkpoint import saver
 from bcm_jax.checkpoint import workdir_lock
 from bcm_jax.config import build
 from bcm_jax.config import resolve
@@ -79,7 +78,7 @@ def train_and_evaluate(
     accounts = goodput.Goodput(
         workdir if jax.process_index() == 0 else None, began=began
     )
-    preemption = multihost.Notice()
+    preemption = multihost.PreemptionSignal()
     stack.enter_context(preemption.listening())
     run = Run(experiment, workdir, source, accounts, preemption, lock)
     state = run.train()
@@ -104,8 +103,8 @@ class Run:
   workdir: str
   source: image_source.Source
   accounts: goodput.Goodput
-  preemption: multihost.Notice
-  lock: workdir_lock.Lock | None
+  preemption: multihost.PreemptionSignal
+  lock: workdir_lock.WorkdirLock | None
 
   def __post_init__(self):
     experiment = self.experiment
@@ -133,7 +132,7 @@ class Run:
         "frozen": {k: digests.tree_digest(v) for k, v in self.frozen.items()},
     }
     settings = experiment.checkpoint
-    self.saver = saver.Saver(
+    self.saver = checkpoint.CheckpointSaver(
         checkpoint.Checkpoints(
             runs.checkpoint_dir(self.workdir), settings.keep,
             settings.keep_every,
@@ -390,7 +389,7 @@ def stream(
 
 def _lock_workdir(
     config: ml_collections.ConfigDict, workdir: str, stack
-) -> workdir_lock.Lock | None:
+) -> workdir_lock.WorkdirLock | None:
   """Makes this job the folder's only writer; process 0 does it for all."""
   lock, error = None, None
   if jax.process_index() == 0:
@@ -405,7 +404,7 @@ def _lock_workdir(
 
 def prepare_workdir(
     config: ml_collections.ConfigDict, workdir: str
-) -> workdir_lock.Lock:
+) -> workdir_lock.WorkdirLock:
   """Creates the directory, or checks that its run may resume.
 
   Writes config.json.
@@ -423,7 +422,7 @@ def prepare_workdir(
       if run is not None:
         resolve.check_resume(run, config)
       os.makedirs(workdir, exist_ok=True)
-      lock = stack.enter_context(workdir_lock.Lock(workdir))
+      lock = stack.enter_context(workdir_lock.WorkdirLock(workdir))
       done = os.path.join(workdir, DONE)
       if os.path.exists(done):  # More steps, or numbers computed again.
         os.remove(done)

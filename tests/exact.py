@@ -56,6 +56,6 @@ def experiment(
   )
 
 
-def runner(built: build.Experiment) -> batched_sampler.Runner:
+def runner(built: build.Experiment) -> batched_sampler.BatchedSampler:
   """Runs its plans, four images at a time."""
-  return batched_sampler.Runner(built, {}, 4)
+  return batched_sampler.BatchedSampler(built, {}, 4)

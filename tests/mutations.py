@@ -215,7 +215,7 @@ MUTATIONS = (
   ),
   Mutation(
     "roll-backs counted anew at every checkpoint",
-    "training/rollbacks.py",
+    "training/nonfinite.py",
     "newest <= rollbacks[-1].reached:",
     "newest <= rollbacks[-1].step:",
     _ROLLING + "test_a_run_that_fails_at_the_same_step_for_ever_stops",
@@ -229,14 +229,14 @@ MUTATIONS = (
   ),
   Mutation(
     "last save not waited for",
-    "checkpoint/saver.py",
+    "checkpoint/checkpoint.py",
     "if not (self._settle() and began):",
     "self.known = [*self.known, step]\n      if not began:",
     "checkpoint/test_saver.py",
   ),
   Mutation(
     "failed saves not counted",
-    "checkpoint/saver.py",
+    "checkpoint/checkpoint.py",
     "self.failures += 1",
     "pass",
     "checkpoint/test_saver.py",

@@ -150,7 +150,7 @@ def test_a_student_is_used_without_its_teacher(trained, tmp_path, file):
   images = [
     batched_sampler.generate(
       e,
-      batched_sampler.Runner(e, params, 4),
+      batched_sampler.BatchedSampler(e, params, 4),
       planning.sampling_plan(e, "onestep"),
       np.arange(4),
       np.arange(4),
@@ -242,7 +242,7 @@ def test_pairs_are_what_the_solver_makes_of_their_noise(teacher):
   assert examples["noise"].dtype == np.float16
   built = build.build(configs.of_run(str(teacher)))
   _, _, params = runs.load_run(built, str(teacher))
-  runner = batched_sampler.Runner(built, params, 8)
+  runner = batched_sampler.BatchedSampler(built, params, 8)
   plan = planning.sampling_plan(built)
   out = runner(
     plan, examples["noise"].astype(np.float32) * 40, examples["label"], None
@@ -279,7 +279,7 @@ def images(teacher, **overrides):
     configs.of_run(str(teacher), {"sample.num_samples": "20"} | values)
   )
   _, _, params = runs.load_run(built, str(teacher))
-  runner = batched_sampler.Runner(built, params, 32)
+  runner = batched_sampler.BatchedSampler(built, params, 32)
   folder = sample.sample(built, str(teacher / "guided"), runner)
   return np.load(pathlib.Path(folder) / "samples.npz")["arr_0"]
 
@@ -314,7 +314,7 @@ def test_guides_that_cannot(teacher, overrides, said):
   )
   _, _, params = runs.load_run(built, str(teacher))
   with pytest.raises(errors.UserError, match=said):
-    batched_sampler.Runner(built, params, 8)
+    batched_sampler.BatchedSampler(built, params, 8)
 
 
 def test_bits_a_dimension_in_mode_eval(teacher):

@@ -1,26 +1,27 @@
 """Checkpoints with digests, fallback and quarantine, on top of Orbax.
 
-Orbax commits a step atomically, but it neither notices a flipped byte (the
-step restores with wrong values) nor tries an older step when the newest does
-not read. Here every leaf is saved with a SHA-256 digest, verified on the way
-back; a step that fails is set aside, never deleted, and the next older one is
-taken.
+Orbax commits a step atomically, but it neither detects a flipped byte (the step
+restores with wrong values) nor tries an older step when the newest cannot be
+read. Here every leaf is saved with a SHA-256 digest, which is verified on
+reading; a step that fails is set aside, never deleted, and the next older one
+is read.
 
-Process 0 alone writes, whole arrays: parts of other hosts are gathered leaf by
-leaf, so that a digest is of a leaf and not of a way to cut it. Every process
-reads, and all take the same step.
+Only process 0 writes, unsharded arrays: shards of other hosts are gathered leaf
+by leaf, so that digests do not depend on the sharding. Every process reads, and
+all read the same step.
 
 A step holds two Orbax items: `state`, nested dicts of arrays that do not
 depend on class names, and `meta`, JSON with the caller's facts and the
 manifest of leaves. `None`, empty dicts and arrays without elements (which
-Orbax refuses) live in the manifest alone.
+Orbax refuses) are only in the manifest.
 
 This is the only file that imports Orbax, which takes seconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import logging as std_logging
+import time
 from typing import Any
 
 from absl import logging
@@ -31,12 +32,13 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
+from bcm_jax import errors
 from bcm_jax.checkpoint import digests
-from bcm_jax.errors import UserError
+from bcm_jax.training import fault_injection
 from bcm_jax.training import multihost
 
 _STATE, _META = "state", "meta"
-# Trouble of the machine, not of the files: these never condemn a checkpoint.
+# Failures of the machine, not of the files: the checkpoint may be intact.
 _NOT_DAMAGE = (MemoryError, PermissionError)
 _MAX_LISTED = 5
 
@@ -51,7 +53,7 @@ class _Loaded:
 
 
 class _QuietOrbax(std_logging.Filter):
-  """Drops what Orbax says below ERROR: dozens of lines for every save."""
+  """Drops Orbax's records below ERROR: dozens of lines per save."""
 
   def filter(self, record: std_logging.LogRecord) -> bool:
     path = record.pathname.replace("\\", "/")
@@ -64,8 +66,8 @@ std_logging.getLogger("absl").addFilter(_QuietOrbax())
 class Checkpoints:
   """The checkpoints of one run, `<directory>/<step>/`.
 
-  Reading never creates or changes anything but what `restore` says of damaged
-  steps, so a directory of another run can be opened safely.
+  Reading changes nothing, except that `restore` moves damaged steps, so a
+  directory of another run can be opened safely.
   """
 
   def __init__(
@@ -74,12 +76,12 @@ class Checkpoints:
       keep: int | None = 3,
       keep_every: int | None = None,
   ):
-    """Opens a directory; it is made by the first save.
+    """Opens a directory; the first save creates it.
 
     Args:
-      directory: where the steps are, a local or gs:// path.
-      keep: how many of the newest steps stay; None keeps all.
-      keep_every: steps divisible by this one stay for ever.
+      directory: of the steps, a local or gs:// path.
+      keep: number of newest steps to keep; None keeps all.
+      keep_every: steps divisible by this are always kept.
     """
     self._directory = epath.Path(directory).expanduser()
     if "://" not in str(self._directory):
@@ -91,7 +93,7 @@ class Checkpoints:
 
   @property
   def directory(self) -> str:
-    """The absolute path of the folder that holds the steps."""
+    """Absolute path of the folder of the steps."""
     return str(self._directory)
 
   def save(
@@ -108,11 +110,11 @@ class Checkpoints:
       state: a pytree of containers that Flax can serialise (dicts, lists,
         named tuples, flax.struct dataclasses) with array leaves.
       meta: JSON values: config, code version, data position, ...
-      force: replace the step if it is there already. The old one is deleted
-        first: a kill in between costs this step, not older ones.
+      force: replace the step if it exists. The old one is deleted first: a kill
+        in between costs this step, not older ones.
 
     Returns:
-      Whether it was saved: False where the step exists and force is False.
+      False if the step exists and force is False.
 
     Raises:
       TypeError: a leaf is not an array of numbers, or meta is not JSON.
@@ -137,12 +139,12 @@ class Checkpoints:
     })))
 
   def all_steps(self) -> list[int]:
-    """Committed steps in rising order; waits for a save under way."""
+    """Returns committed steps in rising order; waits for a save under way."""
     self.wait()
     if not self._directory.exists():
       return []
-    # Leftovers of a killed save have a suffix on local disks; object stores
-    # cannot rename, there the marker file tells.
+    # Leftovers of a killed save have a suffix on local disks. Object stores
+    # cannot rename; a marker file there means committed.
     marker = "://" in str(self._directory)
     return sorted(
         int(path.name)
@@ -151,31 +153,27 @@ class Checkpoints:
         and (not marker or (path / "commit_success.txt").exists())
     )
 
-  def latest_step(self) -> int | None:
-    """The newest committed step, or None; nothing is verified."""
-    return max(self.all_steps(), default=None)
-
   def restore(
       self, template: Any, step: int | None = None
   ) -> tuple[int, Any, dict[str, Any]]:
-    """Restores the newest good step, or the one asked for.
+    """Restores the newest good step, or the one of `step`.
 
     A damaged step is logged as one error line and, once a good older one is
-    found, moved to `<directory>/../damaged/<step>-<n>`. Where none is good
-    nothing moves, so that a restarted job is refused again instead of quietly
-    starting from nothing.
+    found, moved to `<directory>/../damaged/<step>-<n>`. If none is good nothing
+    is moved, so that a restarted job fails again instead of silently starting
+    from scratch.
 
     Args:
       template: pytree of arrays or jax.ShapeDtypeStruct: structure, shapes,
         dtypes and shardings of the result. NumPy leaves stay on the host.
-      step: take this step and no other.
+      step: restore only this step.
 
     Returns:
       (step, state like template, meta).
 
     Raises:
-      UserError: no checkpoint, none that is good, not the step asked for, or
-        an intact one that does not fit the template.
+      UserError: no checkpoint, no good one, no such step, or an intact one that
+        does not fit the template.
     """
     loaded, damaged = self._load(step)
     want = digests.flatten(template)
@@ -190,11 +188,11 @@ class Checkpoints:
   def read_raw(
       self, step: int | None = None
   ) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """Like `restore` without a template, and never moves a folder.
+    """Reads a step as `restore`, without a template; never moves a folder.
 
     Returns:
-      (step, nested dicts of NumPy arrays, meta); lists and tuples come as
-      dicts with keys '0', '1', ..., as flax.serialization writes them.
+      (step, nested dicts of NumPy arrays, meta); lists and tuples are dicts
+      with keys '0', '1', ..., as flax.serialization writes them.
 
     Raises:
       UserError: as `restore`.
@@ -211,7 +209,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits and frees Orbax's threads; a later save opens them again."""
+    """Waits and frees Orbax's threads; a later save starts them again."""
     if self._manager is not None:
       self._manager.close()
       self._manager = None
@@ -235,10 +233,10 @@ class Checkpoints:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
       except OSError as e:
-        raise UserError(
+        raise errors.UserError(
             f"cannot write checkpoints to {self.directory}: {_one_line(e)}; "
             "expected a folder that this job may create and write; choose "
-            "another workdir or mend its permissions"
+            "another workdir or change its permissions"
         ) from e
     return self._manager
 
@@ -248,12 +246,12 @@ class Checkpoints:
     """Returns the newest good step and the newer ones with their damage."""
     steps = self.common_steps()
     if not steps:
-      raise UserError(
+      raise errors.UserError(
           f"no checkpoint in {self.directory}; expected at least one saved "
           "step; train first or give the folder of another run"
       )
     if step is not None and step not in steps:
-      raise UserError(
+      raise errors.UserError(
           f"no checkpoint of step {step} in {self.directory}; expected one "
           f"of the saved steps {_listed(steps)}; choose one of these"
       )
@@ -270,14 +268,13 @@ class Checkpoints:
     raise self._none_good(damaged, step)
 
   def common_steps(self) -> list[int]:
-    """all_steps() as process 0 sees them, when it has written them."""
+    """Returns `all_steps()` of process 0 on all processes."""
     steps = self.all_steps()
     if jax.process_count() == 1:
       return steps
     count = multihost_utils.broadcast_one_to_all(np.int32(len(steps)))
     padded = np.full(int(count), -1, np.int64)
-    mine = steps[: len(padded)]
-    padded[: len(mine)] = mine
+    padded[: min(len(steps), len(padded))] = steps[: len(padded)]
     return [int(s) for s in multihost_utils.broadcast_one_to_all(padded)]
 
   def _check_fits(
@@ -287,14 +284,14 @@ class Checkpoints:
     if wrong:
       more = len(wrong) - _MAX_LISTED
       listed = ", ".join(wrong[:_MAX_LISTED])
-      raise UserError(
+      raise errors.UserError(
           f"checkpoint step {loaded.step} in {self.directory} does not fit "
           f"this state: {listed}{f' and {more} more' if more > 0 else ''}; "
           "expected the same leaves; use the config the run was made with or "
           "another workdir"
       )
 
-  def _none_good(self, damaged, step: int | None) -> UserError:
+  def _none_good(self, damaged, step: int | None) -> errors.UserError:
     for bad, reason in damaged:
       logging.error("checkpoint step %d in %s is damaged (%s); left in place",
                     bad, self.directory, reason)
@@ -305,8 +302,8 @@ class Checkpoints:
                 else "there is no other step; copy it back from a backup")
     else:
       advice = ("copy a good one back from a backup, or move the folder away "
-                "to start afresh")
-    return UserError(
+                "to start from scratch")
+    return errors.UserError(
         f"damaged checkpoints in {self.directory} ({tried}); expected one "
         f"whose digests agree; {advice}"
     )
@@ -314,7 +311,7 @@ class Checkpoints:
   def set_aside(
       self, step: int, reason: str, instead: int | None = None
   ) -> None:
-    """Moves a step to `<directory>/../damaged/`, where nothing reads it."""
+    """Moves a step to `<directory>/../damaged/`, which is never read."""
     home = self._directory.parent / "damaged"
     number = 0
     while (home / f"{step}-{number}").exists():
@@ -332,6 +329,100 @@ class Checkpoints:
       self._manager.reload()
 
 
+@dataclasses.dataclass
+class CheckpointSaver:
+  """Saves with a bounded number of retries: a full disk need not end a run.
+
+  Attributes:
+    saved: the checkpoints.
+    meta: facts to keep with each.
+    most: consecutive failures after which the run stops.
+    wait_secs: between tries of a save that must succeed.
+  """
+
+  saved: Checkpoints
+  meta: Mapping[str, Any]
+  most: int = 3
+  wait_secs: float = 10.0
+  sleep: Callable[[float], Any] = time.sleep
+  failures: int = 0
+  newest: int | None = None
+  known: list[int] = dataclasses.field(default_factory=list)
+
+  def save(self, step: int, state: Any) -> None:
+    """Saves in the background; failures are detected at the next save.
+
+    Raises:
+      MachineError: too many consecutive failures.
+    """
+    fault_injection.point("before_save")
+    self._settle()
+    self._attempt(lambda: self._begin(step, state))
+
+  def steps(self) -> list[int]:
+    """Returns the readable steps in rising order, the same on all hosts."""
+    self._settle()
+    return self.known
+
+  def finish(self, step: int, state: Any) -> None:
+    """Saves and waits until the step is committed, at the end of a run.
+
+    Raises:
+      MachineError: too many consecutive failures.
+    """
+    self._settle()
+    while step not in self.known:
+      began = self._attempt(lambda: self._begin(step, state))
+      if not (self._settle() and began):
+        self.sleep(self.wait_secs)
+
+  def _begin(self, step: int, state: Any) -> None:
+    self.saved.save(step, state, dict(self.meta))
+    fault_injection.point("mid_write")
+
+  def _settle(self) -> bool:
+    """Waits for the save under way, then updates `known` and `newest`.
+
+    A new step clears old failures. Only process 0 can see when a step is
+    committed; it broadcasts the steps after it has waited.
+    """
+    if not self._attempt(self.saved.wait):
+      return False
+    self.known, before = self.saved.common_steps(), self.newest
+    self.newest = max(self.known, default=None)
+    if self.known and (before is None or self.newest > before):
+      fault_injection.point("after_commit")
+      self.failures = 0
+    return True
+
+  def _attempt(self, action: Callable[[], Any]) -> bool:
+    """Returns whether an action succeeded everywhere; counts failures."""
+    problem = None
+    try:
+      action()
+    except TypeError:  # A bug in the state, not a failure of the disk.
+      raise
+    except Exception as e:  # Orbax raises bare Exceptions.
+      problem = e
+    if multihost.all_agree(problem is None):
+      return True
+    self.failures += 1
+    text = " ".join(str(problem or "on another host").split())
+    if len(text) > 300:  # The cause is at the end, after paths.
+      text = f"{text[:60]} ... {text[-240:]}"
+    logging.error(
+        "a checkpoint could not be written to %s (%s); failure %d of %d",
+        self.saved.directory, text, self.failures, self.most,
+    )
+    if self.failures >= self.most:
+      raise errors.MachineError(
+          f"{self.failures} checkpoints in a row could not be written to "
+          f"{self.saved.directory} ({text}); the newest is of step "
+          f"{self.newest}. Free space or repair the disk, then start again"
+      ) from problem
+    return False
+
+
 def _read_step(folder: epath.Path, step: int) -> _Loaded:
   """Reads one step into host memory; raises Damage if it does not verify."""
   record = _attempt("meta", lambda: _read_item(
@@ -341,7 +432,7 @@ def _read_step(folder: epath.Path, step: int) -> _Loaded:
   if digest != digests.json_digest(record):
     raise digests.Damage("meta: digest differs")
   if record["format"] != digests.FORMAT:
-    raise UserError(
+    raise errors.UserError(
         f"checkpoint {folder} has format {record['format']}; expected "
         f"{digests.FORMAT}; use the version of the library that wrote it")
   if record["step"] != step:
@@ -366,7 +457,7 @@ def _read_item(folder: epath.Path, handler: Any, args: Any) -> Any:
 
 
 def _alone(what: str) -> ocp.options.MultiprocessingOptions:
-  # Without barriers: a host that fails must not leave others waiting at one.
+  # No barriers: a host that fails must not leave others waiting at one.
   index = jax.process_index()
   return ocp.options.MultiprocessingOptions(
       primary_host=index, active_processes={index},

@@ -8,10 +8,9 @@ from absl import logging
 import jax
 
 from bcm_jax import errors
-from bcm_jax.checkpoint import saver
+from bcm_jax.checkpoint import checkpoint
 from bcm_jax.training import fault_injection
 from bcm_jax.training import nonfinite
-from bcm_jax.training import rollbacks
 from bcm_jax.training import sharding
 from bcm_jax.training import train_state
 
@@ -39,7 +38,7 @@ class Recovery:
 
   workdir: str
   backend: sharding.Backend
-  saver: saver.Saver
+  saver: checkpoint.CheckpointSaver
   create: Callable[[], train_state.TrainState]
   template: Callable[[], train_state.TrainState]
   frozen: Mapping[str, Any]
@@ -54,8 +53,10 @@ class Recovery:
     A state that was rolled back to before continues as it did then.
     """
     state = self._restore() if self.saver.steps() else self.create()
-    before = rollbacks.of_state(
-        rollbacks.history(self.workdir), int(state.step), int(state.data_offset)
+    before = nonfinite.rollback_to(
+      nonfinite.rollback_history(self.workdir),
+      int(state.step),
+      int(state.data_offset),
     )
     return self._place(state, before and before.position)
 
@@ -64,7 +65,7 @@ class Recovery:
     return self._past_rollbacks()[0] >= self.max_rollbacks
 
   def roll_back(
-      self, error: nonfinite.NotFinite, data_offset: int
+    self, error: nonfinite.NotFinite, data_offset: int
   ) -> train_state.TrainState:
     """Returns a saved state that continues with the data after a failed step.
 
@@ -80,23 +81,30 @@ class Recovery:
     older = stored[-2] if before and len(stored) > 1 else None
     good = self._restore(older) if stored else self.create()
     position = error.step + data_offset
-    rollbacks.add(self.workdir, rollbacks.Rollback(
+    nonfinite.add_rollback(
+      self.workdir,
+      nonfinite.Rollback(
         int(good.step), int(good.data_offset), position, reached, before + 1
-    ))
+      ),
+    )
     if older is not None:
       self.saver.saved.set_aside(
-          stored[-1], "the steps after it were not finite", older
+        stored[-1], "the steps after it were not finite", older
       )
     logging.error(
-        "%s; continuing from step %d with other data (roll-back %d of %d)",
-        error, int(good.step), before + 1, self.max_rollbacks,
+      "%s; continuing from step %d with other data (roll-back %d of %d)",
+      error,
+      int(good.step),
+      before + 1,
+      self.max_rollbacks,
     )
     return self._place(good, position)
 
   def _past_rollbacks(self) -> tuple[int, int]:
     """Returns (roll-backs since the run got further, greatest saved step)."""
-    return rollbacks.in_row(
-        rollbacks.history(self.workdir), max(self.saver.steps(), default=0)
+    return nonfinite.rollbacks_without_progress(
+      nonfinite.rollback_history(self.workdir),
+      max(self.saver.steps(), default=0),
     )
 
   def _place(self, state, position: int | None) -> train_state.TrainState:
@@ -107,7 +115,7 @@ class Recovery:
   def _restore(self, step: int | None = None) -> train_state.TrainState:
     """Returns the newest good checkpoint, or the one of `step`."""
     at, state, meta = self.saver.saved.restore(
-        self.backend.abstract(jax.eval_shape(self.template)), step
+      self.backend.abstract(jax.eval_shape(self.template)), step
     )
     check_unchanged(meta, self.fixed, self.data_name, self.frozen_keys)
     logging.info("resuming at step %d", at)
@@ -131,16 +139,16 @@ def check_unchanged(
   began, found = (m.get("data_fingerprint") for m in (meta, fixed))
   if began not in (None, found):
     raise errors.UserError(
-        f"data.path: {data_name} has images of fingerprint {found}, expected "
-        f"{began}, those the run in the work directory was trained on; correct "
-        "data.path, or use another --workdir"
+      f"data.path: {data_name} has images of fingerprint {found}, expected "
+      f"{began}, those the run in the work directory was trained on; correct "
+      "data.path, or use another --workdir"
     )
   began, found = meta.get("frozen", {}), fixed["frozen"]
   for which in sorted(began.keys() | found.keys()):
     if began.get(which) != found.get(which):
       key = frozen_keys.get(which, which)
       raise errors.UserError(
-          f"method.{key}: got weights of digest {found.get(which)}, expected "
-          f"{began.get(which)}, those the run in the work directory began "
-          f"with; correct method.{key}, or use another --workdir"
+        f"method.{key}: got weights of digest {found.get(which)}, expected "
+        f"{began.get(which)}, those the run in the work directory began "
+        f"with; correct method.{key}, or use another --workdir"
       )

@@ -1,8 +1,8 @@
-"""One writer a work directory: a file that its owner keeps touching.
+"""Exclusive work-directory lock with a heartbeat.
 
-Nothing here compares clocks of two machines. A second writer looks whether
-the owner's count of beats goes on; an owner that is known to be dead (same
-machine, no such process) is not waited for.
+Clocks of two machines are not compared: a second writer watches whether the
+owner's count of beats rises. An owner that is known to be dead (same machine,
+no such process) is not waited for.
 """
 
 from collections.abc import Callable
@@ -26,17 +26,17 @@ _PATIENCE = 3
 
 
 def _start_of(pid: int) -> str | None:
-  """When a process started, in ticks since boot; None if there is none."""
+  """Returns when a process started, in ticks since boot; None if dead."""
   try:
     stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
   except OSError:
     return None
-  # The name, field 2, may hold spaces; field 22 is the start.
+  # The name, field 2, may contain spaces; field 22 is the start.
   return stat.rpartition(")")[2].split()[19]
 
 
 def _machine() -> str:
-  """This machine as far as process numbers are comparable: boot, namespace."""
+  """Identifies the boot and namespace in which process numbers are unique."""
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -44,11 +44,11 @@ def _machine() -> str:
     return f"{socket.gethostname()}/{uuid.uuid4()}"
 
 
-class Lock:
-  """The right to write in a folder.
+class WorkdirLock:
+  """The exclusive right to write in a folder.
 
   Raises:
-    UserError: on acquiring, another job has it.
+    UserError: on acquiring, another job holds it.
   """
 
   def __init__(
@@ -61,7 +61,7 @@ class Lock:
     self._beat_secs = beat_secs
     self._sleep = sleep
     pid = os.getpid()
-    self._me = {
+    self._own = {
         "token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": pid,
         "started": _start_of(pid), "machine": _machine(),
     }
@@ -72,21 +72,21 @@ class Lock:
 
   @property
   def lost(self) -> bool:
-    """Whether another job has taken the folder over, while this one hung."""
+    """Whether another job has taken over the folder while this one hung."""
     return self._lost
 
   def look(self) -> bool:
-    """Whether the folder is still this job's; looks into the file.
+    """Reads the file; returns whether this job still holds the lock.
 
-    It is not where the file is gone: a job that took over may have finished.
+    It does not if the file is gone: a job that took over may have finished.
     """
     owner = self._read()
-    if owner is None or owner and owner.get("token") != self._me["token"]:
+    if owner is None or owner and owner.get("token") != self._own["token"]:
       self._lost = True
     return not self._lost
 
-  def acquire(self) -> "Lock":
-    """Takes the folder, waiting only where the owner may be dead."""
+  def acquire(self) -> "WorkdirLock":
+    """Takes the lock; waits only if the owner may be dead."""
     owner = self._read()
     if owner is None:
       self._create()
@@ -95,7 +95,7 @@ class Lock:
         self._wait_for(owner)
       self._write()
     found = self._read()
-    if found is None or found.get("token") != self._me["token"]:
+    if found is None or found.get("token") != self._own["token"]:
       raise self._refusal(found or {})
     self._thread = threading.Thread(
         target=self._beat, name="lock", daemon=True
@@ -104,16 +104,16 @@ class Lock:
     return self
 
   def release(self) -> None:
-    """Gives the folder back; a second call does nothing."""
+    """Removes the lock; a second call does nothing."""
     self._stop.set()
     if self._thread is not None:
       self._thread.join()
       self._thread = None
       owner = self._read()
-      if owner is not None and owner.get("token") == self._me["token"]:
+      if owner is not None and owner.get("token") == self._own["token"]:
         os.remove(self._path)
 
-  def __enter__(self) -> "Lock":
+  def __enter__(self) -> "WorkdirLock":
     return self.acquire()
 
   def __exit__(self, *exc_info) -> None:
@@ -125,17 +125,17 @@ class Lock:
     except FileNotFoundError:
       return None
     except (OSError, ValueError):
-      return {}  # Being written on a file system that shows halves.
+      return {}  # Half written, on a file system without atomic renames.
     return found if isinstance(found, dict) else {}
 
   def _dead(self, owner: dict[str, Any]) -> bool:
-    if owner.get("machine") != self._me["machine"]:
+    if owner.get("machine") != self._own["machine"]:
       return False
     started = _start_of(owner.get("pid", 0))
     return started is None or started != owner.get("started")
 
   def _wait_for(self, owner: dict[str, Any]) -> None:
-    """Returns when the owner has been silent for long enough."""
+    """Returns once the owner's count has not risen for long enough."""
     logging.warning(
         "%s: process %s on %s holds this work directory; waiting %.0f s for a "
         "sign of life", self._path, owner.get("pid"), owner.get("host"),
@@ -159,15 +159,15 @@ class Lock:
     )
 
   def _create(self) -> None:
-    """Writes the file; of two that find none, one succeeds."""
+    """Creates the file; of two concurrent writers one succeeds."""
     try:
       with open(self._path, "x", encoding="utf-8") as out:
-        json.dump(self._me | {"beats": 0}, out)
+        json.dump(self._own | {"beats": 0}, out)
     except FileExistsError as e:
       raise self._refusal(self._read() or {}) from e
 
   def _write(self) -> None:
-    files.write_json(self._path, self._me | {"beats": self._beats})
+    files.write_json(self._path, self._own | {"beats": self._beats})
 
   def _beat(self) -> None:
     while not self._stop.wait(self._beat_secs):
@@ -176,5 +176,5 @@ class Lock:
       self._beats += 1
       try:
         self._write()
-      except OSError as e:  # A full disk is the checkpoints' business.
+      except OSError as e:  # A full disk is reported by the checkpoint saver.
         logging.warning("%s cannot be written: %s", self._path, e.strerror)

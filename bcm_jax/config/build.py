@@ -83,9 +83,11 @@ class Experiment:
     return {name: part.paths(name)[0] for name, part in declared.items()}
 
   @property
-  def levels(self) -> sampling_plan.Range:
+  def levels(self) -> sampling_plan.NoiseRange:
     """Noise levels that the network is trained on."""
-    return sampling_plan.Range(self.method.sigma_min, self.method.sigma_max)
+    return sampling_plan.NoiseRange(
+        self.method.sigma_min, self.method.sigma_max
+    )
 
   def source(self, split: str) -> image_source.Source:
     """The images of a split, 'train' or 'test'."""
@@ -141,8 +143,8 @@ class Experiment:
       return self.mesh_backend(jax.devices())
     if any(rule.spec != "replicate" for rule in rules):
       raise errors.UserError(
-          f"parallel.sharding={settings.sharding} needs parallel.backend='jit';"
-          " under pmap every device holds the whole state"
+        f"parallel.sharding={settings.sharding} needs parallel.backend='jit';"
+        " under pmap every device holds the whole state"
       )
     return sharding.Pmap(tuple(jax.local_devices()))
 

@@ -1,10 +1,7 @@
-"""Image files to pixels, on several cores."""
+"""Decodes image files to pixels."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import io
-import os
 
 import numpy as np
 from PIL import Image
@@ -130,45 +127,3 @@ def corrupt(file: str, error: Exception) -> CorruptImage:
       " an image; delete or replace the file, or set --skip_corrupt /"
       " data.skip_corrupt=True"
   )
-
-
-def cores() -> int:
-  """Returns the number of cores that this process may use."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
-
-
-def for_each(
-    function: Callable[[int], None], n: int, threads: int | None = None
-) -> None:
-  """Calls function(0), ..., function(n - 1), on several threads.
-
-  Each thread takes a contiguous part: handing over single images would cost as
-  much as decoding small ones. PIL decodes and resizes outside of the GIL.
-
-  Args:
-    function: called once for each number.
-    n: how many.
-    threads: at most this many; None is one a core.
-
-  Raises:
-    Exception: what the function raised, for the lowest number that failed.
-  """
-  workers = min(threads or cores(), n)
-  if workers <= 1:
-    return _for_range(function, range(n))
-  ends = [n * k // workers for k in range(workers + 1)]
-  # Made for the call: nothing to close, to pickle or to lose in a fork.
-  with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-    parts = [
-        pool.submit(_for_range, function, range(*ends[k : k + 2]))
-        for k in range(workers)
-    ]
-  for part in parts:
-    part.result()
-
-
-def _for_range(function: Callable[[int], None], numbers: range) -> None:
-  for number in numbers:
-    function(number)

@@ -13,7 +13,6 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.data import dataset_spec
-from bcm_jax.data import decoding
 from bcm_jax.data import image_source
 from bcm_jax.data import resizing
 
@@ -86,7 +85,7 @@ def _resized(
   def resize(k):
     out[k] = resizing.BY_NAME[crop](images[k], shape[0])
 
-  decoding.for_each(resize, len(images), threads)
+  threads.for_each(resize, len(images), threads)
   return out
 
 

@@ -50,7 +50,9 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
   _, _, params = runs.load_run(experiment, workdir)
   size = experiment.config.sample.batch_size
   model = pretrained.Model(
-      batched_sampler.Runner(experiment, params, min(size, len(inputs.images)))
+    batched_sampler.BatchedSampler(
+      experiment, params, min(size, len(inputs.images))
+    )
   )
   if section.predict_labels:
     _classify(model, inputs)
@@ -74,8 +76,7 @@ def _folder(workdir: str, task: str) -> str:
 
 
 def interpolate(
-    model: pretrained.Model, workdir: str,
-    inputs: pictures.Inputs | None = None,
+  model: pretrained.Model, workdir: str, inputs: pictures.Inputs | None = None
 ) -> str:
   """Rows between pairs of images, of section edit or these; their folder."""
   section = model.experiment.edit
@@ -84,11 +85,16 @@ def interpolate(
   recipe = model.recipe("interpolate", **asked)
   print(recipe)
   between = model.interpolate(
-      inputs.images, inputs.second, inputs.labels, inputs.second_labels,
-      section.num_interpolants, section.seed, **asked,
+    inputs.images,
+    inputs.second,
+    inputs.labels,
+    inputs.second_labels,
+    section.num_interpolants,
+    section.seed,
+    **asked,
   )
   images = np.concatenate(
-      [inputs.images[:, None], between, inputs.second[:, None]], axis=1
+    [inputs.images[:, None], between, inputs.second[:, None]], axis=1
   )
   arrays = {"images": images}
   if inputs.labels is not None:
@@ -97,11 +103,12 @@ def interpolate(
   _write_record(model, folder, recipe, images, {})
   files.write_npz(os.path.join(folder, "interpolation.npz"), **arrays)
   image_grid.save_png(
-      os.path.join(folder, "grid.png"),
-      image_grid.image_grid(
-          images[:_SHOWN].reshape(-1, *images.shape[2:]), images.shape[1],
-          scale=_scale(model),
-      ),
+    os.path.join(folder, "grid.png"),
+    image_grid.image_grid(
+      images[:_SHOWN].reshape(-1, *images.shape[2:]),
+      images.shape[1],
+      scale=_scale(model),
+    ),
   )
   return folder
 
@@ -112,7 +119,7 @@ def _scale(model: pretrained.Model) -> int:
 
 
 def _edit(
-    model: pretrained.Model, workdir: str, inputs: pictures.Inputs
+  model: pretrained.Model, workdir: str, inputs: pictures.Inputs
 ) -> str:
   """Runs a task on images and writes them, a picture and numbers."""
   section = model.experiment.edit
@@ -128,38 +135,53 @@ def _edit(
   if inputs.reference is not None:
     rows.append(("reference", inputs.reference[:_SHOWN]))
   image_grid.save_png(
-      os.path.join(folder, "grid.png"),
-      image_grid.captioned_rows(rows, scale=_scale(model)),
+    os.path.join(folder, "grid.png"),
+    image_grid.captioned_rows(rows, scale=_scale(model)),
   )
   more["seconds_with_compilation"] = seconds
   if inputs.reference is not None:
     measure = similarity.perceptual(model.experiment.config.eval.lpips_path)
     more["numbers"] = {
-        name: similarity.errors(inputs.reference, images, measure)
-        for name, images in (("input", shown), ("result", results))
-        if (images != inputs.reference).any()  # No decibels are infinite.
+      name: similarity.errors(inputs.reference, images, measure)
+      for name, images in (("input", shown), ("result", results))
+      if (images != inputs.reference).any()  # No decibels are infinite.
     }
     for name, numbers in more["numbers"].items():
-      print(f"{name}: PSNR {numbers['psnr']:.2f} dB against the "
-            f"reference ({len(results)} images)")
+      print(
+        f"{name}: PSNR {numbers['psnr']:.2f} dB against the "
+        f"reference ({len(results)} images)"
+      )
   _write_record(model, folder, recipe, results, more)
   return folder
 
 
 def _write_record(
-    model: pretrained.Model, folder: str, recipe: tasks.Recipe,
-    results: np.ndarray, more: dict[str, Any],
+  model: pretrained.Model,
+  folder: str,
+  recipe: tasks.Recipe,
+  results: np.ndarray,
+  more: dict[str, Any],
 ) -> None:
   """result.json: what was done, by what, and the numbers."""
   if model.experiment.config.edit.predict_labels:
     # Not part of the recipe, and paid for each image all the same.
-    more = {"nfe_to_classify": model.num_classes * len(tasks.CLASS_TIMES)
-            * tasks.CLASS_DRAWS, **more}
-  files.write_json(os.path.join(folder, "result.json"), {
-      "task": recipe.task, "recipe": str(recipe).splitlines(),
-      "nfe": recipe.nfe, "images": len(results), **more,
+    more = {
+      "nfe_to_classify": model.num_classes
+      * len(tasks.CLASS_TIMES)
+      * tasks.CLASS_DRAWS,
+      **more,
+    }
+  files.write_json(
+    os.path.join(folder, "result.json"),
+    {
+      "task": recipe.task,
+      "recipe": str(recipe).splitlines(),
+      "nfe": recipe.nfe,
+      "images": len(results),
+      **more,
       "run": provenance.facts(model.experiment),
-  })
+    },
+  )
 
 
 def _shown(section: schema.Edit, inputs: pictures.Inputs) -> np.ndarray:
@@ -173,17 +195,16 @@ def _shown(section: schema.Edit, inputs: pictures.Inputs) -> np.ndarray:
 
 
 def perform(
-    model: pretrained.Model, section: schema.Edit, inputs: pictures.Inputs
+  model: pretrained.Model, section: schema.Edit, inputs: pictures.Inputs
 ) -> tuple[np.ndarray, dict[str, Any]]:
   """A task on images: (uint8 [n, H, W, C], what else came out)."""
-  images, common = inputs.images, dict(
-      labels=inputs.labels, seed=section.seed, **settings(section)
+  images, common = (
+    inputs.images,
+    dict(labels=inputs.labels, seed=section.seed, **settings(section)),
   )
   match section.task:
     case "inpaint" | "inpaint_cm":
-      return model.inpaint(
-          images, inputs.mask, task=section.task, **common
-      ), {}
+      return model.inpaint(images, inputs.mask, task=section.task, **common), {}
     case "super_resolve":
       return model.super_resolve(images, section.factor, **common), {}
     case "denoise":
@@ -201,7 +222,7 @@ def perform(
 def _new_label(section: schema.Edit) -> int:
   if section.new_label is None:
     raise errors.UserError(
-        f"edit.task={section.task!r} needs edit.new_label, the class to make"
+      f"edit.task={section.task!r} needs edit.new_label, the class to make"
     )
   return section.new_label
 

@@ -56,7 +56,7 @@ class Model:
     runner: batched sampler with its parameters.
   """
 
-  def __init__(self, runner: batched_sampler.Runner):
+  def __init__(self, runner: batched_sampler.BatchedSampler):
     """Wraps a batched sampler, which holds the parameters."""
     self.runner = runner
     self.experiment = runner.experiment
@@ -579,7 +579,7 @@ def load(
     experiment = build.build(runs.config_of(place), to_train=False)
     _, _, params = runs.load_run(experiment, place, average, step)
   size = batch_size or experiment.config.sample.batch_size
-  return Model(batched_sampler.Runner(experiment, params, size))
+  return Model(batched_sampler.BatchedSampler(experiment, params, size))
 
 
 def checked(

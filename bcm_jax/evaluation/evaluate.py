@@ -93,7 +93,9 @@ class Evaluation:
     """All numbers of section eval for one set of parameters."""
     experiment, section = self.experiment, self.section
     sample = experiment.sample
-    runner = batched_sampler.Runner(experiment, params, sample.batch_size)
+    runner = batched_sampler.BatchedSampler(
+        experiment, params, sample.batch_size
+    )
     result: dict[str, Any] = {"step": step, "average": average}
     if self.judge is not None:
       result["judge_test_accuracy"] = self.judge_accuracy
@@ -114,15 +116,15 @@ class Evaluation:
     seeds = {s: self._numbers(runner, plan, s) for s in self.section.seeds}
     names = next(iter(seeds.values()))
     spread = {
-        n: quality.spread([numbers[n] for numbers in seeds.values()])
-        for n in names
+      n: quality.spread([numbers[n] for numbers in seeds.values()])
+      for n in names
     }
     return {
-        "plan": str(plan).splitlines(),
-        "nfe": plan.nfe,
-        **{n: s["mean"] for n, s in spread.items()},
-        "std": {n: s["std"] for n, s in spread.items()},
-        "seeds": {str(s): numbers for s, numbers in seeds.items()},
+      "plan": str(plan).splitlines(),
+      "nfe": plan.nfe,
+      **{n: s["mean"] for n, s in spread.items()},
+      "std": {n: s["std"] for n, s in spread.items()},
+      "seeds": {str(s): numbers for s, numbers in seeds.items()},
     }
 
   def _draw(self, runner, plan, count: int, seed: int):
@@ -130,7 +132,7 @@ class Evaluation:
     labels = None
     if self.experiment.config.sample.rejection:
       images, labels = rejection.generate(
-          self.experiment, runner, plan, count, seed
+        self.experiment, runner, plan, count, seed
       )
       return images, self.features(images), labels
     if self.experiment.num_classes is not None:
@@ -139,7 +141,7 @@ class Evaluation:
 
     def rows(index):
       images = batched_sampler.generate(
-          self.experiment, runner, plan, labels, index, seed
+        self.experiment, runner, plan, labels, index, seed
       )
       return images, self.features(images)
 
@@ -149,17 +151,17 @@ class Evaluation:
     """The Frechet distance alone of samples by a plan."""
     _, activations, _ = self._draw(runner, plan, count, seed)
     return fid.frechet_distance(
-        moments.from_features(activations.pooled).gaussian(),
-        self.target.reference.pooled,
+      moments.from_features(activations.pooled).gaussian(),
+      self.target.reference.pooled,
     )
 
   def _numbers(self, runner, plan, seed: int) -> dict[str, Any]:
     section = self.section
     images, activations, labels = self._draw(
-        runner, plan, section.num_samples, seed
+      runner, plan, section.num_samples, seed
     )
     numbers = quality.sample_quality(
-        activations, self.features.distance, self.target, section.k
+      activations, self.features.distance, self.target, section.k
     )
     if labels is not None:
       numbers |= self._recognition(images, activations, labels)
@@ -178,8 +180,8 @@ class Evaluation:
       return {}
     r = class_accuracy.recognition(seen, labels)
     return {
-        "class_accuracy": r["accuracy"],
-        "worst_class_accuracy": r["worst_class_accuracy"],
+      "class_accuracy": r["accuracy"],
+      "worst_class_accuracy": r["worst_class_accuracy"],
     }
 
   def _protocol(self) -> dict[str, Any]:
@@ -187,15 +189,15 @@ class Evaluation:
     section, reference = self.section, self.target.reference
     real = self.target.real
     facts = {
-        "samples": section.num_samples,
-        "seeds": list(section.seeds),
-        "features": self.features.name,
-        "features_digest": self.features.digest,
-        "reference": reference.data,
-        "reference_digest": reference.digest(),
-        "reference_images": reference.count,
-        "compared_one_by_one": 0 if real is None else len(real),
-        "neighbours_k": section.k,
+      "samples": section.num_samples,
+      "seeds": list(section.seeds),
+      "features": self.features.name,
+      "features_digest": self.features.digest,
+      "reference": reference.data,
+      "reference_digest": reference.digest(),
+      "reference_images": reference.count,
+      "compared_one_by_one": 0 if real is None else len(real),
+      "neighbours_k": section.k,
     }
     sample = self.experiment.sample
     if sample.rejection:
@@ -204,7 +206,7 @@ class Evaluation:
       facts["guidance"] = sample.guidance
     if section.num_samples < PROTOCOL_SAMPLES:
       facts["few_samples"] = (
-          f"{section.num_samples} of the protocol's {PROTOCOL_SAMPLES}"
+        f"{section.num_samples} of the protocol's {PROTOCOL_SAMPLES}"
       )
     return facts
 
@@ -220,7 +222,7 @@ def summary(result: dict[str, Any]) -> str:
   lines = [f"step {result['step']}, {result['average']}"]
   if "judge_test_accuracy" in result:
     lines.append(
-        f"judge: {result['judge_test_accuracy']:.2%} right on real test images"
+      f"judge: {result['judge_test_accuracy']:.2%} right on real test images"
     )
   for name, r in result["samplers"].items():
     lines.append(f"{name}: " + "  ".join(_written(r)))
@@ -234,8 +236,10 @@ def summary(result: dict[str, Any]) -> str:
 
 
 _FORMATS = {
-    "class_accuracy": "{:.1%}", "worst_class_accuracy": "{:.0%}",
-    "KID": "{:.2e}", "IS": "{:.2f}",
+  "class_accuracy": "{:.1%}",
+  "worst_class_accuracy": "{:.0%}",
+  "KID": "{:.2e}",
+  "IS": "{:.2f}",
 }
 _TOLD_ELSEWHERE = ("plan", "nfe", "std", "seeds")
 
@@ -250,9 +254,7 @@ def _written(numbers: dict[str, Any]) -> Iterator[str]:
     yield f"{name} {decimals.format(value)}{plus_minus}"
 
 
-def run(
-    experiment: build.Experiment, workdir: str
-) -> list[dict[str, Any]]:
+def run(experiment: build.Experiment, workdir: str) -> list[dict[str, Any]]:
   """Mode eval: writes workdir/eval/STEP[_AVERAGE].json, prints the numbers."""
   evaluation = Evaluation(experiment, workdir)
   section = evaluation.section
@@ -280,8 +282,8 @@ def _steps(experiment, workdir: str, which: str) -> Iterator[int | None]:
       return
     if which == "all":
       raise errors.UserError(
-          f"{workdir} holds no checkpoint; train it first, or use "
-          "eval.steps=follow to wait for one"
+        f"{workdir} holds no checkpoint; train it first, or use "
+        "eval.steps=follow to wait for one"
       )
     logging.info("waiting for a checkpoint after step %s", max(done, default=0))
     time.sleep(_POLL_SECS)
@@ -305,7 +307,7 @@ def _training(experiment, workdir: str, step: int) -> dict[str, Any]:
 def _evaluate_and_write(evaluation, step, average, params) -> dict[str, Any]:
   result = evaluation(step, average, params)
   result["training"] = _training(
-      evaluation.experiment, evaluation.workdir, step
+    evaluation.experiment, evaluation.workdir, step
   )
   name = f"{step}.json"
   if len(evaluation.section.averages) > 1:
@@ -315,7 +317,7 @@ def _evaluate_and_write(evaluation, step, average, params) -> dict[str, Any]:
     files.write_json(path, result)
     if len({r["noise"] for r in result["inversion"].values()}) > 1:
       draw.inversion(
-          result["inversion"], path.removesuffix(".json") + "_inversion.png"
+        result["inversion"], path.removesuffix(".json") + "_inversion.png"
       )
   print(summary(result))
   print(f"numbers: {path}")
@@ -323,8 +325,11 @@ def _evaluate_and_write(evaluation, step, average, params) -> dict[str, Any]:
 
 
 def finish(
-    experiment: build.Experiment, workdir: str, step: int,
-    average: str, params: Any,
+  experiment: build.Experiment,
+  workdir: str,
+  step: int,
+  average: str,
+  params: Any,
 ) -> dict[str, Any] | None:
   """The end of training: numbers if they are asked for, and pictures."""
   sample = experiment.sample
@@ -333,7 +338,7 @@ def finish(
   if section.at_end:
     evaluation = Evaluation(experiment, workdir)
     result = _evaluate_and_write(evaluation, step, average, params)
-  runner = batched_sampler.Runner(experiment, params, sample.batch_size)
+  runner = batched_sampler.BatchedSampler(experiment, params, sample.batch_size)
   folders = []
   for sampler in section.samplers:
     folders.append(generate.sample(experiment, workdir, runner, sampler))
@@ -372,13 +377,13 @@ def check_protocol(section: schema.Eval) -> None:
   """Raises UserError where numbers would be no measurement of the protocol."""
   if section.steps not in _STEPS and not section.steps.isdigit():
     raise errors.unknown_name(
-        "eval.steps", section.steps, [*_STEPS, "the number of a checkpoint"]
+      "eval.steps", section.steps, [*_STEPS, "the number of a checkpoint"]
     )
   if not section.seeds:
     raise errors.UserError("eval.seeds is empty; give at least one seed")
   if section.num_samples < PROTOCOL_SAMPLES and not section.allow_fewer_samples:
     raise errors.UserError(
-        f"eval.num_samples={section.num_samples}, but the protocol of "
-        f"published numbers takes {PROTOCOL_SAMPLES}, and fewer give other "
-        "(larger) distances; set eval.allow_fewer_samples=true if that is meant"
+      f"eval.num_samples={section.num_samples}, but the protocol of "
+      f"published numbers takes {PROTOCOL_SAMPLES}, and fewer give other "
+      "(larger) distances; set eval.allow_fewer_samples=true if that is meant"
     )

@@ -32,7 +32,7 @@ Numbers = dict[str, Any]
 
 
 def curve(
-    experiment: build.Experiment, runner: batched_sampler.Runner
+    experiment: build.Experiment, runner: batched_sampler.BatchedSampler
 ) -> dict[str, Numbers]:
   """Reconstruction errors by evaluations and initial noise.
 
@@ -114,7 +114,7 @@ def ode_round_trip(
 def _baselines(experiment, batch, measure) -> dict[str, Numbers]:
   section = experiment.eval
   teacher, params = _open_baseline(experiment, section.inversion_baseline)
-  runner = batched_sampler.Runner(
+  runner = batched_sampler.BatchedSampler(
       teacher, params, experiment.sample.batch_size
   )
   low, high = experiment.levels.sigma_min, experiment.levels.sigma_max

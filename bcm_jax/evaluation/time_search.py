@@ -185,7 +185,7 @@ def run(experiment: build.Experiment, workdir: str) -> dict[str, Any]:
   section = experiment.search
   step, average, params = runs.load_run(experiment, workdir)
   evaluation = evaluate.Evaluation(experiment, workdir)
-  runner = batched_sampler.Runner(
+  runner = batched_sampler.BatchedSampler(
       experiment, params, experiment.sample.batch_size
   )
   facts = {

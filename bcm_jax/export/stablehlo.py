@@ -234,7 +234,9 @@ def sampler(experiment, guide, plan: sampling_plan.Plan) -> Function:
       experiment.method.sigma_max,
     )
     keys = rng.example_keys(seed, "sample/added", 0, index)
-    return _to_uint8(samplers.run_rolled(plan, *maps(weights), noise, labels, keys))
+    return _to_uint8(
+        samplers.run_rolled(plan, *maps(weights), noise, labels, keys)
+    )
 
   return Function(_named(experiment, "seed", "index"), sample, plan)
 

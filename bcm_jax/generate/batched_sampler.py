@@ -22,7 +22,7 @@ Params = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Runner:
+class BatchedSampler:
   """Runs plans over many images, some at a time, on all devices.
 
   One executable serves every plan: levels are arguments of the flow map. A
@@ -90,7 +90,7 @@ class Runner:
         images, labels, keys,
     )
 
-  def resized(self, batch_size: int) -> "Runner":
+  def resized(self, batch_size: int) -> "BatchedSampler":
     """The same network, so many images at a time; parameters are shared."""
     return dataclasses.replace(
         self, params=self._params, batch_size=batch_size
@@ -179,7 +179,7 @@ def _fill(array: np.ndarray, size: int) -> np.ndarray:
 
 def generate(
     experiment: build.Experiment,
-    runner: Runner,
+    runner: BatchedSampler,
     plan: sampling_plan.Plan,
     labels: np.ndarray | None,
     index: np.ndarray,
@@ -237,7 +237,7 @@ def test_images(
 
 def invert_and_reconstruct(
     experiment: build.Experiment,
-    runner: Runner,
+    runner: BatchedSampler,
     plan: sampling_plan.Plan,
     batch: dict[str, np.ndarray],
     seed: int,

@@ -173,7 +173,7 @@ def sampling_plan(
 
 
 def _plan(
-    name: str, mid, pairs: Pairs, gamma: float, levels: plans.Range
+    name: str, mid, pairs: Pairs, gamma: float, levels: plans.NoiseRange
 ) -> plans.Plan:
   return {
       "onestep": lambda: plans.ancestral((), levels),

@@ -38,7 +38,7 @@ def best(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
 
 def generate(
     experiment: build.Experiment,
-    runner: batched_sampler.Runner,
+    runner: batched_sampler.BatchedSampler,
     plan: sampling_plan.Plan,
     count: int,
     seed: int,

@@ -44,7 +44,9 @@ def run(experiment: build.Experiment, workdir: str) -> str:
     )
   labels = sample.asked_labels(experiment, section)
   step, average, params = runs.load_run(experiment, workdir)
-  runner = batched_sampler.Runner(experiment, params, section.batch_size)
+  runner = batched_sampler.BatchedSampler(
+    experiment, params, section.batch_size
+  )
   print(plan)
 
   def rows(index):
@@ -57,13 +59,15 @@ def run(experiment: build.Experiment, workdir: str) -> str:
   noise, images = batched_sampler.on_all_hosts(section.num_samples, rows)
   path = os.path.join(workdir, "pairs.npz")
   facts = provenance.facts(experiment) | {
-      "step": step, "average": average, "plan": str(plan).splitlines(),
+    "step": step,
+    "average": average,
+    "plan": str(plan).splitlines(),
   }
   if labels is None:
     labels = np.zeros(len(images), np.int32)
   if jax.process_index() == 0:
     files.write_npz(
-        path, noise=noise, image=images, label=labels, facts=json.dumps(facts)
+      path, noise=noise, image=images, label=labels, facts=json.dumps(facts)
     )
   print(f"written: {path}, {len(images)} pairs")
   return path

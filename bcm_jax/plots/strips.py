@@ -47,7 +47,7 @@ def trajectory(run: records.Run) -> list[records.Rows]:
   config.sample.guidance = 1.0
   experiment = build.build(config, to_train=False)
   step, average, params = runs.load_run(experiment, run.path)
-  runner = batched_sampler.Runner(experiment, params, _ROWS)
+  runner = batched_sampler.BatchedSampler(experiment, params, _ROWS)
   blocks = [_down(experiment, runner)]
   if experiment.method.supports_inversion:
     try:

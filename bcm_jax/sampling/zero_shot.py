@@ -163,7 +163,7 @@ def latent_variance(
 def noise_level(
     flow_map: samplers.FlowMap,
     images: jax.Array,
-    levels: sampling_plan.Range,
+    levels: sampling_plan.NoiseRange,
     grid: jax.Array,
     expected: jax.Array,
     labels: jax.Array | None = None,
@@ -210,7 +210,7 @@ def denoise(
     flow_map: samplers.FlowMap,
     images: jax.Array,
     sigma: jax.Array,
-    levels: sampling_plan.Range,
+    levels: sampling_plan.NoiseRange,
     labels: jax.Array | None = None,
 ) -> jax.Array:
   """Removes white noise of standard deviation sigma [B] from images.
@@ -227,7 +227,7 @@ def class_errors(
     images: jax.Array,
     times: Sequence[float],
     draws: int,
-    levels: sampling_plan.Range,
+    levels: sampling_plan.NoiseRange,
     num_classes: int,
     keys: jax.Array,
 ) -> jax.Array:

@@ -8,7 +8,6 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
-from bcm_jax.checkpoint import saver
 
 # Orbax leaves a coroutine behind when a write fails.
 pytestmark = pytest.mark.filterwarnings(
@@ -51,7 +50,7 @@ def make(tmp_path):
   made = []
 
   def make(**kwargs):
-    made.append(saver.Saver(
+    made.append(checkpoint.CheckpointSaver(
         checkpoint.Checkpoints(tmp_path / "c", keep=None), {"fact": 1},
         wait_secs=7.0, **kwargs,
     ))
@@ -145,7 +144,7 @@ def test_a_mistake_in_the_state_is_no_failure_of_the_disk(make):
 
 def test_a_failure_on_another_host_counts_here(make, monkeypatch, caplog):
   mine = make()
-  monkeypatch.setattr(saver.multihost, "all_agree", lambda ok: False)
+  monkeypatch.setattr(checkpoint.multihost, "all_agree", lambda ok: False)
   mine.save(1, state(1))
   assert mine.failures == 2  # The wait, and the save.
   assert "on another host" in messages(caplog)[0]

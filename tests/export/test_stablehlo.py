@@ -96,7 +96,7 @@ def open_run(run, average=None, overrides=None):
       runs.config_of(str(run), overrides), to_train=False
   )
   _, _, params = runs.load_run(built, str(run), average)
-  return built, batched_sampler.Runner(built, params, 4)
+  return built, batched_sampler.BatchedSampler(built, params, 4)
 
 
 @pytest.fixture(scope="module")

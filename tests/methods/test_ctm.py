@@ -186,7 +186,7 @@ def test_from_scratch_the_average_takes_the_teachers_place():
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9, 1.0])
 def test_gamma_sampling_keeps_the_spread(gamma):
   plan = sampling_plan.gamma_sampling(
-      (10.0, 1.0, 0.3), gamma, sampling_plan.Range()
+      (10.0, 1.0, 0.3), gamma, sampling_plan.NoiseRange()
   )
   keys = jax.random.split(jax.random.key(1), 20_000)
   x = samplers.start_noise(keys, (2, 2, 1), 80.0)

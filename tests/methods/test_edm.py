@@ -17,7 +17,7 @@ from bcm_jax.sampling import sampling_plan
 from tests import toys
 
 IMAGES = toys.images(4096)
-LEVELS = sampling_plan.Range()
+LEVELS = sampling_plan.NoiseRange()
 
 
 @pytest.fixture(autouse=True, scope="module")

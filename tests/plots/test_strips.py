@@ -47,7 +47,7 @@ def gaussian(method, params, **settings):
       **sections, config=types.SimpleNamespace(**sections),
       source=lambda split: image_source.ArraySource(images),
   )
-  return experiment, batched_sampler.Runner(experiment, params, 6)
+  return experiment, batched_sampler.BatchedSampler(experiment, params, 6)
 
 
 def test_columns_are_even_in_the_logarithm():

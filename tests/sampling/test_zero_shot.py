@@ -12,7 +12,7 @@ from bcm_jax.sampling import sampling_plan
 from bcm_jax.sampling import zero_shot
 from tests import gaussian
 
-LEVELS = sampling_plan.Range()
+LEVELS = sampling_plan.NoiseRange()
 SD2 = gaussian.SD**2
 B, SHAPE = 6, (8, 8, 3)
 

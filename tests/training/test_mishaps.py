@@ -21,7 +21,7 @@ STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 BEATS = """
 import time
 from bcm_jax.checkpoint import workdir_lock
-workdir_lock.Lock.__init__.__defaults__ = (0.1, time.sleep)
+workdir_lock.WorkdirLock.__init__.__defaults__ = (0.1, time.sleep)
 """
 
 

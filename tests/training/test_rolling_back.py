@@ -132,13 +132,13 @@ def test_a_roll_back_goes_on_with_other_data(whole, name):
 ARMED = """
 import os
 from bcm_jax.training import fault_injection
-from bcm_jax.training import rollbacks
-add = rollbacks.add
+from bcm_jax.training import nonfinite
+add = nonfinite.add_rollback
 def armed(workdir, rollback):
   add(workdir, rollback)
   if rollback.count == COUNT:
     os.environ[fault_injection.ENVIRONMENT] = "POINT"
-rollbacks.add = armed
+nonfinite.add_rollback = armed
 """
 # Name -> (which of RUNS, deaths of the starts before the last: the roll-back
 # after which, and the fault point).
