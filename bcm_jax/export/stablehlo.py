@@ -336,9 +336,9 @@ def _members(
   buffer = io.BytesIO()
   np.savez(buffer, **weights)
   contents[stablehlo_runtime.WEIGHTS] = buffer.getvalue()
-  loader = pathlib.Path(stablehlo_runtime.__file__)
-  # Users write `import exported` with the file on their path.
-  contents["exported.py"] = loader.read_bytes()
+  contents[stablehlo_runtime.LOADER] = pathlib.Path(
+      stablehlo_runtime.__file__
+  ).read_bytes()
   manifest = (
     {"format": stablehlo_runtime.FORMAT}
     | facts

@@ -31,6 +31,9 @@ import numpy as np
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.npz"
+# Name of this file inside exported files: `import exported` with the file on
+# PYTHONPATH.
+LOADER = "exported.py"
 # Seeds are uint32, numbers of images int32.
 MAX_SEED = 2**32 - 1
 MAX_INDEX = 2**31 - 1
