@@ -158,7 +158,7 @@ MUTATIONS = (
   Mutation(
     "digest of the record not checked",
     "checkpoint/checkpoint.py",
-    "if digest != digests.json_digest(record):",
+    "if digest != hashing.json_digest(record):",
     "if False:",
     "checkpoint/test_checkpoint.py",
   ),

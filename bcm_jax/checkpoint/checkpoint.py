@@ -27,6 +27,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 from flax import serialization
+from flax import traverse_util
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -36,6 +37,7 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import digests
 from bcm_jax.training import fault_injection
 from bcm_jax.training import multihost
+from bcm_jax.utils import hashing
 
 _STATE, _META = "state", "meta"
 # Failures of the machine, not of the files: the checkpoint may be intact.
@@ -134,7 +136,7 @@ class Checkpoints:
     arrays = {p: x for p, x in leaves.items() if digests.is_stored(x)}
     # Orbax's own force means: also when a later step exists.
     return bool(manager.save(step, force=True, args=ocp.args.Composite(**{
-        _STATE: ocp.args.StandardSave(digests.unflatten(arrays)),
+        _STATE: ocp.args.StandardSave(traverse_util.unflatten_dict(arrays)),
         _META: ocp.args.JsonSave(record),
     })))
 
@@ -182,11 +184,13 @@ class Checkpoints:
       self.set_aside(bad, f"damaged: {reason}", loaded.step)
     leaves = {path: digests.place(leaf, loaded.leaves[path])
               for path, leaf in want.items()}
-    state = serialization.from_state_dict(template, digests.unflatten(leaves))
+    state = serialization.from_state_dict(
+        template, traverse_util.unflatten_dict(leaves)
+    )
     return loaded.step, state, loaded.meta
 
   def read_raw(
-      self, step: int | None = None
+    self, step: int | None = None
   ) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """Reads a step as `restore`, without a template; never moves a folder.
 
@@ -199,9 +203,14 @@ class Checkpoints:
     """
     loaded, damaged = self._load(step)
     for bad, reason in damaged:
-      logging.error("checkpoint step %d in %s is damaged (%s); using step %d",
-                    bad, self.directory, reason, loaded.step)
-    return loaded.step, digests.unflatten(loaded.leaves), loaded.meta
+      logging.error(
+        "checkpoint step %d in %s is damaged (%s); using step %d",
+        bad,
+        self.directory,
+        reason,
+        loaded.step,
+      )
+    return loaded.step, traverse_util.unflatten_dict(loaded.leaves), loaded.meta
 
   def wait(self) -> None:
     """Blocks until a save under way is committed; raises its error if any."""
@@ -223,37 +232,35 @@ class Checkpoints:
   def _writer(self) -> ocp.CheckpointManager:
     if self._manager is None:
       options = ocp.CheckpointManagerOptions(
-          max_to_keep=self._keep,
-          keep_period=self._keep_every,
-          cleanup_tmp_directories=True,
-          create=False,
-          multiprocessing_options=_alone("write"),
+        max_to_keep=self._keep,
+        keep_period=self._keep_every,
+        cleanup_tmp_directories=True,
+        create=False,
+        multiprocessing_options=_alone("write"),
       )
       try:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
       except OSError as e:
         raise errors.UserError(
-            f"cannot write checkpoints to {self.directory}: {_one_line(e)}; "
-            "expected a folder that this job may create and write; choose "
-            "another workdir or change its permissions"
+          f"cannot write checkpoints to {self.directory}: {_one_line(e)}; "
+          "expected a folder that this job may create and write; choose "
+          "another workdir or change its permissions"
         ) from e
     return self._manager
 
-  def _load(
-      self, step: int | None
-  ) -> tuple[_Loaded, list[tuple[int, str]]]:
+  def _load(self, step: int | None) -> tuple[_Loaded, list[tuple[int, str]]]:
     """Returns the newest good step and the newer ones with their damage."""
     steps = self.common_steps()
     if not steps:
       raise errors.UserError(
-          f"no checkpoint in {self.directory}; expected at least one saved "
-          "step; train first or give the folder of another run"
+        f"no checkpoint in {self.directory}; expected at least one saved "
+        "step; train first or give the folder of another run"
       )
     if step is not None and step not in steps:
       raise errors.UserError(
-          f"no checkpoint of step {step} in {self.directory}; expected one "
-          f"of the saved steps {_listed(steps)}; choose one of these"
+        f"no checkpoint of step {step} in {self.directory}; expected one "
+        f"of the saved steps {_listed(steps)}; choose one of these"
       )
     damaged = []
     for candidate in [step] if step is not None else reversed(steps):
@@ -277,39 +284,46 @@ class Checkpoints:
     padded[: min(len(steps), len(padded))] = steps[: len(padded)]
     return [int(s) for s in multihost_utils.broadcast_one_to_all(padded)]
 
-  def _check_fits(
-      self, want: dict[digests.Path, Any], loaded: _Loaded
-  ) -> None:
+  def _check_fits(self, want: dict[digests.Path, Any], loaded: _Loaded) -> None:
     wrong = digests.differences(want, loaded.leaves)
     if wrong:
       more = len(wrong) - _MAX_LISTED
       listed = ", ".join(wrong[:_MAX_LISTED])
       raise errors.UserError(
-          f"checkpoint step {loaded.step} in {self.directory} does not fit "
-          f"this state: {listed}{f' and {more} more' if more > 0 else ''}; "
-          "expected the same leaves; use the config the run was made with or "
-          "another workdir"
+        f"checkpoint step {loaded.step} in {self.directory} does not fit "
+        f"this state: {listed}{f' and {more} more' if more > 0 else ''}; "
+        "expected the same leaves; use the config the run was made with or "
+        "another workdir"
       )
 
   def _none_good(self, damaged, step: int | None) -> errors.UserError:
     for bad, reason in damaged:
-      logging.error("checkpoint step %d in %s is damaged (%s); left in place",
-                    bad, self.directory, reason)
+      logging.error(
+        "checkpoint step %d in %s is damaged (%s); left in place",
+        bad,
+        self.directory,
+        reason,
+      )
     tried = "; ".join(f"step {bad}: {why}" for bad, why in damaged)
     if step is not None:
       others = [s for s in self.all_steps() if s != step]
-      advice = (f"choose another step ({_listed(others)})" if others
-                else "there is no other step; copy it back from a backup")
+      advice = (
+        f"choose another step ({_listed(others)})"
+        if others
+        else "there is no other step; copy it back from a backup"
+      )
     else:
-      advice = ("copy a good one back from a backup, or move the folder away "
-                "to start from scratch")
+      advice = (
+        "copy a good one back from a backup, or move the folder away "
+        "to start from scratch"
+      )
     return errors.UserError(
-        f"damaged checkpoints in {self.directory} ({tried}); expected one "
-        f"whose digests agree; {advice}"
+      f"damaged checkpoints in {self.directory} ({tried}); expected one "
+      f"whose digests agree; {advice}"
     )
 
   def set_aside(
-      self, step: int, reason: str, instead: int | None = None
+    self, step: int, reason: str, instead: int | None = None
   ) -> None:
     """Moves a step to `<directory>/../damaged/`, which is never read."""
     home = self._directory.parent / "damaged"
@@ -321,8 +335,13 @@ class Checkpoints:
       home.mkdir(parents=True, exist_ok=True)
       (self._directory / str(step)).rename(target)
       then = "" if instead is None else f"; falling back to step {instead}"
-      logging.error("checkpoint step %d is set aside (%s): moved to %s%s",
-                    step, reason, target, then)
+      logging.error(
+        "checkpoint step %d is set aside (%s): moved to %s%s",
+        step,
+        reason,
+        target,
+        then,
+      )
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"set aside {step}")
     if self._manager is not None:
@@ -411,38 +430,52 @@ class CheckpointSaver:
     if len(text) > 300:  # The cause is at the end, after paths.
       text = f"{text[:60]} ... {text[-240:]}"
     logging.error(
-        "a checkpoint could not be written to %s (%s); failure %d of %d",
-        self.saved.directory, text, self.failures, self.most,
+      "a checkpoint could not be written to %s (%s); failure %d of %d",
+      self.saved.directory,
+      text,
+      self.failures,
+      self.most,
     )
     if self.failures >= self.most:
       raise errors.MachineError(
-          f"{self.failures} checkpoints in a row could not be written to "
-          f"{self.saved.directory} ({text}); the newest is of step "
-          f"{self.newest}. Free space or repair the disk, then start again"
+        f"{self.failures} checkpoints in a row could not be written to "
+        f"{self.saved.directory} ({text}); the newest is of step "
+        f"{self.newest}. Free space or repair the disk, then start again"
       ) from problem
     return False
 
 
 def _read_step(folder: epath.Path, step: int) -> _Loaded:
   """Reads one step into host memory; raises Damage if it does not verify."""
-  record = _attempt("meta", lambda: _read_item(
-      folder / _META, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()))
+  record = _attempt(
+    "meta",
+    lambda: _read_item(
+      folder / _META, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()
+    ),
+  )
   record = dict(record) if isinstance(record, dict) else {}
   digest = record.pop("sha256", None)
-  if digest != digests.json_digest(record):
+  if digest != hashing.json_digest(record):
     raise digests.Damage("meta: digest differs")
   if record["format"] != digests.FORMAT:
     raise errors.UserError(
-        f"checkpoint {folder} has format {record['format']}; expected "
-        f"{digests.FORMAT}; use the version of the library that wrote it")
+      f"checkpoint {folder} has format {record['format']}; expected "
+      f"{digests.FORMAT}; use the version of the library that wrote it"
+    )
   if record["step"] != step:
     raise digests.Damage(f"meta: belongs to step {record['step']}")
   tree: dict[str, Any] = {}
-  if any(e["kind"] == "array" and 0 not in e["shape"]
-         for e in record["leaves"]):
-    tree = _attempt("state", lambda: _read_item(
-        folder / _STATE, ocp.StandardCheckpointHandler(),
-        ocp.args.StandardRestore()))
+  if any(
+    e["kind"] == "array" and 0 not in e["shape"] for e in record["leaves"]
+  ):
+    tree = _attempt(
+      "state",
+      lambda: _read_item(
+        folder / _STATE,
+        ocp.StandardCheckpointHandler(),
+        ocp.args.StandardRestore(),
+      ),
+    )
   leaves = {}
   for entry in record["leaves"]:
     path = tuple(entry["path"])
@@ -460,8 +493,10 @@ def _alone(what: str) -> ocp.options.MultiprocessingOptions:
   # No barriers: a host that fails must not leave others waiting at one.
   index = jax.process_index()
   return ocp.options.MultiprocessingOptions(
-      primary_host=index, active_processes={index},
-      barrier_sync_key_prefix=f"{what}{index}")
+    primary_host=index,
+    active_processes={index},
+    barrier_sync_key_prefix=f"{what}{index}",
+  )
 
 
 def _attempt(what: str, read: Callable[[], Any]) -> Any:

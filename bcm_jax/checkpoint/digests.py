@@ -1,21 +1,21 @@
-"""The leaves of a checkpoint: paths, host copies, digests, comparison.
+"""Leaves of a checkpoint: paths, host copies, digests, comparison.
 
-The manifest is a JSON record that tells path, dtype, shape and SHA-256 of
-every leaf, and its own digest. Nothing here touches a file.
+The manifest is a JSON record of path, dtype, shape and SHA-256 of every leaf,
+and of its own digest. This module reads and writes no files.
 """
 
-from collections.abc import Iterator
 from concurrent import futures
-import hashlib
 import json
 from typing import Any
 
 from flax import serialization
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax.training import multihost
+from bcm_jax.utils import hashing
 
 FORMAT = 1
 
@@ -23,33 +23,19 @@ Path = tuple[str, ...]
 
 
 class Damage(Exception):
-  """A step that cannot be trusted; the message is the reason."""
+  """A damaged step; the message is the reason."""
 
 
 def flatten(tree: Any) -> dict[Path, Any]:
   """Flattens to {path: leaf}; None and {} count as leaves."""
-  return dict(_walk(serialization.to_state_dict(tree), ()))
-
-
-def _walk(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-  if isinstance(node, dict) and (node or not path):
-    for key, child in node.items():
-      yield from _walk(child, (*path, key))
-  elif not path:
-    raise TypeError(f"a state must be a container, got {type(node).__name__}")
-  else:
-    yield path, node
-
-
-def unflatten(leaves: dict[Path, Any]) -> dict[str, Any]:
-  """Turns {path: leaf} to nested dicts, the inverse of `flatten`."""
-  tree: dict[str, Any] = {}
-  for path, leaf in leaves.items():
-    node = tree
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = leaf
-  return tree
+  tree = serialization.to_state_dict(tree)
+  if not isinstance(tree, dict):
+    raise TypeError(f"a state must be a container, got {type(tree).__name__}")
+  flat = traverse_util.flatten_dict(tree, keep_empty_nodes=True)
+  return {
+      path: {} if leaf is traverse_util.empty_node else leaf
+      for path, leaf in flat.items()
+  }
 
 
 def to_host(path: Path, leaf: Any) -> Any:
@@ -69,20 +55,18 @@ def to_host(path: Path, leaf: Any) -> Any:
 
 
 def is_stored(leaf: Any) -> bool:
-  """Whether Orbax holds this leaf; the rest lives in the manifest alone."""
+  """Returns whether Orbax stores this leaf; others are in the manifest."""
   return isinstance(leaf, np.ndarray) and leaf.size > 0
 
 
 def _digest(array: np.ndarray) -> str:
-  head = f"{array.dtype.name}{list(array.shape)}:".encode()
-  digest = hashlib.sha256(head)
-  # A byte view: hashlib takes no bfloat16 buffer, and tobytes would copy.
-  digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-  return digest.hexdigest()
+  return hashing.arrays_digest(
+      [(f"{array.dtype.name}{list(array.shape)}:", array)]
+  )
 
 
 def _describe(path: Path, leaf: Any) -> dict[str, Any]:
-  """Manifest entry of a leaf."""
+  """Returns the manifest entry of a leaf."""
   if not isinstance(leaf, np.ndarray):
     return {"path": list(path), "kind": "none" if leaf is None else "empty"}
   return {"path": list(path), "kind": "array", "dtype": leaf.dtype.name,
@@ -95,7 +79,7 @@ def make_record(
   """Returns the JSON record of a step, with its own digest.
 
   Raises:
-    TypeError: meta is not made of JSON values.
+    TypeError: meta has values that are not JSON.
     ValueError: two leaves would share a file name.
   """
   names = {".".join(path) for path in leaves}
@@ -108,26 +92,20 @@ def make_record(
       "format": FORMAT, "step": step, "meta": meta, "leaves": described,
   }
   record = json.loads(json.dumps(record))
-  return {**record, "sha256": json_digest(record)}
+  return {**record, "sha256": hashing.json_digest(record)}
 
 
 def tree_digest(tree: Any) -> str:
-  """Twelve hex digits that name all tensors of a tree."""
+  """Returns twelve hex digits that identify all tensors of a tree."""
   leaves = {path: to_host(path, leaf) for path, leaf in flatten(tree).items()}
-  return json_digest(make_record(0, leaves, {}))[:12]
-
-
-def json_digest(record: dict[str, Any]) -> str:
-  """SHA-256 of a record, whatever the order of its keys."""
-  text = json.dumps(record, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
+  return hashing.json_digest(make_record(0, leaves, {}))[:12]
 
 
 def verified(entry: dict[str, Any], tree: Any, path: Path) -> Any:
   """Returns the leaf of a manifest entry from the tree Orbax read.
 
   Raises:
-    Damage: the leaf is not there or its digest differs.
+    Damage: the leaf is missing or its digest differs.
   """
   if entry["kind"] != "array":
     return None if entry["kind"] == "none" else {}
@@ -147,7 +125,7 @@ def verified(entry: dict[str, Any], tree: Any, path: Path) -> Any:
 def differences(
     want: dict[Path, Any], have: dict[Path, Any]
 ) -> list[str]:
-  """Says leaf by leaf how a checkpoint differs from a template, if at all."""
+  """Returns the differences between a template and a checkpoint, per leaf."""
   wrong = [f"{'/'.join(p)} is missing" for p in want if p not in have]
   wrong += [f"{'/'.join(p)} is extra" for p in have if p not in want]
   for path, leaf in want.items():
@@ -168,7 +146,7 @@ def _kind(leaf: Any) -> str:
 
 
 def place(template: Any, host: Any) -> Any:
-  """Puts a host array where the template's leaf lives."""
+  """Places a host array like the leaf of the template."""
   if not isinstance(host, np.ndarray):
     return host
   if isinstance(template, (bool, int, float)):

@@ -9,7 +9,6 @@ comes out is complete, and is written to the run's config.json.
 import ast
 from collections.abc import Mapping
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -25,6 +24,7 @@ from bcm_jax.config import registry
 from bcm_jax.config import schema
 from bcm_jax.training import optim
 from bcm_jax.utils import files
+from bcm_jax.utils import hashing
 
 SECTIONS = {
     "data": schema.Data,
@@ -235,9 +235,8 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-  """Twelve hex digits that name a resolved config."""
-  text = json.dumps(to_json(config), sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:12]
+  """Returns twelve hex digits that identify a resolved config."""
+  return hashing.json_digest(to_json(config))[:12]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ import tqdm
 
 from bcm_jax import errors
 from bcm_jax.data import decoding
-from bcm_jax.utils import threads
+from bcm_jax.utils import thread_pool
 
 # Images checked between two movements of the progress bar.
 _BLOCK = 512
@@ -70,7 +70,7 @@ class EncodedSource:
     def decode(k):
       image[k] = self._image(self.files[indices[k]])
 
-    threads.for_each(decode, len(indices), self.threads)
+    thread_pool.for_each(decode, len(indices), self.threads)
     return dict(image=image, label=label)
 
   def without_corrupt(self) -> "EncodedSource":
@@ -89,7 +89,7 @@ class EncodedSource:
         def check(k, start=start):
           intact[start + k] = self._is_intact(self.files[start + k])
 
-        threads.for_each(check, n, self.threads)
+        thread_pool.for_each(check, n, self.threads)
         bar.update(n)
     kept = tuple(f for f, good in zip(self.files, intact, strict=True) if good)
     skipped = tuple(sorted(set(self.files) - set(kept)))

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 
 from bcm_jax import errors
 from bcm_jax.data import decoding
-from bcm_jax.utils import threads
+from bcm_jax.utils import thread_pool
 
 # Our name -> (TFDS name, TFDS split of 'train' and 'test').
 NAMES = {
@@ -91,7 +91,7 @@ class TFDSSource:
       where = f"{self.name}: example {indices[k]}"
       image[k] = self._decoder(examples[k]["image"], where)
 
-    threads.for_each(decode, len(indices), self._threads)
+    thread_pool.for_each(decode, len(indices), self._threads)
     return dict(
         image=image, label=np.array([e["label"] for e in examples], np.int32)
     )

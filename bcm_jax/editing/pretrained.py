@@ -30,7 +30,6 @@ from bcm_jax.data import image_source
 from bcm_jax.diffusion import process
 from bcm_jax.editing import tasks
 from bcm_jax.export import model_folder
-from bcm_jax.export import packing
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
 from bcm_jax.sampling import zero_shot
@@ -574,7 +573,7 @@ def load(
       raise errors.UserError(
           f"{place} holds only one network; omit average and step"
       )
-    experiment, params, _ = packing.load(place)
+    experiment, params, _ = model_folder.load(place)
   else:
     experiment = build.build(runs.config_of(place), to_train=False)
     _, _, params = runs.load_run(experiment, place, average, step)

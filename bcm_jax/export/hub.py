@@ -21,7 +21,6 @@ from typing import Any
 from bcm_jax import __version__
 from bcm_jax import errors
 from bcm_jax.export import model_folder
-from bcm_jax.export import packing
 from bcm_jax.utils import cli
 from bcm_jax.utils import files
 
@@ -78,12 +77,12 @@ def _packed(source: str, options: dict[str, Any]) -> Iterator[tuple[str, str]]:
           f"{source} is packed already, and {', '.join(asked)} would say how to"
           " pack a work directory; leave it out, or give the work directory"
       )
-    packing.load(source)
+    model_folder.load(source)
     yield source, ""
     return
   with tempfile.TemporaryDirectory() as made:
     folder = os.path.join(made, "model")
-    said = packing.pack(source, folder, **asked)
+    said = model_folder.pack(source, folder, **asked)
     yield folder, said.rpartition("\n")[0] + "\n"
 
 
@@ -117,7 +116,7 @@ def pull(place: str, out: str) -> str:
         if os.path.isfile(os.path.join(brought, name)):
           os.replace(os.path.join(brought, name), os.path.join(made, name))
     try:
-      _, _, metadata = packing.load(made)
+      _, _, metadata = model_folder.load(made)
     except errors.UserError as e:
       raise errors.UserError(str(e).replace(made, place)) from e
   return (
@@ -222,8 +221,8 @@ def _parser(verb: str | None) -> cli.Parser:
 
 
 _VERBS = {
-    "pack": (packing.pack, "WORKDIR", "FOLDER"),
-    "unpack": (packing.unpack, "FOLDER", "WORKDIR"),
+    "pack": (model_folder.pack, "WORKDIR", "FOLDER"),
+    "unpack": (model_folder.unpack, "FOLDER", "WORKDIR"),
     "push": (push, "SOURCE", "OWNER/NAME"),
     "pull": (pull, "OWNER/NAME[@REVISION]", "FOLDER"),
 }

@@ -7,7 +7,6 @@ the preprocessing of the FID's authors may be called FID; any other distance is
 """
 
 from collections.abc import Callable, Iterator
-import hashlib
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax.errors import UserError
+from bcm_jax.utils import hashing
 
 Params = Any
 
@@ -51,13 +51,13 @@ class Features(Protocol):
 
 
 def params_digest(preprocessing: str, params: Params) -> str:
-  """Twelve hex digits of a preprocessing's name and all parameters."""
-  sha = hashlib.sha256(preprocessing.encode())
+  """Returns twelve hex digits of a preprocessing's name and all parameters."""
+  parts = [(preprocessing, np.empty(0, np.uint8))]
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     leaf = np.asarray(leaf)
-    sha.update(f"{jax.tree_util.keystr(path)}{leaf.dtype}{leaf.shape}".encode())
-    sha.update(np.ascontiguousarray(leaf).tobytes())
-  return sha.hexdigest()[:12]
+    name = jax.tree_util.keystr(path)
+    parts.append((f"{name}{leaf.dtype}{leaf.shape}", leaf))
+  return hashing.arrays_digest(parts)[:12]
 
 
 def frechet_name(name: str) -> str:

@@ -7,7 +7,6 @@ alone, a file of samples arr_0 alone.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -21,6 +20,7 @@ import numpy as np
 from bcm_jax.errors import UserError
 from bcm_jax.metrics.moments import Gaussian
 from bcm_jax.utils import files
+from bcm_jax.utils import hashing
 
 _STATISTICS = (("mu", "sigma"), ("mu_s", "sigma_s"))
 _MAKE_ANEW = "make the file anew or take another one"
@@ -51,9 +51,9 @@ class Reference:
   images: np.ndarray | None = None
 
   def digest(self) -> str:
-    """12 hex digits of the SHA-256 of the mean and covariance of `pooled`."""
-    parts = (np.ascontiguousarray(p, "<f8").tobytes() for p in self.pooled)
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+    """Returns 12 hex digits of the mean and covariance of `pooled`."""
+    parts = [("", np.asarray(p, "<f8")) for p in self.pooled]
+    return hashing.arrays_digest(parts)[:12]
 
 
 def save_reference(

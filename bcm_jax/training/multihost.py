@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax.utils import threads
+from bcm_jax.utils import thread_pool
 
 # Folder of the work directory in which waiting processes leave a file.
 ARRIVALS = "arrivals"
@@ -169,7 +169,7 @@ def use_cores(count: int, batch_size: int, processes: int = 1) -> None:
   if not count:
     local_batch = max(batch_size // processes, 1)
     count = max(
-        n for n in range(1, min(threads.usable_cores(), 8) + 1)
+        n for n in range(1, min(thread_pool.usable_cores(), 8) + 1)
         if local_batch % n == 0
     )
   flags = os.environ.get("XLA_FLAGS", "")

@@ -25,7 +25,6 @@ from bcm_jax.config import resolve
 from bcm_jax.evaluation import evaluate
 from bcm_jax.export import hub as hub_command
 from bcm_jax.export import model_folder
-from bcm_jax.export import packing
 from tests import hub_server
 from tests import toys
 
@@ -73,7 +72,7 @@ def run(tmp_path_factory) -> pathlib.Path:
 def folder(run, tmp_path_factory) -> pathlib.Path:
   """The run, packed."""
   out = tmp_path_factory.mktemp("packed") / "model"
-  packing.pack(str(run), str(out))
+  model_folder.pack(str(run), str(out))
   return out
 
 
@@ -225,9 +224,9 @@ def test_half_the_size_rounds_a_run(run, folder, tmp_path, capsys):
 
 def test_an_average_that_a_config_asks_for_is_packed_alone(run, tmp_path):
   out, again = tmp_path / "packed", tmp_path / "unpacked"
-  packing.pack(str(run), str(out), average="ema_0.9")
+  model_folder.pack(str(run), str(out), average="ema_0.9")
   assert model_folder.read(str(out))[0]["sample"]["average"] == "ema_0.5"
-  packing.unpack(str(out), str(again))
+  model_folder.unpack(str(out), str(again))
   toys.assert_equal(params_of(again)[2], params_of(run, "ema_0.9")[2])
   meta = checkpoint.Checkpoints(runs.checkpoint_dir(str(again))).read_raw()[2]
   assert meta["released"]["average"] == "ema_0.9"
@@ -242,13 +241,13 @@ def test_a_result_of_several_averages_is_found(run, tmp_path):
     (copy / "eval" / f"4_{average}.json").write_text(
         json.dumps(result | {"average": average})
     )
-  packing.pack(str(copy), str(tmp_path / "a"), average="params")
+  model_folder.pack(str(copy), str(tmp_path / "a"), average="params")
   assert model_folder.read_result(str(tmp_path / "a"))["average"] == "params"
-  packing.pack(str(copy), str(tmp_path / "b"))
+  model_folder.pack(str(copy), str(tmp_path / "b"))
   assert model_folder.read_result(str(tmp_path / "b")) is None
   (copy / "eval" / "4_params.json").write_text("{")
   with pytest.raises(errors.UserError, match="evaluate again"):
-    packing.pack(str(copy), str(tmp_path / "c"), average="params")
+    model_folder.pack(str(copy), str(tmp_path / "c"), average="params")
 
 
 def test_places_of_this_machine_are_told_and_can_be_changed(
@@ -265,10 +264,10 @@ def test_places_of_this_machine_are_told_and_can_be_changed(
 
 def test_a_folder_names_no_code_to_run(run, tmp_path):
   out = tmp_path / "a"
-  packing.pack(str(run), str(out), overrides={"eval.features": "os:abort"})
-  experiment, _, _ = packing.load(str(out))
+  model_folder.pack(str(run), str(out), overrides={"eval.features": "os:abort"})
+  experiment, _, _ = model_folder.load(str(out))
   assert experiment.config.eval.features == "pixels"
-  mine, _, _ = packing.load(str(out), {"eval.features": "a:b"})
+  mine, _, _ = model_folder.load(str(out), {"eval.features": "a:b"})
   assert mine.config.eval.features == "a:b"
 
 

@@ -17,6 +17,7 @@ from bcm_jax.config import resolve
 from bcm_jax.export import model_card
 from bcm_jax.export import model_folder
 from bcm_jax.interop import weight_files
+from bcm_jax.utils import hashing
 from tests import toys
 from tests.interop import craft
 
@@ -254,7 +255,7 @@ def test_a_config_of_other_weights(tmp_path):
   config["method"]["sigma_data"] = 0.5
   (folder / model_folder.CONFIG).write_text(json.dumps(config))
   said = fails(folder)
-  assert model_folder.config_digest(CONFIG) in said
+  assert hashing.json_digest(CONFIG)[:12] in said
   assert "--config.section.key" in said
 
 
