@@ -261,7 +261,7 @@ class Run:
         f"training {config.method.name} on {config.data.name}, batch "
         f"{config.training.batch_size}",
         self.backend.fetch(state.networks[method.sampled_network].params),
-        resolve.flatten(resolve.to_json(config)),
+        resolve.flatten(config),
         first, config.training.num_steps, config.log.every_steps,
         config.log.progress_secs, config.log.profile,
     )

@@ -13,13 +13,13 @@ import pathlib
 
 import ml_collections
 
-from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 
 
 def get_config() -> ml_collections.ConfigDict:
   """The config of digits.py at its last N, from a checkpoint."""
   digits = pathlib.Path(__file__).with_name("digits.py")
-  config = config_files.read_file(str(digits))
+  config = resolve.read_file(str(digits))
   config.method.discretization = "fixed"
   config.training.init_from = "runs/ict"
   config.training.num_steps = config.training.num_steps // 2

@@ -13,7 +13,7 @@ import pathlib
 
 import ml_collections
 
-from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 
 VARIANTS = ("dsm", "gan")
 
@@ -21,7 +21,7 @@ VARIANTS = ("dsm", "gan")
 def get_config(variant: str = "dsm") -> ml_collections.ConfigDict:
   """The config; every value can be set as --config.section.key=value."""
   digits = pathlib.Path(__file__).with_name("digits.py")
-  config = config_files.read_file(str(digits))
+  config = resolve.read_file(str(digits))
   config.model.end_branch = "blocks"
   config.method = dict(
       name="ctm", teacher="runs/edm", sigma_data=0.75, sigma_max=40.0,

@@ -18,7 +18,7 @@ import pathlib
 
 import ml_collections
 
-from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 
 VARIANTS = ("dmd2", "no_gan", "dmd")
 
@@ -26,7 +26,7 @@ VARIANTS = ("dmd2", "no_gan", "dmd")
 def get_config(variant: str = "dmd2") -> ml_collections.ConfigDict:
   """The config; every value can be set as --config.section.key=value."""
   digits = pathlib.Path(__file__).with_name("digits.py")
-  config = config_files.read_file(str(digits))
+  config = resolve.read_file(str(digits))
   config.model.two_time = False
   config.method = dict(
       name="dmd" if variant == "dmd" else "dmd2", teacher="runs/edm",

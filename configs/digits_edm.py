@@ -13,13 +13,13 @@ import pathlib
 
 import ml_collections
 
-from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 
 
 def get_config() -> ml_collections.ConfigDict:
   """The config; every value can be set as --config.section.key=value."""
   digits = pathlib.Path(__file__).with_name("digits.py")
-  config = config_files.read_file(str(digits))
+  config = resolve.read_file(str(digits))
   config.model.two_time = False
   config.method = dict(
       name="edm", sigma_data=0.75, sigma_max=40.0, p_mean=-0.8, p_std=1.4

@@ -11,13 +11,13 @@ import pathlib
 
 import ml_collections
 
-from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 
 
 def get_config() -> ml_collections.ConfigDict:
   """The config of digits.py with iCT in place of BCM."""
   digits = pathlib.Path(__file__).with_name("digits.py")
-  config = config_files.read_file(str(digits))
+  config = resolve.read_file(str(digits))
   config.model.two_time = False
   config.method.name = "ict"
   del config.method["bidirectional_weight"]

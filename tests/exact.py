@@ -7,7 +7,6 @@ time.
 import dataclasses
 
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.generate import batched_sampler
 from tests import gaussian
@@ -47,7 +46,7 @@ def experiment(
 ) -> build.Experiment:
   """That of configs/digits.py with an exact network in its place."""
   config = resolve.resolve(
-      config_files.read_file("configs/digits.py"),
+      resolve.read_file("configs/digits.py"),
       {"sample.batch_size": "4"} | (overrides or {}),
   )
   return dataclasses.replace(

@@ -10,20 +10,30 @@ import pathlib
 import pytest
 
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.interop import transfer
 from tests import teachers
 from tests import text_goldens
 
 TEXTS = pathlib.Path(__file__).parent / "goldens" / "texts"
-NAMES = config_files.all_variants()
+
+
+def all_variants():
+  """Returns all shipped values of --config: 'digits.py', 'cifar10.py:ict'."""
+  names = []
+  for file in resolve.shipped_configs():
+    variants = getattr(resolve.run_file(file), "VARIANTS", None)
+    names += [f"{file.name}:{v}" for v in variants] if variants else [file.name]
+  return names
+
+
+NAMES = all_variants()
 
 
 @functools.cache
 def experiment(name):
   with teachers.there(name):
-    return build.build(resolve.resolve(config_files.read_file(name)))
+    return build.build(resolve.resolve(resolve.read_file(name)))
 
 
 @functools.cache
@@ -48,7 +58,7 @@ def file_of(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_resolved_config(name):
-  flat = resolve.flatten(resolve.to_json(experiment(name).config))
+  flat = resolve.flatten(experiment(name).config)
   lines = [f"{k} = {v!r}" for k, v in sorted(flat.items())]
   check(f"configs/{file_of(name)}", "\n".join(lines) + "\n")
 

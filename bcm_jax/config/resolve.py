@@ -1,14 +1,15 @@
-"""From strings to values; what names stand for is in names.py.
+"""Config files and command-line overrides to a complete config.
 
-A config file is `get_config()` returning a ConfigDict. It is resolved against
-the classes that it names: unknown keys and names are errors that say the
-nearest known one, values are checked by type, defaults are filled in. What
-comes out is complete, and is written to the run's config.json.
+A config file has `get_config()`, which returns a ConfigDict. It is resolved
+against the classes that it names (config/registry.py): unknown keys and names
+are errors with the nearest known one, values are checked by type, defaults are
+filled in. The result is complete and is written to the run's config.json.
 """
 
 import ast
 from collections.abc import Mapping
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,10 +17,10 @@ import types
 import typing
 from typing import Any
 
+from flax import traverse_util
 import ml_collections
 
 from bcm_jax import errors
-from bcm_jax.config import config_files
 from bcm_jax.config import registry
 from bcm_jax.config import schema
 from bcm_jax.training import optim
@@ -48,6 +49,57 @@ _FREE = (
     "training.watchdog_timeout_secs", "data.path", "data.data_dir",
     "data.threads", "data.pairs",
 )
+
+
+# Files ---------------------------------------------------------------------
+
+
+def shipped_configs() -> list[pathlib.Path]:
+  """Returns the config files of the package, installed or checked out."""
+  here = pathlib.Path(__file__).resolve().parents[1]
+  for folder in (here / "configs", here.parent / "configs"):
+    found = sorted(p for p in folder.glob("*.py") if p.name[0] != "_")
+    if found:
+      return found
+  return []
+
+
+def find_file(path: str) -> pathlib.Path:
+  """Finds a config file: the path itself, or a shipped one of that name."""
+  file = pathlib.Path(path)
+  if file.is_file():
+    return file
+  shipped = {p.name: p for p in shipped_configs()}
+  if file.name in shipped and file.parent.name in ("", "configs"):
+    return shipped[file.name]
+  folder = next(iter(shipped.values())).parent if shipped else "(none)"
+  raise errors.UserError(
+      f"no config file {path!r}{errors.nearest(file.name, shipped)} "
+      f"(shipped in {folder}: {', '.join(shipped)})"
+  )
+
+
+def run_file(file: pathlib.Path) -> types.ModuleType:
+  """Imports a config file as a module with a `get_config`."""
+  spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise errors.UserError(f"{file} has no get_config()")
+  return module
+
+
+def read_file(path: str) -> ml_collections.ConfigDict:
+  """Runs get_config() of a file; 'file.py:arg' passes arg to it."""
+  name, _, arg = path.partition(":")
+  file = find_file(name)
+  module = run_file(file)
+  if not arg:
+    return module.get_config()
+  known = getattr(module, "VARIANTS", None)
+  if known is not None and arg not in known:
+    raise errors.unknown_name(f"variant of {file.name}", arg, known)
+  return module.get_config(arg)
 
 
 # Resolving -----------------------------------------------------------------
@@ -230,7 +282,7 @@ def _cast(value: Any, hint: Any) -> Any:
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """A plain nested dict, equal to what reading the JSON file gives."""
+  """Returns plain nested dicts, as read from config.json."""
   return json.loads(json.dumps(config.to_dict(), sort_keys=True))
 
 
@@ -239,22 +291,16 @@ def digest(config: ml_collections.ConfigDict) -> str:
   return hashing.json_digest(to_json(config))[:12]
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{'a': {'b': 1}} -> {'a.b': 1}."""
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= flatten(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = value
-  return flat
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns 'section.key' -> value."""
+  return traverse_util.flatten_dict(to_json(config), sep=".")
 
 
 def difference(
   old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
 ) -> dict[str, tuple[Any, Any]]:
-  """Keys that differ: 'section.key' -> (old value, new value)."""
-  a, b = flatten(to_json(old)), flatten(to_json(new))
+  """Returns the differing keys: 'section.key' -> (old value, new value)."""
+  a, b = flatten(old), flatten(new)
   return {
     k: (a.get(k), b.get(k))
     for k in sorted(a.keys() | b.keys())
@@ -265,10 +311,10 @@ def difference(
 def check_resume(
   run: ml_collections.ConfigDict, asked: ml_collections.ConfigDict
 ) -> None:
-  """Raises UserError unless a run may go on under the config asked for.
+  """Raises UserError unless a run may resume under another config.
 
-  Sections of logging, saving, sampling and evaluation are free, and so are
-  more steps, as long as curriculum and learning-rate schedule stay.
+  Sections of logging, saving, sampling and evaluation may change, and so may a
+  larger number of steps if curriculum and learning-rate schedule stay.
   """
   frozen = registry.METHODS[run.method.name].cls.frozen
   free = _FREE + tuple(
@@ -299,14 +345,14 @@ def check_resume(
 
 
 def write(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Writes workdir/config.json, whole or not at all."""
+  """Writes workdir/config.json atomically."""
   files.write_json(os.path.join(workdir, "config.json"), to_json(config))
 
 
 def of_run(
   workdir: str, overrides: Mapping[str, str] | None = None
 ) -> ml_collections.ConfigDict | None:
-  """The config of the run in a work directory, or None if there is none."""
+  """Returns the config of the run in a work directory, or None."""
   path = pathlib.Path(workdir) / "config.json"
   if not path.is_file():
     return None
@@ -319,27 +365,48 @@ def of_run(
   return resolve(raw, overrides)
 
 
+def of_existing_run(
+  workdir: str, overrides: Mapping[str, str] | None = None
+) -> ml_collections.ConfigDict:
+  """Returns the config of the run in a work directory.
+
+  Args:
+    workdir: of the run.
+    overrides: 'section.key' -> text.
+
+  Raises:
+    UserError: no run in workdir.
+  """
+  config = of_run(workdir, overrides)
+  if config is None:
+    raise errors.UserError(
+      f"{workdir} holds no run (no config.json); give the work directory of "
+      "one, trained or converted"
+    )
+  return config
+
+
 def load(
   file: str | None,
   overrides: Mapping[str, str],
   workdir: str | None,
   of_run_too: bool,
 ) -> ml_collections.ConfigDict:
-  """The config that a command line asks for: of a file, or of the run.
+  """Returns the config of a command line: of a file, or of the run.
 
   Args:
     file: config file, or None.
     overrides: 'section.key' -> text.
     workdir: directory of a run, or None.
-    of_run_too: without a file, take the config of the run in workdir.
+    of_run_too: without a file, use the config of the run in workdir.
   """
   if file is not None:
-    return resolve(config_files.read_file(file), overrides)
+    return resolve(read_file(file), overrides)
   run = None
   if workdir is not None and of_run_too:
     run = of_run(workdir, overrides)
   if run is None:
-    names = ", ".join(p.name for p in config_files.shipped_configs())
+    names = ", ".join(p.name for p in shipped_configs())
     raise errors.UserError(
       f"--config is missing, and --workdir={workdir} holds no run to take "
       f"it from; pass --config=configs/NAME, shipped are {names}"

@@ -257,7 +257,7 @@ def _local_paths(config) -> Iterator[str]:
   """Yields a warning about config values that are absolute local paths."""
   found = [
     f"{key}={text}"
-    for key, value in resolve.flatten(resolve.to_json(config)).items()
+    for key, value in resolve.flatten(config).items()
     for text in (value if isinstance(value, list) else [value])
     if isinstance(text, str) and text.startswith(("/", "~"))
   ]

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -71,7 +72,7 @@ def _noise_levels(experiment) -> list[tuple[str, str]]:
 
 
 def _config(experiment) -> str:
-  flat = resolve.flatten(resolve.to_json(experiment.config))
+  flat = resolve.flatten(experiment.config)
   width = max(map(len, flat))
   lines = [f"digest {resolve.digest(experiment.config)}"]
   return "\n".join(lines + [f"{k:<{width}}  {v}" for k, v in flat.items()])
@@ -284,12 +285,16 @@ def _compare(workdir: str, compare: str) -> str:
       _read(place, workdir) for place in (workdir, compare)
   )
   lines = [f"a = {a_name}, b = {b_name}"]
-  flat = [resolve.flatten(m.get("config", {})) for m in (a_meta, b_meta)]
+  flat = [
+      traverse_util.flatten_dict(m.get("config", {}), sep=".")
+      for m in (a_meta, b_meta)
+  ]
   for key in sorted(flat[0].keys() | flat[1].keys()):
     if flat[0].get(key) != flat[1].get(key):
       lines.append(f"config {key}: {flat[0].get(key)!r} against "
                    f"{flat[1].get(key)!r}")
-  trees = [resolve.flatten({n: p["params"] for n, p in s["networks"].items()})
+  trees = [traverse_util.flatten_dict(
+      {n: p["params"] for n, p in s["networks"].items()}, sep=".")
            for s in (a, b)]
   same, rows = 0, []
   for key in sorted(trees[0].keys() | trees[1].keys()):

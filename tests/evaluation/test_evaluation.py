@@ -14,7 +14,6 @@ from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import recovery
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.data import image_source
 from bcm_jax.diffusion import schedules
@@ -41,7 +40,7 @@ TINY = {
 def experiment(**overrides: str) -> build.Experiment:
   values = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
   return build.build(
-      resolve.resolve(config_files.read_file("configs/digits.py"), values)
+      resolve.resolve(resolve.read_file("configs/digits.py"), values)
   )
 
 
@@ -339,7 +338,7 @@ def test_baselines_are_the_odes_of_a_denoiser(copy, tmp_path):
   """A fresh network's F is 0: every inversion of it is a known factor."""
   teacher = build.build(
     resolve.resolve(
-      config_files.read_file("configs/digits_ict.py"),
+      resolve.read_file("configs/digits_ict.py"),
       TINY | {"method.preconditioning": "bcm", "eval.samplers": "onestep,"},
     )
   )

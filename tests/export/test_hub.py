@@ -20,7 +20,6 @@ from bcm_jax import train
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.evaluation import evaluate
 from bcm_jax.export import hub as hub_command
@@ -51,7 +50,7 @@ def quickly():
 def run(tmp_path_factory) -> pathlib.Path:
   """A run as training leaves it, of random weights, with its numbers."""
   workdir = str(tmp_path_factory.mktemp("run"))
-  config = resolve.resolve(config_files.read_file("digits.py"), SETTINGS)
+  config = resolve.resolve(resolve.read_file("digits.py"), SETTINGS)
   experiment = build.build(config)
   draw = np.random.default_rng(0).standard_normal
 

@@ -11,7 +11,6 @@ import safetensors.numpy
 import yaml
 
 from bcm_jax import errors
-from bcm_jax.config import config_files
 from bcm_jax.config import registry
 from bcm_jax.config import resolve
 from bcm_jax.export import model_card
@@ -22,7 +21,7 @@ from tests import toys
 from tests.interop import craft
 
 CONFIG = resolve.to_json(
-    resolve.resolve(config_files.read_file("digits.py"))
+    resolve.resolve(resolve.read_file("digits.py"))
 )
 ABOUT = {
     "step": 1900, "average": "ema_0.999", "data": "digits",

@@ -22,7 +22,6 @@ from bcm_jax import sample
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import registry
 from bcm_jax.config import resolve
 from bcm_jax.export import stablehlo
@@ -50,7 +49,7 @@ def quickly():
 def make_run(folder, file="digits.py", **overrides):
   """A run of random weights and of two averages that differ."""
   values = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
-  config = resolve.resolve(config_files.read_file(file), values)
+  config = resolve.resolve(resolve.read_file(file), values)
   built = build.build(config, to_train=False)
   resolve.write(config, str(folder))
   shapes = jax.eval_shape(

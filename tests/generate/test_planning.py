@@ -4,7 +4,6 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.generate import planning
 from bcm_jax.sampling import sampling_plan
@@ -12,7 +11,7 @@ from bcm_jax.sampling import sampling_plan
 
 def digits(**overrides: str):
   return resolve.resolve(
-      config_files.read_file("configs/digits.py"),
+      resolve.read_file("configs/digits.py"),
       {k.replace("__", "."): v for k, v in overrides.items()},
   )
 
@@ -66,7 +65,7 @@ def test_bad_plans(overrides, said):
 def test_one_time_network_refuses_other_end_levels():
   def plan(sampler):
     config = resolve.resolve(
-        config_files.read_file("configs/digits_ict.py"),
+        resolve.read_file("configs/digits_ict.py"),
         {"sample.sampler": sampler, "sample.times": "2"},
     )
     return planning.sampling_plan(build.build(config))

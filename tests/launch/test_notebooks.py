@@ -11,7 +11,6 @@ import pytest
 
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.generate import convert
 from tests import toys
@@ -71,7 +70,7 @@ def test_digits(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_published_checkpoint(tmp_path, monkeypatch):
   config = resolve.resolve(
-      config_files.read_file("imagenet64.py"),
+      resolve.read_file("imagenet64.py"),
       {"model.model_channels": "32", "model.num_head_channels": "32",
        "model.channel_mult": "1,1", "model.num_res_blocks": "1",
        "model.attention_resolutions": "()"},

@@ -13,7 +13,6 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.config import schema
 from bcm_jax.data import image_source
@@ -159,7 +158,7 @@ def test_names_stand_at_the_images_that_they_name(monkeypatch, channels, size):
 def untrained(folder, file, **changed):
   """A work directory with a checkpoint of random weights."""
   overrides = toys.TINY | {k.replace("__", "."): v for k, v in changed.items()}
-  config = resolve.resolve(config_files.read_file(file), overrides)
+  config = resolve.resolve(resolve.read_file(file), overrides)
   built = build.build(config, to_train=False)
   shapes = jax.eval_shape(
     built.method.init, jax.random.key(0), *build.example_batch(built)
