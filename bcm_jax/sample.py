@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import schema
 from bcm_jax.data import image_source
 from bcm_jax.editing import edit
 from bcm_jax.generate import batched_sampler
@@ -20,26 +18,6 @@ from bcm_jax.metrics import reconstruction
 from bcm_jax.utils import files
 
 Params = Any
-
-
-def asked_labels(experiment, sample: schema.Sample) -> np.ndarray | None:
-  """Classes of the images to generate: one class, or all in equal shares."""
-  classes = experiment.num_classes
-  if classes is None:
-    if sample.label is not None:
-      raise errors.UserError(
-          f"sample.label={sample.label}, but the network is unconditional; "
-          "leave it out"
-      )
-    return None
-  if sample.label is None:
-    return (np.arange(sample.num_samples) % classes).astype(np.int32)
-  if not 0 <= sample.label < classes:
-    raise errors.UserError(
-        f"sample.label={sample.label} is out of range; this network knows "
-        f"classes 0 to {classes - 1}"
-    )
-  return np.full(sample.num_samples, sample.label, np.int32)
 
 
 def scale(experiment) -> int:
@@ -58,8 +36,8 @@ def sample(
 ) -> str:
   """Mode sample: writes samples.npz and grid.png; returns their folder."""
   section = experiment.sample
-  plan = planning.sampling_plan(experiment, sampler)
-  labels = asked_labels(experiment, section)
+  plan = planning.plan_of(experiment, sampler)
+  labels = planning.asked_labels(experiment, section)
   rejection.check(experiment)
   print(plan)
   if section.rejection:
@@ -142,8 +120,8 @@ def run(
     return edit.run(experiment, workdir)
   if mode == "sample":
     # Bad times and labels are found before the checkpoint is read.
-    planning.sampling_plan(experiment)
-    asked_labels(experiment, section)
+    planning.plan_of(experiment)
+    planning.asked_labels(experiment, section)
   else:
     planning.inversion_plan(experiment)
   _, _, params = runs.load_run(experiment, workdir)

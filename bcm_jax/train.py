@@ -327,7 +327,7 @@ class Run:
     if jax.process_index() == 0:
       facts = {
           "position": position, "rollbacks": most,
-          "facts": provenance.facts(self.experiment),
+          "facts": provenance.facts(self.experiment.config),
       }
       try:
         folder = nonfinite.write_bundle(

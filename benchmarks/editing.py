@@ -25,10 +25,10 @@ import optax
 import bcm_jax
 from bcm_jax import errors
 from bcm_jax.data import image_source
-from bcm_jax.editing import inputs
+from bcm_jax.editing import edit_inputs
 from bcm_jax.editing import similarity
 from bcm_jax.evaluation import tables
-from bcm_jax.metrics import classifier as classifiers
+from bcm_jax.metrics import classifier
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
 from bcm_jax.sampling import zero_shot
@@ -56,7 +56,7 @@ STRENGTHS = (-2.0, 2.0)
 class Bench:
   """A model, the images that it edits, and a judge of classes."""
 
-  def __init__(self, workdir: str, classifier: str, count: int | None):
+  def __init__(self, workdir: str, classifier_dir: str, count: int | None):
     self.workdir = workdir
     self.model = bcm_jax.load(workdir, batch_size=50)
     source = self.model.experiment.source("test")
@@ -69,7 +69,7 @@ class Bench:
     train = self.model.experiment.source("train")
     some = np.random.default_rng(0).permutation(len(train))[:10_000]
     self.train = train.fetch(np.sort(some))
-    self.judge = classifiers.load_classifier(classifier)
+    self.judge = classifier.load_classifier(classifier_dir)
 
   def some(self, count: int) -> tuple[np.ndarray, np.ndarray, Any]:
     """So many images, their classes, and what the network is told of them."""
@@ -151,7 +151,7 @@ def _nearest(bench: Bench, known: np.ndarray, classes) -> np.ndarray:
 def jpeg(bench: Bench) -> Iterator[tuple[str, dict]]:
   """Files of several qualities, and what is restored of them."""
   for quality in QUALITIES:
-    given = np.stack([inputs.compress(i, quality) for i in bench.images])
+    given = np.stack([edit_inputs.compress(i, quality) for i in bench.images])
     yield f"JPEG of quality {quality}", bench.told(given)
     yield f"`restore` of quality {quality}", bench.told(
         bench.model.restore(given, bench.labels)
@@ -349,7 +349,7 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
   hole = np.zeros((height, width), bool)
   hole[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
   covered = np.where(hole[..., None], np.uint8(127), images)
-  poor = np.stack([inputs.compress(i, 10) for i in images])
+  poor = np.stack([edit_inputs.compress(i, 10) for i in images])
   floats = image_source.to_float(images)
   small = image_source.to_uint8(np.asarray(zero_shot.shrink(floats, 2)))
   noisy = floats + 0.6 * np.random.default_rng(0).standard_normal(floats.shape)
@@ -466,7 +466,7 @@ def main(argv: list[str] | None = None) -> None:
           )
       record["milliseconds"] = latency(bench)
       print(record["milliseconds"])
-      record["run"] = provenance.facts(bench.model.experiment)
+      record["run"] = provenance.facts(bench.model.experiment.config)
       if args.pictures:
         draw(bench, args.pictures)
       if args.out:

@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     result["source"] = source.name
     result |= measure(config, args.backends.split(","), args.calls, source)
-  result["facts"] = provenance.facts(experiment)
+  result["facts"] = provenance.facts(experiment.config)
   write(result, result.get("backends", {}), args.out)
 
 

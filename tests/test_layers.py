@@ -37,11 +37,6 @@ COMMANDS = {"bcm_jax.interop.convert": "generate"}
 # (importing module, imported module): to be removed.
 EXCEPTIONS = {
     ("bcm_jax.checkpoint.runs", "bcm_jax.config.build"),
-    ("bcm_jax.checkpoint.runs", "bcm_jax.config.resolve"),
-    ("bcm_jax.checkpoint.runs", "bcm_jax.export.model_folder"),
-    ("bcm_jax.utils.provenance", "bcm_jax.config.build"),
-    ("bcm_jax.utils.provenance", "bcm_jax.config.resolve"),
-    ("bcm_jax.generate.teacher_pairs", "bcm_jax.sample"),
 }
 
 # Names of methods that the engine must not contain, also of those to come. The

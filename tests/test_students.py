@@ -150,7 +150,7 @@ def test_a_student_is_used_without_its_teacher(trained, tmp_path, file):
     batched_sampler.generate(
       e,
       batched_sampler.BatchedSampler(e, params, 4),
-      planning.sampling_plan(e, "onestep"),
+      planning.plan_of(e, "onestep"),
       np.arange(4),
       np.arange(4),
       seed=0,
@@ -242,7 +242,7 @@ def test_pairs_are_what_the_solver_makes_of_their_noise(teacher):
   built = build.build(resolve.of_run(str(teacher)))
   _, _, params = runs.load_run(built, str(teacher))
   runner = batched_sampler.BatchedSampler(built, params, 8)
-  plan = planning.sampling_plan(built)
+  plan = planning.plan_of(built)
   out = runner(
     plan, examples["noise"].astype(np.float32) * 40, examples["label"], None
   )
@@ -337,19 +337,19 @@ def test_samplers_of_a_denoiser(teacher):
     ("ddim:6", "ddim", 6),
     ("heun", "heun", 7),
   ):
-    plan = planning.sampling_plan(built, text)
+    plan = planning.plan_of(built, text)
     assert (plan.name, plan.nfe, plan.end) == (name, nfe, 0.0)
   with pytest.raises(errors.UserError, match="never 6"):
-    planning.sampling_plan(built, "heun:6")
+    planning.plan_of(built, "heun:6")
   cm = build.build(resolved("digits_ict.py"))
   for sampler in ("heun", "ddim"):
-    with pytest.raises(errors.UserError, match="learnt to jump"):
-      planning.sampling_plan(cm, sampler)
+    with pytest.raises(errors.UserError, match="predicts jumps"):
+      planning.plan_of(cm, sampler)
   with pytest.raises(errors.UserError, match="guides denoisers"):
-    planning.sampling_plan(
+    planning.plan_of(
       build.build(resolved("digits_ict.py", sample__guidance="2.0")),
       "onestep",
     )
   assert isinstance(
-    planning.sampling_plan(built, "heun").steps[0], sampling_plan.HeunJump
+    planning.plan_of(built, "heun").steps[0], sampling_plan.HeunJump
   )

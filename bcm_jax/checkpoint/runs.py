@@ -1,37 +1,40 @@
-"""What a work directory holds: checkpoints, and parameters out of them."""
+"""Work directories: parameters and averages out of checkpoints."""
 
 from collections.abc import Mapping
 import os
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from bcm_jax import __version__
 from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.config import build
-from bcm_jax.config import resolve
-from bcm_jax.export import model_folder
 from bcm_jax.training import phema
 from bcm_jax.training import train_state
 from bcm_jax.utils import files
 
 Params = Any
 _POSTHOC = "posthoc_"
+# Weights of a released model.
+RELEASED = "model.safetensors"
 
 
 def checkpoint_dir(workdir: str) -> str:
-  """Where a run keeps its checkpoints."""
+  """Returns the folder of a run's checkpoints."""
   return os.path.join(workdir, "checkpoints")
 
 
 def split_place(place: str, what: str) -> tuple[str, int | None]:
-  """'DIR@STEP' -> (DIR, STEP), 'DIR' -> (DIR, None).
+  """Splits 'DIR@STEP' to (DIR, STEP) and 'DIR' to (DIR, None).
+
+  Args:
+    place: from a flag or config key.
+    what: that flag or key, for the error.
 
   Raises:
-    UserError: the step is no number; `what` is the flag or key to name.
+    UserError: the step is not a number.
   """
   folder, at, step = place.rpartition("@")
   if not at:
@@ -43,67 +46,53 @@ def split_place(place: str, what: str) -> tuple[str, int | None]:
   return folder, int(step)
 
 
-def config_of(
-    workdir: str, overrides: Mapping[str, str] | None = None
-) -> ml_collections.ConfigDict:
-  """The config of the run in a work directory, with 'section.key' -> text.
-
-  Raises:
-    UserError: no run there.
-  """
-  config = resolve.of_run(workdir, overrides)
-  if config is None:
-    raise errors.UserError(
-        f"{workdir} holds no run (no config.json); give the work directory of "
-        "one, trained or converted"
-    )
-  return config
+def is_released(folder: str) -> bool:
+  """Returns whether a folder is a released model (export/model_folder.py)."""
+  return os.path.isfile(os.path.join(folder, RELEASED))
 
 
 def write(
     workdir: str,
-    experiment: build.Experiment,
+    config: Mapping[str, Any],
+    network: str,
     params: Params,
     step: int,
-    facts: dict[str, Any],
+    facts: Mapping[str, Any],
 ) -> None:
-  """Makes a work directory of one network, whole or not at all.
+  """Writes a work directory of one network, atomically.
 
-  It can be sampled, evaluated and started from (training.init_from); a run
-  cannot go on in it, since it has no optimiser's state.
+  It can be sampled, evaluated and started from (training.init_from); it cannot
+  be resumed, since it has no optimizer state.
 
   Args:
-    workdir: must not hold anything yet.
-    experiment: that the network belongs to; its config becomes the run's.
-    params: of the sampled network; there are no averages beside them.
+    workdir: must be empty or absent.
+    config: resolved config of the network, as JSON values.
+    network: name of the sampled network.
+    params: of that network; there are no averages.
     step: of the checkpoint.
-    facts: JSON values, where the network comes from.
+    facts: JSON values, the source of the network.
 
   Raises:
-    UserError: something is there already.
+    UserError: workdir exists.
   """
-  config = experiment.config
-  state = {
-      "networks": {experiment.method.sampled_network: {"params": params}},
-      "averages": {},
-  }
-  meta = {"config": resolve.to_json(config), "version": __version__, **facts}
-  with files.new_folder(workdir) as made:
-    resolve.write(config, made)
-    with checkpoint.Checkpoints(checkpoint_dir(made)) as saved:
+  state = {"networks": {network: {"params": params}}, "averages": {}}
+  meta = {"config": config, "version": __version__, **facts}
+  with files.new_folder(workdir) as folder:
+    files.write_json(os.path.join(folder, "config.json"), config)
+    with checkpoint.Checkpoints(checkpoint_dir(folder)) as saved:
       saved.save(step, state, meta)
 
 
 def choose(
     network: str, state: Any, average: str | None, what: str
 ) -> tuple[str, Params]:
-  """Parameters of a network or one of its averages, out of a state's dict.
+  """Returns parameters of a network, or one of its averages, from a state.
 
   Args:
     network: name of the sampled network.
-    state: nested dict as a checkpoint holds it.
-    average: name of an average, 'params' for the parameters themselves, None
-      for the first average (the parameters where there is none).
+    state: nested dict, as in a checkpoint.
+    average: name of an average, 'params' for the parameters, None for the first
+      average (the parameters if there is none).
     what: the config key, for the error.
 
   Returns:
@@ -121,10 +110,10 @@ def choose(
 
 
 def load_params(workdir: str, average: str | None) -> Params:
-  """Parameters of the newest good checkpoint of another run, on the host.
+  """Loads parameters of the newest good checkpoint of a run, on the host.
 
   Raises:
-    UserError: no run there, or no good checkpoint.
+    UserError: no run, or no good checkpoint.
   """
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   _, state, _ = saved.read_raw()
@@ -153,27 +142,27 @@ def load_frozen(experiment: build.Experiment) -> dict[str, Params]:
 
 
 def load_run(
-    experiment: build.Experiment,
+    experiment: Any,
     workdir: str,
     average: str | None = None,
     step: int | None = None,
 ) -> tuple[int, str, Params]:
-  """(step, name of the average, parameters) of a good checkpoint of a run.
+  """Loads (step, name of the average, parameters) of a good checkpoint.
 
   Args:
-    experiment: of the run.
-    workdir: where it is.
-    average: which of its averages, 'posthoc_0.15' for one of that sigma_rel
-      made of all checkpoints; None is what section sample says.
+    experiment: build.Experiment of the run.
+    workdir: of the run.
+    average: name; 'posthoc_0.15' is the average of that sigma_rel, computed
+      from all checkpoints; None is `sample.average`.
     step: of the checkpoint; None is the newest.
 
   Raises:
-    UserError: no checkpoint, or a folder to give away in place of a run.
+    UserError: no checkpoint, or a released model in place of a run.
   """
-  if model_folder.is_released(workdir):
+  if is_released(workdir):
     raise errors.UserError(
-        f"{workdir} is a network to give away and no run; make one of it by "
-        f"python -m bcm_jax.release.hub unpack {workdir} WORKDIR"
+        f"{workdir} is a released model, expected a run; convert it by python "
+        f"-m bcm_jax.release.hub unpack {workdir} WORKDIR"
     )
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   average = average or experiment.config.sample.average
@@ -190,7 +179,7 @@ def load_run(
 
 
 def _posthoc(saved, step: int, average: str, stds) -> Params:
-  """An average of any length, of the power-function averages on disk."""
+  """Computes a power-function average of any length; see training/phema.py."""
   try:
     std = float(average.removeprefix(_POSTHOC))
   except ValueError as e:

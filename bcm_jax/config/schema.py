@@ -8,6 +8,11 @@ method and optimizer take their keys from the classes that they name.
 import dataclasses
 from typing import Literal
 
+Sampler = Literal[
+    "onestep", "ancestral", "zigzag", "mixture", "cm_multistep", "gamma",
+    "ddim", "heun",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -178,10 +183,7 @@ class Sample:
       parameters themselves.
   """
 
-  sampler: Literal[
-      "onestep", "ancestral", "zigzag", "mixture", "cm_multistep", "gamma",
-      "ddim", "heun",
-  ] = "onestep"
+  sampler: Sampler = "onestep"
   nfe: int | None = None
   times: tuple[float, ...] = ()
   zigzag_noise: tuple[float, ...] = ()

@@ -15,6 +15,7 @@ from bcm_jax import errors
 from bcm_jax.data import dataset_spec
 from bcm_jax.data import image_source
 from bcm_jax.data import resizing
+from bcm_jax.utils import thread_pool
 
 IMAGE_KEYS = ("arr_0", "images", "x", "data")
 LABEL_KEYS = ("arr_1", "labels", "y")
@@ -85,7 +86,7 @@ def _resized(
   def resize(k):
     out[k] = resizing.BY_NAME[crop](images[k], shape[0])
 
-  threads.for_each(resize, len(images), threads)
+  thread_pool.for_each(resize, len(images), threads)
   return out
 
 

@@ -14,7 +14,7 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
-from bcm_jax.editing import inputs as pictures
+from bcm_jax.editing import edit_inputs
 from bcm_jax.editing import pretrained
 from bcm_jax.editing import similarity
 from bcm_jax.editing import tasks
@@ -46,7 +46,7 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
   section = experiment.edit
   # Before the checkpoint is read.
   tasks.recipe(experiment, section.task, **settings(section))
-  inputs = pictures.read(experiment)
+  inputs = edit_inputs.read(experiment)
   _, _, params = runs.load_run(experiment, workdir)
   size = experiment.config.sample.batch_size
   model = pretrained.Model(
@@ -61,7 +61,7 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
   return [_edit(model, workdir, inputs)]
 
 
-def _classify(model: pretrained.Model, inputs: pictures.Inputs) -> None:
+def _classify(model: pretrained.Model, inputs: edit_inputs.Inputs) -> None:
   """Puts the classes that the network finds in place of those given."""
   section = model.experiment.edit
   inputs.labels = model.classify(_shown(section, inputs))
@@ -76,11 +76,13 @@ def _folder(workdir: str, task: str) -> str:
 
 
 def interpolate(
-  model: pretrained.Model, workdir: str, inputs: pictures.Inputs | None = None
+  model: pretrained.Model,
+  workdir: str,
+  inputs: edit_inputs.Inputs | None = None,
 ) -> str:
   """Rows between pairs of images, of section edit or these; their folder."""
   section = model.experiment.edit
-  inputs = inputs or pictures.read(model.experiment)
+  inputs = inputs or edit_inputs.read(model.experiment)
   asked = settings(section)
   recipe = model.recipe("interpolate", **asked)
   print(recipe)
@@ -119,7 +121,7 @@ def _scale(model: pretrained.Model) -> int:
 
 
 def _edit(
-  model: pretrained.Model, workdir: str, inputs: pictures.Inputs
+  model: pretrained.Model, workdir: str, inputs: edit_inputs.Inputs
 ) -> str:
   """Runs a task on images and writes them, a picture and numbers."""
   section = model.experiment.edit
@@ -179,23 +181,23 @@ def _write_record(
       "nfe": recipe.nfe,
       "images": len(results),
       **more,
-      "run": provenance.facts(model.experiment),
+      "run": provenance.facts(model.experiment.config),
     },
   )
 
 
-def _shown(section: schema.Edit, inputs: pictures.Inputs) -> np.ndarray:
+def _shown(section: schema.Edit, inputs: edit_inputs.Inputs) -> np.ndarray:
   """The images as they are edited: holes grey, small ones enlarged."""
   images = inputs.images
   if section.task.startswith("inpaint"):
-    return pictures.covered(images, inputs.mask)
+    return edit_inputs.covered(images, inputs.mask)
   if section.task == "super_resolve":
     return images.repeat(section.factor, 1).repeat(section.factor, 2)
   return images
 
 
 def perform(
-  model: pretrained.Model, section: schema.Edit, inputs: pictures.Inputs
+  model: pretrained.Model, section: schema.Edit, inputs: edit_inputs.Inputs
 ) -> tuple[np.ndarray, dict[str, Any]]:
   """A task on images: (uint8 [n, H, W, C], what else came out)."""
   images, common = (
@@ -232,7 +234,7 @@ def _attribute(model, section: schema.Edit, images, common):
   labels = (None, None)
   if None not in (section.positive_images, section.negative_images):
     groups = [
-      pictures.read_folder(model.experiment, path, f"edit.{key}")
+      edit_inputs.read_folder(model.experiment, path, f"edit.{key}")
       for key, path in (
         ("positive_images", section.positive_images),
         ("negative_images", section.negative_images),
@@ -244,7 +246,7 @@ def _attribute(model, section: schema.Edit, images, common):
       labels = (_one_label(section),) * 2
   elif model.num_classes is None and len(section.label) == 1:
     groups = [
-      pictures.of_class(model.experiment, label, _GROUP)
+      edit_inputs.of_class(model.experiment, label, _GROUP)
       for label in (_new_label(section), section.label[0])
     ]
   else:

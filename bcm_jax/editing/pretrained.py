@@ -26,6 +26,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.data import image_source
 from bcm_jax.diffusion import process
 from bcm_jax.editing import tasks
@@ -87,7 +88,7 @@ class Model:
       raise errors.UserError(f"count: got {count}, expected 1 or more")
     if labels is None and self.num_classes is not None:
       labels = np.arange(count) % self.num_classes
-    plan = planning.sampling_plan(self.experiment, sampler)
+    plan = planning.plan_of(self.experiment, sampler)
     return batched_sampler.generate(
         self.experiment, self.runner, plan, self.labels(labels, count),
         np.arange(count), seed,
@@ -98,7 +99,7 @@ class Model:
       sampler: str = "onestep",
   ) -> np.ndarray:
     """Decodes latents [n, H, W, C] at sigma_max, as `invert` returns them."""
-    plan = planning.sampling_plan(self.experiment, sampler)
+    plan = planning.plan_of(self.experiment, sampler)
     latents = np.asarray(latents, np.float32)
     if latents.shape == self.image_shape:
       latents = latents[None]
@@ -568,14 +569,14 @@ def load(
   if batch_size is not None and batch_size < 1:
     raise errors.UserError(f"batch_size: got {batch_size}, expected at least 1")
   place = os.fspath(SHIPPED if source is None else source)
-  if model_folder.is_released(place):
+  if runs.is_released(place):
     if average is not None or step is not None:
       raise errors.UserError(
           f"{place} holds only one network; omit average and step"
       )
     experiment, params, _ = model_folder.load(place)
   else:
-    experiment = build.build(runs.config_of(place), to_train=False)
+    experiment = build.build(resolve.of_existing_run(place), to_train=False)
     _, _, params = runs.load_run(experiment, place, average, step)
   size = batch_size or experiment.config.sample.batch_size
   return Model(batched_sampler.BatchedSampler(experiment, params, size))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import sample as generate
+from bcm_jax import sample
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
@@ -70,7 +70,7 @@ class Evaluation:
     self.judge, self.judge_accuracy = None, None
     self.neighbours: tuple[np.ndarray, np.ndarray] | None = None
     self._open_small()
-    self.facts = provenance.facts(experiment) | self._protocol()
+    self.facts = provenance.facts(experiment.config) | self._protocol()
 
   def _open_small(self) -> None:
     """What only sets of few images are asked."""
@@ -92,16 +92,15 @@ class Evaluation:
   ) -> dict[str, Any]:
     """All numbers of section eval for one set of parameters."""
     experiment, section = self.experiment, self.section
-    sample = experiment.sample
     runner = batched_sampler.BatchedSampler(
-        experiment, params, sample.batch_size
+        experiment, params, experiment.sample.batch_size
     )
     result: dict[str, Any] = {"step": step, "average": average}
     if self.judge is not None:
       result["judge_test_accuracy"] = self.judge_accuracy
     result["samplers"] = {}
     for sampler in section.samplers:
-      plan = planning.sampling_plan(experiment, sampler)
+      plan = planning.plan_of(experiment, sampler)
       key = f"{plan.name}_nfe{plan.nfe}"
       if "@" in sampler:
         key += "@" + sampler.partition("@")[2]
@@ -199,11 +198,13 @@ class Evaluation:
       "compared_one_by_one": 0 if real is None else len(real),
       "neighbours_k": section.k,
     }
-    sample = self.experiment.sample
-    if sample.rejection:
-      facts["rejection"] = f"{sample.rejection:g} more were drawn a class"
-    if sample.guidance != 1:
-      facts["guidance"] = sample.guidance
+    sampling = self.experiment.sample
+    if sampling.rejection:
+      facts["rejection"] = (
+          f"{sampling.rejection:g} more were drawn per class"
+      )
+    if sampling.guidance != 1:
+      facts["guidance"] = sampling.guidance
     if section.num_samples < PROTOCOL_SAMPLES:
       facts["few_samples"] = (
         f"{section.num_samples} of the protocol's {PROTOCOL_SAMPLES}"
@@ -332,19 +333,20 @@ def finish(
   params: Any,
 ) -> dict[str, Any] | None:
   """The end of training: numbers if they are asked for, and pictures."""
-  sample = experiment.sample
   section = experiment.eval
   result = None
   if section.at_end:
     evaluation = Evaluation(experiment, workdir)
     result = _evaluate_and_write(evaluation, step, average, params)
-  runner = batched_sampler.BatchedSampler(experiment, params, sample.batch_size)
+  runner = batched_sampler.BatchedSampler(
+      experiment, params, experiment.sample.batch_size
+  )
   folders = []
   for sampler in section.samplers:
-    folders.append(generate.sample(experiment, workdir, runner, sampler))
+    folders.append(sample.sample(experiment, workdir, runner, sampler))
   if experiment.method.supports_inversion and experiment.has_split("test"):
     for nfe in section.inversion_nfe:
-      folders.append(generate.invert(experiment, workdir, runner, nfe))
+      folders.append(sample.invert(experiment, workdir, runner, nfe))
     folders.append(edit.interpolate(pretrained.Model(runner), workdir))
   print("pictures: " + ", ".join(f"{f}/grid.png" for f in folders))
   print(f"all at a glance: {draw.overview(experiment, workdir)}")
@@ -366,8 +368,8 @@ def check_outputs(experiment: build.Experiment) -> None:
   """Finds bad times and labels before any work is done."""
   section = experiment.eval
   for sampler in section.samplers:
-    planning.sampling_plan(experiment, sampler)
-  generate.asked_labels(experiment, experiment.sample)
+    planning.plan_of(experiment, sampler)
+  planning.asked_labels(experiment, experiment.sample)
   inversion.check(experiment)
   bits_per_dim.check(experiment)
   rejection.check(experiment)

@@ -15,6 +15,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.data import image_source
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
@@ -155,7 +156,7 @@ def _noisy(experiment, images: np.ndarray, noise: float) -> np.ndarray:
 
 def _open_baseline(experiment, workdir: str):
   """The denoiser's own experiment and its parameters."""
-  config = runs.config_of(workdir)
+  config = resolve.of_existing_run(workdir)
   teacher = build.build(config, to_train=False)
   # A one-time network is a denoiser if its preconditioning at u = 0 is EDM's.
   shared = not teacher.method.takes_end_time and (

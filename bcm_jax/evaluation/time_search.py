@@ -165,9 +165,9 @@ def check(experiment: build.Experiment) -> None:
         "give more"
     )
   for t in mid:
-    planning.sampling_plan(experiment, planning.write("ancestral", (t,)))
+    planning.plan_of(experiment, planning.write("ancestral", (t,)))
   for pair in pairs if name != "ancestral" else ():
-    planning.sampling_plan(experiment, planning.write("zigzag", (), (pair,)))
+    planning.plan_of(experiment, planning.write("zigzag", (), (pair,)))
 
 
 def _candidates(section: schema.Search):
@@ -197,7 +197,7 @@ def run(experiment: build.Experiment, workdir: str) -> dict[str, Any]:
   record = Record(
       os.path.join(workdir, "search", f"{name}.json"), facts,
       lambda sampler: evaluation.distance(
-          runner, planning.sampling_plan(experiment, sampler),
+          runner, planning.plan_of(experiment, sampler),
           section.num_samples, section.seed,
       ),
   )

@@ -20,6 +20,7 @@ from typing import Any
 
 from bcm_jax import __version__
 from bcm_jax import errors
+from bcm_jax.checkpoint import runs
 from bcm_jax.export import model_folder
 from bcm_jax.utils import cli
 from bcm_jax.utils import files
@@ -71,7 +72,7 @@ def push(
 def _packed(source: str, options: dict[str, Any]) -> Iterator[tuple[str, str]]:
   """A whole folder to send, and what packing it said."""
   asked = {k: v for k, v in options.items() if v not in (None, {})}
-  if model_folder.is_released(source):
+  if runs.is_released(source):
     if asked:
       raise errors.UserError(
           f"{source} is packed already, and {', '.join(asked)} would say how to"

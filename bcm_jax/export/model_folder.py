@@ -36,7 +36,7 @@ from bcm_jax.utils import hashing
 from bcm_jax.utils import provenance
 
 FORMAT = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG = runs.RELEASED, "config.json"
 RESULT, CARD = "result.json", "README.md"
 # The files of a folder; the first two are required.
 FILES = (WEIGHTS, CONFIG, RESULT, CARD)
@@ -68,11 +68,6 @@ _CODE = {"eval.features": "pixels", "method.gan_encoder": "teacher"}
 _SHOWN = 3
 
 
-def is_released(folder: str) -> bool:
-  """Returns whether a folder has weights of this format."""
-  return os.path.isfile(os.path.join(folder, WEIGHTS))
-
-
 def pack(
     workdir: str,
     out: str,
@@ -100,7 +95,7 @@ def pack(
     UserError: no such run, checkpoint or average, or `out` exists.
   """
   files.check_free(out)
-  config = runs.config_of(workdir, overrides)
+  config = resolve.of_existing_run(workdir, overrides)
   experiment = build.build(config, to_train=False)
   step, average, params = runs.load_run(experiment, workdir, average, step)
   _check_shapes(workdir, experiment, params)
@@ -144,7 +139,8 @@ def unpack(
   files.check_free(workdir)
   experiment, params, metadata = load(folder, overrides)
   runs.write(
-      workdir, experiment, params, metadata["step"], {"released": metadata}
+      workdir, resolve.to_json(experiment.config), experiment.method.sampled,
+      params, metadata["step"], {"released": metadata},
   )
   return (
       f"step {metadata['step']}, {metadata['average']} of config "

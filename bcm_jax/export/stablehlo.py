@@ -107,10 +107,10 @@ def write(
   if importlib.util.find_spec("flatbuffers") is None:
     raise errors.UserError("needs flatbuffers: pip install 'bcm_jax[export]'")
   experiment = _open(workdir, overrides)
-  planned = {s: planning.sampling_plan(experiment, s) for s in asked}
+  planned = {s: planning.plan_of(experiment, s) for s in asked}
   if not planned:
     own = experiment.config.sample.sampler
-    planned = {own: planning.sampling_plan(experiment)}
+    planned = {own: planning.plan_of(experiment)}
   inversion = planning.inversion_plan(experiment) if invert else None
   guide = guides.open_guide(experiment)
   step, average, params = runs.load_run(experiment, workdir, average, step)
@@ -149,7 +149,7 @@ def _open(
   workdir: str, overrides: Mapping[str, str] | None
 ) -> build.Experiment:
   """The experiment of a run, if a single program can hold its sampler."""
-  config = runs.config_of(workdir, overrides)
+  config = resolve.of_existing_run(workdir, overrides)
   if config.sample.rejection:
     raise errors.UserError(
       f"sample.rejection={config.sample.rejection} picks images by another "

@@ -125,7 +125,10 @@ def to_workdir(
   if step is None:
     step = step_of(source)
   facts = {"converted_from": os.path.basename(source), "kind": family.NAME}
-  runs.write(out, experiment, params, step, facts)
+  runs.write(
+      out, resolve.to_json(experiment.config), experiment.method.sampled,
+      params, step, facts,
+  )
   count = sum(v.size for v in jax.tree.leaves(params))
   shown = ", ".join(f"{k}={v}" for k, v in sorted(found.items()))
   return (

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import sample
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.data import image_source
@@ -34,7 +33,7 @@ def run(experiment: build.Experiment, workdir: str) -> str:
     UserError: no deterministic solver, or no checkpoint.
   """
   section = experiment.sample
-  plan = planning.sampling_plan(experiment)
+  plan = planning.plan_of(experiment)
   if not experiment.method.is_denoiser or any(
       isinstance(step, sampling_plan.AddNoise) for step in plan.steps
   ):
@@ -42,7 +41,7 @@ def run(experiment: build.Experiment, workdir: str) -> str:
         "mode pairs needs a denoiser and a sampler that adds no noise, so that "
         "an image follows from its noise: sample.sampler=heun, s_churn=0"
     )
-  labels = sample.asked_labels(experiment, section)
+  labels = planning.asked_labels(experiment, section)
   step, average, params = runs.load_run(experiment, workdir)
   runner = batched_sampler.BatchedSampler(
     experiment, params, section.batch_size
@@ -58,7 +57,7 @@ def run(experiment: build.Experiment, workdir: str) -> str:
 
   noise, images = batched_sampler.on_all_hosts(section.num_samples, rows)
   path = os.path.join(workdir, "pairs.npz")
-  facts = provenance.facts(experiment) | {
+  facts = provenance.facts(experiment.config) | {
     "step": step,
     "average": average,
     "plan": str(plan).splitlines(),

@@ -14,6 +14,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.data import image_source
 from bcm_jax.generate import batched_sampler
 from bcm_jax.plots import records
@@ -43,7 +44,7 @@ def trajectory(run: records.Run) -> list[records.Rows]:
     raise errors.UserError(
         f"{run.path} holds no checkpoint, and a trajectory needs the network"
     )
-  config = runs.config_of(run.path)
+  config = resolve.of_existing_run(run.path)
   config.sample.guidance = 1.0
   experiment = build.build(config, to_train=False)
   step, average, params = runs.load_run(experiment, run.path)

@@ -14,8 +14,7 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.data import image_source
-from bcm_jax.editing import image_reading
-from bcm_jax.editing import inputs
+from bcm_jax.editing import edit_inputs
 from bcm_jax.editing import pretrained
 from bcm_jax.generate import planning
 from bcm_jax.metrics import image_grid
@@ -86,14 +85,14 @@ class Studio:
   def _image(self, content: bytes, name: str) -> np.ndarray:
     """A file as uint8 [H, W, C]; of ours every pixel is a block of one grey."""
     height, width, channels = self.model.image_shape
-    picture = image_reading.open_picture(content, name, _MOST_PIXELS)
-    pixels = image_reading.pixels_of(picture, channels)
+    picture = edit_inputs.open_picture(content, name, _MOST_PIXELS)
+    pixels = edit_inputs.pixels_of(picture, channels)
     if pixels.shape[:2] == (height * self.scale, width * self.scale):
       small = pixels[:: self.scale, :: self.scale]
       blocks = small.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
       if (blocks == pixels).all():
         return small
-    return image_reading.fitted(pixels, height, width)
+    return edit_inputs.fitted(pixels, height, width)
 
   def example(self, index: int) -> np.ndarray | None:
     """A test image, enlarged; None where the data are not at hand."""
@@ -127,7 +126,7 @@ class Studio:
     text = sampler
     if sampler != "onestep":
       text += f":{_fits(sampler, nfe)}"
-    plan = planning.sampling_plan(self.model.experiment, text)
+    plan = planning.plan_of(self.model.experiment, text)
     images, seconds = _timed(
         self.model.sample, count, self._label(label), _seed(seed), text
     )
@@ -201,7 +200,7 @@ class Studio:
     image = self._image(painted["background"], "the image")[None]
     mask = self._mask(painted.get("layers") or [])
     recipe = self.model.recipe(task)
-    label, note = self._class_of(label, inputs.covered(image, mask))
+    label, note = self._class_of(label, edit_inputs.covered(image, mask))
     images, seconds = _timed(
         self.editor.inpaint, image, mask, label, _seed(seed), task
     )
@@ -216,7 +215,7 @@ class Studio:
   ) -> tuple[np.ndarray, np.ndarray, str]:
     """Compresses and restores; (compressed, restored, words)."""
     image = self.read(path)
-    given = inputs.compress(image[0], int(quality))[None]
+    given = edit_inputs.compress(image[0], int(quality))[None]
     settings = dict(noise=noise, nfe=int(nfe))
     recipe = self.model.recipe("restore", **settings)
     label, note = self._class_of(label, given)
@@ -254,9 +253,9 @@ class Studio:
     height, width = self.model.image_shape[:2]
     mask = np.zeros((height, width), bool)
     for layer in layers:
-      paint = image_reading.open_picture(layer, "the paint", _MOST_PIXELS)
+      paint = edit_inputs.open_picture(layer, "the paint", _MOST_PIXELS)
       alpha = np.asarray(paint.convert("RGBA").getchannel("A"))
-      mask |= image_reading.covered_share(alpha, height, width) > _PAINTED
+      mask |= edit_inputs.covered_share(alpha, height, width) > _PAINTED
     if not mask.any():
       raise errors.UserError(
           "nothing is painted over; paint on the image what is to be filled"

@@ -83,7 +83,7 @@ def compile_for(
       "hbm_gib": chip.memory / _GIB,
       "phases": phases,
       "versions": {"libtpu": _libtpu_version()},
-      "facts": provenance.facts(experiment),
+      "facts": provenance.facts(experiment.config),
   }
 
 

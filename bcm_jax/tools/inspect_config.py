@@ -208,7 +208,7 @@ def _weighting(experiment) -> str:
 
 
 def _plans(experiment) -> str:
-  parts = [str(planning.sampling_plan(experiment))]
+  parts = [str(planning.plan_of(experiment))]
   if experiment.method.supports_inversion:
     parts.append(str(planning.inversion_plan(experiment)))
   return "\n".join(parts)

@@ -26,7 +26,7 @@ from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.data import image_source
 from bcm_jax.data import pipeline
-from bcm_jax.metrics import classifier as classifiers
+from bcm_jax.metrics import classifier
 from bcm_jax.models import resnet
 from bcm_jax.training import hooks
 from bcm_jax.training import multihost
@@ -194,14 +194,14 @@ def _init(network, image_shape, seed: int) -> Any:
 
 
 def accuracy(
-    classifier: classifiers.Classifier, source: image_source.Source
+    model: classifier.Classifier, source: image_source.Source
 ) -> float:
   """Share of the images of a source whose class is recognised, in [0, 1]."""
   right = 0
   for first in range(0, len(source), _BLOCK):
     ids = np.arange(first, min(first + _BLOCK, len(source)))
     batch = source.fetch(ids)
-    right += np.sum(classifier.classify(batch["image"]) == batch["label"])
+    right += np.sum(model.classify(batch["image"]) == batch["label"])
   return float(right / len(source))
 
 
@@ -240,11 +240,11 @@ def train_classifier(
   with contextlib.closing(progress):
     params = fit(network, train, settings, config.data.flip, progress)
   data_name = provenance.data_name(config.data)
-  found = classifiers.Classifier(
+  found = classifier.Classifier(
       name or f"{data_name} ResNet", network, params, train.image_shape
   )
   share = None if test is None else accuracy(found, test)
-  classifiers.save_classifier(out, found, {
+  classifier.save_classifier(out, found, {
       "test_accuracy": share,
       "test_images": None if test is None else len(test),
       "data": {
@@ -263,7 +263,7 @@ def train_classifier(
 
 def _check_out(out: str, overwrite: bool) -> None:
   """Finds out before the training that its result could not be written."""
-  if os.path.exists(os.path.join(out, classifiers.FACTS)) and not overwrite:
+  if os.path.exists(os.path.join(out, classifier.FACTS)) and not overwrite:
     raise errors.UserError(
         f"--out={out} holds a classifier already; choose another folder, or "
         "replace it with --overwrite"

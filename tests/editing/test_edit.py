@@ -10,7 +10,7 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.data import image_source
 from bcm_jax.editing import edit
-from bcm_jax.editing import inputs
+from bcm_jax.editing import edit_inputs
 from bcm_jax.editing import tasks
 from tests import exact
 
@@ -109,7 +109,7 @@ def test_pairs_of_test_images(tmp_path):
 def test_jpeg_of_lower_quality_is_further_from_the_image():
   image = picture(size=16, channels=3)
   gaps = [
-      np.abs(inputs.compress(image, q).astype(int) - image).mean()
+      np.abs(edit_inputs.compress(image, q).astype(int) - image).mean()
       for q in (5, 30, 95)
   ]
   assert gaps[0] > gaps[1] > gaps[2] > 0
@@ -356,14 +356,14 @@ def files(tmp_path):
 @pytest.mark.parametrize(
   "keys, said",
   [
-    (dict(input="gone.png"), "gone.png is not there"),
+    (dict(input="gone.png"), "gone.png does not exist"),
     (dict(input="empty"), "empty holds no images"),
     (dict(input="large.png"), "9x9 pixels .* takes 8x8; set edit.resize=true"),
     (dict(input="rgb.png"), "is coloured, and the network takes images of 1"),
     (dict(input="broken.png"), "cannot be read as an image; give a PNG"),
-    (dict(input="ok.png", label="()"), "wants the classes of the images, 0 to"),
+    (dict(input="ok.png", label="()"), "edit.label: got"),
     (dict(input="ok.png", label="12"), "from 0 to 9"),
-    (dict(input="ok.png", predict_labels=True), "leave one of the two out"),
+    (dict(input="ok.png", predict_labels=True), "exclude each other"),
     (dict(input="two", label="1,2,3"), "give one for all or 2"),
     (dict(input="ok.png", reference="two"), "holds 2 images, and edit.input 1"),
     (dict(task="inpaint", input="ok.png", mask="black.png"), "has no hole"),
@@ -375,9 +375,9 @@ def files(tmp_path):
       dict(task="attribute", input="ok.png"),
       "needs folders edit.positive_images",
     ),
-    (dict(reference="ok.png", label="()"), "edit.reference goes with edit.inp"),
+    (dict(reference="ok.png", label="()"), "edit.reference requires"),
     (dict(num_images=1000, label="()"), "has enough for 1 to 360"),
-    (dict(num_images=2), "edit.label goes with edit.input"),
+    (dict(num_images=2), "edit.label requires edit.input"),
     (dict(task="super_resolve", factor=3), "edit.factor=3 does not divide 8x8"),
     (dict(task="super_resolve", factor=0, input="ok.png"), "edit.factor=0"),
     (dict(seed=-1), "edit.seed=-1; give a whole number from 0"),

@@ -92,7 +92,7 @@ def model(path):
 def open_run(run, average=None, overrides=None):
   """(experiment, runner) of a run, as the modes make them."""
   built = build.build(
-      runs.config_of(str(run), overrides), to_train=False
+      resolve.of_existing_run(str(run), overrides), to_train=False
   )
   _, _, params = runs.load_run(built, str(run), average)
   return built, batched_sampler.BatchedSampler(built, params, 4)
@@ -105,7 +105,7 @@ def library(run):
 
 def samples(library, sampler, index, seed, labels=None):
   """What the library draws; labels of all images from number 0 on."""
-  plan = planning.sampling_plan(library[0], sampler)
+  plan = planning.plan_of(library[0], sampler)
   index = np.asarray(index)
   return batched_sampler.generate(*library, plan, labels, index, seed)
 
@@ -216,7 +216,7 @@ def test_long_plans_are_loops_that_draw_the_same(
     stablehlo_runtime.load(out),
     open_run(denoiser, None, overrides),
   )
-  plan = planning.sampling_plan(library[0])
+  plan = planning.plan_of(library[0])
   assert (plan.nfe, plan.guide_nfe) == (5, 1)
   assert [len(turns) for turns in samplers.alike(plan)] == [1, 1, 2, 1]
   expected = samples(library, None, range(3), 1, np.arange(3))
@@ -273,7 +273,7 @@ def test_the_file_explains_itself(library, path, model):
   assert manifest["average"] == "ema_0.9"
   assert manifest["image_shape"] == [8, 8, 1] and manifest["num_classes"] == 10
   for name in SAMPLERS:
-    plan = planning.sampling_plan(built, name)
+    plan = planning.plan_of(built, name)
     entry = model.samplers[name]
     assert (entry["plan"], entry["nfe"]) == (str(plan), plan.nfe)
     assert len(entry["steps"]) == len(plan.steps)
@@ -338,7 +338,7 @@ def test_every_network_is_lowered_for_all_platforms(name):
       built.method.init, jax.random.key(0), *build.example_batch(built)
     )
   )
-  plan = planning.sampling_plan(built, "ddim:2")
+  plan = planning.plan_of(built, "ddim:2")
   program = jax_export.deserialize(
     bytearray(
       stablehlo.serialised(
@@ -558,7 +558,7 @@ def test_inversion_that_was_not_exported(run, tmp_path):
   [
     (["--samplers=onestpe"], "unknown sampler 'onestpe'; did you mean"),
     (["--samplers=ancestral@900"], "outside the trained noise levels"),
-    (["--samplers=heun"], "learnt to jump"),
+    (["--samplers=heun"], "predicts jumps"),
     (["--platforms=gpu"], "GPUs are cuda"),
     (["--platforms=cpu,cpu"], "once at most"),
     (["--platforms="], "give each of"),

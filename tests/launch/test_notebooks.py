@@ -80,7 +80,10 @@ def test_a_published_checkpoint(tmp_path, monkeypatch):
       jax.random.key(0), *build.example_batch(built)
   )
   source = tmp_path / "source"
-  runs.write(str(source), built, jax.tree.map(np.asarray, params), 7, {})
+  runs.write(
+      str(source), resolve.to_json(built.config), built.method.sampled,
+      jax.tree.map(np.asarray, params), 7, {},
+  )
   convert.to_file(str(source), str(tmp_path / "ema_0.9_000007.safetensors"))
   # Inception's weights are not at hand: three numbers an image are features.
   (tmp_path / "tiny.py").write_text(

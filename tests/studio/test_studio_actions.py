@@ -282,7 +282,7 @@ def test_cut_and_huge_uploads(studio, tmp_path):
     (lambda s: s.generate(3, -1, 4, "onestep", 1), "the seed is -1"),
     (lambda s: s.generate(3, 0.5, 4, "onestep", 1), "the seed is 0.5"),
     (lambda s: s.generate(3, 0, 99, "onestep", 1), "ask for 1 to 25"),
-    (lambda s: s.generate(3, 0, 4, "heun", 7), "learnt to jump"),
+    (lambda s: s.generate(3, 0, 4, "heun", 7), "predicts jumps"),
 ])
 def test_what_is_missing_or_wrong_is_said(studio, call, said):
   with pytest.raises(errors.UserError, match=said):
