@@ -14,7 +14,6 @@ batch: there the reflected margin is as wide as the batch's worst transform
 needs; here it is always the widest, which changes even noise by less than 1e-4.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 import math
@@ -168,38 +167,6 @@ def draw(keys: jax.Array, dtype=jnp.float32) -> Draws:
   return jax.vmap(one)(keys)
 
 
-def recorded_draws(pipe: AugmentPipe, numbers: Sequence[np.ndarray]) -> Draws:
-  """Draws as the official pipe made them, from a record of its calls.
-
-  Args:
-    pipe: that pipe's settings; it draws nothing for a multiplier of 0.
-    numbers: what its calls returned, in their order; each holds B numbers, or
-      2 x B with x before y.
-
-  Returns:
-    float64 NumPy arrays; numbers not drawn are 0.
-
-  Raises:
-    ValueError: for more or fewer calls than the pipe makes, or none at all.
-  """
-  on = [name for name in _TRANSFORMS if getattr(pipe, name) > 0]
-  calls = [(name, what) for name in on for what in _TRANSFORMS[name][1]]
-  if not calls or len(calls) != len(numbers):
-    raise ValueError(f"{len(numbers)} recorded calls, expected {len(calls)}")
-  batch = numbers[-1].size  # Every transform ends with one number an example.
-  fields = {name: np.zeros(batch) for name in Draws._fields}
-  fields["shift"] = np.zeros((batch, 2))
-  fields["gates"] = np.ones((batch, len(_TRANSFORMS)))
-  for (name, what), values in zip(calls, numbers, strict=True):
-    if what == "gate":
-      fields["gates"][:, list(_TRANSFORMS).index(name)] = values.ravel()
-    elif what == "shift":
-      fields["shift"][:] = values.reshape(2, batch).T
-    else:
-      fields[what][:] = values.ravel()
-  return Draws(**fields)
-
-
 def _parameters(pipe: AugmentPipe, draws: Draws, dtype) -> Draws:
   """Draws with 0 where a transform does not happen, angles in radians."""
   draws = Draws(*(jnp.asarray(v, dtype) for v in draws))
@@ -262,34 +229,6 @@ def _sources(pipe: AugmentPipe, params: Draws, height: int, width: int, x, y):
   )
 
 
-def exact_margin(
-    pipe: AugmentPipe, draws: Draws, image_shape: Sequence[int]
-) -> warp.Margin:
-  """The margin of the official pipe, as wide as this batch needs; on the host.
-
-  Args:
-    pipe: its settings.
-    draws: of the whole batch.
-    image_shape: (H, W, C).
-
-  Returns:
-    ((top, bottom), (left, right)) in pixels, at most H - 1 and W - 1.
-  """
-  height, width = image_shape[:2]
-  dtype = jnp.result_type(draws.shift)
-  centre = np.array([width - 1, height - 1]) / 2
-  corners = np.array([[-1, 1, 1, -1], [-1, -1, 1, 1]]) * centre[:, None]
-  x, y = jnp.asarray(corners, dtype)[:, None]
-  params = _parameters(pipe, draws, dtype)
-  points = np.stack(_sources(pipe, params, height, width, x, y))
-  points = points.reshape(2, -1)  # (x, y) of all corners in the batch.
-  beyond = np.stack([-points.min(1), points.max(1)], axis=1) - centre[:, None]
-  limit = [[width - 1], [height - 1]]
-  pixels = np.ceil(np.clip(beyond + 2 * warp.REACH, 0, limit))
-  horizontal, vertical = pixels.astype(int).tolist()
-  return tuple(vertical), tuple(horizontal)
-
-
 def apply(
     pipe: AugmentPipe,
     images: jax.Array,
@@ -308,7 +247,7 @@ def apply(
     draws: of the same examples; numbers in any precision.
     margin: ((top, bottom), (left, right)), the pixels that are reflected
       around the images, at most H - 1 and W - 1, which is the default. Beyond
-      them is 0. `exact_margin` gives those of the official pipe.
+      them is 0.
 
   Returns:
     Images like the input and labels [B, 9], zeros where nothing happened: flip

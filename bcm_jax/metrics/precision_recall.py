@@ -8,7 +8,7 @@ rounds distances to half precision, here they are float64.
 
 Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative
 Models" (arXiv:2002.09797), equations 4-5: density and coverage of the same
-balls, of the real set alone, with k = 5. There a point on the boundary is
+balls, only of the real set, with k = 5. There a point on the boundary is
 outside, here it is inside for all four.
 """
 
@@ -22,14 +22,14 @@ from bcm_jax.metrics import nearest_neighbors
 
 
 class Prdc(NamedTuple):
-  """How two sets overlap.
+  """Overlap of two sets of points.
 
   Attributes:
     precision: share of fake points inside at least one ball of the real set
       (quality).
     recall: share of real points inside at least one ball of the fake set.
-    density: real balls that a fake point is inside of, on average, over k;
-      about 1 for samples of one distribution, and not bounded by 1.
+    density: mean number of real balls around a fake point, divided by k; about
+      1 for samples of one distribution, and not bounded by 1.
     coverage: share of real points with a fake point inside their ball.
   """
 
@@ -39,38 +39,6 @@ class Prdc(NamedTuple):
   coverage: float
 
 
-def manifold_radii(
-  points: np.ndarray, k: int = 3, block_size: int = nearest_neighbors.BLOCK_SIZE
-) -> np.ndarray:
-  """Distance from each point to its k-th nearest other point of the set.
-
-  Args:
-    points: [N, ...], flattened to rows. Copies of a point count as others.
-    k: which neighbour, 1 <= k < N.
-    block_size: rows of each side held as float64 at a time.
-
-  Returns:
-    float64 [N], in the units of the input.
-
-  Raises:
-    UserError: fewer than k + 1 points, k below 1, or values not finite.
-  """
-  points = nearest_neighbors.as_features("points", points)
-  _check_k(k, points)
-  return np.sqrt(_squared_to_nearest(points, k, block_size)[:, k - 1])
-
-
-def precision_recall(
-  real: np.ndarray,
-  fake: np.ndarray,
-  k: int = 3,
-  block_size: int = nearest_neighbors.BLOCK_SIZE,
-) -> tuple[float, float]:
-  """The first two of `prdc`, with the same arguments."""
-  found = prdc(real, fake, k, k, block_size)
-  return found.precision, found.recall
-
-
 def prdc(
   real: np.ndarray,
   fake: np.ndarray,
@@ -78,11 +46,10 @@ def prdc(
   density_k: int = 5,
   block_size: int = nearest_neighbors.BLOCK_SIZE,
 ) -> Prdc:
-  """All four from one pass over the distances.
+  """Computes all four metrics in one pass over the distances.
 
-  All depend on the sizes of the sets: compare only numbers that were taken
-  with the same N, M and k. Equal distances count as equal: what rounding
-  could have made of a tie counts as inside.
+  All depend on the sizes of the sets: compare only numbers with equal N, M and
+  k. A distance that could be a tie up to rounding counts as inside.
 
   Args:
     real: [N, ...] features or pixels, flattened to rows.
@@ -93,13 +60,13 @@ def prdc(
     block_size: rows of each side held as float64 at a time.
 
   Raises:
-    UserError: shapes or scales that do not fit, too few points for k, or
-      values not finite.
+    UserError: incompatible shapes or scales, too few points for k, or
+      non-finite values.
   """
   real, fake = nearest_neighbors.comparable("real", real, "fake", fake)
-  for neighbour in (k, density_k):
-    _check_k(neighbour, real)
-    _check_k(neighbour, fake)
+  for number in (k, density_k):
+    _check_k(number, real)
+    _check_k(number, fake)
   nearest = _squared_to_nearest(real, max(k, density_k), block_size)
   fake_radii = _squared_to_nearest(fake, k, block_size)[:, k - 1]
   precise = np.zeros(len(fake), bool)
@@ -138,7 +105,7 @@ def _pairs(
 ) -> Iterator[tuple[slice, np.ndarray]]:
   """Yields (rows, squared distances to others), each distance once.
 
-  A block that is not on the diagonal comes twice, the second time transposed.
+  Off-diagonal blocks are yielded twice, the second time transposed.
   """
   for rows, block in nearest_neighbors.blocks(points, block_size):
     for part, other in nearest_neighbors.blocks(
@@ -157,7 +124,7 @@ def _pairs(
 def _squared_to_nearest(
   points: np.ndarray, k: int, block_size: int
 ) -> np.ndarray:
-  """Squared distances to the k nearest others, float64 [N, k], ascending."""
+  """Returns squared distances to the k nearest others, float64 [N, k]."""
   nearest = np.full((len(points), k), np.inf)
   for rows, squared in _pairs(points, block_size):
     few = min(k, squared.shape[1])

@@ -14,6 +14,7 @@ from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
 from bcm_jax.sampling import samplers
 from bcm_jax.sampling import sampling_plan
+from tests.parity import karras_solvers
 from tests.parity import report
 from tests.parity import weights
 
@@ -62,7 +63,7 @@ class Start:
 
     # Step by step, so that the network is compiled once and not in each loop.
     with jax.disable_jit():
-      return solvers.solve(
+      return karras_solvers.solve(
           denoiser, x, sigmas, solver, churn,
           lambda i: jnp.asarray(noises[int(i)], x.dtype),
       )
@@ -148,8 +149,8 @@ def _karras(file, start: Start, name: str):
     out = start.run(_multistep(file, start), top, list(zs), clip)
   else:
     solver = _SOLVERS.get(sampler, sampler)
-    if solver not in solvers.SOLVERS:
-      return f"diffusion.solvers has no solver {sampler!r}"
+    if solver not in karras_solvers.NAMES:
+      return f"there is no solver {sampler!r}"
     grid = schedules.karras_sigmas(
       int(p.get(sampler) or p["anc"]),
       start.levels.sigma_min,
