@@ -105,14 +105,14 @@ MUTATIONS = (
   Mutation(
     "notice forgotten after a call",
     "training/multihost.py",
-    "self._told |= multi",
-    "self._told = multi",
+    "self._preempted |= multi",
+    "self._preempted = multi",
     "training/test_multihost.py::test_jax_tells_once_and_the_notice_remembers",
   ),
   Mutation(
     "notice at the end ignored",
     "training/multihost.py",
-    "    if self._told:\n      self._go()\n",
+    "    if self._preempted:\n      self._stop()\n",
     "",
     "training/test_multihost.py::test_a_notice_waits_where_it_is_deferred",
   ),

@@ -122,11 +122,11 @@ def test_evaluation_holds_every_number(run):
       "coverage",
       "KID",
       "FD (raw pixels)",
-      "ratio",
+      "memorization_ratio",
     } <= set(numbers)
     assert numbers["seeds"]["0"]["KID"] == numbers["KID"]
   assert set(result["inversion"]) == {"nfe1", "nfe2"}
-  assert result["judge_test_accuracy"] > 0.98
+  assert result["classifier_test_accuracy"] > 0.98
   assert result["protocol"]["samples"] == 20
   assert result["protocol"]["few_samples"] == "20 of the protocol's 50000"
   assert result["protocol"]["reference_images"] == 1437

@@ -139,18 +139,22 @@ def unpack(
   files.check_free(workdir)
   experiment, params, metadata = load(folder, overrides)
   runs.write(
-      workdir, resolve.to_json(experiment.config), experiment.method.sampled,
-      params, metadata["step"], {"released": metadata},
+    workdir,
+    resolve.to_json(experiment.config),
+    experiment.method.sampled_network,
+    params,
+    metadata["step"],
+    {"released": metadata},
   )
   return (
-      f"step {metadata['step']}, {metadata['average']} of config "
-      f"{metadata['config_digest']}, stored as {metadata['dtype']}\n"
-      f"written: {workdir}"
+    f"step {metadata['step']}, {metadata['average']} of config "
+    f"{metadata['config_digest']}, stored as {metadata['dtype']}\n"
+    f"written: {workdir}"
   )
 
 
 def load(
-    folder: str, overrides: Mapping[str, str] | None = None
+  folder: str, overrides: Mapping[str, str] | None = None
 ) -> tuple[build.Experiment, dict[str, Any], dict[str, Any]]:
   """Loads a folder as an experiment with parameters.
 
@@ -174,9 +178,7 @@ def load(
     experiment = build.build(config, to_train=False)
   except errors.UserError as e:
     raise errors.UserError(f"{path}: {e}") from e
-  _check_shapes(
-      os.path.join(folder, WEIGHTS), experiment, params
-  )
+  _check_shapes(os.path.join(folder, WEIGHTS), experiment, params)
   return experiment, params, metadata
 
 
@@ -195,32 +197,37 @@ def _check_shapes(place: str, experiment, params: Mapping[str, Any]) -> None:
   """Raises UserError if the parameters do not fit the config's network."""
   method = experiment.method
   network = method.networks[method.sampled_network]
-  shapes = jax.eval_shape(functools.partial(
+  shapes = jax.eval_shape(
+    functools.partial(
       network.init, jax.random.key(0), *build.example_batch(experiment)
-  ))
+    )
+  )
   expected, found = (
-      {name: tuple(v.shape) for name, v in
-       traverse_util.flatten_dict(tree, sep=".").items()}
-      for tree in (network.without_heads(shapes), params)
+    {
+      name: tuple(v.shape)
+      for name, v in traverse_util.flatten_dict(tree, sep=".").items()
+    }
+    for tree in (network.without_heads(shapes), params)
   )
   differing = [
-      f"{name} is {found[name]} and should be {shape}"
-      for name, shape in expected.items() if found.get(name, shape) != shape
+    f"{name} is {found[name]} and should be {shape}"
+    for name, shape in expected.items()
+    if found.get(name, shape) != shape
   ]
   parts = [
-      f"{len(names)} {what}: {_first(names)}"
-      for names, what in (
-          (sorted(expected.keys() - found.keys()), "missing"),
-          (sorted(found.keys() - expected.keys()), "unexpected"),
-          (differing, "of another shape"),
-      )
-      if names
+    f"{len(names)} {what}: {_first(names)}"
+    for names, what in (
+      (sorted(expected.keys() - found.keys()), "missing"),
+      (sorted(found.keys() - expected.keys()), "unexpected"),
+      (differing, "of another shape"),
+    )
+    if names
   ]
   if parts:
     raise errors.UserError(
-        f"{place}: the tensors are not those of the config's network "
-        f"({experiment.config.model.name!r}): {'; '.join(parts)}; use the "
-        "config that they were trained with"
+      f"{place}: the tensors are not those of the config's network "
+      f"({experiment.config.model.name!r}): {'; '.join(parts)}; use the "
+      "config that they were trained with"
     )
 
 
@@ -230,7 +237,7 @@ def _first(names: list[str]) -> str:
 
 
 def _eval_result(
-    workdir: str, step: int, average: str
+  workdir: str, step: int, average: str
 ) -> dict[str, Any] | None:
   """Returns the result of mode eval for a step and an average, or None."""
   for name in (f"{step}.json", f"{step}_{average}.json"):
@@ -371,8 +378,8 @@ def read_result(folder: str) -> dict[str, Any] | None:
 def _tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
   """Returns the SHA-256 of names, dtypes, shapes and values."""
   return hashing.arrays_digest(
-      (f"{name}:{value.dtype.name}{list(value.shape)}:", value)
-      for name, value in sorted(tensors.items())
+    (f"{name}:{value.dtype.name}{list(value.shape)}:", value)
+    for name, value in sorted(tensors.items())
   )
 
 

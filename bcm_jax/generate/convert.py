@@ -126,17 +126,21 @@ def to_workdir(
     step = step_of(source)
   facts = {"converted_from": os.path.basename(source), "kind": family.NAME}
   runs.write(
-      out, resolve.to_json(experiment.config), experiment.method.sampled,
-      params, step, facts,
+    out,
+    resolve.to_json(experiment.config),
+    experiment.method.sampled_network,
+    params,
+    step,
+    facts,
   )
   count = sum(v.size for v in jax.tree.leaves(params))
   shown = ", ".join(f"{k}={v}" for k, v in sorted(found.items()))
   return (
-      f"{file.kind}, network {group or 'of the file'!r}, kind {family.NAME}: "
-      f"{len(tensors)} tensors, {count:,} parameters, {size}x{size}\n"
-      f"found: {shown}\n"
-      f"sampled as method {config.method.name!r} with preconditioning "
-      f"{config.method.preconditioning!r}\nwritten: {out}"
+    f"{file.kind}, network {group or 'of the file'!r}, kind {family.NAME}: "
+    f"{len(tensors)} tensors, {count:,} parameters, {size}x{size}\n"
+    f"found: {shown}\n"
+    f"sampled as method {config.method.name!r} with preconditioning "
+    f"{config.method.preconditioning!r}\nwritten: {out}"
   )
 
 
@@ -144,13 +148,13 @@ def _config(found, kind, image_size, overrides) -> ml_collections.ConfigDict:
   """The config of a converted network, with what the user sets."""
   model, rest = _split_model(overrides, found, kind)
   return resolve.resolve(
-      {
-          "model": model,
-          **sections.of(kind, model),
-          "data": data_of(model, image_size),
-          "training": {"ema_rates": ()},
-      },
-      rest,
+    {
+      "model": model,
+      **sections.of(kind, model),
+      "data": data_of(model, image_size),
+      "training": {"ema_rates": ()},
+    },
+    rest,
   )
 
 
@@ -182,14 +186,14 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
   config = resolve.of_run(workdir)
   if config is None:
     raise errors.UserError(
-        f"{workdir} holds no run (no config.json); SOURCE must be a work "
-        "directory with --reverse"
+      f"{workdir} holds no run (no config.json); SOURCE must be a work "
+      "directory with --reverse"
     )
   experiment = build.build(config, to_train=False)
   step, _, params = runs.load_run(experiment, workdir, average)
   family = transfer.FAMILIES[_FAMILIES[config.model.name]]
   tensors = transfer.write_tensors(
-      family, experiment.method.network, experiment.image_shape[0], params
+    family, experiment.method.network, experiment.image_shape[0], params
   )
   weight_files.write(out, tensors)
   return f"step {step}, kind {family.NAME}: {len(tensors)} tensors in {out}"
@@ -201,8 +205,12 @@ def main(argv: list[str] | None = None) -> None:
   add = parser.add_argument
   add("source", metavar="SOURCE", help="file; with --reverse a work directory")
   add("out", metavar="OUT", help="work directory; with --reverse a file")
-  add("--kind", default="auto", metavar="NAME",
-      help=", ".join(["auto", *transfer.FAMILIES]))
+  add(
+    "--kind",
+    default="auto",
+    metavar="NAME",
+    help=", ".join(["auto", *transfer.FAMILIES]),
+  )
   add("--group", metavar="NAME", help="the network, of a file with several")
   add("--step", type=int, metavar="N", help="step to write in the checkpoint")
   add("--image-size", type=int, metavar="N", help="side in pixels")
@@ -213,10 +221,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.reverse:
       print(to_file(args.source, args.out, args.average))
     else:
-      print(to_workdir(
-          args.source, args.out, args.kind, args.group, args.step,
-          args.overrides, args.image_size,
-      ))
+      print(
+        to_workdir(
+          args.source,
+          args.out,
+          args.kind,
+          args.group,
+          args.step,
+          args.overrides,
+          args.image_size,
+        )
+      )
 
 
 if __name__ == "__main__":

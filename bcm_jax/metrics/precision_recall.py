@@ -1,14 +1,14 @@
 """Precision, recall, density and coverage of generated samples.
 
-Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing
+Kynkaanniemi et al. (2019), "Improved Precision and Recall Metric for Assessing
 Generative Models" (arXiv:1904.06991), equations 1-2, with the conventions of
-the ADM evaluator: a ball around each point out to its k-th nearest other point
-of its own set (k = 3); a point on the boundary is inside. The ADM evaluator
-rounds distances to half precision, here they are float64.
+the ADM evaluator: the radius of each ball is the distance to the k-th nearest
+other point of the same set (k = 3); a point on the boundary is inside. The ADM
+evaluator rounds distances to half precision, here they are float64.
 
-Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative
-Models" (arXiv:2002.09797), equations 4-5: density and coverage of the same
-balls, only of the real set, with k = 5. There a point on the boundary is
+Naeem et al. (2020), "Reliable Fidelity and Diversity Metrics for Generative
+Models" (arXiv:2002.09797), equations 4-5: density and coverage use the balls
+of the real set only, with k = 5. In the paper a point on the boundary is
 outside, here it is inside for all four.
 """
 
@@ -22,15 +22,14 @@ from bcm_jax.metrics import nearest_neighbors
 
 
 class Prdc(NamedTuple):
-  """Overlap of two sets of points.
+  """Precision, recall, density and coverage.
 
   Attributes:
-    precision: share of fake points inside at least one ball of the real set
-      (quality).
-    recall: share of real points inside at least one ball of the fake set.
-    density: mean number of real balls around a fake point, divided by k; about
-      1 for samples of one distribution, and not bounded by 1.
-    coverage: share of real points with a fake point inside their ball.
+    precision: fraction of fake points inside at least one ball of the real set.
+    recall: fraction of real points inside at least one ball of the fake set.
+    density: mean number of real balls that contain a fake point, divided by k;
+      about 1 for two samples of one distribution, and not bounded by 1.
+    coverage: fraction of real points whose ball contains a fake point.
   """
 
   precision: float
@@ -53,11 +52,11 @@ def prdc(
 
   Args:
     real: [N, ...] features or pixels, flattened to rows.
-    fake: [M, ...], on the same scale.
-    k: the neighbour that sets the radius for precision and recall,
+    fake: [M, ...] on the same scale.
+    k: neighbor whose distance is the radius for precision and recall,
       1 <= k < min(N, M).
     density_k: the same for density and coverage.
-    block_size: rows of each side held as float64 at a time.
+    block_size: rows of each set converted to float64 at a time.
 
   Raises:
     UserError: incompatible shapes or scales, too few points for k, or
@@ -95,15 +94,15 @@ def prdc(
 def _check_k(k: int, points: np.ndarray) -> None:
   if not 1 <= k < len(points):
     raise UserError(
-      f"k is {k} for a set of {len(points)} points, expected "
-      f"1 <= k < {len(points)}: use more points or another k"
+      f"k: got {k} for a set of {len(points)} points, expected "
+      f"1 <= k < {len(points)}; use more points or another k"
     )
 
 
 def _pairs(
   points: np.ndarray, block_size: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
-  """Yields (rows, squared distances to others), each distance once.
+  """Yields (rows, squared distances to other points), each pair in both orders.
 
   Off-diagonal blocks are yielded twice, the second time transposed.
   """
@@ -127,8 +126,8 @@ def _squared_to_nearest(
   """Returns squared distances to the k nearest others, float64 [N, k]."""
   nearest = np.full((len(points), k), np.inf)
   for rows, squared in _pairs(points, block_size):
-    few = min(k, squared.shape[1])
-    candidates = np.partition(squared, few - 1, axis=1)[:, :few]
-    both = np.concatenate([nearest[rows], candidates], axis=1)
-    nearest[rows] = np.sort(both, axis=1)[:, :k]
+    count = min(k, squared.shape[1])
+    candidates = np.partition(squared, count - 1, axis=1)[:, :count]
+    candidates = np.concatenate([nearest[rows], candidates], axis=1)
+    nearest[rows] = np.sort(candidates, axis=1)[:, :k]
   return nearest

@@ -284,8 +284,8 @@ def test_the_network_that_ships_makes_digits_and_inverts_them():
   source = digits.experiment.source("test")
   batch = source.fetch(np.arange(100))
   train = digits.experiment.source("train").fetch(np.arange(1437))
-  judged = class_accuracy.DigitJudge().fit(train["image"], train["label"])
-  seen = judged.predict(digits.sample(100, batch["label"]))
+  classifier = class_accuracy.DigitsSVC().fit(train["image"], train["label"])
+  seen = classifier.predict(digits.sample(100, batch["label"]))
   assert np.mean(seen == batch["label"]) > 0.93
   back = digits.reconstruct(batch["image"], batch["label"])
   error = np.mean((back / 255 - batch["image"] / 255) ** 2)

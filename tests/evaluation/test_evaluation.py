@@ -82,7 +82,7 @@ def test_fewer_samples_than_the_protocol_need_a_flag():
     evaluate.check_before_training(
         experiment(eval__allow_few="false", **fine)
     )
-  with pytest.raises(errors.UserError, match="seeds is empty"):
+  with pytest.raises(errors.UserError, match="eval.seeds"):
     evaluate.check_before_training(experiment(eval__seeds="()"))
 
 
@@ -232,9 +232,9 @@ def test_a_reference_alone_serves_where_there_are_no_images(copy, capsys):
   assert a["FD (raw pixels)"] == b["FD (raw pixels)"]
   assert "precision" not in a and "KID" not in a
   assert 0 <= b["precision"] <= 1
-  assert bare["protocol"]["compared_one_by_one"] == 0
+  assert bare["protocol"]["num_real_for_prdc"] == 0
   assert bare["inversion"] == {}
-  assert "there are no test images" in capsys.readouterr().out
+  assert "no test images" in capsys.readouterr().out
   assert "an unknown number of images" in tables.render({"edm": bare})
 
 
@@ -307,7 +307,7 @@ def test_bad_requests_say_what_to_do(run, tmp_path, overrides, said):
 
 
 def test_a_bidirectional_network_is_no_baseline(run):
-  with pytest.raises(errors.UserError, match="is no denoiser"):
+  with pytest.raises(errors.UserError, match="eval.inversion_baseline"):
     evaluate.check_outputs(experiment(eval__inversion_baseline=run))
 
 

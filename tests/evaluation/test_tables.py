@@ -14,7 +14,7 @@ def result(data="cifar10", fid=3.0, samples=50_000, method="bcm", **numbers):
       "data": data, "method": method, "samples": samples, "seeds": [0, 1],
       "features": "Inception", "features_digest": "f" * 12,
       "reference_images": 50_000, "reference_digest": "e" * 12,
-      "compared_one_by_one": 10_000, "neighbours_k": 3,
+      "num_real_for_prdc": 10_000, "neighbors_k": 3,
       "config_digest": "c" * 12, "commit": "abc", "hardware": "a laptop",
   }
   if samples < 50_000:
@@ -48,14 +48,14 @@ def test_published_numbers_stand_beside_ours():
   assert row_of(page, "BCM", "1", "3.10 (recalled)").endswith("| not run |")
   assert row_of(page, "BCM", "1", "4.18").endswith("| not run |")
   assert "| `mine` | ancestral | 2 | 3.00 ± 0.25 |" in page
-  assert "| `mine` | the network's own | 1 | 0.07 | 0.0051 |" in page
+  assert "| `mine` | by the network | 1 | 0.07 | 0.0051 |" in page
 
 
 def test_few_samples_are_marked_and_never_beside_published_numbers():
   page = tables.render({"mine": result(samples=5000)})
   assert row_of(page, "BCM", "2", "2.39 (recalled)").endswith("| not run |")
   assert "**Few samples: 5000 of the protocol's 50000.**" in page
-  assert "5,000 samples a seed (seeds 0, 1)" in page
+  assert "5,000 samples per seed (seeds 0, 1)" in page
 
 
 def test_another_method_or_data_set_is_not_ours():
@@ -82,14 +82,14 @@ def test_columns_are_what_any_run_measured():
 
 def test_aims_stand_below_the_digits():
   page = tables.render({"digits": result(data="digits", class_accuracy=0.5)})
-  assert "| aimed at |  | 1 |  | 97.0% |" in page
-  assert "| aimed at |  | 1 |  | 0.0080 |" in page
+  assert "| target |  | 1 |  | 97.0% |" in page
+  assert "| target |  | 1 |  | 0.0080 |" in page
 
 
 def test_mode_table_reads_a_folder_and_leaves_other_files(tmp_path):
   folder = tmp_path / "results"
   folder.mkdir()
-  with pytest.raises(errors.UserError, match="holds no .json files"):
+  with pytest.raises(errors.UserError, match="has no .json files"):
     tables.run(str(tmp_path))
   (folder / "mine.json").write_text(json.dumps(result()))
   (folder / "speed.json").write_text(json.dumps({"images a second": 1}))
@@ -97,6 +97,6 @@ def test_mode_table_reads_a_folder_and_leaves_other_files(tmp_path):
   page = (tmp_path / "results.md").read_text()
   assert page == tables.render({"mine": result()})
   (folder / "broken.json").write_text("{")
-  with pytest.raises(errors.UserError, match="broken.json is damaged"):
+  with pytest.raises(errors.UserError, match="broken.json"):
     tables.run(str(tmp_path))
   assert (tmp_path / "results.md").read_text() == page

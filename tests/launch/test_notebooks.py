@@ -81,7 +81,7 @@ def test_a_published_checkpoint(tmp_path, monkeypatch):
   )
   source = tmp_path / "source"
   runs.write(
-      str(source), resolve.to_json(built.config), built.method.sampled,
+      str(source), resolve.to_json(built.config), built.method.sampled_network,
       jax.tree.map(np.asarray, params), 7, {},
   )
   convert.to_file(str(source), str(tmp_path / "ema_0.9_000007.safetensors"))

@@ -109,14 +109,14 @@ def test_an_interrupted_write_leaves_no_classifier(folder, monkeypatch):
   monkeypatch.setattr(classifier.weight_files, "write", fails)
   with pytest.raises(OSError, match="no space"):
     classifier.save_classifier(folder, make(seed=1), {})
-  with pytest.raises(UserError, match="holds no classifier"):
+  with pytest.raises(UserError, match="has no classifier"):
     classifier.load_classifier(str(folder))
 
 
 def test_a_folder_without_classifier(tmp_path):
   (tmp_path / "file").write_text("")
   for path in (tmp_path, tmp_path / "absent", tmp_path / "file"):
-    with pytest.raises(UserError, match="holds no classifier .*train_class"):
+    with pytest.raises(UserError, match="has no classifier .*train_class"):
       classifier.load_classifier(str(path))
 
 
@@ -141,14 +141,14 @@ def change(folder, **changes):
 )
 def test_changed_facts_are_noticed(folder, changes, words):
   change(folder, **changes)
-  with pytest.raises(UserError, match=f"is damaged .*{words}.*restore"):
+  with pytest.raises(UserError, match=f"is corrupt .*{words}.*restore"):
     classifier.load_classifier(str(folder))
 
 
 def test_cut_facts_are_noticed(folder):
   path = folder / "classifier.json"
   path.write_text(path.read_text()[:-20])
-  with pytest.raises(UserError, match="is damaged .*JSONDecodeError"):
+  with pytest.raises(UserError, match="is corrupt .*JSONDecodeError"):
     classifier.load_classifier(str(folder))
 
 
@@ -157,7 +157,7 @@ def test_changed_weights_are_noticed(folder):
   content = path.read_bytes()
   # One bit of the last weight.
   path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-  with pytest.raises(UserError, match="is damaged .*weights of digest"):
+  with pytest.raises(UserError, match="is corrupt .*weights of digest"):
     classifier.load_classifier(str(folder))
   path.write_bytes(content[:-1])
   with pytest.raises(UserError, match="classifier.safetensors.*whole"):
@@ -171,7 +171,7 @@ def test_weights_of_another_network_are_noticed(folder):
   tensors = safetensors.numpy.load_file(folder / "classifier.safetensors")
   assert tensors.pop("stage1_block0.conv1.bias").shape == (16,)
   safetensors.numpy.save_file(tensors, folder / "classifier.safetensors")
-  with pytest.raises(UserError, match="is damaged"):
+  with pytest.raises(UserError, match="is corrupt"):
     classifier.load_classifier(str(folder))
 
 

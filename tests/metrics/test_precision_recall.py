@@ -156,13 +156,13 @@ def test_integer_pixels_do_not_wrap_around():
 @pytest.mark.parametrize(
   "real, fake, k, words",
   [
-    (np.zeros((9, 2)), np.zeros((9, 3)), 3, "2 numbers a row"),
+    (np.zeros((9, 2)), np.zeros((9, 3)), 3, "got 2 and 3 values per row"),
     (np.zeros((9, 2)), np.zeros((3, 2)), 3, "1 <= k < 3"),
-    (np.zeros((9, 2)), np.zeros((9, 2)), 0, "k is 0"),
-    (np.zeros((9, 2)), np.full((9, 2), np.nan), 3, "fake holds NaN"),
-    (np.zeros((9, 2)), np.zeros((9, 2), np.uint8), 3, "one scale"),
-    (np.zeros(9), np.zeros(9), 3, r"real has shape \(9,\)"),
-    (np.zeros((0, 2)), np.zeros((9, 2)), 3, r"real has shape \(0, 2\)"),
+    (np.zeros((9, 2)), np.zeros((9, 2)), 0, "k: got 0"),
+    (np.zeros((9, 2)), np.full((9, 2), np.nan), 3, "fake: got NaN"),
+    (np.zeros((9, 2)), np.zeros((9, 2), np.uint8), 3, "same scale"),
+    (np.zeros(9), np.zeros(9), 3, r"real: got shape \(9,\)"),
+    (np.zeros((0, 2)), np.zeros((9, 2)), 3, r"real: got shape \(0, 2\)"),
   ],
 )
 def test_bad_input_is_a_user_error(real, fake, k, words):

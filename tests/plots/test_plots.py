@@ -34,7 +34,7 @@ def write_result(folder, samplers, inversion=None, name=None, **changed):
   facts = {
       "data": "digits", "method": "bcm", "samples": 100, "seeds": [0],
       "features": "pixels", "features_digest": "aa", "reference_digest": "bb",
-      "compared_one_by_one": 50, "neighbours_k": 3,
+      "num_real_for_prdc": 50, "neighbors_k": 3,
   }
   step, average = changed.pop("step", 8), changed.pop("average", "ema")
   (folder / "eval").mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ def test_one_step_alone_is_a_family(tmp_path):
 
 @pytest.mark.parametrize("changed", [
     {"features_digest": "cc"}, {"reference_digest": "cc"}, {"samples": 50_000},
-    {"neighbours_k": 5}, {"data": "cifar10"},
+    {"neighbors_k": 5}, {"data": "cifar10"},
 ])
 def test_what_cannot_be_compared_is_drawn_apart(tmp_path, drawn, changed):
   samplers = {"onestep_nfe1": numbers(1, 3.0), "heun_nfe7": numbers(7, 1.0)}
@@ -249,7 +249,7 @@ def test_what_cannot_be_compared_is_drawn_apart(tmp_path, drawn, changed):
       [4, 4, 4], [2, 2, 2]
   ]
   titles = [row.get_suptitle() for row in rows]
-  if "neighbours_k" not in changed:
+  if "neighbors_k" not in changed:
     assert titles[0] != titles[1]
   for row, names in zip(rows, ("ab", "c"), strict=True):
     texts = [text.get_text() for text in row.legends[0].get_texts()]
