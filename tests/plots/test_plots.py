@@ -85,7 +85,7 @@ def drawn(monkeypatch):
   return pictures
 
 
-def colours(path) -> int:
+def colors(path) -> int:
   with Image.open(path) as picture:
     assert min(picture.size) > 200
     return len(picture.convert("RGB").getcolors(1 << 24))
@@ -108,7 +108,7 @@ def test_names_tell_runs_apart_and_each_counts_once(tmp_path):
 
 @pytest.mark.parametrize("place", ["none", "none.json"])
 def test_places_that_hold_no_run(tmp_path, place):
-  with pytest.raises(errors.UserError, match=f"{place} is no directory"):
+  with pytest.raises(errors.UserError, match=f"{place}: neither a directory"):
     records.open_runs([str(tmp_path / place)])
 
 
@@ -184,7 +184,7 @@ def test_runs_share_panels_by_network_and_metric(tmp_path, drawn):
   assert legend == ["one", "two"]
 
 
-def test_more_runs_than_colours_take_other_lines():
+def test_more_runs_than_colors_take_other_lines():
   found = figures.styles(map(str, range(20)))
   assert len({tuple(s.values()) for s in found.values()}) == 20
 
@@ -284,7 +284,7 @@ def test_inversions_of_several_runs_share_a_panel_a_data_set(tmp_path, drawn):
       name: records.inversions(run_at(tmp_path / name))
       for name in ("bcm", "b", "c")
   }
-  assert found["bcm"]["digits"]["bcm: one network, NFE 1"] == [
+  assert found["bcm"]["digits"]["bcm: network, NFE 1"] == [
       pytest.approx((e, 0.1 * e)) for e in (0.1, 0.2, 0.3)
   ]
   figures.all_inversions(found, "x.png")
@@ -293,9 +293,9 @@ def test_inversions_of_several_runs_share_a_panel_a_data_set(tmp_path, drawn):
       for a in drawn[0].axes
   }
   assert panels == {
-      "digits": ["bcm: one network, NFE 1", "b (x): DDIM, NFE 4",
-                 "b (x): one network, NFE 1"],
-      "cifar10": ["c (bcm): one network, NFE 2"],
+      "digits": ["bcm: network, NFE 1", "b (x): DDIM, NFE 4",
+                 "b (x): network, NFE 1"],
+      "cifar10": ["c (bcm): network, NFE 2"],
   }
 
 
@@ -354,12 +354,12 @@ def test_every_figure_is_made_that_there_is_something_for(
   ]
   assert sorted(written) == sorted(map(str, out.iterdir()))
   for path in written:
-    assert colours(path) > 10
+    assert colors(path) > 10
   # One line for all that is not there.
-  missing = [x.partition(": ")[0] for x in lines if x.startswith("no ")]
+  missing = [x.partition(": ")[0] for x in lines if " skipped: " in x]
   assert missing == [
-      *(f"no {kind} of empty" for kind in list(draw.KINDS)[:-1]),
-      "no trajectory of full", "no trajectory of empty",
+      *(f"{kind} of empty skipped" for kind in list(draw.KINDS)[:-1]),
+      "trajectory of full skipped", "trajectory of empty skipped",
   ]
   assert len(lines) == len(written) + len(missing)
 
@@ -367,7 +367,7 @@ def test_every_figure_is_made_that_there_is_something_for(
 def test_nothing_to_draw_is_bad_input(tmp_path, capsys):
   write_result(tmp_path / "a", {})
   line = fails(capsys, str(tmp_path / "a"), "--only=quality,curves")
-  assert "nothing to draw" in line
+  assert "no data to draw" in line
 
 
 def test_files_of_another_form_are_told_and_the_others_drawn(
@@ -385,7 +385,7 @@ def test_files_of_another_form_are_told_and_the_others_drawn(
   ])
   assert (out / "quality.png").exists()
   told = capsys.readouterr().out
-  assert "other holds no results" in told
+  assert "other: has no results" in told
   assert "interpolation.npz is damaged" in told
 
 
@@ -415,4 +415,4 @@ def test_damaged_files_are_named(full, file, only, capsys):
   (full / file).write_bytes(b"PK\x03\x04 half of a file")
   with pytest.raises(SystemExit):
     draw.main([str(full), f"--only={only}"])
-  assert f"{file} is damaged" in capsys.readouterr().out
+  assert f"{file}: " in capsys.readouterr().out

@@ -68,7 +68,7 @@ def test_an_exact_map_shows_one_picture_at_every_level():
   same = down.images.astype(int)
   assert np.ptp(same, axis=1).max() <= 1 and np.ptp(same[:, 0]) > 50
   up = strips._up(experiment, runner)
-  assert up.columns[0] == "real" and up.columns[-1] == "back"
+  assert up.columns[0] == "real" and up.columns[-1] == "recon."
   assert (up.columns[1], up.columns[-2]) == ("0.3", "40")
   assert np.ptp(up.images[:, 1:-1].astype(int), axis=1).max() <= 1
   # Images of the test split, spread over it, are where the way starts.
@@ -124,7 +124,7 @@ def test_a_network_without_an_end_level_is_shown_its_own_samples_noised():
     assert np.abs(difference).max() <= 1
   assert "trained" not in rows.title
   rows = strips._down(*gaussian(one_way((40.0, 5.0)), jnp.ones(())))
-  assert rows.title.endswith("trained at t = 40, 5 alone")
+  assert rows.title.endswith("trained at t = 40, 5 only")
 
 
 # Drawing ----------------------------------------------------------------------
@@ -183,7 +183,7 @@ def untrained(folder, file, **changed):
   "file, changed, shapes, said",
   [
     ("digits.py", {}, [(6, 12), (6, 14)], "one jump f(x, T, t)"),
-    ("digits_ict.py", {}, [(6, 12)], "noised again"),
+    ("digits_ict.py", {}, [(6, 12)], "with noise added"),
     # Without guidance: this run cannot guide itself.
     ("digits_edm.py", {"sample__guidance": "3.0"}, [(6, 12)], "Heun's solver"),
   ],
