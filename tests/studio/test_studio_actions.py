@@ -11,7 +11,7 @@ from bcm_jax.data import image_source
 from bcm_jax.editing import pretrained
 from bcm_jax.studio import actions
 from bcm_jax.studio.actions import ALL
-from bcm_jax.studio.actions import FIND
+from bcm_jax.studio.actions import PREDICT
 from tests import exact
 
 
@@ -80,10 +80,11 @@ def test_networks_of_oblong_images_take_what_they_show(tmp_path):
 
 
 def test_solvers_get_a_number_of_evaluations_that_they_can_have():
-  assert [actions._fits("heun", n) for n in (1, 2, 3, 4, 16)] == [
+  assert [actions._supported_nfe("heun", n) for n in (1, 2, 3, 4, 16)] == [
       3, 3, 3, 3, 15
   ]
-  assert actions._fits("ddim", 1) == 2 and actions._fits("ancestral", 1) == 1
+  assert actions._supported_nfe("ddim", 1) == 2
+  assert actions._supported_nfe("ancestral", 1) == 1
 
 
 def test_generation(studio):
@@ -121,7 +122,7 @@ def test_inversion_shows_image_latent_and_reconstruction(studio, tmp_path):
   assert seen.shape == latent.shape == back.shape
   gap = np.abs(back.astype(int) - seen).max()
   assert gap < 10
-  assert "**3 NFE" in words and "PSNR" in words and "back" in words
+  assert "**3 NFE" in words and "PSNR" in words and "reconstruction" in words
 
 
 def test_weights_between_images(studio, tmp_path):
@@ -135,7 +136,7 @@ def test_weights_between_images(studio, tmp_path):
     assert np.abs(end - studio.enlarge(picture(seed))).mean() < 12
   half, words = studio.interpolate(*paths, 3, 4, 0.5, 0)
   assert (half != ends[0]).any() and "interpolate" in words
-  with pytest.raises(errors.UserError, match="lies from 0 to 1"):
+  with pytest.raises(errors.UserError, match="expected 0 to 1"):
     studio.interpolate(*paths, 3, 4, 1.5, 0)
 
 
@@ -178,18 +179,20 @@ def test_classes_are_found(tmp_path):
   paths = [save(tmp_path / f"{i}.png", x) for i, x in enumerate((dark, light))]
   editor = painted(tinted, light, slice(64, 128), slice(64, 128))
   for told, words in (
-      (tinted.reconstruct(paths[0], FIND, 0.01, 2, 0), ["class 0 found"]),
-      (tinted.restore(paths[1], FIND, 90, 0.1, 3, 0), ["class 2 found"]),
-      (tinted.inpaint(editor, FIND, 0, "inpaint"), ["class 2 found"]),
-      (tinted.interpolate(*paths, FIND, FIND, 0.5, 0),
-       ["class 0 found", "class 2 found"]),
-      (tinted.interpolate(*paths, 1, FIND, 0.5, 0), ["class 2 found"]),
+      (tinted.reconstruct(paths[0], PREDICT, 0.01, 2, 0), ["class 0"]),
+      (tinted.restore(paths[1], PREDICT, 90, 0.1, 3, 0), ["class 2"]),
+      (tinted.inpaint(editor, PREDICT, 0, "inpaint"), ["class 2"]),
+      (tinted.interpolate(*paths, PREDICT, PREDICT, 0.5, 0),
+       ["class 0", "class 2"]),
+      (tinted.interpolate(*paths, 1, PREDICT, 0.5, 0), ["class 2"]),
   ):
-    assert [w for w in told[-1].splitlines()[0].split(", ")
-            if "found" in w] == words
+    notes = told[-1].splitlines()[0].split(", ")
+    assert [
+        note.removesuffix(" predicted") for note in notes if "predicted" in note
+    ] == words
   # What is found is what is used.
   np.testing.assert_array_equal(
-      tinted.restore(paths[1], FIND, 90, 0.1, 3, 0)[1],
+      tinted.restore(paths[1], PREDICT, 90, 0.1, 3, 0)[1],
       tinted.restore(paths[1], 2, 90, 0.1, 3, 0)[1],
   )
 
@@ -270,7 +273,7 @@ def test_cut_and_huge_uploads(studio, tmp_path):
     (lambda s: s.inpaint({"background": None}, 3, 0, "inpaint"), "drop one"),
     (lambda s: s.inpaint(
         {"background": png(s.enlarge(picture())), "layers": []}, 3, 0, "inpaint"
-    ), "nothing is painted over"),
+    ), "nothing is painted"),
     (lambda s: s.inpaint(
         {"background": b"GIF89a", "layers": []}, 3, 0, "inpaint"
     ), "the image cannot be read as an image"),
@@ -278,10 +281,10 @@ def test_cut_and_huge_uploads(studio, tmp_path):
         {"background": png(np.zeros((6000, 6000), np.uint8)), "layers": []}, 3,
         0, "inpaint",
     ), "more than 24 million"),
-    (lambda s: s.generate(3, None, 4, "onestep", 1), "the seed is None"),
-    (lambda s: s.generate(3, -1, 4, "onestep", 1), "the seed is -1"),
-    (lambda s: s.generate(3, 0.5, 4, "onestep", 1), "the seed is 0.5"),
-    (lambda s: s.generate(3, 0, 99, "onestep", 1), "ask for 1 to 25"),
+    (lambda s: s.generate(3, None, 4, "onestep", 1), "seed: got None"),
+    (lambda s: s.generate(3, -1, 4, "onestep", 1), "seed: got -1"),
+    (lambda s: s.generate(3, 0.5, 4, "onestep", 1), "seed: got 0.5"),
+    (lambda s: s.generate(3, 0, 99, "onestep", 1), "images: got 99"),
     (lambda s: s.generate(3, 0, 4, "heun", 7), "predicts jumps"),
 ])
 def test_what_is_missing_or_wrong_is_said(studio, call, said):
