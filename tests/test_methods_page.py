@@ -45,12 +45,12 @@ def test_rows_are_means_over_seeds_and_told_beside_the_teachers(
   assert "| `edm` " + one.format("2.000 ± 0.250", "1.00", 1) in table
   assert "| `dmd2` " + one.format("3.000 ± 1.000", "1.50", 3) in table
   assert "| `dmd2_no_gan` " + one.format("10.000 ± 0.000", "5.00", 3) in table
-  assert "not run times one of iCT" in benchmark.sentence("dmd2")
+  assert "relative to iCT: not run." in benchmark.sentence("dmd2")
   (tmp_path / "cost.json").write_text('{"methods": {"dmd2": {"ratio": 2.5}}}')
   said = benchmark.sentence("dmd2")
-  assert "FD (digits ResNet) 3.000 ± 1.000 in 1 (onestep)" in said
-  assert "A step costs 2.50 times one of iCT." in said
-  assert "DMD2 on imagenet64 1.28 in 1 (Lu & Song" in said
+  assert "FD (digits ResNet) 3.000 ± 1.000 in 1 NFE (onestep)" in said
+  assert "relative to iCT: 2.50." in said
+  assert "DMD2 on imagenet64 1.28 in 1 NFE (Lu & Song" in said
 
 
 def with_steps(folder, name, *fids, std=0.1):

@@ -48,7 +48,7 @@ def step_rows(name):
   result = read(f"step_time_{name}")
   for backend, r in result["backends"].items():
     yield (
-        f"| {STEP_TIMES[name]} | {backend} | {r['ms_a_step']:.0f} | "
+        f"| {STEP_TIMES[name]} | {backend} | {r['ms_per_step']:.0f} | "
         f"{r['images_per_second']:.0f} | {100 * r['mfu']:.0f}% | "
         f"{100 * r['data_wait_share']:.1f}% | {r['compile_seconds']:.0f} |"
     )

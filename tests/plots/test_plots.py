@@ -386,7 +386,7 @@ def test_files_of_another_form_are_told_and_the_others_drawn(
   assert (out / "quality.png").exists()
   told = capsys.readouterr().out
   assert "other: has no results" in told
-  assert "interpolation.npz is damaged" in told
+  assert "interpolation.npz: corrupt file" in told
 
 
 def test_a_result_file_is_a_run_of_numbers_alone(full, capsys):
