@@ -215,7 +215,7 @@ def sentence(name: str) -> str:
 
 
 def _published(name: str) -> str:
-  """Formats the published FIDs of a method; '' if there are none."""
+  """Formats the published FIDs of a method; '' without any."""
   groups: dict[tuple[str, str, str], list[published.Published]] = {}
   for row in published.ROWS:
     if row.ours == name:

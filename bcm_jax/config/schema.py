@@ -169,7 +169,7 @@ class Sample:
     num_levels: N of samplers 'ddim' (N evaluations) and 'heun' (2 N - 1), if
       nfe is None.
     s_churn, s_tmin, s_tmax, s_noise: stochasticity of 'ddim' and 'heun' (EDM,
-      algorithm 2); s_tmax=None is no upper bound.
+      algorithm 2); s_tmax=None has no upper bound.
     guidance: scale w of D_0 + w (D_1 - D_0), for denoisers; 1 disables it.
     guidance_interval: (low, high): guidance at levels low < t <= high; empty is
       all levels.

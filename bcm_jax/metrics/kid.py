@@ -117,7 +117,8 @@ def _mean_within(points: np.ndarray, block_size: int) -> float:
   for rows, x in nearest_neighbors.blocks(points, block_size):
     diagonal = _kernel(x, x)
     total += np.sum(diagonal) - np.trace(diagonal)
-    # The kernel is symmetric, so blocks below the diagonal count twice.
+    # The kernel is symmetric: off-diagonal blocks are computed once and count
+    # twice.
     for _, y in nearest_neighbors.blocks(points[rows.stop :], block_size):
       total += 2.0 * np.sum(_kernel(x, y))
   return total / (len(points) * (len(points) - 1))

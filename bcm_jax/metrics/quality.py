@@ -79,7 +79,7 @@ def sample_quality(
 def spread(values: list[float | None]) -> dict[str, float | None]:
   """Returns the mean over seeds and the sample standard deviation (n - 1).
 
-  None stands for a value that is not finite; both results are then None.
+  None means a value that is not finite; both results are then None.
   """
   if None in values:
     return {"mean": None, "std": None}

@@ -72,7 +72,7 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def wide(values: np.ndarray) -> bool:
-  """Whether a logarithmic axis fits: positive values over a decade or more."""
+  """Returns True for positive values over a decade or more (log axis)."""
   finite = values[np.isfinite(values)]
   return bool(finite.size and finite.min() > 0
               and finite.max() >= 10 * finite.min())

@@ -95,7 +95,7 @@ class Studio:
     return edit_inputs.fitted(pixels, height, width)
 
   def example(self, index: int) -> np.ndarray | None:
-    """Returns an enlarged test image, None if there is no test split."""
+    """Returns an enlarged test image, None without a test split."""
     experiment = self.model.experiment
     try:
       source = experiment.source("test")
@@ -331,7 +331,7 @@ def _seed(seed: float | None) -> int:
   """Converts a seed to an integer in [0, 2^31).
 
   Raises:
-    UserError: the seed is no such integer.
+    UserError: not an integer, or out of range.
   """
   if seed is None or seed != int(seed) or not 0 <= seed < 2**31:
     raise errors.UserError(

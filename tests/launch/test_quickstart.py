@@ -177,4 +177,4 @@ def test_quickstart_ends_with_where_the_numbers_are(checkout):
 def test_quickstart_fails_as_training_does(checkout):
   result = launch(checkout, "launch/quickstart.sh", FAIL_ON="bcm_jax.main")
   assert result.returncode == 1
-  assert "Pictures" not in result.stdout
+  assert "Images and metrics" not in result.stdout
