@@ -152,7 +152,9 @@ def _nearest(bench: Bench, visible: np.ndarray, classes) -> np.ndarray:
 def jpeg(bench: Bench) -> Iterator[tuple[str, dict]]:
   """JPEG compression at several qualities, and its restoration."""
   for quality in QUALITIES:
-    compressed = np.stack([edit_inputs.compress(i, quality) for i in bench.images])
+    compressed = np.stack(
+        [edit_inputs.compress(i, quality) for i in bench.images]
+    )
     yield f"JPEG of quality {quality}", bench.metrics(compressed)
     yield (
       f"`restore` of quality {quality}",

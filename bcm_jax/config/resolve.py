@@ -389,8 +389,8 @@ def of_existing_run(
 def load(
   file: str | None,
   overrides: Mapping[str, str],
-  workdir: str | None,
-  of_run_too: bool,
+  workdir: str | None = None,
+  of_run_too: bool = False,
 ) -> ml_collections.ConfigDict:
   """Returns the config of a command line: of a file, or of the run.
 
