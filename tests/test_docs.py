@@ -1,0 +1,132 @@
+"""The documentation agrees with the code and the committed results."""
+
+import ast
+import importlib
+import importlib.util
+import json
+import pathlib
+import re
+
+import pytest
+
+from bcm_jax.config import config_files
+from bcm_jax.editing import facade
+from tests import docs_check
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    p for p in (
+        *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "launch/README.md"
+    )
+    # These name what no longer exists.
+    if p.name not in ("renames.md", "CHANGELOG.md")
+)
+TEXTS = {p: p.read_text(encoding="utf-8") for p in PAGES}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+every_page = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda p: str(p.relative_to(ROOT))
+)
+
+
+def config_keys():
+  """Returns every 'section.key' of the shipped configs, resolved."""
+  files = (ROOT / "tests/goldens/texts/configs").glob("*.txt")
+  lines = [line for f in files for line in f.read_text().splitlines()]
+  return {line.partition(" = ")[0] for line in lines}
+
+
+def test_line_numbers_of_quoted_code():
+  text = docs_check.PAGE.read_text(encoding="utf-8")
+  assert docs_check.renumber(text) == text
+  shifted = re.sub(r"(\.py):(\d+)`", r"\1:1\2`", text)
+  assert docs_check.renumber(shifted) == text != shifted
+  with pytest.raises(ValueError, match="expected one"):
+    docs_check.renumber(text.replace("build.build(config)", "no such code"))
+
+
+@every_page
+def test_links(page):
+  prose = re.sub(r"`[^`]*`", "code", FENCED.sub("", TEXTS[page]))
+  for target in re.findall(r"\]\(\s*([^)#\s]+)", prose):
+    if "://" not in target:
+      assert (page.parent / target).exists(), target
+
+
+@every_page
+def test_commands_and_files_exist(page):
+  for module in re.findall(r"python -m ([\w.]+)", TEXTS[page]):
+    assert importlib.util.find_spec(module), module
+  for path in re.findall(
+      r"(?<![\w/-])(?:bcm_jax|benchmarks|launch|tests)/[\w/]+\.\w+", TEXTS[page]
+  ):
+    assert (ROOT / path).exists(), path
+  known = config_files.all_variants()
+  known += [name.partition(":")[0] for name in known]
+  for config in re.findall(r"configs/([\w.]+\.py(?::\w+)?)", TEXTS[page]):
+    assert config in known, config
+
+
+@every_page
+def test_config_keys(page):
+  known = config_keys()
+  sections = {key.partition(".")[0] for key in known}
+  found = set(re.findall(r"--config\.(\w+\.\w+)=", TEXTS[page]))
+  # `model.sample` is Python, and `train.py` a file.
+  found |= {
+      f"{section}.{key}"
+      for section, key in re.findall(r"`(\w+)\.(\w+)[`=]", TEXTS[page])
+      if section in sections - {"model"} and key not in ("py", "md", "json")
+  }
+  assert not found - known - {"section.key"}
+
+
+@every_page
+def test_python_examples(page):
+  for language, code in FENCED.findall(TEXTS[page]):
+    if language != "python":
+      continue
+    tree = ast.parse(code)
+    names = {}
+    for node in ast.walk(tree):
+      if isinstance(node, ast.ImportFrom) and node.module[:7] == "bcm_jax":
+        exec(ast.unparse(node), names)
+      elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        if node.value.id == "model" and "bcm_jax.load" in code:
+          assert hasattr(facade.Model, node.attr), node.attr
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        owner = names.get(node.value.id)
+        assert owner is None or hasattr(owner, node.attr), node.attr
+
+
+def test_the_training_example_resolves():
+  (code,) = [c for _, c in FENCED.findall(TEXTS[ROOT / "README.md"])
+             if "train_and_evaluate" in c]
+  *first, last = ast.parse(code).body
+  names = {}
+  exec(ast.unparse(ast.Module(first, [])), names)
+  assert names["config"].training.num_steps == 200
+  assert "train.train_and_evaluate(config" in ast.unparse(last)
+
+
+def test_results_of_the_readme():
+  text = TEXTS[ROOT / "README.md"]
+  rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\d+) \| (.*) \|$", text, re.M)
+  assert len(rows) == 6
+  for name, sampler, nfe, cells in rows:
+    (path,) = (ROOT / "docs/results/methods_digits").glob(f"{name}*.json")
+    result = json.loads(path.read_text())
+    numbers = result["samplers"][f"{sampler}_nfe{nfe}"]
+    fid = "FD (digits ResNet)"
+    assert cells == (
+        f"{numbers[fid]:.3f} ± {numbers['std'][fid]:.3f} | "
+        f"{numbers['class_accuracy']:.1%} | {numbers['precision']:.2f} | "
+        f"{numbers['recall']:.2f}"
+    )
+    assert result["protocol"]["seeds"] == [0, 1, 2]
+  inversion = json.loads((ROOT / "docs/results/digits.json").read_text())
+  for nfe in (1, 2):
+    mse = inversion["inversion"][f"nfe{nfe}"]["mse"]
+    assert f"{mse:.4f} with {nfe}" in " ".join(text.split())
+  cost = json.loads((ROOT / "docs/results/step_cost_digits.json").read_text())
+  assert f"{cost['methods']['bcm']['ratio']:.1f} times as long" in text
