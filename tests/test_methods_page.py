@@ -48,9 +48,9 @@ def test_rows_are_means_over_seeds_and_told_beside_the_teachers(
   assert "relative to iCT: not run." in benchmark.sentence("dmd2")
   (tmp_path / "cost.json").write_text('{"methods": {"dmd2": {"ratio": 2.5}}}')
   said = benchmark.sentence("dmd2")
-  assert "FD (digits ResNet) 3.000 ± 1.000 in 1 NFE (onestep)" in said
-  assert "relative to iCT: 2.50." in said
-  assert "DMD2 on imagenet64 1.28 in 1 NFE (Lu & Song" in said
+  assert "FD (digits ResNet): 3.000 ± 1.000 with 1 NFE (onestep)" in said
+  assert "(n = 3). Step time relative to iCT: 2.50." in said
+  assert "DMD2 on imagenet64 1.28 with 1 NFE (Lu & Song" in said
 
 
 def with_steps(folder, name, *fids, std=0.1):
