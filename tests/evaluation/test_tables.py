@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bcm_jax import errors
+from bcm_jax.evaluation import published
 from bcm_jax.evaluation import tables
 
 
@@ -41,19 +42,26 @@ def row_of(page, *cells):
 
 
 def test_published_numbers_stand_beside_ours():
-  page = tables.render({"mine": result()})
-  assert row_of(page, "BCM", "2", "2.39 (recalled)").endswith(
-      "| 3.00 ± 0.25 (`mine`) |"
-  )
-  assert row_of(page, "BCM", "1", "3.10 (recalled)").endswith("| not run |")
+  page = tables.render({"mine": result(method="ict")})
+  assert row_of(page, "iCT", "2", "2.46").endswith("| 3.00 ± 0.25 (`mine`) |")
+  assert row_of(page, "iCT", "1", "2.83").endswith("| not run |")
   assert row_of(page, "BCM", "1", "4.18").endswith("| not run |")
   assert "| `mine` | ancestral | 2 | 3.00 ± 0.25 |" in page
   assert "| `mine` | by the network | 1 | 0.07 | 0.0051 |" in page
 
 
+def test_numbers_quoted_from_memory_are_not_shown():
+  unverified = [r for r in published.ROWS if not r.verified]
+  assert unverified
+  page = tables.render({"mine": result(method=unverified[0].ours)})
+  table = page.partition("## CIFAR-10 (")[0].partition("## CIFAR-10\n")[2]
+  for row in unverified:
+    assert f"| {row.method} | {row.nfe} |" not in table
+
+
 def test_few_samples_are_marked_and_never_beside_published_numbers():
-  page = tables.render({"mine": result(samples=5000)})
-  assert row_of(page, "BCM", "2", "2.39 (recalled)").endswith("| not run |")
+  page = tables.render({"mine": result(method="ict", samples=5000)})
+  assert row_of(page, "iCT", "2", "2.46").endswith("| not run |")
   assert "**Few samples: 5000 of the protocol's 50000.**" in page
   assert "5,000 samples per seed (seeds 0, 1)" in page
 
@@ -62,7 +70,7 @@ def test_another_method_or_data_set_is_not_ours():
   page = tables.render({
       "a": result(method="ict"), "b": result(data="cifar10_jpeg"),
   })
-  assert row_of(page, "BCM", "2", "2.39 (recalled)").endswith("| not run |")
+  assert row_of(page, "ECT", "2", "2.11").endswith("| not run |")
   assert row_of(page, "iCT", "2", "2.46").endswith("(`a`) |")
   assert "## CIFAR-10 (JPEG), 32x32" in page
   assert "not with published CIFAR-10 numbers" in page.replace("\n", " ")
