@@ -1,7 +1,6 @@
 """The documentation agrees with the code and the committed results."""
 
 import ast
-import importlib
 import importlib.util
 import json
 import pathlib
@@ -82,23 +81,32 @@ def test_config_keys(page):
   assert not found - known - {"section.key"}
 
 
-@every_page
+def python_of(page):
+  """Returns the Python examples of a page, or the cells of a notebook."""
+  if page.suffix == ".md":
+    return [c for kind, c in FENCED.findall(TEXTS[page]) if kind == "python"]
+  cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+  cells = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+  return ["\n".join(cells)]
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *ROOT.glob("launch/colab/*.ipynb")],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_python_examples(page):
-  for language, code in FENCED.findall(TEXTS[page]):
-    if language != "python":
-      continue
-    tree = ast.parse(code)
-    names = {}
+  for code in python_of(page):
+    tree, names = ast.parse(code), {}
     for node in ast.walk(tree):
       if isinstance(node, ast.ImportFrom) and node.module[:7] == "bcm_jax":
         exec(ast.unparse(node), names)
-      elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        if node.value.id == "model" and "bcm_jax.load" in code:
-          assert hasattr(facade.Model, node.attr), node.attr
     for node in ast.walk(tree):
       if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         owner = names.get(node.value.id)
         assert owner is None or hasattr(owner, node.attr), node.attr
+      if isinstance(node, ast.Call) and "bcm_jax.load" in code:
+        owner, _, method = ast.unparse(node.func).partition(".")
+        assert owner != "model" or hasattr(facade.Model, method), method
 
 
 def test_the_training_example_resolves():
