@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from bcm_jax.config import config_files
-from bcm_jax.editing import facade
+from bcm_jax.editing import pretrained
 from tests import docs_check
+from tests import test_golden_texts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -61,7 +61,7 @@ def test_commands_and_files_exist(page):
       r"(?<![\w/-])(?:bcm_jax|benchmarks|launch|tests)/[\w/]+\.\w+", TEXTS[page]
   ):
     assert (ROOT / path).exists(), path
-  known = config_files.all_variants()
+  known = list(test_golden_texts.all_variants())
   known += [name.partition(":")[0] for name in known]
   for config in re.findall(r"configs/([\w.]+\.py(?::\w+)?)", TEXTS[page]):
     assert config in known, config
@@ -106,7 +106,7 @@ def test_python_examples(page):
         assert owner is None or hasattr(owner, node.attr), node.attr
       if isinstance(node, ast.Call) and "bcm_jax.load" in code:
         owner, _, method = ast.unparse(node.func).partition(".")
-        assert owner != "model" or hasattr(facade.Model, method), method
+        assert owner != "model" or hasattr(pretrained.Model, method), method
 
 
 def test_the_training_example_resolves():
