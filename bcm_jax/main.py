@@ -71,9 +71,8 @@ def _reference(config, workdir):
   references.run(_experiment(config), workdir)
 
 
-def _table(config, workdir):
+def _table(_, workdir):
   from bcm_jax.evaluation import tables
-  del config
   tables.run(workdir)
 
 
@@ -82,9 +81,8 @@ def _inspect(config, workdir):
   print(inspect_config.report(config, workdir, FLAGS.compare))
 
 
-def _compile(config, workdir):
+def _compile(config, _):
   from bcm_jax.tools import aot_compile
-  del workdir
   aot_compile.run(config, FLAGS.topology, FLAGS.out)
 
 

@@ -346,7 +346,7 @@ def test_nan_loss_stops_with_a_diagnosis(tmp_path, capsys):
     capsys,
     "--config=configs/digits.py",
     f"--workdir={tmp_path}",
-    *flags(training__max_skipped_in_row="2", method__sigma_data="1e30"),
+    *flags(training__max_consecutive_nonfinite="2", method__sigma_data="1e30"),
   )
   assert "2 steps in a row were not finite" in line
   assert "optimizer.learning_rate" in line
@@ -366,7 +366,7 @@ def test_missing_and_damaged_checkpoints(run, tmp_path, capsys):
 def test_module_is_a_command_with_help():
   done = subprocess.run(
     [sys.executable, "-m", "bcm_jax.main", "--help"],
-    check=False,
+    check=True,
     capture_output=True,
     text=True,
     env=os.environ,
