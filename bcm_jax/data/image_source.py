@@ -60,8 +60,8 @@ class ArraySource:
     if labels is None:
       labels = np.zeros(images.shape[:1], np.int32)
     labels = np.asarray(labels)
-    _check_images(images, name)
-    _check_label_array(labels, len(images), name)
+    check_images(images, name)
+    check_label_array(labels, len(images), name)
     check_labels(labels, np.arange(len(labels)), num_classes, name)
     self.name = name
     self.num_classes = num_classes
@@ -88,30 +88,35 @@ class ArraySource:
     return dict(image=self._images[indices], label=self._labels[indices])
 
 
-def _check_images(images: np.ndarray, name: str) -> None:
-  if images.dtype != np.uint8:
+def check_images(images: np.ndarray, name: str) -> np.ndarray:
+  """Returns images as an array.
+
+  Raises:
+    UserError: not uint8 [n, H, W, C] with n >= 1.
+  """
+  images = np.asarray(images)
+  if images.dtype != np.uint8 or images.ndim != 4 or images.size == 0:
     raise UserError(
-      f"{name}: images are {images.dtype}, expected uint8 in 0..255; convert"
-      " them, for example with bcm_jax.data.image_source.to_uint8 from [-1, 1]"
+      f"{name}: got {images.dtype} of shape {images.shape}, expected uint8 "
+      "images [n, H, W, C] with n >= 1 (grey images have C = 1); convert them, "
+      "for example with bcm_jax.data.image_source.to_uint8 from [-1, 1]"
     )
-  if images.ndim != 4:
-    raise UserError(
-      f"{name}: images have shape {images.shape}, expected [n, H, W, C]; add"
-      " the missing axis (grey images have C = 1)"
-    )
-  if images.size == 0:
-    raise UserError(
-      f"{name}: shape {images.shape} holds no image, expected at least one;"
-      " check the path and the split"
-    )
+  return images
 
 
-def _check_label_array(labels: np.ndarray, n: int, name: str) -> None:
-  if labels.shape != (n,) or not np.issubdtype(labels.dtype, np.integer):
+def check_label_array(labels: np.ndarray, n: int, name: str) -> np.ndarray:
+  """Returns labels as an array.
+
+  Raises:
+    UserError: not integers [n].
+  """
+  labels = np.asarray(labels)
+  if labels.shape != (n,) or labels.dtype.kind not in "iu":
     raise UserError(
-      f"{name}: labels are {labels.dtype} of shape {labels.shape}, expected"
-      f" integers of shape ({n},), one an image; check the label file"
+      f"{name}: got labels {labels.dtype} of shape {labels.shape}, expected"
+      f" integers of shape ({n},), one per image; check the labels"
     )
+  return labels
 
 
 def check_labels(

@@ -9,10 +9,7 @@ tfds:imagenet2012. The same input gives the same bytes on every machine
 """
 
 from collections.abc import Iterator
-import contextlib
 import os
-import shutil
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -28,6 +25,7 @@ from bcm_jax.data import pipeline
 from bcm_jax.data import prepared
 from bcm_jax.data import resizing
 from bcm_jax.utils import cli
+from bcm_jax.utils import files
 
 # Examples decoded at a time, at most; the next while these are written.
 _BLOCK = 512
@@ -82,7 +80,7 @@ def prepare(
       name, path=path, size=size, crop=crop, skip_corrupt=skip_corrupt,
       channels=channels, threads=workers,
   )
-  with _folder_for(out) as made:
+  with files.new_folder(out, overwrite=True) as made:
     splits, skipped = _write_splits(found, data_dir, holdout, made, shard_mb)
     prepared.write_manifest(
         made,
@@ -148,27 +146,6 @@ def _check_positive(**values: int | None) -> None:
   for name, value in values.items():
     if value is not None and value < 1:
       raise errors.UserError(f"--{name}={value}: expected 1 or more")
-
-
-@contextlib.contextmanager
-def _folder_for(out: str) -> Iterator[str]:
-  """Gives a folder to fill, which becomes `out` once all has gone well."""
-  parent = os.path.dirname(os.path.abspath(out))
-  os.makedirs(parent, exist_ok=True)
-  made = tempfile.mkdtemp(prefix=".preparing-", dir=parent)
-  try:
-    yield made
-    os.chmod(made, 0o755)
-    if os.path.isdir(out) and os.listdir(out):
-      old = tempfile.mkdtemp(prefix=".replaced-", dir=parent)
-      os.replace(out, old)
-      os.replace(made, out)
-      shutil.rmtree(old)
-    else:
-      os.replace(made, out)
-  except BaseException:
-    shutil.rmtree(made, ignore_errors=True)
-    raise
 
 
 def _write_splits(

@@ -101,8 +101,7 @@ def write(
   Raises:
     UserError: a run, sampler or platform that is not there or does not fit.
   """
-  if os.path.lexists(out):
-    raise errors.UserError(f"{out} is there already; choose another OUT")
+  files.check_free(out)
   _check_platforms(platforms)
   if importlib.util.find_spec("flatbuffers") is None:
     raise errors.UserError("needs flatbuffers: pip install 'bcm_jax[export]'")

@@ -181,8 +181,7 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
     What was written, for a terminal.
   """
   weight_files.check_suffix(out)
-  if os.path.exists(out):
-    raise errors.UserError(f"{out} is there already; choose another OUT")
+  files.check_free(out)
   config = resolve.of_run(workdir)
   if config is None:
     raise errors.UserError(

@@ -8,6 +8,7 @@ correctly (98.9%), which is about the highest accuracy samples can reach.
 import numpy as np
 import sklearn.svm
 
+from bcm_jax.data import image_source
 from bcm_jax.errors import UserError
 
 # For pixels in [0, 1]: the usual gamma = 0.001 for pixels in 0..16, times 16^2.
@@ -16,23 +17,8 @@ DIGITS_GAMMA = 0.256
 
 def _pixels(images: np.ndarray) -> np.ndarray:
   """Flattens uint8 [n, H, W, C] to float64 [n, H * W * C] in [0, 1]."""
-  images = np.asarray(images)
-  if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-    raise UserError(
-      f"images: got {images.dtype} of shape {images.shape}, expected uint8 "
-      "[n, H, W, C] with n >= 1; quantize to 0..255 first"
-    )
+  images = image_source.check_images(images, "class accuracy")
   return images.reshape(len(images), -1) / 255.0
-
-
-def _labels(labels: np.ndarray, count: int) -> np.ndarray:
-  labels = np.asarray(labels)
-  if labels.shape != (count,) or labels.dtype.kind not in "iu":
-    raise UserError(
-      f"labels: got {labels.dtype} of shape {labels.shape} for {count} "
-      f"images, expected integers [{count}]; pass one class per image"
-    )
-  return labels
 
 
 class PixelSVC:
@@ -60,7 +46,9 @@ class PixelSVC:
       UserError: wrong dtype or shape, or a single class.
     """
     pixels = _pixels(images)
-    labels = _labels(labels, len(pixels))
+    labels = image_source.check_label_array(
+      labels, len(pixels), "class accuracy"
+    )
     if len(np.unique(labels)) < 2:
       raise UserError(
         f"labels: got one class only ({labels[0]}), expected at least two; "
@@ -109,7 +97,10 @@ def class_accuracy(
   Raises:
     UserError: `requested` does not have one integer per sample.
   """
-  correct = np.asarray(predicted) == _labels(requested, len(predicted))
+  requested = image_source.check_label_array(
+      requested, len(predicted), "class accuracy"
+  )
+  correct = np.asarray(predicted) == requested
   per_class = {
     int(label): float(correct[requested == label].mean())
     for label in np.unique(requested)

@@ -16,6 +16,7 @@ from flax import traverse_util
 import jax
 import numpy as np
 
+from bcm_jax.data import image_source
 from bcm_jax.errors import UserError
 from bcm_jax.interop import weight_files
 from bcm_jax.metrics import feature_extractors
@@ -73,7 +74,7 @@ class Classifier(feature_extractors.NetworkFeatures):
     Raises:
       UserError: dtype or shape differ from those of the training images.
     """
-    feature_extractors.check_images(images)
+    image_source.check_images(images, "classifier")
     if images.shape[1:] != self.image_shape:
       raise UserError(
           f"{self.name}: got images of shape {images.shape[1:]}, expected "

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bcm_jax.data import image_source
 from bcm_jax.errors import UserError
 from bcm_jax.utils import hashing
 
@@ -108,7 +109,7 @@ class NetworkFeatures:
     Raises:
       UserError: images of another dtype or rank.
     """
-    check_images(images)
+    image_source.check_images(images, "features")
     parts = [jax.tree.map(np.asarray, p) for p in self._parts(images)]
     return Activations(*(
         None if field[0] is None else np.concatenate(field)
@@ -136,7 +137,7 @@ class Pixels:
 
   def __call__(self, images: np.ndarray) -> Activations:
     """Scales uint8 images [n, H, W, C] to pooled [n, H W C] in [0, 1]."""
-    check_images(images)
+    image_source.check_images(images, "features")
     flat = images.reshape(len(images), -1)
     return Activations(flat / np.float32(255))
 
@@ -161,7 +162,7 @@ class FunctionFeatures:
     Raises:
       UserError: the function does not return one row per image.
     """
-    check_images(images)
+    image_source.check_images(images, "features")
     result = self._function(images)
     if not isinstance(result, Activations):
       result = Activations(np.asarray(result))
@@ -172,12 +173,3 @@ class FunctionFeatures:
           "per image"
       )
     return result
-
-
-def check_images(images: np.ndarray) -> None:
-  """Raises UserError unless images are uint8 [n, H, W, C], n >= 1."""
-  if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-    raise UserError(
-        f"images: got {images.dtype} of shape {images.shape}, expected uint8 "
-        "[n, H, W, C] with n >= 1; quantize to 0..255 first"
-    )

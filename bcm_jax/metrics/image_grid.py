@@ -10,20 +10,18 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from bcm_jax.data import image_source
 from bcm_jax.errors import UserError
+from bcm_jax.utils import files
 
 BACKGROUND = 255
 _CAPTION_MARGIN = 4  # pixels to the left and right of a title
 
 
 def _check_images(name: str, images: np.ndarray) -> np.ndarray:
-  images = np.asarray(images)
-  good = images.ndim == 4 and images.shape[-1] in (1, 3) and images.size > 0
-  if images.dtype != np.uint8 or not good:
-    raise UserError(
-      f"{name}: got {images.dtype} of shape {images.shape}, expected uint8 "
-      "[n, H, W, C] with n >= 1 and C of 1 or 3; quantize to 0..255 first"
-    )
+  images = image_source.check_images(images, name)
+  if images.shape[-1] not in (1, 3):
+    raise UserError(f"{name}: got {images.shape[-1]} channels, expected 1 or 3")
   return images
 
 
@@ -181,10 +179,5 @@ def save_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
     raise UserError(
       f"{path}: the directory {path.parent} does not exist; create it first"
     )
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with open(temporary, "wb") as file:
-      PIL.Image.fromarray(plane).save(file, format="PNG")
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with files.replacing(path) as file:
+    PIL.Image.fromarray(plane).save(file, format="PNG")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import contextlib
 from typing import Any
 
+from absl import logging
 import jax
 import numpy as np
 
@@ -56,7 +57,7 @@ class MetricLogger:
     self._stack.callback(self.writer.close)
     if first == 0:
       self.writer.write_hparams(dict(hparams))
-      hooks.log_parameter_overview(params)
+      logging.info("parameters:\n%s", hooks.parameter_table(params))
     self.progress = hooks.Progress(total, first, every_secs=progress_secs)
     self._stack.callback(self.progress.close)
     self.report = hooks.report_progress(total, self.writer, every_secs=60.0)

@@ -355,7 +355,7 @@ def test_bad_packing(run, folder, tmp_path, capsys):
   )
   assert not out.exists()
   for verb, source in (("pack", run), ("unpack", folder)):
-    assert "is there already" in fails(capsys, verb, source, folder)
+    assert "exists already" in fails(capsys, verb, source, folder)
   assert "cannot be made" in fails(
     capsys, "pack", run, folder / "README.md" / "out"
   )
@@ -488,7 +488,7 @@ def test_what_the_hub_says_is_one_line(
     assert "failed or cannot be reached (" in fails(capsys, *arguments)
   assert "me/b" not in online.repositories
   assert "Cannot have -- or .." in fails(capsys, "push", folder, "me/a--b")
-  assert "is there already" in fails(capsys, "pull", "me/a", folder)
+  assert "exists already" in fails(capsys, "pull", "me/a", folder)
   assert not os.listdir(tmp_path)
 
 

@@ -289,7 +289,7 @@ def test_values_that_a_dtype_cannot_hold(tmp_path):
 def test_nothing_is_written_over(tmp_path):
   (tmp_path / "a").mkdir()
   (tmp_path / "a" / "mine").write_text("precious")
-  with pytest.raises(errors.UserError, match="is there already"):
+  with pytest.raises(errors.UserError, match="exists already"):
     written(tmp_path / "a")
   assert os.listdir(tmp_path / "a") == ["mine"]
   assert os.listdir(tmp_path) == ["a"]

@@ -591,7 +591,7 @@ def test_places_that_cannot_be_written(run, path, tmp_path):
   before = path.read_bytes()
   (tmp_path / "file").write_text("")
   for workdir, out, said in (
-    (run, path, "is there already"),
+    (run, path, "exists already"),
     (tmp_path, tmp_path / "a.zip", "holds no run"),
     (run, tmp_path / "file" / "a.zip", "cannot be written"),
   ):

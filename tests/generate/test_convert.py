@@ -185,7 +185,7 @@ def test_bad_arguments(tmp_path, capsys):
   )
   out.mkdir()
   (out / "mine").write_text("precious")
-  assert "there already" in fails(capsys, source, out)
+  assert "exists already" in fails(capsys, source, out)
   back = tmp_path / "back.safetensors"
   assert "no run" in fails(capsys, out, back, "--reverse")
   for suffix in (".pt", ".pth"):
