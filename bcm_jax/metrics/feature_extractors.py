@@ -6,7 +6,7 @@ network and preprocessing of Heusel et al. (2017, arXiv:1706.08500) give a FID;
 distances on other features are named 'FD (name of the features)'.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from bcm_jax.data import image_source
 from bcm_jax.errors import UserError
+from bcm_jax.utils import batching
 from bcm_jax.utils import hashing
 
 Params = Any
@@ -110,22 +111,16 @@ class NetworkFeatures:
       UserError: images of another dtype or rank.
     """
     image_source.check_images(images, "features")
-    parts = [jax.tree.map(np.asarray, p) for p in self._parts(images)]
+    parts = []
+    for batch, count in batching.padded_batches(images, self._batch):
+      result = self._apply(self._params, jax.device_put(batch, self._split))
+      parts.append(
+          jax.tree.map(lambda a, count=count: np.asarray(a[:count]), result)
+      )
     return Activations(*(
         None if field[0] is None else np.concatenate(field)
         for field in zip(*parts, strict=True)
     ))
-
-  def _parts(self, images: np.ndarray) -> Iterator[Activations]:
-    for first in range(0, len(images), self._batch):
-      part = images[first : first + self._batch]
-      count = len(part)
-      # Pads the last batch, so that the network compiles for one shape only.
-      part = np.pad(
-          part, [(0, self._batch - count)] + [(0, 0)] * 3, mode="edge"
-      )
-      result = self._apply(self._params, jax.device_put(part, self._split))
-      yield jax.tree.map(lambda a, count=count: a[:count], result)
 
 
 class Pixels:

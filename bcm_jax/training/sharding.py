@@ -260,10 +260,10 @@ class Jit:
     """This host's slices of one or several global batches, as global arrays."""
     several = len(batches) > 1
     sharding = self.batch_sharding(several)
-    return {
-        k: jax.make_array_from_process_local_data(sharding, v)
-        for k, v in (_stack(batches) if several else batches[0]).items()
-    }
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x),
+        _stack(batches) if several else batches[0],
+    )
 
   def compile(
       self, step: train_step.Step, several: bool = False

@@ -79,7 +79,7 @@ def test_a_size_resizes(tmp_path, crop):
         (dict(pictures=_images()), "holds pictures, expected images under one"),
         (dict(), "holds nothing, expected images"),
         (dict(arr_0=_images()[..., 0]), r"expected \[n, H, W, C\]; add"),
-        (dict(arr_0=_images() / 255), "float64, expected uint8"),
+        (dict(arr_0=_images() / 255), "float64 of shape .*, expected uint8"),
         (dict(arr_0=_images(), arr_1=np.arange(4)), "expected integers"),
         (dict(arr_0=_images(), arr_1=np.ones(N)), "labels of .* are float64"),
         (dict(arr_0=_images(), arr_1=np.arange(N) - 1), "label -1"),
