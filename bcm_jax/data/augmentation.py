@@ -25,6 +25,7 @@ import numpy as np
 
 from bcm_jax.data import warp
 from bcm_jax.errors import UserError
+from bcm_jax.models import dtypes
 
 LABEL_DIM = 9
 
@@ -258,10 +259,8 @@ def apply(
   Raises:
     ValueError: for a margin out of range.
   """
-  images = jnp.asarray(images)
-  dtype = jnp.promote_types(images.dtype, jnp.float32)
-  images = images.astype(dtype)
-  params = _parameters(pipe, draws, dtype)
+  images = dtypes.at_least_float32(images)
+  params = _parameters(pipe, draws, images.dtype)
 
   def where(happens, changed):
     return jnp.where(happens[:, None, None, None] == 1, changed, images)

@@ -6,14 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 
+from bcm_jax.models import dtypes
+
 # As the package `lpips` has it.
 _EPSILON = 1e-10
 Distance = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def _flat(a: jax.Array, b: jax.Array) -> jax.Array:
-  wide = jnp.promote_types(jnp.float32, jnp.promote_types(a.dtype, b.dtype))
-  d = a.astype(wide) - b.astype(wide)
+  d = dtypes.at_least_float32(a) - dtypes.at_least_float32(b)
   return d.reshape(d.shape[0], -1)
 
 
@@ -76,8 +77,7 @@ def of_features(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
   """
   total = 0.0
   for x, y in zip(a, b, strict=True):
-    wide = jnp.promote_types(jnp.float32, x.dtype)
-    d = unit(x.astype(wide)) - unit(y.astype(wide))
+    d = unit(dtypes.at_least_float32(x)) - unit(dtypes.at_least_float32(y))
     total += jnp.sum(d**2, axis=-1).mean(axis=(1, 2))
   return total
 

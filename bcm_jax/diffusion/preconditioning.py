@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from bcm_jax.diffusion import process
+from bcm_jax.models import dtypes
 
 
 class Coefficients(NamedTuple):
@@ -37,11 +38,6 @@ class Preconditioning(Protocol):
   def __call__(self, t: jax.Array, u: jax.Array) -> Coefficients: ...
 
 
-def _wide(t) -> jax.Array:
-  t = jnp.asarray(t)
-  return t.astype(jnp.promote_types(jnp.float32, t.dtype))
-
-
 @dataclasses.dataclass(frozen=True)
 class EDM:
   """Denoiser D(x, t) ~ E[x_0 | x_t]; the end level is 0 and u is unused."""
@@ -50,7 +46,7 @@ class EDM:
   ends_at_denoiser = True
 
   def __call__(self, t, u=None) -> Coefficients:
-    t, sd = _wide(t), self.sigma_data
+    t, sd = dtypes.at_least_float32(t), self.sigma_data
     a = t**2 + sd**2
     return Coefficients(sd**2 / a, t * sd / jnp.sqrt(a), 1 / jnp.sqrt(a))
 
@@ -67,7 +63,7 @@ class ConsistencyBoundary:
   ends_at_denoiser = False
 
   def __call__(self, t, u=None) -> Coefficients:
-    t, sd = _wide(t), self.sigma_data
+    t, sd = dtypes.at_least_float32(t), self.sigma_data
     a, s = t**2 + sd**2, t - self.sigma_min
     return Coefficients(
         sd**2 / (s**2 + sd**2), s * sd / jnp.sqrt(a), 1 / jnp.sqrt(a)
@@ -87,7 +83,8 @@ class Bidirectional:
   ends_at_denoiser = True
 
   def __call__(self, t, u) -> Coefficients:
-    t, u, sd = _wide(t), _wide(u), self.sigma_data
+    t, u = dtypes.at_least_float32(t), dtypes.at_least_float32(u)
+    sd = self.sigma_data
     a = t**2 + sd**2
     return Coefficients(
         (t * u + sd**2) / a, (t - u) * sd / jnp.sqrt(a), 1 / jnp.sqrt(a)
@@ -107,7 +104,7 @@ class Trajectory:
   ends_at_denoiser = False
 
   def __call__(self, t, u) -> Coefficients:
-    t, u = _wide(t), _wide(u)
+    t, u = dtypes.at_least_float32(t), dtypes.at_least_float32(u)
     c_skip, c_out, c_in = self.inner(t)
     rest = (t - u) / t
     return Coefficients(u / t + rest * c_skip, rest * c_out, c_in)
@@ -136,7 +133,7 @@ def edm_weight(t: jax.Array, sigma_data: float) -> jax.Array:
 
 def edm_c_noise(t: jax.Array) -> jax.Array:
   """Returns EDM's ln(t) / 4 (table 1); t is floored at 1e-20, never 0."""
-  return jnp.log(jnp.maximum(_wide(t), 1e-20)) / 4
+  return jnp.log(jnp.maximum(dtypes.at_least_float32(t), 1e-20)) / 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ from bcm_jax import errors
 from bcm_jax.errors import UserError
 from bcm_jax.metrics.feature_extractors import Activations
 from bcm_jax.metrics.feature_extractors import NetworkFeatures
+from bcm_jax.models import dtypes
 from bcm_jax.models import inception
-from bcm_jax.models import layers
 
 Params = Any
 Resize = Literal["tf1", "torch"]
@@ -88,7 +88,7 @@ def preprocess(images: jax.Array, resize: Resize) -> jax.Array:
     )
   if resize not in NAMES:
     raise errors.unknown_name("resizing", resize, NAMES)
-  images = images.astype(layers.at_least_float32(images.dtype))
+  images = dtypes.at_least_float32(images)
   height, width = (
       jnp.asarray(resize_matrix(size, resize, images.dtype), images.dtype)
       for size in images.shape[1:3]

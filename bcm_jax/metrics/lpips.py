@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from bcm_jax.diffusion import distances
 from bcm_jax.errors import UserError
-from bcm_jax.models import layers
+from bcm_jax.models import dtypes
 from bcm_jax.models import vgg
 
 Params = Any
@@ -58,7 +58,7 @@ def features(
     params: Params, images: jax.Array, pooling: vgg.Pooling = "max"
 ) -> list[jax.Array]:
   """Returns VGG16 features of images [B, H, W, C] in [-1, 1], one per block."""
-  images = images.astype(layers.at_least_float32(images.dtype))
+  images = dtypes.at_least_float32(images)
   shift, scale = (jnp.asarray(v, images.dtype) for v in (_SHIFT, _SCALE))
   return vgg.VGG16(pooling).apply({"params": params}, (images - shift) / scale)
 

@@ -174,25 +174,14 @@ class ADM(nn.Module):
       dropout_keys: jax.Array | None = None,
       augment_labels: jax.Array | None = None,
   ) -> jax.Array:
-    """Evaluates the raw network.
-
-    Args:
-      x: [B, H, W, C] scaled image c_in(t) x_t.
-      c_noise: [B] conditioning value of the start level t.
-      c_noise_end: [B] that of the end level u; needed iff two_time.
-      labels: [B] int classes, -1 for none; needed iff num_classes.
-      dropout_keys: [B] keys, one an example; None switches dropout off.
-      augment_labels: [B, augment_dim]; None is all zero, no augmentation.
+    """Evaluates the raw network; arguments as in layers.check_inputs.
 
     Returns:
       [B, H, W, out_channels], float32 or wider.
-
-    Raises:
-      ValueError: for an input that does not fit the attributes.
     """
     layers.check_inputs(self, x, c_noise_end, labels, augment_labels)
     emb = self._embedding(c_noise, c_noise_end, labels, augment_labels)
-    wide = layers.at_least_float32(x.dtype)
+    wide = jnp.promote_types(jnp.float32, x.dtype)
     h = x if self.dtype is None else x.astype(self.dtype)
     h = self._torso(h, emb, dropout_keys)
     h = nn.silu(layers.group_norm(h.astype(wide), *self._groups, name="out_0"))

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bcm_jax.models import dtypes
 from bcm_jax.models import layers
 
 # Sides of the features that the last convolution takes at a time.
@@ -32,7 +33,7 @@ class Head(nn.Module):
   def __call__(self, h: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B]."""
     width = self.features or h.shape[-1]
-    h = h.astype(layers.at_least_float32(h.dtype))
+    h = dtypes.at_least_float32(h)
 
     def norm(h, name):
       return nn.silu(layers.group_norm(

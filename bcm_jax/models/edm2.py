@@ -221,7 +221,7 @@ class EDM2(nn.Module):
     if self.is_initializing():
       self.logvar(c_noise)  # So that `init` makes its parameters too.
     emb = self._embedding(c_noise, labels)
-    wide = layers.at_least_float32(x.dtype)
+    wide = jnp.promote_types(jnp.float32, x.dtype)
     h = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
     h = h.astype(wide if self.dtype is None else self.dtype)
     skips = self._encoder(h, emb, dropout_keys)

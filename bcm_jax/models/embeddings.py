@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bcm_jax.models import dtypes
+
 
 def sinusoidal_embedding(
     c_noise: jax.Array,
@@ -27,13 +29,13 @@ def sinusoidal_embedding(
   Returns:
     [B, dim], float32 or wider.
   """
-  dtype = jnp.promote_types(jnp.float32, c_noise.dtype)
+  c_noise = dtypes.at_least_float32(c_noise)
   half = dim // 2
   last = half - 1 if endpoint else half
   frequencies = jnp.exp(
-      -math.log(max_period) * jnp.arange(half, dtype=dtype) / last
+      -math.log(max_period) * jnp.arange(half, dtype=c_noise.dtype) / last
   )
-  angles = c_noise.astype(dtype)[:, None] * frequencies[None]
+  angles = c_noise[:, None] * frequencies[None]
   embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
   return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
@@ -59,6 +61,6 @@ class Fourier(nn.Module):
             "freqs", nn.initializers.normal(self.scale), (self.dim // 2,)
         )
     )
-    dtype = jnp.promote_types(jnp.float32, c_noise.dtype)
-    angles = 2 * math.pi * c_noise.astype(dtype)[:, None] * frequencies[None]
+    c_noise = dtypes.at_least_float32(c_noise)
+    angles = 2 * math.pi * c_noise[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bcm_jax.models import layers
+from bcm_jax.models import dtypes
 
 IMAGE_SIZE = 299
 CLASSES = 1008
@@ -244,7 +244,7 @@ class InceptionV3(nn.Module):
     Args:
       x: [B, 299, 299, 3] in [-1, 1]; computed in float32 or wider.
     """
-    x = x.astype(layers.at_least_float32(x.dtype))
+    x = dtypes.at_least_float32(x)
     valid = functools.partial(ConvNorm, padding="VALID")
     x = valid(32, (3, 3), stride=2, name="Conv2d_1a_3x3")(x)
     x = valid(32, (3, 3), name="Conv2d_2a_3x3")(x)

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bcm_jax.models import dtypes
+
 Dtype = Any
 Precision = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["xla", "cudnn"]
@@ -30,11 +32,6 @@ def _inits(fan_in: int, zero: bool) -> dict[str, Any]:
     zeros = nn.initializers.zeros_init()
     return {"kernel_init": zeros, "bias_init": zeros}
   return {"kernel_init": _torch_kernel, "bias_init": _torch_bias(fan_in)}
-
-
-def at_least_float32(dtype: Dtype) -> Dtype:
-  """Promotes a dtype to float32 or wider; never casts float64 down."""
-  return jnp.promote_types(jnp.float32, dtype)
 
 
 def conv(
@@ -102,7 +99,7 @@ class GroupNorm(nn.Module):
     channels = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones_init(), (channels,))
     bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
-    wide = x.astype(at_least_float32(x.dtype))
+    wide = dtypes.at_least_float32(x)
 
     def group_mean(v):
       v = v.mean(axis=(1, 2)).reshape(len(v), self.num_groups, -1)
@@ -159,7 +156,21 @@ def augment_embedding(
 def check_inputs(
     network, x, c_noise_end, labels, augment_labels=None
 ) -> None:
-  """Raises ValueError for inputs that contradict a U-Net's attributes."""
+  """Checks the inputs of a U-Net against its attributes.
+
+  Args:
+    network: the U-Net, called as network(x, c_noise, c_noise_end, labels,
+      dropout_keys, augment_labels) with c_noise [B], the conditioning value of
+      the start level t, and dropout_keys, [B] keys, one per example; None
+      disables dropout.
+    x: [B, H, W, C] scaled image c_in(t) x_t.
+    c_noise_end: [B] conditioning value of the end level u; needed iff two_time.
+    labels: [B] int classes, -1 for none; needed iff num_classes.
+    augment_labels: [B, augment_dim]; None is zeros, no augmentation.
+
+  Raises:
+    ValueError: the inputs contradict the attributes.
+  """
   count = len(network.channel_mult) - 1
   if x.shape[1] % 2**count or x.shape[2] % 2**count:
     raise ValueError(
@@ -206,7 +217,7 @@ def unit_rms(x: jax.Array) -> jax.Array:
   The 'QKV normalisation' that keeps consistency training on ADM stable: the
   norm is taken in float32, so that bfloat16 does not round it.
   """
-  wide = x.astype(at_least_float32(x.dtype))
+  wide = dtypes.at_least_float32(x)
   norm = jnp.linalg.norm(wide, axis=-1, keepdims=True)
   return (wide / (1e-4 + norm / math.sqrt(x.shape[-1]))).astype(x.dtype)
 
@@ -233,7 +244,7 @@ def attention(
   scale = q.shape[-1] ** -0.25
   logits = jnp.einsum(
       "bqhd,bkhd->bhqk", q * scale, k * scale,
-      preferred_element_type=at_least_float32(q.dtype),
+      preferred_element_type=jnp.promote_types(jnp.float32, q.dtype),
   )
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bcm_jax.models import layers
+from bcm_jax.models import dtypes
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _EPS = 1e-4
@@ -67,7 +67,7 @@ def unit_kernel(kernel: jax.Array) -> jax.Array:
   Returns:
     The same shape, float32 or wider.
   """
-  wide = kernel.astype(layers.at_least_float32(kernel.dtype))
+  wide = dtypes.at_least_float32(kernel)
   axes = tuple(range(kernel.ndim - 1))
   return wide / (_EPS + jnp.sqrt(jnp.mean(wide**2, axes, keepdims=True)))
 
@@ -125,10 +125,10 @@ class MPFourier(nn.Module):
       value = self.param(
           name, lambda key: 2 * math.pi * draw(key, (self.num_channels,))
       )
-      value = value.astype(layers.at_least_float32(value.dtype))
+      value = dtypes.at_least_float32(value)
       return jax.lax.stop_gradient(value)
 
     freqs = constant("freqs", jax.random.normal)
     phases = constant("phases", jax.random.uniform)
-    c_noise = c_noise.astype(layers.at_least_float32(c_noise.dtype))
+    c_noise = dtypes.at_least_float32(c_noise)
     return math.sqrt(2) * jnp.cos(c_noise[:, None] * freqs + phases)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bcm_jax.models import layers
+from bcm_jax.models import dtypes
 
 # Torchvision's numbers of the convolutions, and their channels, by block.
 BLOCKS = (
@@ -97,7 +97,7 @@ class VGG16(nn.Module):
       Features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3:
       [B, H / 2**i, W / 2**i, channels] of block i from 0, rounded down.
     """
-    x = x.astype(layers.at_least_float32(x.dtype))
+    x = dtypes.at_least_float32(x)
     features = []
     for numbers, channels in BLOCKS:
       x = _halve(x, self.pooling) if features else x

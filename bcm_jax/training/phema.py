@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
+from bcm_jax.models import dtypes
 
 Tree = Any
 # Of a uniform profile, gamma = 0; longer averages do not exist.
@@ -63,9 +64,9 @@ def std_to_exp(std: np.ndarray | float) -> np.ndarray:
 
 def _wide(x) -> jax.Array:
   x = jnp.asarray(x)
-  if jnp.issubdtype(x.dtype, jnp.floating):
-    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
-  return x.astype(float)  # JAX would make a float32 of an int64.
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    x = x.astype(float)  # JAX would promote int64 to float32.
+  return dtypes.at_least_float32(x)
 
 
 def _log_beta(std, t_next, t_delta) -> jax.Array:
