@@ -71,15 +71,12 @@ def data_set(
   """Describes zip files from their labels and the header of one image.
 
   Args:
-    path: the file or folder.
-    decoder: says the size, if images are to be resized, and the channels.
-    skip_corrupt: opening a split decodes every image once and leaves out those
-      that cannot be.
-    threads: that decode; None is one a core.
+    path: the file, or a folder of one file per split.
+    decoder, skip_corrupt, threads: as in folder.data_set.
 
   Raises:
-    UserError: no zip file, no images in it, or a dataset.json that does not
-      give each image one class number.
+    UserError: no zip file, no images in it, or a dataset.json without one class
+      number per image.
   """
   files = dataset_spec.split_files(path, ".zip")
   archive = Archive(next(iter(files.values())))

@@ -32,14 +32,14 @@ def data_set(
 
   Args:
     path: the folder.
-    decoder: says the size, if images are to be resized, and the channels.
-    skip_corrupt: opening a split decodes every file once and leaves out those
-      that cannot be.
-    threads: that decode; None is one a core.
+    decoder: gives channels, and the size if images are resized.
+    skip_corrupt: opening a split decodes every file once and omits those that
+      cannot be decoded.
+    threads: of decoding; None is one per core.
 
   Raises:
-    UserError: no folder, no images, or sub-folders that can be read as splits
-      as well as classes.
+    UserError: no folder, no images, or sub-folders that may be splits as well
+      as classes.
   """
   roots = _split_roots(path)
   first = next(iter(roots.values()))
