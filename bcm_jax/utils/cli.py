@@ -83,8 +83,8 @@ class Parser(argparse.ArgumentParser):
     found = super().parse_args(rest, namespace)
     if file is not None and self._config == "values":
       raise errors.UserError(
-          f"--config={file}: the input has its own config; set single values "
-          "by --config.section.key=value"
+          f"--config={file}: this command reads no config file (a run has its "
+          "own config); set single values by --config.section.key=value"
       )
     found.config, found.overrides = file, overrides
     return found
