@@ -413,6 +413,8 @@ def test_files_that_do_not_fit(tmp_path, keys, said):
 def test_tasks_that_a_network_cannot_do_are_refused_before_files_are_read(
   tmp_path,
 ):
-  built = experiment(task="restore", input="gone", method=dict(supports_inversion=False))
+  built = experiment(
+      task="restore", input="gone", method=dict(supports_inversion=False)
+  )
   with pytest.raises(errors.UserError, match="edit.task.*'restore'"):
     edit.run(built, str(tmp_path))
