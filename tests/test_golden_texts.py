@@ -103,7 +103,7 @@ def marked(names):
   """Returns parameters for pytest; most large networks are slow."""
   fast = (*BASES[:2], "cifar10.py:bcm")
   return [
-      pytest.param(name, marks=() if name in fast else pytest.mark.slow)
+      name if name in fast else pytest.param(name, marks=pytest.mark.slow)
       for name in names
   ]
 
