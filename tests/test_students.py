@@ -257,7 +257,7 @@ def test_pairs_are_what_the_solver_makes_of_their_noise(teacher):
 def test_files_that_hold_no_pairs(teacher, tmp_path):
   np.savez(tmp_path / "other.npz", arr_0=np.zeros(3))
   for path in (tmp_path / "none.npz", tmp_path / "other.npz"):
-    with pytest.raises(errors.UserError, match="is no file of pairs"):
+    with pytest.raises(errors.UserError, match="data.pairs: "):
       pair_files.PairSource(str(path), (8, 8, 1), 10)
   with pytest.raises(errors.UserError, match="of the same data"):
     pair_files.PairSource(str(teacher / "pairs.npz"), (16, 16, 1), 10)

@@ -1,4 +1,4 @@
-"""Shared by all commands: parsing, --help, errors and exit statuses."""
+"""Command-line utilities: flag parsing, error reporting, optional imports."""
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,7 +90,7 @@ class Parser(argparse.ArgumentParser):
     return found
 
   def error(self, message: str):
-    """Reports a wrong flag as any other bad input."""
+    """Raises UserError instead of exiting with argparse's status 2."""
     raise errors.UserError(f"{message}; --help lists the flags")
 
 
@@ -131,35 +131,35 @@ def optional(module: str, what: str, extra: str) -> Any:
     extra: extra of this package that installs it.
 
   Raises:
-    UserError: it is not installed.
+    UserError: the dependency is not installed.
   """
   name = module.partition(".")[0]
   try:
-    found = importlib.import_module(name)
+    package = importlib.import_module(name)
     importlib.import_module(module)
   except ImportError as e:
     raise errors.UserError(
-        f"{what} needs {name}; install it: pip install 'bcm_jax[{extra}]'"
+        f"{what}: {name} is not installed; pip install 'bcm_jax[{extra}]'"
     ) from e
-  return found
+  return package
 
 
 def named_function(key: str, name: str, what: str) -> Callable:
-  """Imports the function that a user names as 'module:function'.
+  """Imports a function given as 'module:function'.
 
   Args:
-    key: config key, for the error.
-    name: the module must be on PYTHONPATH.
-    what: what the function must be, for the error.
+    key: config key that holds the name, for the error message.
+    name: 'module:function', with the module on PYTHONPATH.
+    what: signature or purpose of the function, for the error message.
 
   Raises:
-    UserError: it cannot be imported.
+    UserError: the module or the function cannot be imported.
   """
   module, _, function = name.partition(":")
   try:
     return getattr(importlib.import_module(module), function)
   except (ImportError, AttributeError) as e:
     raise errors.UserError(
-        f"{key}={name!r} cannot be imported ({e}); give a module on PYTHONPATH "
-        f"and a function {what} in it"
+        f"{key}: {name!r} cannot be imported ({e}), expected 'module:function' "
+        f"with a function {what}; correct it or extend PYTHONPATH"
     ) from e

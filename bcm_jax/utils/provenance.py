@@ -47,10 +47,10 @@ def commit() -> str | None:
   """Returns the commit of the checkout, None for an installed package."""
   here = os.path.dirname(os.path.abspath(__file__))
   try:
-    done = subprocess.run(
-        ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
+    result = subprocess.run(
+        ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True, text=True, timeout=10, check=True,
     )
   except (OSError, subprocess.SubprocessError):
     return None
-  return done.stdout.strip()
+  return result.stdout.strip()
