@@ -1,10 +1,9 @@
-"""Preconditionings: how a raw network F becomes a denoiser or a flow map.
+"""Preconditioning of denoisers, consistency functions and flow maps.
 
-Every form reads D = c_skip x + c_out F(c_in x, c_noise). Notation of Karras
-et al. (EDM, 2022), table 1; A(t) = t^2 + sigma_data^2 throughout.
-
-Levels are [B] arrays or scalars in sigma units, and so are the results;
-everything is computed in float32 or wider.
+D = c_skip x + c_out F(c_in x, c_noise) for a raw network F, in the notation of
+Karras et al. (EDM, 2022), eq. 7 and table 1. Noise levels t and u are in units
+of sigma. Levels and coefficients are [B] arrays or scalars, computed in at
+least float32.
 """
 
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from bcm_jax.models import dtypes
 
 
 class Coefficients(NamedTuple):
-  """Coefficients of D = c_skip x + c_out F(c_in x, c_noise), shaped like t."""
+  """Preconditioning coefficients c_skip, c_out, c_in, each shaped like t."""
 
   c_skip: jax.Array
   c_out: jax.Array
@@ -27,7 +26,7 @@ class Coefficients(NamedTuple):
 
 
 class Preconditioning(Protocol):
-  """A form of D: levels -> coefficients.
+  """Maps levels (t, u) to preconditioning coefficients.
 
   Attributes:
     ends_at_denoiser: whether D at end level 0 is EDM's denoiser.
@@ -40,7 +39,10 @@ class Preconditioning(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class EDM:
-  """Denoiser D(x, t) ~ E[x_0 | x_t]; the end level is 0 and u is unused."""
+  """Denoiser D(x, t) ~ E[x_0 | x_t] (Karras et al., 2022, table 1).
+
+  The end level u is ignored.
+  """
 
   sigma_data: float = 0.5
   ends_at_denoiser = True
@@ -53,9 +55,9 @@ class EDM:
 
 @dataclasses.dataclass(frozen=True)
 class ConsistencyBoundary:
-  """Consistency function f(x, t) with f(x, sigma_min) = x; u is unused.
+  """Consistency function f(x, t) with f(x, sigma_min) = x.
 
-  Song et al. (2023), appendix C.
+  Song et al. (2023), appendix C. The end level u is ignored.
   """
 
   sigma_data: float = 0.5
@@ -74,9 +76,9 @@ class ConsistencyBoundary:
 class Bidirectional:
   """Flow map f(x, t, u) from level t to level u, in either direction.
 
-  Li & He (BCM, 2024). f(x, t, t) = x holds for every F, and at u = 0 this is
-  EDM's denoiser: the form is one Euler step from t to u of a denoiser whose F
-  may depend on u.
+  Li & He (BCM, 2024). f(x, t, t) = x for every F, and f(x, t, 0) has the form
+  of EDM's denoiser: f is one Euler step from t to u with a denoiser whose F may
+  depend on u.
   """
 
   sigma_data: float = 0.5
@@ -93,10 +95,11 @@ class Bidirectional:
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-  """CTM's G(x, t, u) = (u/t) x + (1 - u/t) g(x, t, u) for u <= t.
+  """Flow map G(x, t, u) = (u/t) x + (1 - u/t) g(x, t, u) for u <= t.
 
-  Kim et al. (CTM, 2024), eq. 9. With the EDM form inside it equals
-  `Bidirectional`; only the range of u that is trained differs.
+  Kim et al. (CTM, 2024), eq. 9, where `inner` is the preconditioning of g. With
+  EDM's form for g it equals `Bidirectional`; only the trained range of u
+  differs.
   """
 
   inner: Preconditioning = EDM()
@@ -171,7 +174,7 @@ def precondition(
     c_noise: conditioning value of a level.
 
   Returns:
-    [B, ...], float32 or wider.
+    [B, ...], at least float32.
   """
   c_skip, c_out, c_in = (
       process.expand(jnp.broadcast_to(c, x.shape[:1]), x.ndim)

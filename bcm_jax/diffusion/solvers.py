@@ -1,8 +1,8 @@
 """Solvers of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma.
 
-Each step goes from sigmas[i] to sigmas[i + 1]; a decreasing grid generates, an
-increasing one inverts. With churn every step first raises the noise level
-(Karras et al., 2022, algorithm 2).
+Step i integrates from sigmas[i] to sigmas[i + 1]: a decreasing grid generates,
+an increasing grid inverts. With churn, each step first increases the noise
+level (Karras et al., 2022, algorithm 2).
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ Noise = Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Churn:
-  """Stochasticity of Karras et al. (2022), algorithm 2; 0 is deterministic.
+  """Stochasticity parameters of Karras et al. (2022), algorithm 2.
 
   Attributes:
-    s_churn: total amount, divided among the steps.
-    s_tmin, s_tmax: range of sigma in which it acts.
-    s_noise: factor of the added noise's standard deviation.
+    s_churn: total amount of stochasticity; 0 is deterministic.
+    s_tmin, s_tmax: range of sigma with churn.
+    s_noise: scale of the standard deviation of the added noise.
   """
 
   s_churn: float = 0.0
@@ -35,19 +35,19 @@ class Churn:
   s_noise: float = 1.0
 
   def gamma(self, sigma: float, num_steps: int) -> float:
-    """Returns the relative rise of the noise level before a step from sigma."""
+    """Returns gamma, the relative increase of the noise level at sigma."""
     if not self.s_tmin <= sigma <= self.s_tmax:
       return 0.0
     return min(self.s_churn / num_steps, math.sqrt(2) - 1)
 
 
 def euler_step(denoiser: Denoiser, x, s, s_next):
-  """Euler step: 1 NFE."""
+  """Euler step from s to s_next: 1 NFE."""
   return x + (s_next - s) * process.ode_velocity(x, s, denoiser(x, s))
 
 
 def heun_step(denoiser: Denoiser, x, s, s_next):
-  """Heun step (trapezoidal rule): 2 NFE; s_next must not be 0."""
+  """Heun step (trapezoidal rule) from s to s_next > 0: 2 NFE."""
   d = process.ode_velocity(x, s, denoiser(x, s))
   x_next = x + (s_next - s) * d
   d_next = process.ode_velocity(x_next, s_next, denoiser(x_next, s_next))
@@ -65,10 +65,12 @@ def solve(
     churn: Churn = Churn(),
     noise: Noise | None = None,
 ) -> jax.Array:
-  """Integrates x from level sigmas[0] to level sigmas[-1].
+  """Solves the probability-flow ODE from sigmas[0] to sigmas[-1].
+
+  Karras et al. (2022), algorithms 1 and 2.
 
   Args:
-    denoiser: D(x, sigma) -> like x; sigma is a scalar.
+    denoiser: D(x, sigma) -> array like x, for a scalar sigma.
     x: [B, ...] at level sigmas[0].
     sigmas: [n + 1] levels on the host, monotone; a decreasing grid may end in
       0, where Heun's step is replaced by Euler's (D at 0 does not exist).
@@ -86,7 +88,7 @@ def solve(
   n = len(sigmas) - 1
   gammas = np.array([churn.gamma(s, n) for s in sigmas[:-1]])
   if gammas.any() and noise is None:
-    raise ValueError("churn needs a noise function")
+    raise ValueError("noise: got None, expected a function with churn")
   hats = sigmas[:-1] * (1 + gammas)
   extra = churn.s_noise * np.sqrt(np.maximum(hats**2 - sigmas[:-1] ** 2, 0))
   step = _STEPS[solver]

@@ -45,7 +45,7 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str | None:
   """Returns the commit of the checkout, None for an installed package."""
-  here = os.path.dirname(os.path.abspath(__file__))
+  folder = os.path.dirname(os.path.abspath(__file__))
   try:
     result = subprocess.run(
         ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"],
