@@ -38,7 +38,7 @@ def published(name):
       for k, v in g.arrays.items() if k.startswith("state_dict/")
   }
   size = c.get("image_size") or c.get("img_resolution") or g.meta["image_size"]
-  family, tensors, found = transfer.recognise(tensors, metadata={
+  family, tensors, found = transfer.recognize(tensors, metadata={
       "image_size": size,
       "attention_resolutions": tuple(c.get("attn_resolutions", ())),
   })
