@@ -40,7 +40,7 @@ def weights() -> dict[str, Any]:
   rng = np.random.default_rng(0)
   tensors = {}
   for entry, shape in inception_names.table():
-    shape = entry.layout.theirs(np.broadcast_to(0, shape)).shape
+    shape = entry.layout.to_torch(np.broadcast_to(0, shape)).shape
     value = rng.standard_normal(shape, np.float32)
     if len(shape) > 1:
       value *= math.sqrt(2 / math.prod(shape[1:]))

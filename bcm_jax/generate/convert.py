@@ -112,7 +112,7 @@ def to_workdir(
   metadata = dict(file.metadata)
   if image_size is not None:
     metadata["image_size"] = image_size
-  family, tensors, found = transfer.recognise(
+  family, tensors, found = transfer.recognize(
       file.groups[group], kind, metadata
   )
   size = found.pop("image_size")

@@ -23,7 +23,7 @@ REFERENCE = pathlib.Path(__file__).with_name("lpips.npz")
 def params():
   return vgg_names.to_params({
       entry.name: lpips_recipe.tensor(
-          entry.name, entry.layout.theirs(np.broadcast_to(0, shape)).shape
+          entry.name, entry.layout.to_torch(np.broadcast_to(0, shape)).shape
       )
       for entry, shape in vgg_names.table()
   })

@@ -239,7 +239,7 @@ def model(file: files.Reference, recipe: str | None = None) -> Model:
     home = home.beside(home.meta["state_dict_from"])
   c = file.constructor
   if "unet.out_gain" in tensors:
-    family, found = edm2_names, edm2_names.recognise(tensors, {})
+    family, found = edm2_names, edm2_names.recognize(tensors, {})
     found |= _edm2(c)
   else:
     metadata = {}
@@ -248,7 +248,7 @@ def model(file: files.Reference, recipe: str | None = None) -> Model:
           image_size=file.meta["image_size"],
           attention_resolutions=tuple(c.get("attn_resolutions", ())),
       )
-    family, _, found = transfer.recognise(tensors, metadata=metadata)
+    family, _, found = transfer.recognize(tensors, metadata=metadata)
   if family.NAME == "openai":
     found |= _openai(c, file.source)
   if family.NAME == "jcm":
