@@ -108,7 +108,10 @@ def bidirectional_loss(file, precision):
   )
   batch = Batch(file, precision, model, target)
   total, terms = batch.loss(method, params)
-  for name, value in (terms | {"loss": total}).items():
+  recorded = {
+      "loss_ct": terms["loss_ct"], "loss_soft": terms["loss_st"], "loss": total
+  }
+  for name, value in recorded.items():
     yield file.check(name, value, precision)
 
   def mean(term):
