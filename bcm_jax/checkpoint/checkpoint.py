@@ -133,7 +133,8 @@ class Checkpoints:
       if not force:
         return False
       manager.delete(step)
-    arrays = {p: x for p, x in leaves.items() if digests.is_stored(x)}
+    # The manifest has the other leaves.
+    arrays = {p: x for p, x in leaves.items() if getattr(x, "size", 0)}
     # Orbax's own force means: also when a later step exists.
     return bool(manager.save(step, force=True, args=ocp.args.Composite(**{
         _STATE: ocp.args.StandardSave(traverse_util.unflatten_dict(arrays)),

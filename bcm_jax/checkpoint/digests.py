@@ -54,11 +54,6 @@ def to_host(path: Path, leaf: Any) -> Any:
   return host
 
 
-def is_stored(leaf: Any) -> bool:
-  """Returns whether Orbax stores this leaf; others are in the manifest."""
-  return isinstance(leaf, np.ndarray) and leaf.size > 0
-
-
 def _digest(array: np.ndarray) -> str:
   return hashing.arrays_digest(
       [(f"{array.dtype.name}{list(array.shape)}:", array)]

@@ -112,13 +112,9 @@ def _some_images(root: str) -> Iterator[str]:
   yield from files
 
 
-def _folders(folder: str) -> tuple[str, ...]:
-  return tuple(e.name for e in _entries(folder) if e.is_dir())
-
-
 def _split_roots(path: str) -> dict[str, str]:
   """Returns the folder of each split."""
-  folders = _folders(path)
+  folders = tuple(e.name for e in _entries(path) if e.is_dir())
   roots = {}
   for split, names in dataset_spec.SPLIT_NAMES.items():
     existing = [name for name in names if name in folders]

@@ -43,7 +43,8 @@ def data_set(
   files = dataset_spec.split_files(path, ".npz")
   file = next(iter(files.values()))
   stored = _image_shape(file)
-  num_classes = _num_classes(_labels(file))
+  labels = _labels(file)
+  num_classes = None if labels is None else int(labels.max(initial=0)) + 1
   shape = stored if size is None else (size, size, stored[2])
 
   def open_split(split, data_dir=None):
@@ -72,10 +73,6 @@ def data_set(
     )
 
   return dataset_spec.DataSet(shape, num_classes, open_split, tuple(files))
-
-
-def _num_classes(labels: np.ndarray | None) -> int | None:
-  return None if labels is None else int(labels.max(initial=0)) + 1
 
 
 def _resized(

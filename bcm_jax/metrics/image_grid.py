@@ -31,11 +31,6 @@ def _check_at_least(minimum: int, **values: int) -> None:
       raise UserError(f"{name}: got {value}, expected {minimum} or more")
 
 
-def _enlarge(images: np.ndarray, scale: int) -> np.ndarray:
-  """Nearest-neighbor upsampling of [n, H, W, C] by an integer factor."""
-  return images.repeat(scale, axis=1).repeat(scale, axis=2)
-
-
 def image_grid(
   images: np.ndarray,
   columns: int | None = None,
@@ -65,7 +60,7 @@ def image_grid(
   columns = math.ceil(math.sqrt(count)) if columns is None else columns
   _check_at_least(1, columns=columns, scale=scale)
   _check_at_least(0, pad=pad)
-  cells = _enlarge(images, scale)
+  cells = images.repeat(scale, axis=1).repeat(scale, axis=2)
   _, height, width, channels = cells.shape
   rows = math.ceil(count / columns)
   grid = np.full(

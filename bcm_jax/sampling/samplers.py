@@ -107,33 +107,23 @@ def run_rolled(
     single = sampling_plan.Plan(plan.name, step.t, (step,))
     return run(single, flow_map, x, labels, None, guided_map)
 
+  def numbers(step):  # The first two fields.
+    return dataclasses.astuple(step)[:2]
+
   for turns in alike(plan):
     pattern = [step for _, step in turns[0]]
 
     def body(x, turn, pattern=pattern):
-      for step, place, levels in zip(pattern, *turn, strict=True):
-        x = apply(x, place, _with_levels(step, levels))
+      for step, place, values in zip(pattern, *turn, strict=True):
+        a, b = (field.name for field in dataclasses.fields(step)[:2])
+        step = dataclasses.replace(step, **{a: values[0], b: values[1]})
+        x = apply(x, place, step)
       return x, None
 
     places = np.array([[i for i, _ in turn] for turn in turns], np.int32)
-    levels = np.array([[_levels(s) for _, s in t] for t in turns], np.float32)
+    levels = np.array([[numbers(s) for _, s in t] for t in turns], np.float32)
     x, _ = jax.lax.scan(body, x, (places, levels))
   return x
-
-
-def _levels(
-  step: sampling_plan.Jump | sampling_plan.AddNoise,
-) -> tuple[float, float]:
-  """Returns the two numbers of a step, its first fields."""
-  return dataclasses.astuple(step)[:2]
-
-
-def _with_levels(
-  step, levels: jax.Array
-) -> sampling_plan.Jump | sampling_plan.AddNoise:
-  """Returns the step with other, possibly traced, numbers."""
-  names = [field.name for field in dataclasses.fields(step)[:2]]
-  return dataclasses.replace(step, **{names[0]: levels[0], names[1]: levels[1]})
 
 
 def alike(plan: sampling_plan.Plan) -> Iterator[list[Turn]]:

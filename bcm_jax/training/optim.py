@@ -48,7 +48,9 @@ class Optimizer:
         "linear": lambda: optax.linear_schedule(
             peak, peak * self.final_fraction, max(1, span)
         ),
-        "rsqrt": lambda: _rsqrt(peak, max(1, span)),
+        "rsqrt": lambda: lambda count: peak / jnp.sqrt(
+            jnp.maximum(count / max(1, span), 1.0)
+        ),
     }[self.schedule]()
     if not self.warmup_steps:
       return after
@@ -69,7 +71,3 @@ class Optimizer:
     if self.grad_clip is None:
       return core
     return optax.chain(optax.clip_by_global_norm(self.grad_clip), core)
-
-
-def _rsqrt(peak: float, span: int) -> optax.Schedule:
-  return lambda count: peak / jnp.sqrt(jnp.maximum(count / span, 1.0))
