@@ -11,17 +11,21 @@ from bcm_jax import train
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import resolve
+from bcm_jax.methods import base
 from bcm_jax.training import phema
 from bcm_jax.training import train_state
 
 STDS = (0.05, 0.1)
 
 
-def experiment(stds=STDS, average=None):
+def experiment(stds=STDS, average=None, heads=()):
   config = ml_collections.ConfigDict(
       {"training": {"ema_stds": stds}, "sample": {"average": average}}
   )
-  method = types.SimpleNamespace(sampled_network="student")
+  network = base.TrainableNetwork(None, None, heads=heads)
+  method = types.SimpleNamespace(
+      sampled_network="student", networks={"student": network}
+  )
   return types.SimpleNamespace(config=config, method=method)
 
 
@@ -88,3 +92,10 @@ def test_missing_images_stop_before_anything_is_written(tmp_path):
   with pytest.raises(errors.UserError, match="data.name"):
     train.train_and_evaluate(config, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+def test_heads_of_the_losses_are_not_loaded(run):
+  folder, _ = run
+  _, _, params = runs.load_run(experiment(heads=("w",)), str(folder), "params")
+  assert params == {}
+  assert set(runs.load_params(str(folder), "params")) == {"w"}

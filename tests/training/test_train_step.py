@@ -299,6 +299,26 @@ def test_a_state_is_a_function_of_the_seed():
   assert one.step == one.skipped == one.skipped_in_row == 0
 
 
+def test_a_head_that_the_source_lacks_starts_fresh():
+  class Headed(Regression):
+    @property
+    def networks(self):
+      return {"student": base.TrainableNetwork(
+          None, lambda key, x, y: {"w": jnp.ones(()), "head": jnp.zeros(2)},
+          heads=("head",),
+      )}
+
+  method = Headed()
+  state = train_state.create(
+      method, {"student": optax.sgd(0.1)}, (), 0, jnp.zeros((1, 1)), None,
+      {"student": {"w": jnp.float32(5)}},
+  )
+  params = state.networks["student"].params
+  assert params["w"] == 5 and params["head"].shape == (2,)
+  network = method.networks["student"]
+  assert set(network.without_heads(params)) == {"w"}
+
+
 @pytest.mark.parametrize("load", [None, lambda s, f: {"w": s["w"] + f["w"]}])
 def test_starting_from_another_run(load):
   class From(Regression):
