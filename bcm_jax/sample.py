@@ -1,4 +1,4 @@
-"""A checkpoint in, images out: modes sample, invert and edit."""
+"""Modes sample, invert and edit: images from a checkpoint."""
 
 from collections.abc import Sequence
 import os
@@ -21,7 +21,7 @@ Params = Any
 
 
 def scale(experiment) -> int:
-  """Enlargement that makes small images visible."""
+  """Returns the factor by which small images are enlarged for display."""
   return max(1, 32 // experiment.image_shape[0])
 
 
@@ -72,7 +72,7 @@ def invert(
     runner: batched_sampler.BatchedSampler,
     nfe: int | None = None,
 ) -> str:
-  """Mode invert: originals, latents, reconstructions and their error."""
+  """Mode invert: writes originals, latents, reconstructions and errors."""
   section = experiment.invert
   plan = planning.inversion_plan(experiment, nfe)
   print(plan)
@@ -107,7 +107,7 @@ def invert(
 
 
 def visible(latents: np.ndarray, sigma_max: float) -> np.ndarray:
-  """Latents as pictures: three standard deviations fill the range."""
+  """Converts latents to images: +-3 standard deviations fill the range."""
   return image_source.to_uint8(latents / (3 * sigma_max))
 
 
@@ -119,7 +119,7 @@ def run(
   if mode == "edit":
     return edit.run(experiment, workdir)
   if mode == "sample":
-    # Bad times and labels are found before the checkpoint is read.
+    # Reports bad times and labels before the checkpoint is read.
     planning.plan_of(experiment)
     planning.asked_labels(experiment, section)
   else:

@@ -51,7 +51,7 @@ class Experiment:
 
   Attributes:
     config: resolved config.
-    method: what is learnt.
+    method: the method.
     image_shape: (H, W, C).
     num_classes: classes that the network is conditioned on, or None.
     frozen: networks that are not trained, by name: the experiment of a run, or
@@ -94,14 +94,14 @@ class Experiment:
     return _data_set(self.config).open(split, self.config.data.data_dir)
 
   def training_source(self) -> image_source.Source:
-    """What training reads: the train split, or data.pairs in its place."""
+    """Returns the training data: the train split, or data.pairs."""
     data = self.config.data
     if data.pairs is None:
       return self.source("train")
     return pairs.PairSource(data.pairs, self.image_shape, self.num_classes)
 
   def has_split(self, split: str) -> bool:
-    """Whether the data set has a split; nothing is read."""
+    """Returns whether the dataset has a split, without reading it."""
     return split in _data_set(self.config).splits
 
   def source_if_there(self, split: str) -> image_source.Source | None:
@@ -297,7 +297,7 @@ def example_batch(experiment: Experiment) -> tuple[Any, Any]:
 def network_inputs(
   experiment: Experiment, batch: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """What of a batch the step takes: no example ids, labels if conditional."""
+  """Returns the inputs of a step: no example ids, labels if conditional."""
   unused = ["example"]
   if experiment.num_classes is None:
     unused.append("label")

@@ -187,7 +187,7 @@ def _look_up(section, given, table) -> tuple[str, Any]:
 
 
 def _keys(cls: type) -> dict[str, tuple[Any, Any]]:
-  """Key -> (type, default) of the fields of a class that a config can set."""
+  """Returns key -> (type, default) of the fields that a config can set."""
   hints = typing.get_type_hints(cls)
   keys = {}
   for field in dataclasses.fields(cls):

@@ -1,4 +1,4 @@
-"""Mode edit: images in, images out, beside each other and measured.
+"""Mode edit: edits images, writes comparisons and metrics.
 
   python -m bcm_jax.main --workdir=RUN --mode=edit --config.edit.task=inpaint \\
       --config.edit.input=photo.png --config.edit.mask=mask.png
@@ -30,7 +30,7 @@ _GROUP = 200
 
 
 def settings(section: schema.Edit) -> dict[str, Any]:
-  """What section edit says of the recipe."""
+  """Returns the settings of the recipe in config section `edit`."""
   return dict(
       noise=section.noise, level=section.sigma, nfe=section.nfe,
       times=section.times,

@@ -61,7 +61,7 @@ def push(
     hub.upload_folder(
         repo_id=repository, folder_path=folder,
         allow_patterns=list(model_folder.FILES),
-        # Numbers of older weights must not stay beside these.
+        # Results of older weights must not remain.
         delete_patterns=[model_folder.RESULT],
         commit_message=f"Weights and config, by bcm_jax {__version__}",
     )
@@ -88,7 +88,7 @@ def _packed(source: str, options: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def pull(place: str, out: str) -> str:
-  """Brings a network from the hub into a folder, whole or not at all.
+  """Downloads a network from the hub to a folder, atomically.
 
   Args:
     place: OWNER/NAME, or OWNER/NAME@REVISION (a branch, tag or commit).
@@ -105,7 +105,7 @@ def pull(place: str, out: str) -> str:
   _check_repository(repository)
   library = _library()
   with files.new_folder(out) as made:
-    # The library leaves files of its own beside those it brings.
+    # The library leaves its own files next to the downloaded ones.
     with tempfile.TemporaryDirectory(dir=made) as brought:
       with _explained(library, place):
         _open_hub(library).snapshot_download(
@@ -185,7 +185,7 @@ def _explained(library: Any, place: str) -> Iterator[None]:
 
 
 def _failures(kinds: Any) -> tuple[type[BaseException], ...]:
-  """What the library raises where the hub or the way to it fails.
+  """Returns the exceptions of the library for hub and network failures.
 
   Errors of the transport, the bases of its own, are no OSError in every
   version; those of uploads are RuntimeErrors.

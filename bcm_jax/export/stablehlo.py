@@ -60,7 +60,7 @@ Weights = dict[str, Any]  # 'network/path/of/tensor' -> array or its shape.
 
 
 class Function(NamedTuple):
-  """What is exported under a name.
+  """An exported function.
 
   Attributes:
     arguments: names of its arguments in order, keys of `specs`.
@@ -90,7 +90,7 @@ def write(
     out: file to make; must not be there yet.
     asked: samplers in the notation of `planning`; none is section sample's.
     invert: also export inversion, by section invert, and the way back.
-    platforms: of PLATFORMS; none of them need be at hand.
+    platforms: of PLATFORMS; their devices need not be available.
     average: which average, as sample.average.
     step: of the checkpoint; None is the newest.
     overrides: 'section.key' -> text.
@@ -357,7 +357,7 @@ def _members(
 
 
 def _store(out: str, members: dict[str, bytes]) -> None:
-  """Writes the file, whole or not at all; equal contents give equal bytes."""
+  """Writes the file atomically; equal contents give equal bytes."""
   buffer = io.BytesIO()
   with zipfile.ZipFile(buffer, "w") as file:
     for name, content in members.items():

@@ -37,7 +37,7 @@ _MODELS = {
 _FAMILIES = {model: family for family, model in _MODELS.items()} | {
     "ncsnpp": "edm-song"
 }
-# Which tensors of a file that holds several networks; the first that is there.
+# Tensors to use of a file with several networks; the first that exists.
 _GROUPS = ("ema", "params_ema", "model_ema", "", "params", "model", "net")
 
 
@@ -97,8 +97,8 @@ def to_workdir(
     kind: family, or 'auto' to recognise it.
     group: which network of the file; None takes its moving average.
     step: step of the checkpoint; None takes what the file's name says.
-    overrides: 'section.key' -> text, for what tensors do not tell.
-    image_size: pixels a side, where names do not tell; None is the family's.
+    overrides: 'section.key' -> text, for settings tensors do not determine.
+    image_size: pixels per side; None is the family's default.
 
   Returns:
     What was found and assumed, for a terminal.

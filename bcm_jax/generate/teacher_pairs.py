@@ -1,10 +1,10 @@
-"""Mode pairs: what a teacher's solver makes of noises, for DMD's regression.
+"""Mode pairs: (noise, teacher sample) pairs for DMD's regression loss.
 
   python -m bcm_jax.main --workdir=runs/edm --mode=pairs \\
       --config.sample.num_samples=10000
 
 writes runs/edm/pairs.npz, which --config.data.pairs takes. Sampler, guidance,
-number and seed are those of section sample; classes come in equal shares.
+number and seed are those of section sample; classes are equally frequent.
 """
 
 import json
@@ -77,6 +77,6 @@ def _keys(seed: int, index: np.ndarray) -> jax.Array:
 
 
 def _noise(experiment, seed: int, index: np.ndarray) -> np.ndarray:
-  """float16 noise of the images number `index`; rounded before it is used."""
+  """Draws float16 noise of images `index`; rounded before it is used."""
   draw = jax.vmap(lambda k: jax.random.normal(k, experiment.image_shape))
   return np.asarray(draw(_keys(seed, index)), np.float16)

@@ -1,4 +1,4 @@
-"""Plans: what a sampler will do, in sigma units, before it does it.
+"""Sampling plans: the steps of a sampler, with times in units of sigma.
 
 A plan is a list of jumps x <- f(x, t, u), corrected jumps (Heun's steps) and
 noise injections x <- x + e z. All samplers and inversions of this package are
@@ -78,7 +78,7 @@ class Plan:
 
   @property
   def guide_nfe(self) -> int:
-    """Evaluations of the network that guides, beside these."""
+    """Evaluations of the guidance network, in addition to `nfe`."""
     return sum(
         s.NFE for s in self.steps if isinstance(s, Jump) and s.guided
     )

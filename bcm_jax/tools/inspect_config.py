@@ -249,7 +249,7 @@ def _run(workdir: str) -> str:
 
 
 def _accounts(workdir: str) -> list[str]:
-  """Where the time of a run went."""
+  """Formats the wall-clock breakdown of a run."""
   total = goodput.total(workdir)
   if total is None:
     return []

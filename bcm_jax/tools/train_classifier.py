@@ -50,7 +50,7 @@ class Settings:
 
   Attributes:
     steps: of the optimiser; None is 50 epochs, at most 4,500 steps.
-    batch_size: images a step.
+    batch_size: images per step.
     learning_rate: peak rate of AdamW; it rises for a tenth of the steps, then
       falls to 0 as a cosine.
     seed: of initial weights, order, flips and crops.
@@ -215,11 +215,11 @@ def train_classifier(
   """Trains a classifier, measures and writes it.
 
   Args:
-    config: resolved config; its section data tells the images.
+    config: resolved config; its section data gives the images.
     out: folder, receives classifier.safetensors and classifier.json.
     settings: numbers of the training.
     name: of the features; None is '<data set> ResNet'.
-    overwrite: replace a classifier that is there.
+    overwrite: replace an existing classifier.
 
   Returns:
     What was written, for a terminal.

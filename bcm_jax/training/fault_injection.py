@@ -1,4 +1,4 @@
-"""Points at which a test can kill the process, as a power cut would.
+"""Points at which a test can kill the process, like a power cut.
 
 TRAINING_FAULT=NAME kills at the first time that point NAME is reached, NAME:N
 at its Nth. Without the variable a point costs one dictionary look-up.
@@ -13,7 +13,7 @@ ENVIRONMENT = "TRAINING_FAULT"
 # What the shell reports for kill -9.
 EXIT_KILLED = 137
 
-# Name -> where it lies; tests kill at each of them.
+# Name -> position; tests kill at each of them.
 POINTS = {
     "config_written": "config.json is there, nothing else",
     "before_save": "a checkpoint is due, nothing of it is written",
@@ -27,7 +27,7 @@ _reached: collections.Counter = collections.Counter()
 
 
 def point(name: str, before: Callable[[], Any] = lambda: None) -> None:
-  """Dies here if the environment says so, after calling `before`."""
+  """Kills the process if the environment names this point, after `before`."""
   if name not in POINTS:
     raise KeyError(name)
   wanted, _, count = os.environ.get(ENVIRONMENT, "").partition(":")

@@ -1,8 +1,8 @@
-"""Where the time of a run went, over all its starts.
+"""Wall-clock breakdown of a run across restarts.
 
 Each start of a run keeps a file of its own, `goodput/NNNN.json`, written every
-few seconds, so that one that is killed leaves an account. Seconds that belong
-to nothing else are those of the steps; so the parts add up to the wall time.
+few seconds, so that a killed start leaves an account. Unattributed time counts
+as training steps, so that the parts add up to the wall time.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,9 +16,9 @@ from typing import Any
 from bcm_jax.utils import files
 
 FOLDER = "goodput"
-# What a step is not.
+# Categories other than training steps.
 PARTS = ("init", "compile", "data", "checkpoint", "rollback", "eval")
-# Between two accounts of a start: what a kill leaves unknown at most.
+# Time between two writes: the most that a kill leaves unaccounted.
 _WRITE_SECS = 10.0
 
 
@@ -27,7 +27,7 @@ class Goodput:
 
   Args:
     workdir: of the run; None keeps no file (all hosts but one).
-    began: when the start began; what was since then is 'init'.
+    began: time of the start; the time since then is 'init'.
     clock: seconds.
   """
 
@@ -55,7 +55,7 @@ class Goodput:
 
   @contextlib.contextmanager
   def part(self, name: str) -> Iterator[None]:
-    """Books what happens inside; parts inside parts belong to the outer."""
+    """Accounts the time inside; nested parts belong to the outer one."""
     if self._inside is not None:
       yield
       return
@@ -67,20 +67,20 @@ class Goodput:
       self._inside = None
 
   def _book(self) -> None:
-    """Books what is inside of a part by now."""
+    """Adds the time so far of the current part."""
     if self._inside is not None:
       now = self._clock()
       self._seconds[self._inside] += now - self._since
       self._since = now
 
   def begin(self, step: int) -> None:
-    """Steps go on after this one: those of the start, or of a roll-back."""
+    """Sets the step after which a start or rollback continues."""
     self._first = step if self._first is None else self._first
     self._step = step
     self._write()
 
   def progress(self, step: int) -> None:
-    """Steps up to this one are finished."""
+    """Records that steps up to this one are finished."""
     self._done += step - self._step
     self._step = step
     if self._clock() - self._written >= _WRITE_SECS:
@@ -91,7 +91,7 @@ class Goodput:
 
     Args:
       step: last finished step.
-      saved: newest step that a checkpoint holds.
+      saved: newest step with a checkpoint.
     """
     self._saved = saved
     self.progress(step)
@@ -104,10 +104,10 @@ class Goodput:
     try:
       files.write_json(self._path, self.record())
     except OSError:
-      pass  # A full disk is the checkpoints' business.
+      pass  # A full disk is reported by the checkpoint saver.
 
   def record(self) -> dict[str, Any]:
-    """The account: steps, and seconds by part, 'step' being the rest.
+    """Returns steps, and seconds by part; 'step' is the rest.
 
     Returns:
       'first' and 'last' step, 'steps' that were done, those that were done
@@ -125,7 +125,7 @@ class Goodput:
 
 
 def total(workdir: str) -> dict[str, Any] | None:
-  """Sums over all starts of a run; None where there is no account.
+  """Sums over all starts of a run; None without accounts.
 
   Returns:
     'starts', 'last' step, 'wall', 'seconds' by part, 'repeated_steps' (done,

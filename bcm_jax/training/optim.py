@@ -21,7 +21,7 @@ class Optimizer:
     schedule_steps: steps that the schedule spans, warm-up included.
     final_fraction: last rate as a fraction of the peak.
     b1, b2, eps: Adam's moments and epsilon.
-    weight_decay: decoupled decay, adamw alone.
+    weight_decay: decoupled decay, adamw only.
     grad_clip: bound of the gradient's global norm; None does not clip.
   """
 

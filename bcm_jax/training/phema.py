@@ -78,7 +78,7 @@ def _log_beta(std, t_next, t_delta) -> jax.Array:
 def beta(
     std: float, t_next: jax.Array | float, t_delta: jax.Array | float
 ) -> jax.Array:
-  """What an update keeps of the average: (1 - t_delta/t_next)^(gamma + 1).
+  """Returns the decay of an update: (1 - t_delta/t_next)^(gamma + 1).
 
   Eq. 127. The first update keeps nothing: the start is forgotten.
 
@@ -126,7 +126,7 @@ def halflife_beta(
     halflife: float,
     ramp_up: float | None = 0.09,
 ) -> jax.Array:
-  """What an update of an ordinary exponential average keeps.
+  """Returns the decay of an update of an ordinary exponential average.
 
   Args:
     t_next: time after the step that is averaged in, such as images seen.
@@ -156,7 +156,7 @@ def learning_rate(
 
   Args:
     images: images seen before the step; the first step's rate is 0.
-    batch: images a step.
+    batch: images per step.
     peak: reference rate (0.01 for EDM2-S; smaller for larger networks).
     reference_batches: steps after which the rate decays; 0 never decays.
     ramp_up_images: images of the rise; 0 is none.

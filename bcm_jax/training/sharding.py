@@ -57,7 +57,7 @@ def make_mesh(
 
 
 def microbatches(batch_size: int, devices: int, limit: int) -> int:
-  """In how many parts a step takes its batch, so that devices can hold it.
+  """Returns the number of microbatches of a step that fit the devices.
 
   Args:
     batch_size: of the global batch.
@@ -84,7 +84,7 @@ def microbatches(batch_size: int, devices: int, limit: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """Where tensors lie whose path matches.
+  """Sharding rule of tensors whose path matches.
 
   Attributes:
     pattern: regular expression, searched in 'networks/student/params/...'.
@@ -131,7 +131,7 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
 def spec_of(
     rules: Sequence[Rule], path: str, shape: tuple[int, ...], mesh: Mesh
 ) -> PartitionSpec:
-  """Where a tensor lies.
+  """Returns the sharding of a tensor.
 
   Raises:
     UserError: a rule cuts it where it cannot be cut evenly.
@@ -210,7 +210,7 @@ class Jit:
 
   @property
   def axis_name(self) -> tuple[str, str] | None:
-    """What the step averages over; None where its batch is the global one."""
+    """Axis that the step averages over; None if its batch is global."""
     return (DATA, FSDP) if self.local else None
 
   @property
@@ -219,7 +219,7 @@ class Jit:
     return self.mesh.devices.size
 
   def shardings(self, tree: Tree) -> Tree:
-    """Where each tensor of a state lies, given its arrays or their shapes."""
+    """Returns shardings of a state, given its arrays or their shapes."""
 
     def one(path, leaf):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -235,19 +235,19 @@ class Jit:
     return NamedSharding(self.mesh, spec)
 
   def abstract(self, tree: Tree) -> Tree:
-    """Shapes of a state and where they lie: what a checkpoint restores to."""
+    """Returns shapes and shardings of a state, the template of a restore."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         tree, self.shardings(tree),
     )
 
   def create(self, make: Callable[..., Tree], *args: Any) -> Tree:
-    """make(*args), computed where its parts lie."""
+    """Computes make(*args) with the shardings of its result."""
     shardings = self.shardings(jax.eval_shape(make, *args))
     return jax.jit(make, out_shardings=shardings)(*args)
 
   def place(self, tree: Tree) -> Tree:
-    """Puts a tree, the same on every host, where its parts lie."""
+    """Places a tree, the same on every host, by its shardings."""
 
     return jax.tree.map(_put, tree, self.shardings(tree))
 
