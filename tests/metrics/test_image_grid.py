@@ -132,7 +132,7 @@ def test_rows_may_differ_in_length_size_and_colour():
   [
     (lambda: image_grid.image_grid(images(3) / 255.0), "float64"),
     (lambda: image_grid.image_grid(images(3)[0]), "of shape"),
-    (lambda: image_grid.image_grid(images(3, channels=4)), "C of 1 or 3"),
+    (lambda: image_grid.image_grid(images(3, channels=4)), "expected 1 or 3"),
     (lambda: image_grid.image_grid(images(3)[:0]), "n >= 1"),
     (lambda: image_grid.image_grid(images(3), columns=0), "columns: got 0"),
     (lambda: image_grid.image_grid(images(3), scale=0), "scale: got 0"),
