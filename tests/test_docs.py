@@ -33,7 +33,7 @@ def config_keys():
   """Returns every 'section.key' of the shipped configs, resolved."""
   files = (ROOT / "tests/goldens/texts/configs").glob("*.txt")
   lines = [line for f in files for line in f.read_text().splitlines()]
-  return {line.partition(" = ")[0] for line in lines}
+  return {line.partition(" = ")[0].lstrip("+- ") for line in lines}
 
 
 def test_line_numbers_of_quoted_code():

@@ -382,7 +382,8 @@ def test_the_card_says_what_it_is_and_how_to_load_it():
 
 
 def test_every_method_has_words():
-  assert set(model_card._KINDS) == set(registry.METHODS)
+  for method in registry.METHODS.values():
+    assert method.title
   other = json.loads(json.dumps(CONFIG))
   other["method"]["name"] = "new"
   metadata = dict(ABOUT, dtype="float32", config_digest="a", bcm_jax="0.1")
