@@ -35,7 +35,8 @@ def test_other_networks_train_as_the_sampled_one_by_default():
   raw = resolve.read_file("configs/digits_dmd.py")
   config = resolve.resolve(raw, {"auxiliary_optimizer.learning_rate": "0.5"})
   student = config.optimizer.to_dict()
-  assert config.auxiliary_optimizer.to_dict() == student | {"learning_rate": 0.5}
+  auxiliary = config.auxiliary_optimizer.to_dict()
+  assert auxiliary == student | {"learning_rate": 0.5}
   with pytest.raises(errors.UserError, match="auxiliary_optimizer"):
     digits(auxiliary_optimizer__learning_rate="0.5")
 
