@@ -21,12 +21,6 @@ B = len(IMAGES)
 END = 0.002
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 def preset(name, network=None, **options):
   options = registry.METHODS[name].preset.options | options
   return toys.consistency_toy(network, **options)
