@@ -118,7 +118,7 @@ def test_an_existing_step_is_replaced_only_by_force(run):
 
 def test_reading_creates_nothing(tmp_path):
   ckpt = Checkpoints(tmp_path / "nowhere")
-  assert ckpt.latest_step() is None
+  assert ckpt.all_steps() == []
   with pytest.raises(UserError, match="nowhere"):
     ckpt.restore(make_state())
   with pytest.raises(UserError, match="nowhere"):

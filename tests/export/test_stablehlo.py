@@ -706,5 +706,5 @@ def test_the_page_names_every_flag_and_call():
   public = [n for n in vars(stablehlo_runtime.Model) if not n.startswith("_")]
   kinds = [n for n in vars(stablehlo_runtime) if n.endswith("Error")]
   assert len(public) == 3 and len(kinds) == 5
-  for word in [*public, *kinds, f"more than {samplers.UNROLLED}\nevaluations"]:
+  for word in [*public, *kinds, f"more than {samplers.UNROLLED} evaluations"]:
     assert word in text, word
