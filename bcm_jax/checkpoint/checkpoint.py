@@ -1,21 +1,21 @@
 """Checkpoints with digests, fallback and quarantine, on top of Orbax.
 
 Orbax commits a step atomically, but it neither detects a flipped byte (the step
-restores with wrong values) nor tries an older step when the newest cannot be
-read. Here every leaf is saved with a SHA-256 digest, which is verified on
-reading; a step that fails is set aside, never deleted, and the next older one
-is read.
+restores with wrong values) nor falls back to an older step if the newest cannot
+be read. Here every leaf is saved with a SHA-256 digest, which is verified on
+reading. A damaged step is moved to quarantine, never deleted, and the next
+older step is read.
 
-Only process 0 writes, unsharded arrays: shards of other hosts are gathered leaf
-by leaf, so that digests do not depend on the sharding. Every process reads, and
-all read the same step.
+Only process 0 writes. It writes unsharded arrays: shards of other hosts are
+gathered leaf by leaf, so that digests do not depend on the sharding. All
+processes read the same step.
 
-A step holds two Orbax items: `state`, nested dicts of arrays that do not
-depend on class names, and `meta`, JSON with the caller's facts and the
-manifest of leaves. `None`, empty dicts and arrays without elements (which
-Orbax refuses) are only in the manifest.
+A step consists of two Orbax items: `state`, nested dicts of arrays, independent
+of class names, and `meta`, JSON with the metadata of the caller and the
+manifest of leaves. `None`, empty dicts and arrays without elements (which Orbax
+does not support) are only in the manifest.
 
-This is the only file that imports Orbax, which takes seconds.
+Only this module imports Orbax, which takes seconds.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,14 +40,20 @@ from bcm_jax.training import multihost
 from bcm_jax.utils import hashing
 
 _STATE, _META = "state", "meta"
-# Failures of the machine, not of the files: the checkpoint may be intact.
+# Environment failures: the checkpoint itself may be intact.
 _NOT_DAMAGE = (MemoryError, PermissionError)
 _MAX_LISTED = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class _Loaded:
-  """A verified step on the host: `leaves` maps paths to host values."""
+  """A verified step on the host.
+
+  Attributes:
+    step: step number.
+    leaves: path -> host array, None or {}.
+    meta: metadata of the caller.
+  """
 
   step: int
   leaves: dict[digests.Path, Any]
@@ -55,7 +61,7 @@ class _Loaded:
 
 
 class _QuietOrbax(std_logging.Filter):
-  """Drops Orbax's records below ERROR: dozens of lines per save."""
+  """Removes Orbax's log records below ERROR: dozens of lines per save."""
 
   def filter(self, record: std_logging.LogRecord) -> bool:
     path = record.pathname.replace("\\", "/")
@@ -68,8 +74,8 @@ std_logging.getLogger("absl").addFilter(_QuietOrbax())
 class Checkpoints:
   """The checkpoints of one run, `<directory>/<step>/`.
 
-  Reading changes nothing, except that `restore` moves damaged steps, so a
-  directory of another run can be opened safely.
+  Reading does not modify the directory, except that `restore` moves damaged
+  steps; a directory of another run can be opened safely.
   """
 
   def __init__(
@@ -81,9 +87,9 @@ class Checkpoints:
     """Opens a directory; the first save creates it.
 
     Args:
-      directory: of the steps, a local or gs:// path.
+      directory: folder of the steps, a local or gs:// path.
       keep: number of newest steps to keep; None keeps all.
-      keep_every: steps divisible by this are always kept.
+      keep_every: steps divisible by this number are always kept.
     """
     self._directory = epath.Path(directory).expanduser()
     if "://" not in str(self._directory):
@@ -95,32 +101,32 @@ class Checkpoints:
 
   @property
   def directory(self) -> str:
-    """Absolute path of the folder of the steps."""
+    """Absolute path of the folder with the steps."""
     return str(self._directory)
 
   def save(
       self, step: int, state: Any, meta: dict[str, Any], force: bool = False
   ) -> bool:
-    """Saves a state and its facts as one atomic step, in the background.
+    """Saves a state and its metadata as one atomic step, in the background.
 
-    The arrays are copied to the host before this returns, so the caller may
-    donate or overwrite them. Errors of the background write are raised by the
-    next `save`, `wait` or `close`.
+    The arrays are copied to the host before this returns; the caller may donate
+    or overwrite them. Errors of the background write are raised by the next
+    `save`, `wait` or `close`.
 
     Args:
       step: non-negative step number.
-      state: a pytree of containers that Flax can serialise (dicts, lists,
+      state: a pytree of containers that Flax can serialize (dicts, lists,
         named tuples, flax.struct dataclasses) with array leaves.
       meta: JSON values: config, code version, data position, ...
-      force: replace the step if it exists. The old one is deleted first: a kill
-        in between costs this step, not older ones.
+      force: whether to replace an existing step. The old one is deleted first;
+        a kill before the commit loses this step, but not older ones.
 
     Returns:
       False if the step exists and force is False.
 
     Raises:
       TypeError: a leaf is not an array of numbers, or meta is not JSON.
-      UserError: the directory cannot be written.
+      UserError: the directory is not writable.
     """
     step = int(step)
     leaves = {path: digests.to_host(path, leaf)
@@ -133,21 +139,21 @@ class Checkpoints:
       if not force:
         return False
       manager.delete(step)
-    # The manifest has the other leaves.
+    # Leaves without elements are only in the manifest.
     arrays = {p: x for p, x in leaves.items() if getattr(x, "size", 0)}
-    # Orbax's own force means: also when a later step exists.
+    # With force Orbax also saves a step older than the newest one.
     return bool(manager.save(step, force=True, args=ocp.args.Composite(**{
         _STATE: ocp.args.StandardSave(traverse_util.unflatten_dict(arrays)),
         _META: ocp.args.JsonSave(record),
     })))
 
   def all_steps(self) -> list[int]:
-    """Returns committed steps in rising order; waits for a save under way."""
+    """Returns committed steps in ascending order; waits for a pending save."""
     self.wait()
     if not self._directory.exists():
       return []
-    # Leftovers of a killed save have a suffix on local disks. Object stores
-    # cannot rename; a marker file there means committed.
+    # On local disks, an uncommitted step has a suffix in its name. Object
+    # stores cannot rename; there a committed step has a marker file.
     marker = "://" in str(self._directory)
     return sorted(
         int(path.name)
@@ -159,32 +165,32 @@ class Checkpoints:
   def restore(
       self, template: Any, step: int | None = None
   ) -> tuple[int, Any, dict[str, Any]]:
-    """Restores the newest good step, or the one of `step`.
+    """Restores the newest good step, or a given step.
 
-    A damaged step is logged as one error line and, once a good older one is
-    found, moved to `<directory>/../damaged/<step>-<n>`. If none is good nothing
-    is moved, so that a restarted job fails again instead of silently starting
-    from scratch.
+    A damaged step is logged as one error line. If an older step is good, the
+    damaged one is moved to `<directory>/../damaged/<step>-<n>`. If all steps
+    are damaged they stay in place, so that a restarted job fails again instead
+    of silently starting from scratch.
 
     Args:
       template: pytree of arrays or jax.ShapeDtypeStruct: structure, shapes,
         dtypes and shardings of the result. NumPy leaves stay on the host.
-      step: restore only this step.
+      step: the step to restore; None is the newest good one.
 
     Returns:
       (step, state like template, meta).
 
     Raises:
-      UserError: no checkpoint, no good one, no such step, or an intact one that
-        does not fit the template.
+      UserError: no checkpoint, no good checkpoint, no checkpoint of this step,
+        or one that does not fit the template.
     """
     loaded, damaged = self._load(step)
-    want = digests.flatten(template)
-    self._check_fits(want, loaded)
+    expected = digests.flatten(template)
+    self._check_fits(expected, loaded)
     for bad, reason in damaged:
       self.set_aside(bad, f"damaged: {reason}", loaded.step)
     leaves = {path: digests.place(leaf, loaded.leaves[path])
-              for path, leaf in want.items()}
+              for path, leaf in expected.items()}
     state = serialization.from_state_dict(
         template, traverse_util.unflatten_dict(leaves)
     )
@@ -193,14 +199,18 @@ class Checkpoints:
   def read_raw(
     self, step: int | None = None
   ) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """Reads a step as `restore`, without a template; never moves a folder.
+    """Reads a step without a template; never moves a damaged step.
+
+    Args:
+      step: the step to read; None is the newest good one.
 
     Returns:
       (step, nested dicts of NumPy arrays, meta); lists and tuples are dicts
-      with keys '0', '1', ..., as flax.serialization writes them.
+      with keys '0', '1', ..., as in flax.serialization.
 
     Raises:
-      UserError: as `restore`.
+      UserError: no checkpoint, no good checkpoint, or no checkpoint of this
+        step.
     """
     loaded, damaged = self._load(step)
     for bad, reason in damaged:
@@ -214,12 +224,13 @@ class Checkpoints:
     return loaded.step, traverse_util.unflatten_dict(loaded.leaves), loaded.meta
 
   def wait(self) -> None:
-    """Blocks until a save under way is committed; raises its error if any."""
+    """Blocks until a pending save is committed; raises its error, if any."""
     if self._manager is not None:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits and frees Orbax's threads; a later save starts them again."""
+    """Waits for a pending save and ends Orbax's threads; `save` restarts them.
+    """
     if self._manager is not None:
       self._manager.close()
       self._manager = None
@@ -237,31 +248,31 @@ class Checkpoints:
         keep_period=self._keep_every,
         cleanup_tmp_directories=True,
         create=False,
-        multiprocessing_options=_alone("write"),
+        multiprocessing_options=_single_process("write"),
       )
       try:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
       except OSError as e:
         raise errors.UserError(
-          f"cannot write checkpoints to {self.directory}: {_one_line(e)}; "
-          "expected a folder that this job may create and write; choose "
-          "another workdir or change its permissions"
+          f"--workdir: got {self.directory}, which cannot be written "
+          f"({_one_line(e)}), expected a writable folder; choose another one "
+          "or change its permissions"
         ) from e
     return self._manager
 
   def _load(self, step: int | None) -> tuple[_Loaded, list[tuple[int, str]]]:
-    """Returns the newest good step and the newer ones with their damage."""
+    """Returns (newest good step, newer damaged steps with the reasons)."""
     steps = self.common_steps()
     if not steps:
       raise errors.UserError(
-        f"no checkpoint in {self.directory}; expected at least one saved "
-        "step; train first or give the folder of another run"
+        f"{self.directory}: got no checkpoint, expected at least one saved "
+        "step; train first or pass the folder of another run"
       )
     if step is not None and step not in steps:
       raise errors.UserError(
-        f"no checkpoint of step {step} in {self.directory}; expected one "
-        f"of the saved steps {_listed(steps)}; choose one of these"
+        f"{self.directory}: got step {step}, expected one of the saved steps "
+        f"{_listed(steps)}; choose one of these"
       )
     damaged = []
     for candidate in [step] if step is not None else reversed(steps):
@@ -272,7 +283,7 @@ class Checkpoints:
         reason = str(e)
       if multihost.all_agree(loaded is not None):
         return loaded, damaged
-      damaged.append((candidate, reason or "damaged as another host sees it"))
+      damaged.append((candidate, reason or "damage reported by another host"))
     raise self._none_good(damaged, step)
 
   def common_steps(self) -> list[int]:
@@ -285,16 +296,17 @@ class Checkpoints:
     padded[: min(len(steps), len(padded))] = steps[: len(padded)]
     return [int(s) for s in multihost_utils.broadcast_one_to_all(padded)]
 
-  def _check_fits(self, want: dict[digests.Path, Any], loaded: _Loaded) -> None:
-    wrong = digests.differences(want, loaded.leaves)
+  def _check_fits(
+    self, expected: dict[digests.Path, Any], loaded: _Loaded
+  ) -> None:
+    wrong = digests.differences(expected, loaded.leaves)
     if wrong:
       more = len(wrong) - _MAX_LISTED
       listed = ", ".join(wrong[:_MAX_LISTED])
       raise errors.UserError(
-        f"checkpoint step {loaded.step} in {self.directory} does not fit "
-        f"this state: {listed}{f' and {more} more' if more > 0 else ''}; "
-        "expected the same leaves; use the config the run was made with or "
-        "another workdir"
+        f"{self.directory}: got a checkpoint of step {loaded.step} with other "
+        f"leaves ({listed}{f' and {more} more' if more > 0 else ''}), expected "
+        "those of this config; use the config of the run or another --workdir"
       )
 
   def _none_good(self, damaged, step: int | None) -> errors.UserError:
@@ -308,40 +320,46 @@ class Checkpoints:
     tried = "; ".join(f"step {bad}: {why}" for bad, why in damaged)
     if step is not None:
       others = [s for s in self.all_steps() if s != step]
-      advice = (
+      fix = (
         f"choose another step ({_listed(others)})"
         if others
-        else "there is no other step; copy it back from a backup"
+        else "restore it from a backup, since no other step exists"
       )
     else:
-      advice = (
-        "copy a good one back from a backup, or move the folder away "
-        "to start from scratch"
+      fix = (
+        "restore one from a backup, or move the folder away to start from "
+        "scratch"
       )
     return errors.UserError(
-      f"damaged checkpoints in {self.directory} ({tried}); expected one "
-      f"whose digests agree; {advice}"
+      f"{self.directory}: got damaged checkpoints ({tried}), expected one "
+      f"with matching digests; {fix}"
     )
 
   def set_aside(
     self, step: int, reason: str, instead: int | None = None
   ) -> None:
-    """Moves a step to `<directory>/../damaged/`, which is never read."""
-    home = self._directory.parent / "damaged"
+    """Moves a step to the quarantine folder `<directory>/../damaged/`.
+
+    Args:
+      step: the step to move.
+      reason: for the log.
+      instead: step that is used in its place, for the log.
+    """
+    quarantine = self._directory.parent / "damaged"
     number = 0
-    while (home / f"{step}-{number}").exists():
+    while (quarantine / f"{step}-{number}").exists():
       number += 1
-    target = home / f"{step}-{number}"
+    target = quarantine / f"{step}-{number}"
     if jax.process_index() == 0:
-      home.mkdir(parents=True, exist_ok=True)
+      quarantine.mkdir(parents=True, exist_ok=True)
       (self._directory / str(step)).rename(target)
-      then = "" if instead is None else f"; falling back to step {instead}"
+      fallback = "" if instead is None else f"; falling back to step {instead}"
       logging.error(
         "checkpoint step %d is set aside (%s): moved to %s%s",
         step,
         reason,
         target,
-        then,
+        fallback,
       )
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"set aside {step}")
@@ -351,18 +369,22 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class CheckpointSaver:
-  """Saves with a bounded number of retries: a full disk need not end a run.
+  """Saves checkpoints; tolerates a bounded number of consecutive failures.
 
   Attributes:
     saved: the checkpoints.
-    meta: facts to keep with each.
-    most: consecutive failures after which the run stops.
-    wait_secs: between tries of a save that must succeed.
+    meta: metadata of every checkpoint, JSON values.
+    max_failures: number of consecutive failures that stops the run.
+    wait_secs: seconds between retries of the last save.
+    sleep: waits for a number of seconds.
+    failures: number of consecutive failures.
+    newest: newest committed step, None without one.
+    known: committed steps in ascending order.
   """
 
   saved: Checkpoints
   meta: Mapping[str, Any]
-  most: int = 3
+  max_failures: int = 3
   wait_secs: float = 10.0
   sleep: Callable[[float], Any] = time.sleep
   failures: int = 0
@@ -370,7 +392,11 @@ class CheckpointSaver:
   known: list[int] = dataclasses.field(default_factory=list)
 
   def save(self, step: int, state: Any) -> None:
-    """Saves in the background; failures are detected at the next save.
+    """Saves in the background; the next save detects a failure.
+
+    Args:
+      step: step number.
+      state: see `Checkpoints.save`.
 
     Raises:
       MachineError: too many consecutive failures.
@@ -380,20 +406,24 @@ class CheckpointSaver:
     self._attempt(lambda: self._begin(step, state))
 
   def steps(self) -> list[int]:
-    """Returns the readable steps in rising order, the same on all hosts."""
+    """Returns the committed steps in ascending order, equal on all hosts."""
     self._settle()
     return self.known
 
   def finish(self, step: int, state: Any) -> None:
-    """Saves and waits until the step is committed, at the end of a run.
+    """Saves at the end of a run; retries until the step is committed.
+
+    Args:
+      step: step number.
+      state: see `Checkpoints.save`.
 
     Raises:
       MachineError: too many consecutive failures.
     """
     self._settle()
     while step not in self.known:
-      began = self._attempt(lambda: self._begin(step, state))
-      if not (self._settle() and began):
+      started = self._attempt(lambda: self._begin(step, state))
+      if not (self._settle() and started):
         self.sleep(self.wait_secs)
 
   def _begin(self, step: int, state: Any) -> None:
@@ -401,22 +431,22 @@ class CheckpointSaver:
     fault_injection.point("mid_write")
 
   def _settle(self) -> bool:
-    """Waits for the save under way, then updates `known` and `newest`.
+    """Waits for a pending save, then updates `known` and `newest`.
 
-    A new step clears old failures. Only process 0 can see when a step is
-    committed; it broadcasts the steps after it has waited.
+    A new step resets `failures`. Only process 0 observes the commit of a step;
+    it broadcasts the steps after waiting.
     """
     if not self._attempt(self.saved.wait):
       return False
-    self.known, before = self.saved.common_steps(), self.newest
+    self.known, previous = self.saved.common_steps(), self.newest
     self.newest = max(self.known, default=None)
-    if self.known and (before is None or self.newest > before):
+    if self.known and (previous is None or self.newest > previous):
       fault_injection.point("after_commit")
       self.failures = 0
     return True
 
   def _attempt(self, action: Callable[[], Any]) -> bool:
-    """Returns whether an action succeeded everywhere; counts failures."""
+    """Returns whether an action succeeded on all hosts; counts failures."""
     problem = None
     try:
       action()
@@ -428,20 +458,21 @@ class CheckpointSaver:
       return True
     self.failures += 1
     text = " ".join(str(problem or "on another host").split())
-    if len(text) > 300:  # The cause is at the end, after paths.
+    if len(text) > 300:  # The cause is at the end, after long paths.
       text = f"{text[:60]} ... {text[-240:]}"
     logging.error(
       "a checkpoint could not be written to %s (%s); failure %d of %d",
       self.saved.directory,
       text,
       self.failures,
-      self.most,
+      self.max_failures,
     )
-    if self.failures >= self.most:
+    if self.failures >= self.max_failures:
       raise errors.MachineError(
-        f"{self.failures} checkpoints in a row could not be written to "
-        f"{self.saved.directory} ({text}); the newest is of step "
-        f"{self.newest}. Free space or repair the disk, then start again"
+        f"{self.saved.directory}: got {self.failures} consecutive failures to "
+        f"write a checkpoint ({text}), expected fewer than "
+        f"checkpoint.max_failures={self.max_failures}; free space or repair "
+        f"the disk, then restart from step {self.newest}"
       ) from problem
     return False
 
@@ -460,7 +491,7 @@ def _read_step(folder: epath.Path, step: int) -> _Loaded:
     raise digests.Damage("meta: digest differs")
   if record["format"] != digests.FORMAT:
     raise errors.UserError(
-      f"checkpoint {folder} has format {record['format']}; expected "
+      f"{folder}: got checkpoint format {record['format']}, expected "
       f"{digests.FORMAT}; use the version of the library that wrote it"
     )
   if record["step"] != step:
@@ -485,13 +516,13 @@ def _read_step(folder: epath.Path, step: int) -> _Loaded:
 
 
 def _read_item(folder: epath.Path, handler: Any, args: Any) -> Any:
-  alone = _alone("read")
-  with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+  options = _single_process("read")
+  with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
     return reader.restore(folder, args=args)
 
 
-def _alone(what: str) -> ocp.options.MultiprocessingOptions:
-  # No barriers: a host that fails must not leave others waiting at one.
+def _single_process(what: str) -> ocp.options.MultiprocessingOptions:
+  # Without barriers, since other hosts would wait at one for a failed host.
   index = jax.process_index()
   return ocp.options.MultiprocessingOptions(
     primary_host=index,

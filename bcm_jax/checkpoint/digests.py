@@ -1,7 +1,7 @@
 """Leaves of a checkpoint: paths, host copies, digests, comparison.
 
-The manifest is a JSON record of path, dtype, shape and SHA-256 of every leaf,
-and of its own digest. This module reads and writes no files.
+The manifest is a JSON record with the path, dtype, shape and SHA-256 of every
+leaf and with a digest of the record itself. This module does no file I/O.
 """
 
 from concurrent import futures
@@ -23,14 +23,21 @@ Path = tuple[str, ...]
 
 
 class Damage(Exception):
-  """A damaged step; the message is the reason."""
+  """Damage of a checkpoint; the message is the reason."""
 
 
 def flatten(tree: Any) -> dict[Path, Any]:
-  """Flattens to {path: leaf}; None and {} count as leaves."""
+  """Flattens a tree to {path: leaf}; None and {} count as leaves.
+
+  Raises:
+    TypeError: the tree is a single leaf.
+  """
   tree = serialization.to_state_dict(tree)
   if not isinstance(tree, dict):
-    raise TypeError(f"a state must be a container, got {type(tree).__name__}")
+    raise TypeError(
+        f"state: got {type(tree).__name__}, expected a container of arrays; "
+        "wrap it in a dict"
+    )
   flat = traverse_util.flatten_dict(tree, keep_empty_nodes=True)
   return {
       path: {} if leaf is traverse_util.empty_node else leaf
@@ -39,18 +46,24 @@ def flatten(tree: Any) -> dict[Path, Any]:
 
 
 def to_host(path: Path, leaf: Any) -> Any:
-  """Returns a C-ordered host copy of the global array; None and {} as is."""
+  """Returns a C-ordered host copy of a global array; None and {} unchanged.
+
+  Raises:
+    TypeError: the leaf is not an array of numbers.
+  """
   if leaf is None or isinstance(leaf, dict):
     return leaf
   if isinstance(leaf, jax.Array):
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       raise TypeError(
-          f"{'/'.join(path)}: typed PRNG keys are not saved; derive keys from "
-          "seed and step")
+          f"{'/'.join(path)}: got a typed PRNG key, expected an array of "
+          "numbers; derive keys from seed and step")
   host = multihost.to_host(leaf)
   if host.dtype.kind in "OUSMm":
-    raise TypeError(f"{'/'.join(path)}: expected an array of numbers, got "
-                    f"{type(leaf).__name__} of dtype {host.dtype}")
+    raise TypeError(
+        f"{'/'.join(path)}: got {type(leaf).__name__} of dtype {host.dtype}, "
+        "expected an array of numbers; remove it from the state"
+    )
   return host
 
 
@@ -71,7 +84,12 @@ def _describe(path: Path, leaf: Any) -> dict[str, Any]:
 def make_record(
     step: int, leaves: dict[Path, Any], meta: dict[str, Any]
 ) -> dict[str, Any]:
-  """Returns the JSON record of a step, with its own digest.
+  """Returns the JSON record of a step, including its digest.
+
+  Args:
+    step: step number.
+    leaves: path -> host leaf, see `to_host`.
+    meta: metadata of the caller, JSON values.
 
   Raises:
     TypeError: meta has values that are not JSON.
@@ -79,8 +97,10 @@ def make_record(
   """
   names = {".".join(path) for path in leaves}
   if len(names) < len(leaves):
-    raise ValueError("two leaves have the same dotted name, which Orbax "
-                     "would mix up; rename a key that holds a dot")
+    raise ValueError(
+        "state: got two leaves with the same dotted name, which Orbax cannot "
+        "distinguish, expected unique names; rename a key that contains a dot"
+    )
   with futures.ThreadPoolExecutor() as pool:  # hashlib releases the GIL.
     described = list(pool.map(_describe, leaves.keys(), leaves.values()))
   record = {
@@ -91,13 +111,18 @@ def make_record(
 
 
 def tree_digest(tree: Any) -> str:
-  """Returns twelve hex digits that identify all tensors of a tree."""
+  """Returns a digest of all tensors of a tree, twelve hex digits."""
   leaves = {path: to_host(path, leaf) for path, leaf in flatten(tree).items()}
   return hashing.json_digest(make_record(0, leaves, {}))[:12]
 
 
 def verified(entry: dict[str, Any], tree: Any, path: Path) -> Any:
-  """Returns the leaf of a manifest entry from the tree Orbax read.
+  """Returns a verified leaf.
+
+  Args:
+    entry: entry of the manifest.
+    tree: nested dicts of arrays, as Orbax restores them.
+    path: path of the leaf.
 
   Raises:
     Damage: the leaf is missing or its digest differs.
@@ -118,14 +143,19 @@ def verified(entry: dict[str, Any], tree: Any, path: Path) -> Any:
 
 
 def differences(
-    want: dict[Path, Any], have: dict[Path, Any]
+    expected: dict[Path, Any], leaves: dict[Path, Any]
 ) -> list[str]:
-  """Returns the differences between a template and a checkpoint, per leaf."""
-  wrong = [f"{'/'.join(p)} is missing" for p in want if p not in have]
-  wrong += [f"{'/'.join(p)} is extra" for p in have if p not in want]
-  for path, leaf in want.items():
-    if path in have and _kind(leaf) != _kind(have[path]):
-      wrong.append(f"{'/'.join(path)} is {_kind(have[path])}, expected "
+  """Returns a description of each leaf that differs from the template.
+
+  Args:
+    expected: path -> leaf of the template.
+    leaves: path -> leaf of the checkpoint.
+  """
+  wrong = [f"{'/'.join(p)} is missing" for p in expected if p not in leaves]
+  wrong += [f"{'/'.join(p)} is extra" for p in leaves if p not in expected]
+  for path, leaf in expected.items():
+    if path in leaves and _kind(leaf) != _kind(leaves[path]):
+      wrong.append(f"{'/'.join(path)} is {_kind(leaves[path])}, expected "
                    f"{_kind(leaf)}")
   return wrong
 
@@ -141,7 +171,7 @@ def _kind(leaf: Any) -> str:
 
 
 def place(template: Any, host: Any) -> Any:
-  """Places a host array like the leaf of the template."""
+  """Places a host leaf with the type and sharding of the template's leaf."""
   if not isinstance(host, np.ndarray):
     return host
   if isinstance(template, (bool, int, float)):
@@ -149,7 +179,7 @@ def place(template: Any, host: Any) -> Any:
   if isinstance(template, (np.ndarray, np.generic)):
     return host
   sharding = getattr(template, "sharding", None)
-  # An uncommitted array must stay so: jit compiles anew for a committed one.
+  # An uncommitted array stays uncommitted: jit recompiles for a committed one.
   if sharding is None or not getattr(template, "committed", True):
     return jnp.array(host)
   return jax.make_array_from_callback(

@@ -1,4 +1,4 @@
-"""Work directories: parameters and averages out of checkpoints."""
+"""Work directories: reads parameters and averages from checkpoints."""
 
 from collections.abc import Mapping
 import os
@@ -17,7 +17,7 @@ from bcm_jax.utils import files
 
 Params = Any
 _POSTHOC = "posthoc_"
-# Weights of a released model.
+# File with the weights of a released model.
 RELEASED = "model.safetensors"
 
 
@@ -27,11 +27,11 @@ def checkpoint_dir(workdir: str) -> str:
 
 
 def split_place(place: str, what: str) -> tuple[str, int | None]:
-  """Splits 'DIR@STEP' to (DIR, STEP) and 'DIR' to (DIR, None).
+  """Splits 'DIR@STEP' into (DIR, STEP) and 'DIR' into (DIR, None).
 
   Args:
-    place: from a flag or config key.
-    what: that flag or key, for the error.
+    place: value of a flag or config key.
+    what: the flag or key, for the error.
 
   Raises:
     UserError: the step is not a number.
@@ -41,7 +41,8 @@ def split_place(place: str, what: str) -> tuple[str, int | None]:
     return place, None
   if not step.isdigit():
     raise errors.UserError(
-        f"{what}={place}: the step after @ must be a number"
+        f"{what}: got {place}, expected DIR@STEP with a number after @; "
+        "correct the step"
     )
   return folder, int(step)
 
@@ -59,21 +60,21 @@ def write(
     step: int,
     facts: Mapping[str, Any],
 ) -> None:
-  """Writes a work directory of one network, atomically.
+  """Writes a work directory with one network, atomically.
 
-  It can be sampled, evaluated and started from (training.init_from); it cannot
+  The result can be sampled, evaluated and used by training.init_from. It cannot
   be resumed, since it has no optimizer state.
 
   Args:
-    workdir: must be empty or absent.
+    workdir: folder to create; must be empty or absent.
     config: resolved config of the network, as JSON values.
     network: name of the sampled network.
-    params: of that network; there are no averages.
-    step: of the checkpoint.
-    facts: JSON values, the source of the network.
+    params: parameters of that network; no averages are written.
+    step: step of the checkpoint.
+    facts: JSON values that describe the source of the network.
 
   Raises:
-    UserError: workdir exists.
+    UserError: workdir exists and is not empty.
   """
   state = {"networks": {network: {"params": params}}, "averages": {}}
   meta = {"config": config, "version": __version__, **facts}
@@ -86,21 +87,24 @@ def write(
 def choose(
     network: str, state: Any, average: str | None, what: str
 ) -> tuple[str, Params]:
-  """Returns parameters of a network, or one of its averages, from a state.
+  """Selects parameters of a network, or one of its averages, from a state.
 
   Args:
     network: name of the sampled network.
-    state: nested dict, as in a checkpoint.
-    average: name of an average, 'params' for the parameters, None for the first
-      average (the parameters if there is none).
+    state: nested dicts, as in a checkpoint.
+    average: name of an average; 'params' selects the parameters; None selects
+      the first average, or the parameters of a state without averages.
     what: the config key, for the error.
 
   Returns:
-    (name of the average, or 'params'; parameters).
+    (name of the average or 'params', parameters).
+
+  Raises:
+    UserError: unknown average.
   """
   averages = dict(state["averages"])
   if average is None:
-    names = [n for n in averages if n.startswith(("ema_", "power_"))]
+    names = [n for n in averages if n.startswith(("ema_", "phema_"))]
     average = names[0] if names else "params"
   if average == "params":
     return average, state["networks"][network]["params"]
@@ -110,14 +114,18 @@ def choose(
 
 
 def load_params(workdir: str, average: str | None) -> Params:
-  """Loads parameters of the newest good checkpoint of a run, on the host.
+  """Loads parameters from the newest good checkpoint of a run, on the host.
+
+  Args:
+    workdir: work directory of the run.
+    average: see `choose`.
 
   Raises:
-    UserError: no run, or no good checkpoint.
+    UserError: no good checkpoint, or unknown average.
   """
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   _, state, _ = saved.read_raw()
-  # The sampled network of every method with several.
+  # All methods with several networks name the sampled one 'student'.
   network = "student"
   return choose(network, state, average, "training.init_average")[1]
 
@@ -125,8 +133,14 @@ def load_params(workdir: str, average: str | None) -> Params:
 def load_frozen(experiment: build.Experiment) -> dict[str, Params]:
   """Loads the parameters of the frozen networks, on the host.
 
+  Args:
+    experiment: experiment that uses the networks.
+
+  Returns:
+    Name -> parameters.
+
   Raises:
-    UserError: no good checkpoint of a run.
+    UserError: a run has no good checkpoint.
   """
   section = experiment.config.method
   inputs = build.example_batch(experiment)
@@ -134,7 +148,8 @@ def load_frozen(experiment: build.Experiment) -> dict[str, Params]:
   def load(name, part):
     if isinstance(part, build.Experiment):
       return load_run(part, section[name], section[f"{name}_average"])[2]
-    # The same draws at every start, whatever the seed: they are not saved.
+    # A fixed key: random parameters are not saved, and a restart needs the
+    # same ones.
     params = part.init(jax.random.key(0), *inputs)
     return jax.tree.map(np.asarray, params)
 
@@ -147,22 +162,27 @@ def load_run(
     average: str | None = None,
     step: int | None = None,
 ) -> tuple[int, str, Params]:
-  """Loads (step, name of the average, parameters) of a good checkpoint.
+  """Loads parameters of the sampled network from a checkpoint, on the host.
 
   Args:
     experiment: build.Experiment of the run.
-    workdir: of the run.
-    average: name; 'posthoc_0.15' is the average of that sigma_rel, computed
-      from all checkpoints; None is `sample.average`.
-    step: of the checkpoint; None is the newest.
+    workdir: work directory of the run.
+    average: name of an average; 'posthoc_0.15' computes the power-function EMA
+      of sigma_rel 0.15 from all checkpoints (EDM2, algorithm 3); None is
+      `sample.average`.
+    step: step of the checkpoint; None is the newest good one.
+
+  Returns:
+    (step, name of the average, parameters).
 
   Raises:
-    UserError: no checkpoint, or a released model in place of a run.
+    UserError: no good checkpoint, unknown average, or a released model instead
+      of a run.
   """
   if is_released(workdir):
     raise errors.UserError(
-        f"{workdir} is a released model, expected a run; convert it by python "
-        f"-m bcm_jax.release.hub unpack {workdir} WORKDIR"
+        f"--workdir: got {workdir}, a released model, expected a run; convert "
+        f"it by bcm_jax hub unpack {workdir} WORKDIR"
     )
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   average = average or experiment.config.sample.average
@@ -179,26 +199,27 @@ def load_run(
 
 
 def _posthoc(saved, step: int, average: str, stds) -> Params:
-  """Computes a power-function average of any length; see training/phema.py."""
+  """Computes a power-function EMA of any sigma_rel; see training/phema.py."""
   try:
     std = float(average.removeprefix(_POSTHOC))
   except ValueError as e:
     raise errors.UserError(
-        f"sample.average={average!r} must end in a sigma_rel: posthoc_0.15"
+        f"sample.average: got {average!r}, expected {_POSTHOC} and a number "
+        "(sigma_rel); write for example posthoc_0.15"
     ) from e
   if not stds:
     raise errors.UserError(
-        f"sample.average={average!r} needs power-function averages; train "
-        "with training.ema_stds=0.05,0.1 and checkpoint.keep=none"
+        f"sample.average: got {average!r}, expected a run with power-function "
+        "EMAs; train with training.ema_stds=0.05,0.1 and checkpoint.keep=none"
     )
-  stored = [(at, s) for at in saved.all_steps() if 0 < at <= step for s in stds]
+  stored = [(t, s) for t in saved.all_steps() if 0 < t <= step for s in stds]
   weights = phema.coefficients(
-      [at for at, _ in stored], [s for _, s in stored], step, std
+      [t for t, _ in stored], [s for _, s in stored], step, std
   )
 
   def trees():
-    for at in sorted({at for at, _ in stored}):
-      _, state, _ = saved.read_raw(at)
-      yield from (state["averages"][train_state.power_name(s)] for s in stds)
+    for time in sorted({t for t, _ in stored}):
+      _, state, _ = saved.read_raw(time)
+      yield from (state["averages"][train_state.phema_name(s)] for s in stds)
 
   return phema.reconstruct(trees(), weights)

@@ -1,4 +1,4 @@
-"""A resolved config as objects: method, sources, optimisers."""
+"""Experiment: the objects that a resolved config describes."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class _Section(Generic[T]):
-  """A section of the config as its dataclass, read when it is asked for."""
+  """Descriptor that returns a section of the config as its dataclass."""
 
   def __init__(self, cls: type[T]):
     self.cls = cls
@@ -47,15 +47,16 @@ class _Section(Generic[T]):
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """Everything that a command works with.
+  """Method, data, optimizers and settings of a resolved config.
 
   Attributes:
     config: resolved config.
-    method: the method.
+    method: the training method with its network.
     image_shape: (H, W, C).
-    num_classes: classes that the network is conditioned on, or None.
-    frozen: networks that are not trained, by name: the experiment of a run, or
-      an object whose init returns the parameters.
+    num_classes: number of classes that the network is conditioned on, or None.
+    frozen: networks that are not trained, by name: the Experiment of a run, or
+      an object whose init(key, images, labels) returns the parameters.
+    data: config section as schema.Data; the other sections likewise.
   """
 
   config: ml_collections.ConfigDict
@@ -78,37 +79,41 @@ class Experiment:
   search = _Section(schema.Search)
 
   def frozen_keys(self) -> dict[str, str]:
-    """Returns the key of section method that names each frozen network."""
+    """Returns frozen network -> its key in config section method."""
     declared = registry.METHODS[self.config.method.name].cls.frozen
     return {name: part.paths(name)[0] for name, part in declared.items()}
 
   @property
   def levels(self) -> sampling_plan.NoiseRange:
-    """Noise levels that the network is trained on."""
+    """Range of noise levels [sigma_min, sigma_max] of the method."""
     return sampling_plan.NoiseRange(
         self.method.sigma_min, self.method.sigma_max
     )
 
   def source(self, split: str) -> image_source.Source:
-    """The images of a split, 'train' or 'test'."""
+    """Opens the images of a split, 'train' or 'test'.
+
+    Raises:
+      UserError: the data set has no such split, or it cannot be read.
+    """
     return _data_set(self.config).open(split, self.config.data.data_dir)
 
   def training_source(self) -> image_source.Source:
-    """Returns the training data: the train split, or data.pairs."""
+    """Opens the training images: data.pairs if set, else the train split."""
     data = self.config.data
     if data.pairs is None:
       return self.source("train")
     return pairs.PairSource(data.pairs, self.image_shape, self.num_classes)
 
   def has_split(self, split: str) -> bool:
-    """Returns whether the dataset has a split, without reading it."""
+    """Returns whether the data set declares a split; reads no images."""
     return split in _data_set(self.config).splits
 
-  def source_if_there(self, split: str) -> image_source.Source | None:
-    """The images of a split; None, and a line why, where they are not at hand.
+  def source_if_available(self, split: str) -> image_source.Source | None:
+    """Opens the images of a split; prints the reason if it returns None.
 
     Raises:
-      UserError: data.path is set, and cannot be read.
+      UserError: data.path is set and cannot be read.
     """
     if not self.has_split(split):
       return None
@@ -121,8 +126,11 @@ class Experiment:
       return None
 
   def optimizers(self) -> dict[str, optax.GradientTransformation]:
-    """An optimizer for each network: section optimizer for the sampled one,
-    auxiliary_optimizer for the others."""
+    """Returns network -> optimizer.
+
+    The sampled network uses config section optimizer, the other networks
+    auxiliary_optimizer.
+    """
     return {
         name: (
             self.optimizer if name == self.method.sampled_network
@@ -132,10 +140,10 @@ class Experiment:
     }
 
   def backend(self) -> sharding.Backend:
-    """The devices that train: jit over a mesh, or pmap.
+    """Returns the backend of training: jit over all devices, or pmap.
 
     Raises:
-      UserError: parallel.sharding asks for what the backend cannot do.
+      UserError: parallel.sharding is invalid, or shards the state under pmap.
     """
     settings = self.parallel
     rules = sharding.parse_rules(settings.sharding)
@@ -143,13 +151,14 @@ class Experiment:
       return self.mesh_backend(jax.devices())
     if any(rule.spec != "replicate" for rule in rules):
       raise errors.UserError(
-        f"parallel.sharding={settings.sharding} needs parallel.backend='jit';"
-        " under pmap every device holds the whole state"
+        f"parallel.sharding: got {settings.sharding} with "
+        "parallel.backend='pmap', expected a replicated state; set "
+        "parallel.backend='jit'"
       )
     return sharding.Pmap(tuple(jax.local_devices()))
 
   def mesh_backend(self, devices: Sequence[jax.Device]) -> sharding.Jit:
-    """Devices under jit, also of machines that are not there."""
+    """Returns the jit backend over devices; for a TPU topology, too."""
     settings = self.parallel
     rules = sharding.parse_rules(settings.sharding)
     mesh = sharding.make_mesh(devices, settings.fsdp)
@@ -161,11 +170,12 @@ class Experiment:
       )
       > 1
     )
-    whole = all(rule.spec == "replicate" for rule in rules)
-    return sharding.Jit(mesh, rules, several and whole and len(devices) > 1)
+    replicated = all(rule.spec == "replicate" for rule in rules)
+    local = several and replicated and len(devices) > 1
+    return sharding.Jit(mesh, rules, local)
 
   def step_options(self, backend: sharding.Backend) -> train_step.StepOptions:
-    """Options of the training step on these devices."""
+    """Returns the options of the training step for a backend."""
     training = self.training
     p = self.config.data.augment
     return train_step.StepOptions(
@@ -186,15 +196,15 @@ class Experiment:
 def build(
   config: ml_collections.ConfigDict, to_train: bool = True
 ) -> Experiment:
-  """Makes an experiment and checks that its parts fit together.
+  """Builds an experiment and validates constraints across config sections.
 
   Args:
-    config: resolved.
+    config: resolved config.
     to_train: False skips the frozen networks, which only training needs;
       their files need not exist.
 
   Raises:
-    UserError: for a config whose parts contradict one another.
+    UserError: sections of the config are incompatible.
   """
   frozen = _frozen(config) if to_train else {}
   method = _method(config, frozen)
@@ -227,7 +237,7 @@ def _data_set(config: ml_collections.ConfigDict) -> datasets.DataSet:
 
 
 def _described(config, data: datasets.DataSet) -> ml_collections.ConfigDict:
-  """The config with what files under data.path turned out to hold."""
+  """Returns the config with the image shape and classes found in data.path."""
   if config.data.path is None:
     return config
   overrides = {
@@ -238,7 +248,7 @@ def _described(config, data: datasets.DataSet) -> ml_collections.ConfigDict:
 
 
 def _frozen(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the frozen networks that a config asks for, see Experiment."""
+  """Returns the frozen networks that the config names, see Experiment."""
   section, frozen = config.method, {}
   for name, declared in registry.METHODS[section.name].cls.frozen.items():
     if isinstance(declared, base.FrozenNetwork):
@@ -251,14 +261,14 @@ def _frozen(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def _run(key: str, workdir: str | None) -> Experiment | None:
-  """Returns the experiment of a run that a key names."""
+  """Returns the experiment of the run that a config key names."""
   if workdir is None:
     return None
   config = resolve.of_run(workdir)
   if config is None:
     raise errors.UserError(
-        f"{key}={workdir} holds no run (no config.json); train one, or convert "
-        "published weights"
+        f"{key}: got {workdir}, which has no config.json, expected the work "
+        "directory of a run; train one or convert published weights"
     )
   return build(config, to_train=False)
 
@@ -266,7 +276,7 @@ def _run(key: str, workdir: str | None) -> Experiment | None:
 def _method(
     config: ml_collections.ConfigDict, frozen: Mapping[str, Any]
 ) -> base.Method:
-  """Returns the method; it receives only what its class has fields for."""
+  """Returns the method, with the options that are fields of its class."""
   options, section = config.model.to_dict(), config.method.to_dict()
   model = registry.MODELS[options.pop("name")]
   cls = registry.METHODS[section["name"]].cls
@@ -286,7 +296,10 @@ def _method(
 
 
 def example_batch(experiment: Experiment) -> tuple[Any, Any]:
-  """A batch of zeros to initialise networks with: images, labels or None."""
+  """Returns zeros to initialize networks: (images [1, H, W, C], labels [1]).
+
+  Labels are None for an unconditional network.
+  """
   images = np.zeros((1, *experiment.image_shape), np.float32)
   labels = None
   if experiment.num_classes is not None:
@@ -297,7 +310,10 @@ def example_batch(experiment: Experiment) -> tuple[Any, Any]:
 def network_inputs(
   experiment: Experiment, batch: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """Returns the inputs of a step: no example ids, labels if conditional."""
+  """Returns the fields of a batch that the training step takes.
+
+  Removes example ids and, for an unconditional network, labels.
+  """
   unused = ["example"]
   if experiment.num_classes is None:
     unused.append("label")
@@ -305,7 +321,7 @@ def network_inputs(
 
 
 def frozen_shapes(experiment: Experiment) -> dict[str, Any]:
-  """Returns shapes of the frozen networks' parameters, without their files."""
+  """Returns the parameter shapes of the frozen networks; reads no files."""
   inputs = example_batch(experiment)
 
   def init(part, key):
@@ -324,10 +340,14 @@ def frozen_shapes(experiment: Experiment) -> dict[str, Any]:
 def create_state(
   experiment: Experiment, start_from: Any = None
 ) -> train_state.TrainState:
-  """The state before the first step; pure, so it can be jitted.
+  """Creates the state before the first step; a pure function, can be jitted.
 
   Args:
-    start_from: network -> parameters of another run, or None.
+    experiment: method, optimizers and settings.
+    start_from: network -> parameters to start from, or None.
+
+  Raises:
+    ValueError: parameters in start_from do not fit the network.
   """
   training = experiment.training
   images, labels = example_batch(experiment)

@@ -17,12 +17,13 @@ from bcm_jax.models import song
 
 
 class Model(NamedTuple):
-  """A network by name.
+  """Registry entry of a network.
 
   Attributes:
     cls: Linen module.
-    preset: its options that differ from the class's defaults.
-    c_noise_scale: factor on the method's c_noise that its embedding needs.
+    preset: options that differ from the defaults of cls.
+    c_noise_scale: factor on the method's c_noise, to match the scale that the
+      network's noise embedding expects.
   """
 
   cls: type
@@ -31,11 +32,11 @@ class Model(NamedTuple):
 
 
 class Method(NamedTuple):
-  """A method by name.
+  """Registry entry of a method.
 
   Attributes:
-    cls: its class.
-    preset: its options and titles that differ from the class's.
+    cls: class of the method.
+    preset: options, title and paper that differ from those of cls.
   """
 
   cls: type[base.Method]
@@ -43,12 +44,12 @@ class Method(NamedTuple):
 
   @property
   def title(self) -> str:
-    """What its network is."""
+    """Noun phrase for the trained network."""
     return self.preset.title or self.cls.title
 
   @property
   def paper(self) -> str:
-    """The publication."""
+    """Authors and year of the publication."""
     return self.preset.paper or self.cls.paper
 
 
@@ -74,6 +75,10 @@ METHODS = {
 
 
 def methods_with(declaration: str) -> str:
-  """Returns "method.name='a' or 'b'": those that declare it, for errors."""
+  """Returns "method.name='a' or 'b'" for the methods with a property.
+
+  Args:
+    declaration: boolean class attribute of base.Method.
+  """
   names = [k for k, v in METHODS.items() if getattr(v.cls, declaration)]
   return f"method.name={' or '.join(map(repr, names))}"

@@ -1,9 +1,9 @@
-"""Config files and command-line overrides to a complete config.
+"""Resolves config files and command-line overrides to a complete config.
 
-A config file has `get_config()`, which returns a ConfigDict. It is resolved
+A config file defines `get_config()`, which returns a ConfigDict. It is resolved
 against the classes that it names (config/registry.py): unknown keys and names
-are errors with the nearest known one, values are checked by type, defaults are
-filled in. The result is complete and is written to the run's config.json.
+are errors that suggest the nearest match, values are checked by type, and
+defaults are added. The complete result is written to config.json of the run.
 """
 
 import ast
@@ -40,9 +40,9 @@ SECTIONS = {
     "eval": schema.Eval,
     "search": schema.Search,
 }
-# Keys that span the run unless a config says otherwise.
+# Keys whose default is training.num_steps.
 _SPANS = (("method", "curriculum_steps"), ("optimizer", "schedule_steps"))
-# What may differ between a run and the config that resumes it.
+# Sections and keys that may change when a run resumes.
 _FREE = (
     "parallel", "checkpoint", "log", "sample", "invert", "edit", "eval",
     "search", "training.max_consecutive_nonfinite", "training.max_rollbacks",
@@ -55,50 +55,67 @@ _FREE = (
 
 
 def shipped_configs() -> list[pathlib.Path]:
-  """Returns the config files of the package, installed or checked out."""
-  here = pathlib.Path(__file__).resolve().parents[1]
-  for folder in (here / "configs", here.parent / "configs"):
-    found = sorted(p for p in folder.glob("*.py") if p.name[0] != "_")
-    if found:
-      return found
+  """Returns the config files of the package, installed or in a checkout."""
+  package = pathlib.Path(__file__).resolve().parents[1]
+  for folder in (package / "configs", package.parent / "configs"):
+    paths = sorted(p for p in folder.glob("*.py") if p.name[0] != "_")
+    if paths:
+      return paths
   return []
 
 
 def find_file(path: str) -> pathlib.Path:
-  """Finds a config file: the path itself, or a shipped one of that name."""
+  """Returns the path of a config file.
+
+  Args:
+    path: path of a file, or name of a shipped config.
+
+  Raises:
+    UserError: neither exists.
+  """
   file = pathlib.Path(path)
   if file.is_file():
     return file
   shipped = {p.name: p for p in shipped_configs()}
   if file.name in shipped and file.parent.name in ("", "configs"):
     return shipped[file.name]
-  folder = next(iter(shipped.values())).parent if shipped else "(none)"
   raise errors.UserError(
-      f"no config file {path!r}{errors.nearest(file.name, shipped)} "
-      f"(shipped in {folder}: {', '.join(shipped)})"
+      f"--config: got {path!r}, expected a file or one of "
+      f"{', '.join(shipped)}; correct the path"
+      f"{errors.nearest(file.name, shipped)}"
   )
 
 
 def run_file(file: pathlib.Path) -> types.ModuleType:
-  """Imports a config file as a module with a `get_config`."""
+  """Imports a config file.
+
+  Raises:
+    UserError: the module has no `get_config`.
+  """
   spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
-    raise errors.UserError(f"{file} has no get_config()")
+    raise errors.UserError(
+        f"{file}: got no get_config(), expected a config file; define it"
+    )
   return module
 
 
 def read_file(path: str) -> ml_collections.ConfigDict:
-  """Runs get_config() of a file; 'file.py:arg' passes arg to it."""
+  """Returns get_config() of a file, or get_config(arg) for 'file.py:arg'.
+
+  Raises:
+    UserError: no such file, or arg is not in its VARIANTS.
+  """
   name, _, arg = path.partition(":")
   file = find_file(name)
   module = run_file(file)
   if not arg:
     return module.get_config()
-  known = getattr(module, "VARIANTS", None)
-  if known is not None and arg not in known:
-    raise errors.unknown_name(f"variant of {file.name}", arg, known)
+  variants = getattr(module, "VARIANTS", None)
+  if variants is not None and arg not in variants:
+    raise errors.unknown_name(f"variant of {file.name}", arg, variants)
   return module.get_config(arg)
 
 
@@ -108,10 +125,10 @@ def read_file(path: str) -> ml_collections.ConfigDict:
 def resolve(
   raw: Mapping[str, Any], overrides: Mapping[str, str] | None = None
 ) -> ml_collections.ConfigDict:
-  """Completes and checks a config.
+  """Completes a config with defaults and checks keys and types.
 
   Args:
-    raw: ConfigDict of a file, or the dict of a config.json.
+    raw: ConfigDict of a config file, or the dict of a config.json.
     overrides: 'section.key' -> text, as on the command line.
 
   Returns:
@@ -122,89 +139,99 @@ def resolve(
   """
   if isinstance(raw, ml_collections.ConfigDict):
     raw = raw.to_dict()
-  given = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
+  partial = {
+      k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()
+  }
   for path, text in (overrides or {}).items():
-    _set(given, path, text)
-  known = ["seed", "model", "method", "auxiliary_optimizer", *SECTIONS]
-  for section in given:
-    if section not in known:
-      raise errors.unknown_name("config section", section, known)
-  full: dict[str, Any] = {"seed": _convert(given.get("seed", 0), int, "seed")}
-  full["training"] = _fill("training", given, schema.Training)
-  name, method = _look_up("method", given, registry.METHODS)
-  given["method"] = {**method.preset.options, **given["method"]}
+    _set(partial, path, text)
+  sections = ["seed", "model", "method", "auxiliary_optimizer", *SECTIONS]
+  for section in partial:
+    if section not in sections:
+      raise errors.unknown_name("config section", section, sections)
+  full: dict[str, Any] = {"seed": _convert(partial.get("seed", 0), int, "seed")}
+  full["training"] = _fill("training", partial, schema.Training)
+  name, method = _look_up("method", partial, registry.METHODS)
+  partial["method"] = {**method.preset.options, **partial["method"]}
   classes = SECTIONS | {"method": method.cls}
   for section, key in _SPANS:
     if key in _keys(classes[section]):
-      spans = given.setdefault(section, {})
+      spans = partial.setdefault(section, {})
       spans.setdefault(key, full["training"]["num_steps"])
   for section, cls in SECTIONS.items():
-    full[section] = _fill(section, given, cls)
-  if "auxiliary_optimizer" in given and not method.cls.auxiliary_networks:
+    full[section] = _fill(section, partial, cls)
+  if "auxiliary_optimizer" in partial and not method.cls.auxiliary_networks:
     raise errors.UserError(
-        "config.auxiliary_optimizer is for networks besides the sampled one, "
-        f"and method.name={name!r} has none; leave it out"
+        "config.auxiliary_optimizer: got a section, expected it only for "
+        "methods with a second trained network, unlike "
+        f"method.name={name!r}; remove it"
     )
   if method.cls.auxiliary_networks:
-    # Keys that it does not set are those of section optimizer.
+    # Its defaults are the values of section optimizer.
     section = "auxiliary_optimizer"
-    given[section] = {**full["optimizer"], **given.get(section, {})}
-    full[section] = _fill(section, given, optim.Optimizer)
-  model_name, model = _look_up("model", given, registry.MODELS)
-  given["model"] = {**model.preset, **given["model"]}
-  full["model"] = {"name": model_name} | _fill("model", given, model.cls)
+    partial[section] = {**full["optimizer"], **partial.get(section, {})}
+    full[section] = _fill(section, partial, optim.Optimizer)
+  model_name, model = _look_up("model", partial, registry.MODELS)
+  partial["model"] = {**model.preset, **partial["model"]}
+  full["model"] = {"name": model_name} | _fill("model", partial, model.cls)
   frozen_keys: dict[str, tuple[Any, Any]] = {}
   for part, declared in method.cls.frozen.items():
     frozen_keys |= declared.keys(part)
   full["method"] = {"name": name} | _fill(
-      "method", given, method.cls, frozen_keys
+      "method", partial, method.cls, frozen_keys
   )
   return ml_collections.ConfigDict(full).lock()
 
 
-def _set(given: dict[str, Any], path: str, text: str) -> None:
+def _set(partial: dict[str, Any], path: str, text: str) -> None:
   *sections, key = path.split(".")
   if len(sections) > 1:
     raise errors.UserError(
-      f"unknown config key {path!r}; keys are config.section.key"
+      f"config key: got {path!r}, expected section.key; remove a part"
     )
   if not sections:
     if key != "seed":
       raise errors.unknown_name("config key", key, ["seed"])
-    given[key] = text
+    partial[key] = text
     return
-  given.setdefault(sections[0], {})
-  if not isinstance(given[sections[0]], dict):
-    raise errors.UserError(f"config.{sections[0]} has no keys below it")
-  given[sections[0]][key] = text
+  partial.setdefault(sections[0], {})
+  if not isinstance(partial[sections[0]], dict):
+    raise errors.UserError(
+      f"config.{sections[0]}: got key {key!r}, expected a value without keys; "
+      f"write --config.{sections[0]}=VALUE"
+    )
+  partial[sections[0]][key] = text
 
 
-def _look_up(section, given, table) -> tuple[str, Any]:
-  name = given.get(section, {}).get("name")
+def _look_up(section, partial, table) -> tuple[str, Any]:
+  name = partial.get(section, {}).get("name")
   if name not in table:
     raise errors.unknown_name(f"{section}.name", str(name), table)
   return name, table[name]
 
 
 def _keys(cls: type) -> dict[str, tuple[Any, Any]]:
-  """Returns key -> (type, default) of the fields that a config can set."""
+  """Returns key -> (type, default) for the config keys among a class's fields.
+  """
   hints = typing.get_type_hints(cls)
   keys = {}
   for field in dataclasses.fields(cls):
-    settable = field.default is not dataclasses.MISSING
+    has_default = field.default is not dataclasses.MISSING
     plain = not callable(field.default) and field.name not in ("parent", "name")
     if cls in SECTIONS.values() and field.name == "name":
       plain = True
-    if settable and plain and field.init:
+    if has_default and plain and field.init:
       keys[field.name] = (hints[field.name], field.default)
   return keys
 
 
-def _fill(section, given, cls, extra=None) -> dict[str, Any]:
+def _fill(section, partial, cls, extra=None) -> dict[str, Any]:
   keys = _keys(cls) | (extra or {})
-  values = given.get(section, {})
+  values = partial.get(section, {})
   if not isinstance(values, Mapping):
-    raise errors.UserError(f"config.{section} must be a section, not {values}")
+    raise errors.UserError(
+      f"config.{section}: got {values}, expected a section of keys; write "
+      f"--config.{section}.KEY=VALUE"
+    )
   for key in values:
     if key not in keys and key != "name":
       kind = values.get("name")
@@ -221,7 +248,16 @@ def _fill(section, given, cls, extra=None) -> dict[str, Any]:
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
-  """Checks a value, or parses its text, by a type hint."""
+  """Converts a value or its text to the type of a hint.
+
+  Args:
+    value: value of a config, or text of the command line.
+    hint: type of the field.
+    path: 'section.key', for the error.
+
+  Raises:
+    UserError: the value is not of that type.
+  """
   try:
     return _cast(value, hint)
   except (TypeError, ValueError, SyntaxError) as e:
@@ -230,11 +266,11 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if typing.get_origin(hint) is typing.Literal:
       choices = typing.get_args(hint)
       raise errors.unknown_name(f"config.{path}", str(value), choices) from e
-    want = getattr(hint, "__name__", None) or str(hint)
+    expected = getattr(hint, "__name__", None) or str(hint)
     if typing.get_origin(hint):
-      want = str(hint).replace("typing.", "")
+      expected = str(hint).replace("typing.", "")
     raise errors.UserError(
-      f"config.{path} must be {want}, not {value!r}"
+      f"config.{path}: got {value!r}, expected {expected}; correct the value"
     ) from e
 
 
@@ -282,12 +318,12 @@ def _cast(value: Any, hint: Any) -> Any:
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns plain nested dicts, as read from config.json."""
+  """Returns the config as nested dicts of JSON values."""
   return json.loads(json.dumps(config.to_dict(), sort_keys=True))
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-  """Returns twelve hex digits that identify a resolved config."""
+  """Returns a digest of a resolved config, twelve hex digits."""
   return hashing.json_digest(to_json(config))[:12]
 
 
@@ -311,10 +347,18 @@ def difference(
 def check_resume(
   run: ml_collections.ConfigDict, asked: ml_collections.ConfigDict
 ) -> None:
-  """Raises UserError unless a run may resume under another config.
+  """Checks that a run may resume under a config.
 
-  Sections of logging, saving, sampling and evaluation may change, and so may a
-  larger number of steps if curriculum and learning-rate schedule stay.
+  Sections of logging, saving, sampling and evaluation may change.
+  training.num_steps may increase if curriculum and learning-rate schedule stay
+  the same.
+
+  Args:
+    run: config of the run.
+    asked: config of the command line.
+
+  Raises:
+    UserError: another key differs.
   """
   frozen = registry.METHODS[run.method.name].cls.frozen
   free = _FREE + tuple(
@@ -335,11 +379,12 @@ def check_resume(
     if ".".join(k) in changed
   )
   raise errors.UserError(
-    "the work directory holds a run with another config: "
-    + "; ".join(
-      f"{k} is {a!r} there, {b!r} here" for k, (a, b) in changed.items()
+    "--workdir: got a run of another config, expected the same values; "
+    + ", ".join(
+      f"{k}: got {new!r}, expected {old!r}"
+      for k, (old, new) in changed.items()
     )
-    + ". Use another --workdir, or the run's own values"
+    + "; use another --workdir or the values of the run"
     + (f" ({keep})" if keep else "")
   )
 
@@ -352,7 +397,15 @@ def write(config: ml_collections.ConfigDict, workdir: str) -> None:
 def of_run(
   workdir: str, overrides: Mapping[str, str] | None = None
 ) -> ml_collections.ConfigDict | None:
-  """Returns the config of the run in a work directory, or None."""
+  """Returns the config of the run in a work directory, or None.
+
+  Args:
+    workdir: work directory.
+    overrides: 'section.key' -> text.
+
+  Raises:
+    UserError: config.json is damaged or does not resolve.
+  """
   path = pathlib.Path(workdir) / "config.json"
   if not path.is_file():
     return None
@@ -360,7 +413,8 @@ def of_run(
     raw = json.loads(path.read_text())
   except json.JSONDecodeError as e:
     raise errors.UserError(
-      f"{path} is damaged ({e}); restore it, or pass --config"
+      f"{path}: got damaged JSON ({e}), expected a config; restore it from a "
+      "backup or use another --workdir"
     ) from e
   return resolve(raw, overrides)
 
@@ -371,7 +425,7 @@ def of_existing_run(
   """Returns the config of the run in a work directory.
 
   Args:
-    workdir: of the run.
+    workdir: work directory of the run.
     overrides: 'section.key' -> text.
 
   Raises:
@@ -380,8 +434,8 @@ def of_existing_run(
   config = of_run(workdir, overrides)
   if config is None:
     raise errors.UserError(
-      f"{workdir} holds no run (no config.json); give the work directory of "
-      "one, trained or converted"
+      f"--workdir: got {workdir}, which has no config.json, expected the work "
+      "directory of a run; train or convert one"
     )
   return config
 
@@ -392,13 +446,16 @@ def load(
   workdir: str | None = None,
   of_run_too: bool = False,
 ) -> ml_collections.ConfigDict:
-  """Returns the config of a command line: of a file, or of the run.
+  """Returns the config of a command line.
 
   Args:
     file: config file, or None.
     overrides: 'section.key' -> text.
-    workdir: directory of a run, or None.
-    of_run_too: without a file, use the config of the run in workdir.
+    workdir: work directory of a run, or None.
+    of_run_too: whether to use the config of the run in workdir without a file.
+
+  Raises:
+    UserError: neither a file nor a run.
   """
   if file is not None:
     return resolve(read_file(file), overrides)
@@ -408,7 +465,7 @@ def load(
   if run is None:
     names = ", ".join(p.name for p in shipped_configs())
     raise errors.UserError(
-      f"--config is missing, and --workdir={workdir} holds no run to take "
-      f"it from; pass --config=configs/NAME, shipped are {names}"
+      f"--config: got None and --workdir={workdir} without a run, expected a "
+      f"config file; pass --config=configs/NAME, one of {names}"
     )
   return run

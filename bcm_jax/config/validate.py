@@ -1,4 +1,4 @@
-"""Validates constraints across config sections; no method is named here."""
+"""Validates constraints across config sections; names no method."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from bcm_jax.data import augmentation
 from bcm_jax.data import datasets
 from bcm_jax.methods import base
 
-# Keys that must not be smaller.
+# Config key -> minimum.
 _AT_LEAST = {
     "training.num_steps": 1, "training.batch_size": 1,
     "training.max_consecutive_nonfinite": 1, "training.max_rollbacks": 0,
@@ -20,53 +20,59 @@ _AT_LEAST = {
     "parallel.substeps": 1, "parallel.heartbeat_secs": 1,
     "log.every_steps": 1,
 }
-# Fields of an example besides image and label: the config key that names their
-# file.
+# Field of an example, other than image and label -> section and key of the file
+# that contains it.
 _EXTRA_FIELDS = {"noise": ("data", "pairs")}
 
 
 def model(
     config: ml_collections.ConfigDict, data: datasets.DataSet
 ) -> None:
-  """Raises UserError for a network that does not fit the images."""
+  """Checks that the network fits the images.
+
+  Raises:
+    UserError: image shape, channels, classes or widths do not match.
+  """
   section, name = config.model, config.data.name
   height, width, channels = data.image_shape
   halvings = 2 ** (len(section.channel_mult) - 1)
   if height % halvings or width % halvings:
     raise errors.UserError(
-        f"images of {name} are {height}x{width} and cannot be halved "
-        f"{len(section.channel_mult) - 1} times, as model.channel_mult="
-        f"{tuple(section.channel_mult)} asks; use at most "
-        f"{_max_levels(height, width)} levels"
+        f"model.channel_mult: got {tuple(section.channel_mult)}, which halves "
+        f"images {len(section.channel_mult) - 1} times, expected at most "
+        f"{_max_levels(height, width)} entries for images of {name} "
+        f"({height}x{width}); remove some"
     )
   if section.out_channels != channels:
     raise errors.UserError(
-        f"model.out_channels={section.out_channels}, but images of {name} have "
-        f"{channels}; set model.out_channels={channels}"
+        f"model.out_channels: got {section.out_channels}, expected {channels} "
+        f"for images of {name}; set model.out_channels={channels}"
     )
   if section.num_classes is not None and data.num_classes is None:
     raise errors.UserError(
-        f"model.num_classes={section.num_classes}, but images of {name} have "
-        "no labels; set model.num_classes=none, or sort the images into one "
-        "folder a class"
+        f"model.num_classes: got {section.num_classes}, expected None, since "
+        f"images of {name} have no labels; set model.num_classes=none, or sort "
+        "the images into one folder per class"
     )
   if section.num_classes is not None and data.num_classes > section.num_classes:
     raise errors.UserError(
-        f"model.num_classes={section.num_classes}, but labels of {name} go up "
-        f"to {data.num_classes}; set model.num_classes={data.num_classes}"
+        f"model.num_classes: got {section.num_classes}, expected at least "
+        f"{data.num_classes} for labels of {name}; set "
+        f"model.num_classes={data.num_classes}"
     )
   labels = augmentation.LABEL_DIM
   if config.data.augment and section.get("augment_dim") != labels:
     raise errors.UserError(
-        f"data.augment={config.data.augment} changes images, and the network "
-        "must be told how, or it will generate such images; set "
-        f"model.augment_dim={labels}, or data.augment=0"
+        f"data.augment: got {config.data.augment} with "
+        f"model.augment_dim={section.get('augment_dim')}, expected a network "
+        "with augmentation labels, without which it generates augmented "
+        f"images; set model.augment_dim={labels} or data.augment=0"
     )
   _check_widths(section)
 
 
 def _check_widths(model) -> None:
-  """Raises UserError for widths that norms or heads cannot divide."""
+  """Checks that groups and heads divide the widths; raises UserError."""
   for mult in model.channel_mult:
     width = model.model_channels * mult
     groups = model.get("num_groups")
@@ -74,15 +80,16 @@ def _check_widths(model) -> None:
       groups = min(groups, width // model.min_group_channels)
     if groups and width % groups:
       raise errors.UserError(
-          f"model.num_groups={model.num_groups} does not divide {width} "
-          "channels; change model_channels, channel_mult or num_groups"
+          f"model.num_groups: got {model.num_groups}, expected a divisor of "
+          f"{width} channels; change model.num_groups, model.model_channels or "
+          "model.channel_mult"
       )
   heads = model.get("num_head_channels")
   if heads and width % heads:
     raise errors.UserError(
-        f"model.num_head_channels={heads} does not divide the {width} channels "
-        "of the lowest level, which attends; choose a divisor, or None and "
-        "model.num_heads"
+        f"model.num_head_channels: got {heads}, expected a divisor of {width}, "
+        "the channels of the coarsest level; choose one, or set it to none and "
+        "set model.num_heads"
     )
 
 
@@ -94,7 +101,12 @@ def _max_levels(height: int, width: int) -> int:
 
 
 def method(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError for sections that contradict one another."""
+  """Checks the method's own constraints and those of numeric options.
+
+  Raises:
+    UserError: sections of the config are incompatible, or an option is out of
+      range.
+  """
   section, data = config.method, config.data
   cls = registry.METHODS[section.name].cls
   text = cls.constraints(config)
@@ -105,28 +117,31 @@ def method(config: ml_collections.ConfigDict) -> None:
       key = ".".join(_EXTRA_FIELDS[field])
       raise errors.UserError(
           f"{key}: got None, expected a file with the {field!r} of each image, "
-          f"which {reader} reads; write one by mode pairs, or change that key"
+          f"which {reader} needs; write one by mode pairs or change that key"
       )
   if data.pairs and (data.flip or data.augment):
     raise errors.UserError(
-        "data.pairs holds images with their noise, which data.flip and "
-        "data.augment would separate; set both to 0"
+        f"data.pairs: got {data.pairs} with data.flip={data.flip} and "
+        f"data.augment={data.augment}, expected neither, since they change the "
+        "image of a noise; set both to 0"
     )
   low, high = section.get("sigma_min"), section.get("sigma_max")
   if low is not None and not 0 < low < high:
     raise errors.UserError(
-        f"method.sigma_min={low} and sigma_max={high} must satisfy "
-        "0 < sigma_min < sigma_max"
+        f"method.sigma_min: got {low} with method.sigma_max={high}, expected "
+        "0 < sigma_min < sigma_max; change one of them"
     )
   for key, least in _AT_LEAST.items():
     part, name = key.split(".")
     value = config[part][name]
     if value is not None and value < least:
-      raise errors.UserError(f"{key}={value} must be at least {least}")
+      raise errors.UserError(
+          f"{key}: got {value}, expected at least {least}; increase it"
+      )
   for rate in config.training.ema_rates:
     if not 0 <= rate < 1:
       raise errors.UserError(
-          f"training.ema_rates holds {rate}; rates lie in [0, 1)"
+          f"training.ema_rates: got {rate}, expected rates in [0, 1); change it"
       )
 
 
@@ -137,14 +152,18 @@ def frozen_run(
     declared: base.FrozenRun,
     run: Any,
 ) -> None:
-  """Raises UserError unless a run fits what a method declares of it.
+  """Checks a frozen network of another run against the method's declaration.
 
   Args:
-    config: of the student.
-    data: its images.
-    name: of the frozen network.
-    declared: what it must be and share.
-    run: its Experiment, or None.
+    config: config of the student.
+    data: data set of the student.
+    name: name of the frozen network.
+    declared: properties that the method requires of the run.
+    run: Experiment of the run, or None.
+
+  Raises:
+    UserError: the run is missing, is not a denoiser, or differs from the
+      student in a shared property.
   """
   denoiser = registry.methods_with("is_denoiser")
   if run is None:
@@ -152,28 +171,29 @@ def frozen_run(
     if reader is not None:
       raise errors.UserError(
           f"method.{name}: got None, expected the work directory of a run, "
-          f"which {reader} needs; train one with {denoiser}, or convert "
+          f"which {reader} needs; train one with {denoiser} or convert "
           "published weights"
       )
     return
-  what = f"method.{name}={config.method[name]}"
+  workdir = config.method[name]
   if declared.is_denoiser and not run.method.is_denoiser:
     raise errors.UserError(
-        f"{what} is no denoiser (method.name={run.config.method.name!r}); "
-        f"give a run of {denoiser}, or converted weights of one"
+        f"method.{name}: got {workdir}, a run of "
+        f"method.name={run.config.method.name!r}, expected a denoiser; train "
+        f"one with {denoiser} or convert published weights"
     )
-  ours, theirs = config.data.name, run.config.data.name
-  if "none" in (ours, theirs) or config.data.path is not None:
-    theirs = ours  # Names say nothing.
-  for part, own, its in (
+  data_name, run_data_name = config.data.name, run.config.data.name
+  if "none" in (data_name, run_data_name) or config.data.path is not None:
+    run_data_name = data_name  # The names do not identify the data.
+  for part, value, run_value in (
       ("images", tuple(data.image_shape), run.image_shape),
       ("classes", config.model.num_classes, run.num_classes),
       ("sigma_data", config.method.get("sigma_data"),
        run.config.method.get("sigma_data")),
-      ("data", ours, theirs),
+      ("data", data_name, run_data_name),
   ):
-    if part in declared.shares and own != its:
+    if part in declared.shares and value != run_value:
       raise errors.UserError(
-          f"{what} has {part} {its}, and this config {own}; both must be "
-          "trained on the same data"
+          f"method.{name}: got {workdir} with {part} {run_value}, expected "
+          f"{value} as in this config; use a run of the same data"
       )

@@ -29,7 +29,7 @@ def l1(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def pseudo_huber(
-    a: jax.Array, b: jax.Array, c: float, normalise: bool = True
+    a: jax.Array, b: jax.Array, c: float, normalize: bool = True
 ) -> jax.Array:
   """Computes the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c.
 
@@ -41,7 +41,7 @@ def pseudo_huber(
   Args:
     a, b: [B, ...].
     c: width of the quadratic region, in units of |a - b|; 0 gives the L2 norm.
-    normalise: divide by sqrt(D).
+    normalize: divide by sqrt(D).
 
   Returns:
     [B].
@@ -54,7 +54,7 @@ def pseudo_huber(
     value = jnp.where(s > 0, jnp.sqrt(safe), 0)
   else:
     value = s / (jnp.sqrt(s + c**2) + c)
-  return value / math.sqrt(d.shape[-1]) if normalise else value
+  return value / math.sqrt(d.shape[-1]) if normalize else value
 
 
 def unit(features: jax.Array) -> jax.Array:
@@ -87,7 +87,7 @@ def of_features(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
 
 def by_name(
     metric: str, a: jax.Array, b: jax.Array, huber_c: float | None,
-    normalise: bool = True,
+    normalize: bool = True,
 ) -> jax.Array:
   """Computes a distance by name.
 
@@ -95,14 +95,14 @@ def by_name(
     metric: 'l2', 'l1' or 'pseudo_huber'.
     a, b: [B, ...].
     huber_c: constant of pseudo_huber; None uses that of iCT.
-    normalise: see `pseudo_huber`.
+    normalize: see `pseudo_huber`.
 
   Returns:
     [B].
   """
   if metric == "pseudo_huber":
     c = huber_constant(a[0].size) if huber_c is None else huber_c
-    return pseudo_huber(a, b, c, normalise)
+    return pseudo_huber(a, b, c, normalize)
   return {"l2": l2, "l1": l1}[metric](a, b)
 
 

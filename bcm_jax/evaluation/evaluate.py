@@ -76,7 +76,7 @@ class Evaluation:
   def _open_small_dataset(self) -> None:
     """Prepares the metrics that are computed for small datasets only."""
     splits = [
-        self.experiment.source_if_there(split) for split in ("train", "test")
+        self.experiment.source_if_available(split) for split in ("train", "test")
     ]
     if None in splits or len(splits[0]) > _MEMORIZATION_IMAGES:
       return

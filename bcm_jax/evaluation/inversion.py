@@ -52,7 +52,7 @@ def curve(
   result = {}
   if not (experiment.method.supports_inversion or section.inversion_baseline):
     return result
-  if experiment.source_if_there("test") is None:
+  if experiment.source_if_available("test") is None:
     print("inversion: skipped, no test images; create a test split with "
           "python -m bcm_jax.data.prepare --holdout=N")
     return result

@@ -168,7 +168,7 @@ def open_target(
   if reference.images is not None:
     real = reference.images[: section.num_real_for_prdc]
     return quality.Target(reference, features(real).pooled)
-  source = experiment.source_if_there("train")
+  source = experiment.source_if_available("train")
   if source is None:
     print(
       "precision, recall, density and coverage: skipped; eval.reference has "

@@ -71,7 +71,7 @@ class ImageDistance:
   lpips_path: tuple[str, ...] = ()
   lpips_pooling: Literal["max", "average"] = "average"
 
-  huber_normalise = True  # An option of consistency training.
+  huber_normalize = True  # An option of consistency training.
 
   @staticmethod
   def distance_constraints(config) -> str | None:
@@ -95,7 +95,7 @@ class ImageDistance:
           self.teacher.features(params, v, sigma, ctx.labels) for v in (a, b)
       ))
     return distances.by_name(
-        self.metric, a, b, self.huber_c, self.huber_normalise
+        self.metric, a, b, self.huber_c, self.huber_normalize
     )
 
 

@@ -44,7 +44,7 @@ ICT = base.Preset(
 ECT = base.Preset(
     dict(
         time_distribution="continuous", metric="pseudo_huber", huber_c=0.0,
-        huber_normalise=False, weighting="inverse_gap", target_mu0=0.0,
+        huber_normalize=False, weighting="inverse_gap", target_mu0=0.0,
     ),
     "consistency model, tuned the easy way,", "Geng et al., 2024",
 )
@@ -74,7 +74,7 @@ class ConsistencyTraining(
     ect_q, ect_stage_steps, ect_k, ect_b: ECT's r(t), see schedules.
     metric: 'pseudo_huber', 'l2' or 'l1'.
     huber_c: width of the pseudo-Huber; None is iCT's 0.00054 sqrt(D).
-    huber_normalise: divide it by sqrt(D), as BCM's and iCT's code does.
+    huber_normalize: divide it by sqrt(D), as BCM's and iCT's code does.
     weighting: 'inverse_gap' 1/(t - r), 'uniform' 1, 'snr' 1/t^2, 'snr+1'
       1/t^2 + 1, 'truncated-snr' max(1/t^2, 1), 'karras' 1/t^2 + 1/sd^2, or
       'edm' (t^2 + sd^2) / (t sd)^2.
@@ -96,7 +96,7 @@ class ConsistencyTraining(
   ect_b: float = 1.0
   metric: Literal["pseudo_huber", "l2", "l1"] = "pseudo_huber"
   huber_c: float | None = None
-  huber_normalise: bool = True
+  huber_normalize: bool = True
   weighting: Literal[
       "inverse_gap", "uniform", "snr", "snr+1", "truncated-snr", "karras", "edm"
   ] = "inverse_gap"
@@ -160,7 +160,7 @@ class ConsistencyTraining(
     """d(a, b) for [B, ...] twice -> [B]."""
     del ctx  # For distances that read frozen networks.
     return distances.by_name(
-        self.metric, a, b, self.huber_c, self.huber_normalise
+        self.metric, a, b, self.huber_c, self.huber_normalize
     )
 
   def weight(self, t, r) -> jax.Array:

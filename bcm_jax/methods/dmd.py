@@ -60,7 +60,7 @@ class DistributionMatching(
     teacher: mu_real; all three start from it.
     steps: evaluations of the generator; their start levels are those of a
       Karras grid of steps + 1 points.
-    dm_weight: factor of mu_fake - mu_real: 'normalised' as above, 'sigma'
+    dm_weight: factor of mu_fake - mu_real: 'normalized' as above, 'sigma'
       1 / s, 'sigma3' s, or 'none' 1: s, s^3 and s^2 times the difference of
       the scores (DMD, section 4.2).
     regression_weight: of d(G(z), y) over pairs (z, y); 0 omits it.
@@ -73,7 +73,7 @@ class DistributionMatching(
   teacher: edm.Diffusion | None = base.frozen_field()
   preconditioning: base.PreconditioningName = "edm"
   steps: int = 1
-  dm_weight: Literal["normalised", "sigma", "sigma3", "none"] = "normalised"
+  dm_weight: Literal["normalized", "sigma", "sigma3", "none"] = "normalized"
   regression_weight: float = 0.25
   lpips_pooling: Literal["max", "average"] = "max"
   fake_updates: int = 1
@@ -229,7 +229,7 @@ class DistributionMatching(
     )
     size = jnp.mean(jnp.abs(x - real), axis=(1, 2, 3))
     factor = {
-        "normalised": lambda: 1 / jnp.maximum(size, _FLOOR),
+        "normalized": lambda: 1 / jnp.maximum(size, _FLOOR),
         "sigma": lambda: 1 / sigma, "sigma3": lambda: sigma,
         "none": lambda: jnp.ones_like(sigma),
     }[self.dm_weight]()

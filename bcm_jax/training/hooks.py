@@ -1,9 +1,8 @@
 """Periodic actions of training: progress reports, profiles, a progress bar.
 
-`report_progress` and `profile` are CLU's periodic actions if these can be
-imported (they need TensorFlow), else small classes with the same interface.
-`Progress` draws with tqdm; without tqdm a terminal gets the same plain lines as
-a log file.
+`report_progress` and `profile` return CLU's periodic actions if CLU can be
+imported (it needs TensorFlow), else small classes with the same interface.
+`Progress` uses tqdm if it is installed, else plain lines as in a log file.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,8 +33,8 @@ def report_progress(
 
   Args:
     num_train_steps: total number of steps; the last one is reported.
-    writer: of the two scalars; None only logs.
-    every_secs: report after this many seconds; None for never.
+    writer: receives the two scalars; None only logs.
+    every_secs: interval of the reports in seconds; None disables it.
     every_steps: report at multiples of this; then call the hook every step.
 
   Returns:
@@ -57,14 +56,14 @@ def profile(
   """Returns a hook that traces a few steps with jax.profiler for TensorBoard.
 
   Args:
-    logdir: of the trace.
+    logdir: folder of the trace.
     first_profile: the step after which the first trace starts.
-    num_profile_steps: number of steps of a trace.
-    every_secs: repeat after this many seconds; None for the first only.
+    num_profile_steps: number of steps per trace.
+    every_secs: interval of further traces in seconds; None traces only once.
 
   Returns:
-    clu.periodic_actions.Profile or `Profile`, called as `hook(step)`; if
-    the platform does not support tracing it logs that and does nothing.
+    clu.periodic_actions.Profile or `Profile`, called as `hook(step)`. On a
+    platform without tracing it logs a warning and does nothing.
   """
   clu_actions = metric_writers.import_clu("periodic_actions")
   if clu_actions is None:
@@ -81,7 +80,7 @@ def parameter_table(params: Any) -> str:
 
 
 class ReportProgress:
-  """clu.periodic_actions.ReportProgress for machines without TensorFlow."""
+  """Fallback for clu.periodic_actions.ReportProgress without TensorFlow."""
 
   def __init__(
       self,
@@ -102,7 +101,8 @@ class ReportProgress:
     self._parts: dict[str, float] = {}
 
   def __call__(self, step: int, t: float | None = None) -> bool:
-    """Reports if due; the first call never does, as in CLU."""
+    """Reports if due; returns whether it did. As in CLU, the first call only
+    starts the clock."""
     now = self._clock() if t is None else t
     if self._previous is None:
       self._previous = (step, now)
@@ -117,8 +117,8 @@ class ReportProgress:
   def timed(
       self, name: str, wait_jax_async_dispatch: bool = True
   ) -> Iterator[None]:
-    """Adds the wall time of a block to the named part of the report."""
-    # Simpler than CLU: an effects barrier here would stall the device.
+    """Adds the wall time of the block to the named part of the report."""
+    # Unlike CLU, no effects barrier: it would stall the device.
     del wait_jax_async_dispatch
     start = self._clock()
     try:
@@ -154,7 +154,7 @@ class ReportProgress:
 
 
 class Profile:
-  """clu.periodic_actions.Profile for machines without TensorFlow."""
+  """Fallback for clu.periodic_actions.Profile without TensorFlow."""
 
   def __init__(
       self,
@@ -182,8 +182,10 @@ class Profile:
         self._stop_at = None
         self._enabled &= self._try(jax.profiler.stop_trace)
       return False
-    again = self._every_secs is not None and now - self._last > self._every_secs
-    if not self._enabled or not (step == self._first or again):
+    repeat = (
+        self._every_secs is not None and now - self._last > self._every_secs
+    )
+    if not self._enabled or not (step == self._first or repeat):
       return False
     self._last = now
     self._enabled = self._try(jax.profiler.start_trace, self._logdir)
@@ -193,7 +195,7 @@ class Profile:
   def _try(self, function: Callable[..., Any], *args: Any) -> bool:
     try:
       function(*args)
-    except Exception as e:  # Profiling must not end a run.
+    except Exception as e:  # A run must not stop because profiling fails.
       logging.warning("profiling is off: %s: %s", type(e).__name__, e)
       return False
     return True
@@ -202,10 +204,9 @@ class Profile:
 class Progress:
   """Progress display of training.
 
-  On a terminal a tqdm bar; elsewhere lines such as
-  `step 1200/3000  loss 0.1234  6.1 steps/s  ETA 4:55`, at the first step
-  (the end of compilation), then at most every `every_secs`, and at the last
-  step.
+  On a terminal it is a tqdm bar; elsewhere it prints lines such as
+  `step 1200/3000  loss 0.1234  6.1 steps/s  ETA 4:55` at the first step (the
+  end of compilation), then at most every `every_secs`, and at the last step.
   """
 
   def __init__(
@@ -222,8 +223,9 @@ class Progress:
       total: number of the last step.
       initial: the step from which a resumed run starts.
       stream: output; None for sys.stderr.
-      every_secs: minimum time between two lines off a terminal.
-      clock: monotonic seconds; replaced by tests.
+      every_secs: minimum seconds between two lines if the output is not a
+        terminal.
+      clock: returns monotonic seconds; replaced by tests.
     """
     self._total = total
     self._stream = sys.stderr if stream is None else stream
@@ -233,10 +235,10 @@ class Progress:
     self._shown: tuple[int, float] | None = None
 
   def update(self, step: int, **scalars: Any) -> None:
-    """Sets the finished step; scalars are read only when drawn.
+    """Sets the last finished step.
 
-    Reading a device array waits for the device; calls with arrays still being
-    computed return immediately otherwise.
+    Scalars are fetched only when the display is redrawn, since fetching a
+    device array waits for the device.
     """
     now = self._clock()
     if self._shown is not None and step < self._total:
@@ -254,7 +256,7 @@ class Progress:
     self._shown = (step, now)
 
   def note(self, text: str) -> None:
-    """Prints a line without breaking the bar."""
+    """Prints a line above the progress bar."""
     if self._bar is not None:
       self._bar.write(text, file=self._stream)
       self._stream.flush()
@@ -273,7 +275,7 @@ class Progress:
       tqdm = importlib.import_module("tqdm").tqdm
     except ImportError:
       return None
-    # Throttled in `update`, so that scalars are read only when drawn.
+    # `update` limits the rate, so that scalars are fetched only when drawn.
     return tqdm(total=self._total, initial=initial, file=self._stream,
                 unit="step", dynamic_ncols=True, mininterval=0, miniters=0)
 

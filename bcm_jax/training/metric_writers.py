@@ -1,7 +1,7 @@
 """Metric writers: JSON lines, and TensorBoard if CLU can be imported.
 
-All have the methods of clu.metric_writers.MetricWriter. CLU's writers need
-TensorFlow; without it only the JSONL file is written.
+All writers have the interface of clu.metric_writers.MetricWriter. CLU's own
+writers need TensorFlow; without it only the JSONL file is written.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricWriter(Protocol):
-  """The part of clu.metric_writers.MetricWriter that training uses."""
+  """Subset of clu.metric_writers.MetricWriter that training uses."""
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None: ...
 
@@ -50,7 +50,7 @@ def import_clu(module: str) -> Any | None:
 
   A broken TensorFlow may raise any exception; training continues without it.
   """
-  # Its start-up log would break the progress bar.
+  # TensorFlow's start-up log would break the progress bar.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   try:
@@ -71,13 +71,13 @@ def create_writer(
   """Creates the writer of a run.
 
   Args:
-    logdir: receives `metrics.jsonl` and `tensorboard/`.
-    primary: whether this host writes; others get a NullWriter.
-    resume_step: drop JSON lines of later steps first (see
+    logdir: folder for `metrics.jsonl` and `tensorboard/`.
+    primary: whether this host writes; other hosts get a NullWriter.
+    resume_step: remove JSON lines of later steps first (see
       `JsonlWriter.truncate_after`).
 
   Returns:
-    A MetricWriter; JSON lines are written immediately, TensorBoard's by a
+    A MetricWriter. JSON lines are written immediately, TensorBoard events by a
     thread.
   """
   if not primary:
@@ -104,18 +104,18 @@ class NullWriter:
 class JsonlWriter:
   """Writes `<logdir>/metrics.jsonl`, one JSON object per line.
 
-  Scalars: {"step": 3, "loss": 0.5}, values plain floats; non-finite ones are
-  the strings "NaN", "Infinity", "-Infinity", which float() parses, so that the
+  Scalars are written as {"step": 3, "loss": 0.5}. Non-finite values are the
+  strings "NaN", "Infinity" and "-Infinity", which float() parses, so that the
   file stays valid JSON. Other lines have a "kind" key after the step
-  (hyper-parameters have no step). Of images and histograms only shapes and
-  moments are kept.
+  (hyperparameters have no step). Images and histograms are reduced to shapes
+  and moments.
 
-  There are no time stamps, so that a resumed and an uninterrupted run write
-  equal lines.
+  Lines have no time stamps: a resumed and an uninterrupted run write equal
+  lines.
   """
 
   def __init__(self, logdir: str):
-    """Opens the file for appending; drops a partial line of a crash."""
+    """Opens the file for appending; removes a partial last line of a crash."""
     os.makedirs(logdir, exist_ok=True)
     self.path = os.path.join(logdir, METRICS_FILE)
     _drop_partial_line(self.path)
@@ -123,7 +123,11 @@ class JsonlWriter:
     self._waiting = b""
 
   def write_scalars(self, step, scalars):
-    """Writes {name: scalar}; arrays must hold a single number."""
+    """Writes {name: scalar}.
+
+    Raises:
+      ValueError: an array has more than one element.
+    """
     values = {name: _plain_float(x) for name, x in scalars.items()}
     self._write({"step": int(step), **values})
 
@@ -143,23 +147,23 @@ class JsonlWriter:
     self._write({"step": int(step), "kind": "histograms", "arrays": moments})
 
   def write_hparams(self, hparams):
-    """Writes hyper-parameters unless the file has the same line already."""
+    """Writes hyperparameters unless the file already has the same line."""
     record = {"kind": "hparams", "hparams": _jsonable(hparams)}
     with open(self.path, encoding="utf-8") as lines:
-      # A resumed run calls this again; an uninterrupted one does not.
+      # A restarted run calls this again; an uninterrupted run does not.
       if any(_parse(line) == record for line in lines if '"hparams"' in line):
         return
     self._write(record)
 
   def truncate_after(self, step: int) -> None:
-    """Drops lines of later steps, and lines that are not JSON objects.
+    """Removes lines of later steps and lines that are not JSON objects.
 
-    Called on resuming from `step`: the file becomes that of an uninterrupted
-    run. It is replaced atomically.
+    Called when a run resumes from `step`, so that the file equals that of an
+    uninterrupted run. The file is replaced atomically.
     """
     self._file.close()
     with open(self.path, encoding="utf-8", errors="replace") as lines:
-      kept = [line for line in lines if _belongs(line, step)]
+      kept = [line for line in lines if _is_up_to(line, step)]
     with files.replacing(self.path) as out:
       out.write("".join(kept).encode())
       out.flush()
@@ -167,7 +171,7 @@ class JsonlWriter:
     self._file = open(self.path, "ab", buffering=0)
 
   def flush(self):
-    """Flushes all lines to the disk."""
+    """Flushes all lines to disk."""
     self._append(b"")
     with contextlib.suppress(OSError):
       os.fsync(self._file.fileno())
@@ -179,14 +183,14 @@ class JsonlWriter:
     self._file.close()
 
   def _write(self, record: dict[str, Any]) -> None:
-    # Written immediately: a killed job loses at most one line.
+    # Unbuffered: a killed job loses at most one line.
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     half = len(line) // 2
     fault_injection.point("metrics_half", lambda: self._append(line[:half]))
     self._append(line)
 
   def _append(self, text: bytes) -> None:
-    """Writes text; if the disk is full, keeps it for the next call."""
+    """Writes bytes; if the disk is full, keeps them for the next call."""
     full = bool(self._waiting)
     self._waiting += text
     try:
@@ -194,16 +198,17 @@ class JsonlWriter:
         self._waiting = self._waiting[self._file.write(self._waiting) :]
     except OSError as e:  # A full disk is reported by the checkpoint saver.
       if not full:
-        logging.warning("%s cannot be written: %s", self.path, e.strerror)
+        logging.warning("cannot write %s: %s", self.path, e.strerror)
 
 
 class _HostValues:
-  """Converts values for a threaded writer, and disables it after an error.
+  """Converts values for a threaded writer; disables it after an error.
 
-  Device arrays may be donated before the thread reads them, TensorFlow accepts
-  no array of shape (1,) as a scalar, and TensorBoard's plugin accepts neither
-  None nor lists as hyper-parameters; in the thread such errors would surface at
-  a later call. Errors of the disk do: they end the writer, not the run.
+  The values are converted before they reach the thread: a device array may be
+  donated before the thread reads it, TensorFlow rejects an array of shape (1,)
+  as a scalar, and TensorBoard's plugin rejects None and lists as
+  hyperparameters. Errors of the thread, such as a full disk, are raised by a
+  later call; they disable the writer and the run continues.
   """
 
   def __init__(self, writer: Any):
@@ -220,7 +225,7 @@ class _HostValues:
       getattr(self._writer, name)(*args)
     except Exception as e:
       self._broken = True
-      logging.warning("TensorBoard's files end here: %s: %s",
+      logging.warning("TensorBoard logging is disabled: %s: %s",
                       type(e).__name__, e)
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -249,11 +254,11 @@ class _HostValues:
 
 
 def _hide_gpus_from_tensorflow() -> None:
-  """Keeps TensorFlow from reserving the memory that JAX needs."""
+  """Prevents TensorFlow from reserving GPU memory that JAX needs."""
   try:
     tf = importlib.import_module("tensorflow")
     tf.config.set_visible_devices([], "GPU")
-  except (ImportError, RuntimeError) as e:  # It uses them already.
+  except (ImportError, RuntimeError) as e:  # TensorFlow uses them already.
     logging.info("cannot hide GPUs from TensorFlow (%s)", e)
 
 
@@ -302,12 +307,13 @@ def _parse(line: str) -> Any:
     return None
 
 
-def _belongs(line: str, step: int) -> bool:
+def _is_up_to(line: str, step: int) -> bool:
+  """Returns whether a line is a whole record of a step <= `step`."""
   record = _parse(line)
   if not isinstance(record, dict) or not line.endswith("\n"):
     return False
-  at = record.get("step", 0)
-  return isinstance(at, int) and at <= step
+  record_step = record.get("step", 0)
+  return isinstance(record_step, int) and record_step <= step
 
 
 def _drop_partial_line(path: str) -> None:

@@ -1,7 +1,7 @@
-"""Multi-host utilities: initialization, CPU devices, agreement, preemption.
+"""Multi-host utilities: initialization, CPU devices, consensus, preemption.
 
-All communication goes through JAX's distributed runtime, which finds and
-monitors the other processes.
+All communication uses JAX's distributed runtime, which discovers and monitors
+the other processes.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.utils import thread_pool
 
-# Folder of the work directory in which waiting processes leave a file.
+# Folder of the work directory in which each waiting process writes a file.
 ARRIVALS = "arrivals"
 
 
@@ -37,40 +37,43 @@ def connect(
 ) -> None:
   """Joins the other processes of the run; call before any computation.
 
-  On Cloud TPU pods, GKE, SLURM and Open MPI, JAX finds the arguments; elsewhere
-  give all three, or none for a run of one process.
+  On Cloud TPU pods, GKE, SLURM and Open MPI, JAX detects the cluster; elsewhere
+  pass all of coordinator, num_processes and process_id, or none of them for a
+  run of one process.
 
   Args:
     coordinator: host:port of process 0, the same for all processes.
     num_processes: number of processes.
-    process_id: of this process, 0 .. num_processes - 1.
-    heartbeat_secs: silence after which a process counts as dead and the runtime
-      ends the others.
-    workdir: for `log_missing_hosts`.
-    patience_secs: timeout of joining.
+    process_id: index of this process, 0 .. num_processes - 1.
+    heartbeat_secs: seconds without a heartbeat after which a process counts as
+      dead and the runtime ends the others.
+    workdir: work directory, for `log_missing_hosts`.
+    patience_secs: timeout of joining in seconds.
 
   Raises:
-    UserError: some of the three arguments are missing.
+    UserError: only some of the three arguments are set, or process_id is out
+      of range.
   """
-  given = (coordinator, num_processes, process_id)
-  if None in given and any(x is not None for x in given):
+  cluster = (coordinator, num_processes, process_id)
+  if None in cluster and any(x is not None for x in cluster):
     raise errors.UserError(
-        "--coordinator, --num_processes and --process_id belong together; "
-        f"got {coordinator}, {num_processes} and {process_id}"
+        "--coordinator, --num_processes and --process_id: got "
+        f"{coordinator}, {num_processes} and {process_id}, expected all three "
+        "or none of them; set the missing ones"
     )
   if jax.distributed.is_initialized():
     return
   if num_processes is not None and not 0 <= process_id < num_processes:
     raise errors.UserError(
-        f"--process_id={process_id} must lie in 0 .. {num_processes - 1}, "
-        f"for --num_processes={num_processes}"
+        f"--process_id: got {process_id}, expected 0 .. {num_processes - 1} "
+        f"for --num_processes={num_processes}; number the processes from 0"
     )
   try:
     with log_missing_hosts(
         workdir, process_id, num_processes, min(20.0, patience_secs / 6)
     ):
       jax.distributed.initialize(
-          *given, initialization_timeout=patience_secs,
+          *cluster, initialization_timeout=patience_secs,
           heartbeat_timeout_seconds=heartbeat_secs,
           cluster_detection_method=(
               None if coordinator is None else "deactivate"
@@ -79,10 +82,10 @@ def connect(
   except ValueError:
     if coordinator is not None:
       raise
-    # JAX finds no cluster: one process.
+    # JAX detects no cluster: a run of one process.
   except RuntimeError as e:
-    # In a notebook devices are in use already; failures to connect are of a
-    # subclass.
+    # In a notebook devices are already in use. A failed connection raises a
+    # subclass of RuntimeError.
     if type(e) is not RuntimeError or coordinator is not None:
       raise
 
@@ -94,16 +97,16 @@ def log_missing_hosts(
     count: int | None,
     every_secs: float = 20.0,
 ) -> Iterator[None]:
-  """Logs which processes have not joined while this one waits inside.
+  """Logs which processes have not joined while this one waits in the context.
 
-  JAX reports only a timeout. Each waiting process touches a file in the work
-  directory; processes without one have not started.
+  JAX itself reports only a timeout. Each waiting process updates a file in the
+  work directory; processes without a current file have not started.
 
   Args:
-    workdir: of the run; None disables the log.
-    number: of this process; None is named by host and pid.
-    count: processes of the run; None if only JAX knows it.
-    every_secs: until the first warning, and between two.
+    workdir: work directory; None disables the log.
+    number: index of this process; None identifies it by host and pid.
+    count: number of processes; None if JAX detects it.
+    every_secs: interval of the warnings in seconds.
   """
   if workdir is None:
     yield
@@ -124,7 +127,7 @@ def log_missing_hosts(
 def _log_missing(joined, workdir, number, count, every_secs) -> None:
   folder = pathlib.Path(workdir) / ARRIVALS
   own = f"{socket.gethostname()}-{os.getpid()}" if number is None else number
-  before: dict[str, str] | None = None
+  previous: dict[str, str] | None = None
   beats = 0
   while not joined.wait(every_secs):
     beats += 1
@@ -132,12 +135,12 @@ def _log_missing(joined, workdir, number, count, every_secs) -> None:
       folder.mkdir(parents=True, exist_ok=True)
       (folder / str(own)).write_text(f"{os.getpid()} {beats}")
       marks = {path.name: path.read_text() for path in folder.iterdir()}
-      if before is not None:
+      if previous is not None:
         # A file that does not change is from an earlier start.
-        waiting = {name for name in marks if marks[name] != before.get(name)}
+        waiting = {name for name in marks if marks[name] != previous.get(name)}
         _warn({str(own), *waiting}, number, count, beats * every_secs)
-      before = marks
-  if beats:  # All have joined.
+      previous = marks
+  if beats:  # All processes have joined.
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -147,23 +150,23 @@ def _warn(waiting: set[str], number, count, seconds: float) -> None:
       str(i) for i in range(count) if str(i) not in waiting
   )
   logging.warning(
-      "%s has waited %.0f s for all to join; waiting too: %s%s", who, seconds,
-      ", ".join(sorted(waiting)),
-      f"; not heard of: process {missing}" if missing else "",
+      "%s has waited %.0f s for the other processes; waiting: %s%s", who,
+      seconds, ", ".join(sorted(waiting)),
+      f"; not started: process {missing}" if missing else "",
   )
 
 
 def use_cores(count: int, batch_size: int, processes: int = 1) -> None:
   """Sets the number of CPU devices of JAX.
 
-  XLA hardly splits small convolutions over threads, so one device per core
-  keeps more cores busy than one device for all. Call before the first use of
-  JAX; XLA_FLAGS that set a number of devices override this.
+  XLA hardly parallelizes small convolutions over threads, so one device per
+  core uses the cores better than one device for all cores. Call before the
+  first use of JAX; a number of devices in XLA_FLAGS overrides this one.
 
   Args:
-    count: devices; 0 is one per usable core, at most 8, such that they divide
-      the batch evenly.
-    batch_size: examples of the global batch.
+    count: number of devices; 0 selects the largest divisor of the local batch
+      up to the number of usable cores and 8.
+    batch_size: size of the global batch.
     processes: number of processes that share the batch.
   """
   if not count:
@@ -185,7 +188,15 @@ def all_agree(ok: bool) -> bool:
 
 
 def raise_everywhere(error: errors.UserError | None) -> None:
-  """Raises the error of process 0 on all processes, so that none waits."""
+  """Raises the error of process 0 on all processes; no process then waits for
+  another one.
+
+  Args:
+    error: error of this process or None; only that of process 0 counts.
+
+  Raises:
+    UserError: process 0 has an error.
+  """
   if jax.process_count() == 1:
     if error is not None:
       raise error
@@ -200,7 +211,14 @@ def raise_everywhere(error: errors.UserError | None) -> None:
 
 
 def to_host(tree: Any) -> Any:
-  """Copies global arrays to NumPy arrays; every host gets all of each."""
+  """Copies global arrays to NumPy arrays; every host gets the whole array.
+
+  Args:
+    tree: tree of jax.Array, sharded or replicated, or host arrays.
+
+  Returns:
+    The tree with C-ordered NumPy arrays.
+  """
 
   def copy(x):
     if isinstance(x, jax.Array):
@@ -215,42 +233,51 @@ def to_host(tree: Any) -> Any:
 
 
 class PreemptionSignal:
-  """Whether SIGTERM was sent to any process of the run.
+  """Detects a preemption signal (SIGTERM) on any process of the run.
 
-  With several processes JAX's preemption service distributes the signal and
-  picks a call that none has passed; with one, a signal handler does.
+  With several processes, JAX's preemption service distributes the signal and
+  selects a step that no process has passed; with one process, a signal handler
+  sets a flag.
   """
 
   def __init__(self):
     self._preempted = self._deferred = False
 
   def reached(self, call: int) -> bool:
-    """Returns whether to save and stop after a call; ask once per call.
+    """Returns whether to save and stop after a call of the training step.
 
     Args:
-      call: 0, 1, 2, ...
+      call: index of the call, 0, 1, 2, ...; query each index once.
     """
     if jax.process_count() > 1:
-      # JAX returns True for one call only, after which the loop may roll back.
+      # JAX returns True for one index only, after which the loop may roll back.
       self._preempted |= multihost_utils.reached_preemption_sync_point(call)
     return self._preempted
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[None]:
-    """Handles SIGTERM inside; outside of `deferred` it raises Preempted."""
+    """Handles SIGTERM in the context.
+
+    Raises:
+      Preempted: SIGTERM was received outside of a `deferred` context.
+    """
     main = threading.current_thread() == threading.main_thread()
     if jax.process_count() > 1 or not main:
       yield
       return
-    before = signal.signal(signal.SIGTERM, self._handle)
+    old_handler = signal.signal(signal.SIGTERM, self._handle)
     try:
       yield
     finally:
-      signal.signal(signal.SIGTERM, before)
+      signal.signal(signal.SIGTERM, old_handler)
 
   @contextlib.contextmanager
   def deferred(self) -> Iterator[None]:
-    """Defers Preempted until the loop asks `reached`, or the context ends."""
+    """Defers Preempted: the loop polls `reached`.
+
+    Raises:
+      Preempted: at the end of the context, if SIGTERM was received in it.
+    """
     self._deferred = True
     try:
       yield

@@ -1,9 +1,9 @@
 """Counts consecutive non-finite steps; records rollbacks and diagnostics.
 
-The step leaves parameters, optimizer and averages unchanged where a loss or
-gradient is not finite. After several in a row the loop rolls back to the last
-good checkpoint and continues with other data; after several rollbacks without a
-new checkpoint it stops and writes a bundle for inspection.
+The training step leaves parameters, optimizer state and averages unchanged if a
+loss or gradient is not finite. After several consecutive non-finite steps the
+loop rolls back to the last good checkpoint and continues with other data; after
+several rollbacks without a new checkpoint it stops and writes diagnostics.
 """
 
 import collections
@@ -20,9 +20,10 @@ import numpy as np
 
 from bcm_jax.utils import files
 
-# Calls by which the guard lags, so that it never waits for the device.
+# The guard checks a call this many calls later, so as not to wait for the
+# device.
 _LAG = 2
-# Folder and file of the work directory.
+# Folder and file in the work directory.
 FOLDER = "diagnostics"
 ROLLBACKS = "rollbacks.json"
 
@@ -31,7 +32,7 @@ class NotFinite(Exception):
   """Too many consecutive steps were not finite.
 
   Attributes:
-    step: the last of them.
+    step: the last non-finite step.
     metrics: name -> value at that step.
   """
 
@@ -46,10 +47,11 @@ class NotFinite(Exception):
 
 @dataclasses.dataclass
 class Guard:
-  """Checks the metrics of each call two calls later, when they are ready.
+  """Checks the metrics of each call two calls later, when they are computed.
 
   Attributes:
     limit: number of consecutive skipped steps that raises NotFinite.
+    waiting: (last step, metrics) of the calls that are not checked yet.
   """
 
   limit: int
@@ -58,15 +60,15 @@ class Guard:
   )
 
   def check(self, step: int, metrics: dict[str, Any], wait: bool = False):
-    """Adds the metrics of a call that ended with `step`.
+    """Queues the metrics of a call and checks those of earlier calls.
 
     Args:
       step: last step of the call.
-      metrics: scalars, or arrays over the steps of the call.
-      wait: check this call too.
+      metrics: name -> scalar, or array [steps of the call].
+      wait: whether to wait for this call and check it, too.
 
     Raises:
-      NotFinite: the limit was reached, in this call or one before.
+      NotFinite: a checked call reached the limit.
     """
     self.waiting.append((step, metrics))
     while self.waiting and (wait or len(self.waiting) > _LAG):
@@ -90,15 +92,15 @@ def write_bundle(
   """Writes diagnostics of a non-finite step.
 
   Args:
-    workdir: of the run.
+    workdir: work directory.
     error: the step and its metrics.
-    state: the state at that step, on the host.
+    state: training state at that step, on the host.
     batch: this host's part of the batch of that step.
-    facts: JSON values: rollbacks, config, versions, devices.
+    facts: JSON values to include: rollbacks, config, versions, devices.
 
   Returns:
-    The folder: report.json (metrics; norm and number of non-finite values of
-    every tensor) and batch.npz.
+    Path of the folder with report.json (metrics; norm, largest magnitude and
+    number of non-finite values of each tensor) and batch.npz.
   """
   folder = os.path.join(workdir, FOLDER, f"step-{error.step}")
   tensors = {}
@@ -123,19 +125,19 @@ def write_bundle(
 
 @dataclasses.dataclass(frozen=True)
 class Rollback:
-  """One return to a saved state, recorded before the steps are tried again.
+  """A rollback to a saved state, logged before training continues from it.
 
-  A checkpoint does not record that the steps after it failed. Its step and
-  offset identify it; the record says at which data the state continues and how
-  often the run has failed since it made progress, so that a restart repeats the
-  same rollbacks.
+  A checkpoint does not record that the steps after it failed. This log maps a
+  checkpoint, identified by step and data_offset, to the data position at which
+  training continues, so that a restart repeats the same rollbacks.
 
   Attributes:
-    step, data_offset: of the saved state.
-    position: first batch to continue with.
-    reached: greatest step that was saved by then; reaching it again from an
-      older state is no progress.
-    count: rollbacks since the last progress, this one included.
+    step: step of the saved state.
+    data_offset: data_offset of the saved state.
+    position: index of the first batch to continue with.
+    reached: greatest step saved before this rollback. A run makes progress
+      only by saving a later step.
+    count: rollbacks since the last progress, including this one.
   """
 
   step: int
@@ -146,7 +148,7 @@ class Rollback:
 
 
 def rollback_history(workdir: str) -> list[Rollback]:
-  """Returns all rollbacks, oldest first, as process 0 reads them."""
+  """Returns all rollbacks, oldest first, on all processes; process 0 reads."""
   rows = _read_rollbacks(workdir) if jax.process_index() == 0 else []
   if jax.process_count() == 1:
     return rows
@@ -161,7 +163,7 @@ def rollback_history(workdir: str) -> list[Rollback]:
 def rollback_to(
     rollbacks: list[Rollback], step: int, data_offset: int
 ) -> Rollback | None:
-  """Returns the last rollback to a state, or None."""
+  """Returns the last rollback to the state (step, data_offset), or None."""
   matches = [
       r for r in rollbacks if (r.step, r.data_offset) == (step, data_offset)
   ]
@@ -171,11 +173,14 @@ def rollback_to(
 def rollbacks_without_progress(
     rollbacks: list[Rollback], newest: int
 ) -> tuple[int, int]:
-  """Returns (rollbacks since the last progress, greatest step saved in them).
+  """Counts rollbacks since the run last saved a later step.
 
   Args:
-    rollbacks: of the run.
-    newest: saved step, 0 for none.
+    rollbacks: all rollbacks, oldest first.
+    newest: newest saved step, 0 without a checkpoint.
+
+  Returns:
+    (number of rollbacks since the last progress, greatest step ever saved).
   """
   if rollbacks and newest <= rollbacks[-1].reached:
     return rollbacks[-1].count, rollbacks[-1].reached
@@ -183,7 +188,7 @@ def rollbacks_without_progress(
 
 
 def add_rollback(workdir: str, rollback: Rollback) -> None:
-  """Appends a rollback to the record; only process 0 writes."""
+  """Appends a rollback to rollbacks.json; only process 0 writes."""
   if jax.process_index() == 0:
     files.write_json(
         os.path.join(workdir, ROLLBACKS),

@@ -1,10 +1,11 @@
-"""The training step: pure, the same for every method.
+"""The training step: a pure function, the same for all methods.
 
-  gradients of the networks in the phase  (each of its own loss, all others
-  stop-gradiented; summed over microbatches; averaged over devices)
-  -> finite?  -> optimisers -> averages -> metrics
+  1. Gradients of the loss of each network in the phase, with stop-gradient on
+     all other networks; averaged over microbatches and devices.
+  2. If all are finite: optimizer updates and moving averages.
+  3. Metrics.
 
-One executable is compiled a phase; the curriculum enters as arguments.
+Each phase compiles to one executable; the curriculum is an argument.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,28 +26,28 @@ from bcm_jax.training import rng
 from bcm_jax.training import train_state
 
 Batch = dict[str, jax.Array]
-# Floats of the 256 grey levels, looked up: XLA divides by a constant in other
-# ways than NumPy, and images would depend on where they were converted.
-_GREY = image_source.to_float(np.arange(256, dtype=np.uint8))
-# Fields of a batch that a loss finds in its context by another name.
-_KNOWN = ("image", "label", "index")
+# Look-up table uint8 -> float in [-1, 1]: XLA and NumPy round a division by a
+# constant differently, so that images would depend on where they are converted.
+_GRAY = image_source.to_float(np.arange(256, dtype=np.uint8))
+# Fields of a batch that have their own field in base.Context.
+_CONTEXT_FIELDS = ("image", "label", "index")
 Step = Callable[..., tuple[train_state.TrainState, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-  """What the step needs beside method and optimisers.
+  """Options of the training step.
 
   Attributes:
-    seed: of all randomness of the step.
-    ema_rates: rates of the sampled network's averages.
-    ema_warmup: let the averages forget the start early, see ema.warmed_rate.
-    ema_stds: lengths of its power-function averages, see power_ema.
-    microbatches: gradient accumulation; the batch is cut into this many.
-    axis_name: mapped axis to average over under pmap; None under jit, where
-      the global batch is one array.
-    augment: what is done to the images on the devices, and told the network
-      by labels; None does nothing.
+    seed: seed of the run.
+    ema_rates: decay rates of the EMAs of the sampled network.
+    ema_warmup: whether to reduce these rates early, see ema.warmed_rate.
+    ema_stds: sigma_rel of its power-function EMAs, see phema.
+    microbatches: number of microbatches (gradient accumulation).
+    axis_name: mapped axis over which gradients and metrics are averaged; None
+      under jit on a global batch.
+    augment: augmentation on the devices, with its parameters passed to the
+      network as labels; None disables it.
   """
 
   seed: int = 0
@@ -65,10 +66,20 @@ def make_step(
 ) -> Step:
   """Returns step(state, batch, curriculum, phase) -> (state, metrics).
 
-  batch: 'image' [B, H, W, C] uint8 or float in [-1, 1], 'label' [B] int32
-  (optional), 'index' [B] int32 positions in the global batch, and what else the
-  method's losses read. phase is static. metrics are scalars, means over the
-  global batch.
+  Args of step:
+    state: TrainState.
+    batch: 'image' [B, H, W, C], uint8 or float in [-1, 1]; 'label' [B] int32,
+      optional; 'index' [B] int32, positions in the global batch; and other
+      fields [B, ...] that the losses read.
+    curriculum: method.curriculum(step).
+    phase: names of the networks to update; static.
+
+  Metrics are scalars, means over the global batch.
+
+  Args:
+    method: declares networks and losses.
+    optimizers: network -> optimizer.
+    options: see StepOptions.
   """
 
   def step(state, batch, curriculum, phase):
@@ -95,7 +106,7 @@ def make_step(
       )
       return networks, averages
 
-    # A branch, not a selection: XLA would read and write twice as much.
+    # cond, not where: XLA would read and write twice as much memory.
     networks, averages = jax.lax.cond(
         finite, updated, lambda: (dict(state.networks), dict(state.averages))
     )
@@ -110,13 +121,15 @@ def make_step(
         log2_loss_scale=_next_loss_scale(state.log2_loss_scale, finite),
         frozen=state.frozen,
     )
-    return new, _reported(method, new, metrics)
+    return new, _flat_metrics(method, new, metrics)
 
   return step
 
 
-def _reported(method, new: train_state.TrainState, metrics) -> dict[str, Any]:
-  """Metrics of all networks of the phase, and what the state counts."""
+def _flat_metrics(
+    method, new: train_state.TrainState, metrics
+) -> dict[str, Any]:
+  """Returns the metrics of all networks of the phase and the counters."""
   flat = {
       (k if len(method.networks) == 1 else f"{name}/{k}"): v
       for name in metrics
@@ -130,7 +143,11 @@ def _reported(method, new: train_state.TrainState, metrics) -> dict[str, Any]:
 
 
 def _loss(params, term, name, method, options, state, batch, curriculum):
-  """Mean of a term of a network's loss over a (micro)batch, and metrics."""
+  """Returns (mean loss of a network over a microbatch, metrics).
+
+  The loss is multiplied by the loss scale. term selects a term of a loss with
+  an AdaptiveWeight; None is a loss with one value per example.
+  """
   networks, averages, frozen = jax.lax.stop_gradient((
       {n: p.params for n, p in state.networks.items()}, state.averages,
       state.frozen,
@@ -142,7 +159,7 @@ def _loss(params, term, name, method, options, state, batch, curriculum):
 
   images, augment_labels = batch["image"], None
   if images.dtype == jnp.uint8:
-    images = jnp.asarray(_GREY)[images]
+    images = jnp.asarray(_GRAY)[images]
   if options.augment is not None:
     images, augment_labels = augmentation.apply(
         options.augment, images, augmentation.draw(keys("augment"))
@@ -158,7 +175,7 @@ def _loss(params, term, name, method, options, state, batch, curriculum):
       index=batch["index"],
       frozen=frozen,
       shared_key=lambda stream: rng.step_key(options.seed, stream, position),
-      extra={k: v for k, v in batch.items() if k not in _KNOWN},
+      extra={k: v for k, v in batch.items() if k not in _CONTEXT_FIELDS},
   )
   loss, metrics = method.losses[name](params, context)
   means = {k: jnp.mean(v) for k, v in metrics.items()}
@@ -170,14 +187,14 @@ def _loss(params, term, name, method, options, state, batch, curriculum):
 
 
 def _loss_scale(state) -> jax.Array | float:
-  """What losses are multiplied by, and gradients divided by again."""
+  """Returns the factor on losses, by which gradients are divided again."""
   if state.log2_loss_scale is None:
     return 1.0
   return 2.0**state.log2_loss_scale
 
 
-# An overflow halves the scale; it takes 1,000 good steps to double it again
-# (OpenAI's consistency_models, fp16_util.py).
+# An overflow halves the scale; 1,000 finite steps double it (OpenAI's
+# consistency_models, fp16_util.py).
 _LOSS_SCALE_GROWTH = 1e-3
 
 
@@ -188,38 +205,39 @@ def _next_loss_scale(log2_scale, finite):
 
 
 def _gradients(method, options, state, batch, curriculum, name):
-  """Gradient of a network's mean loss over the global batch, and metrics."""
+  """Returns (gradient of a network's mean loss over the global batch, metrics).
+  """
   params = state.networks[name].params
   adaptive_weight = method.networks[name].adaptive_weight
   terms = (None,) if adaptive_weight is None else adaptive_weight.terms
 
-  def one(batch):
+  def grads_of(batch):
     grads, metrics = [], {}
-    for term in terms:  # XLA computes once what they have in common.
-      grad, found = jax.grad(_loss, has_aux=True)(
+    for term in terms:  # XLA shares the common subexpressions of the terms.
+      grad, term_metrics = jax.grad(_loss, has_aux=True)(
           params, term, name, method, options, state, batch, curriculum
       )
       if state.log2_loss_scale is not None:
         grad = jax.tree.map(lambda g: g / _loss_scale(state), grad)
       grads.append(grad)
-      metrics |= found
+      metrics |= term_metrics
     return grads, metrics
 
   m = options.microbatches
   if m == 1:
-    result = one(batch)
+    result = grads_of(batch)
   else:
-    # Every m-th example, not contiguous runs: a batch that is sharded over
-    # devices then stays where it is.
+    # A microbatch takes every m-th example, not a contiguous block, so that a
+    # sharded batch needs no communication.
     parts = jax.tree.map(
         lambda x: x.reshape(x.shape[0] // m, m, *x.shape[1:]).swapaxes(0, 1),
         batch,
     )
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(grads_of, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def accumulate(total, part):
-      return jax.tree.map(lambda a, b: a + b / m, total, one(part)), None
+      return jax.tree.map(lambda a, b: a + b / m, total, grads_of(part)), None
 
     result, _ = jax.lax.scan(accumulate, zeros, parts)
   if options.axis_name is not None:
@@ -227,12 +245,11 @@ def _gradients(method, options, state, batch, curriculum, name):
   grads, metrics = result
   if adaptive_weight is None:
     return grads[0], metrics
-  return _balanced(adaptive_weight, grads, metrics)
+  return _adaptive_sum(adaptive_weight, grads, metrics)
 
 
-def _balanced(adaptive_weight: base.AdaptiveWeight, grads, metrics):
-  """The sum of the terms' gradients by the weights that a method gives them.
-  """
+def _adaptive_sum(adaptive_weight: base.AdaptiveWeight, grads, metrics):
+  """Returns (sum of the terms' gradients with adaptive weights, metrics)."""
   norms = {
       term: jnp.linalg.norm(adaptive_weight.last_layer(grad).ravel())
       for term, grad in zip(adaptive_weight.terms, grads, strict=True)
@@ -264,7 +281,7 @@ def _update(network, grads, optimizer, project):
 def _averages(
     method, options, state, networks, curriculum, phase
 ) -> dict[str, Any]:
-  """Moving averages after the updates, of the networks of the phase."""
+  """Returns all averages, with those of the networks of the phase updated."""
   averages = dict(state.averages)
   if method.sampled_network in phase:
     averages |= _sampled_averages(
@@ -281,7 +298,7 @@ def _averages(
 
 
 def _sampled_averages(options, old, sampled) -> dict[str, Any]:
-  """The sampled network's averages after its update."""
+  """Returns the updated EMAs of the sampled network."""
   averages = {}
   for rate in options.ema_rates:
     name = train_state.average_name(rate)
@@ -289,7 +306,7 @@ def _sampled_averages(options, old, sampled) -> dict[str, Any]:
       rate = ema.warmed_rate(rate, sampled.num_updates)
     averages[name] = ema.update(old[name], sampled.params, rate)
   for std in options.ema_stds:
-    name = train_state.power_name(std)
+    name = train_state.phema_name(std)
     averages[name] = phema.update(
         old[name], sampled.params, std, sampled.num_updates, 1
     )

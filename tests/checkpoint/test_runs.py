@@ -44,7 +44,7 @@ def run(tmp_path_factory):
         saved.save(step, {
             "networks": {"student": {"params": {"w": value}}},
             "averages": {
-                train_state.power_name(s): {"w": tracked[s]} for s in STDS
+                train_state.phema_name(s): {"w": tracked[s]} for s in STDS
             },
         }, {})
   return str(folder), tracked
@@ -54,7 +54,7 @@ def test_first_average_or_the_one_asked_for(run):
   folder, tracked = run
   step, _, params = runs.load_run(experiment(), folder)
   assert step == 80 and params["w"] == tracked[0.05]
-  _, _, params = runs.load_run(experiment(), folder, "power_0.1")
+  _, _, params = runs.load_run(experiment(), folder, "phema_0.1")
   assert params["w"] == tracked[0.1]
   _, _, params = runs.load_run(experiment(average="params"), folder)
   assert params["w"] == jnp.sqrt(80.0)
@@ -75,8 +75,8 @@ def test_posthoc_average_is_the_one_that_was_not_tracked(run):
 @pytest.mark.parametrize("stds, average, match", [
     ((), "posthoc_0.15", "training.ema_stds"),
     (STDS, "posthoc_x", "posthoc_0.15"),
-    (STDS, "posthoc_0.4", "sigma_rel = 0.4"),
-    (STDS, "power_0.2", "power_0.2.*power_0.05"),
+    (STDS, "posthoc_0.4", "sigma_rel: got 0.4"),
+    (STDS, "phema_0.2", "phema_0.2.*phema_0.05"),
 ])
 def test_averages_that_are_not_there(run, stds, average, match):
   with pytest.raises(errors.UserError, match=match):

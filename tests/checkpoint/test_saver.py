@@ -94,7 +94,7 @@ def test_a_failure_is_logged_and_forgotten_after_a_success(make, caplog):
 
 
 def test_too_many_failures_in_a_row_end_the_run(make):
-  mine = make(most=2)
+  mine = make(max_failures=2)
   mine.finish(1, state(1))
   with Full():
     mine.save(2, state(2))
@@ -102,8 +102,8 @@ def test_too_many_failures_in_a_row_end_the_run(make):
     assert mine.failures == 1
     with pytest.raises(errors.MachineError) as error:
       mine.save(4, state(4))
-  assert "2 checkpoints in a row could not be written" in str(error.value)
-  assert "the newest is of step 1" in str(error.value)
+  assert "got 2 consecutive failures" in str(error.value)
+  assert "restart from step 1" in str(error.value)
   assert "\n" not in str(error.value)
 
 

@@ -60,7 +60,7 @@ def test_the_owner_beats(tmp_path):
 def test_a_second_writer_is_refused_while_the_first_beats(tmp_path):
   with workdir_lock.WorkdirLock(tmp_path, BEAT):
     with pytest.raises(UserError) as error:
-      workdir_lock.Lock(tmp_path, BEAT).acquire()
+      workdir_lock.WorkdirLock(tmp_path, BEAT).acquire()
     assert str(os.getpid()) in str(error.value)
     assert "--workdir" in str(error.value)
     assert read(tmp_path)["pid"] == os.getpid()
@@ -111,7 +111,7 @@ def test_a_silent_owner_is_taken_over_after_patience(
     assert read(tmp_path)["beats"] == 0 and sum(slept) == 45
   said = [r.getMessage() for r in caplog.records
           if r.levelno == logging.WARNING]
-  assert "waiting 45 s" in said[0] and "taking it over" in said[1]
+  assert "waiting 45 s" in said[0] and "taking over" in said[1]
 
 
 def test_an_owner_that_beats_at_last_is_respected(tmp_path):
@@ -125,7 +125,7 @@ def test_an_owner_that_beats_at_last_is_respected(tmp_path):
       (tmp_path / workdir_lock.FILE).write_text(text)
 
   with pytest.raises(UserError, match="--workdir"):
-    workdir_lock.Lock(tmp_path, 15.0, sleep).acquire()
+    workdir_lock.WorkdirLock(tmp_path, 15.0, sleep).acquire()
   assert len(slept) == 11 and read(tmp_path)["beats"] == 7
 
 

@@ -108,7 +108,7 @@ def test_it_is_the_gradient_of_the_divergence(mean, spread, sigma):
   expected = spread * (1 / (v + sigma**2) - 1 / (spread**2 + sigma**2))
   assert np.mean(grad * z) == pytest.approx(expected, abs=0.05)
   # The usual weight only scales each image's.
-  normalised = dataclasses.replace(method, dm_weight="normalised").gradient(
+  normalised = dataclasses.replace(method, dm_weight="normalized").gradient(
       ctx, x, None
   )
   cosine = np.sum(grad * normalised, axis=(1, 2, 3)) / np.sqrt(

@@ -109,7 +109,7 @@ def test_damage(run, caplog, capsys, damage, extent):
       restore()
     assert done.value.code == errors.EXIT_BAD_INPUT
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("error: damaged checkpoints in ")
+    assert "got damaged checkpoints" in said
     assert all(f"step {step}: {reason}" in said for step in extent)
     assert not (run / "damaged").exists()
     assert checkpoints.all_steps() == list(STEPS)

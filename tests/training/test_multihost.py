@@ -20,13 +20,13 @@ from bcm_jax.training import multihost
     ("h:1", None, None), (None, 2, None), (None, None, 0), ("h:1", 2, None),
 ])
 def test_half_an_address_is_refused(given):
-  with pytest.raises(errors.UserError, match="belong together"):
+  with pytest.raises(errors.UserError, match="expected all three"):
     multihost.connect(*given)
 
 
 @pytest.mark.parametrize("number", [-1, 2])
 def test_a_number_outside_is_refused(number):
-  with pytest.raises(errors.UserError, match="must lie in 0 .. 1"):
+  with pytest.raises(errors.UserError, match="expected 0 .. 1"):
     multihost.connect("127.0.0.1:1", 2, number)
 
 

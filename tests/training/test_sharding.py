@@ -32,9 +32,10 @@ CUT = ("fsdp-2x2", "fsdp-1x4", "pattern-2x2")
 @pytest.fixture(autouse=True, scope="module")
 def small_tensors():
   # The toy's tensors are smaller than what is worth cutting.
-  before, sharding._MIN_CUT_SIZE = sharding._MIN_CUT_SIZE, 16
-  yield
-  sharding._MIN_CUT_SIZE = before
+  before, sharding._MIN_SHARD_SIZE = sharding._MIN_SHARD_SIZE, 16
+  with toys.quick_compilation():
+    yield
+  sharding._MIN_SHARD_SIZE = before
 
 
 @functools.cache

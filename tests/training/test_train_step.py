@@ -405,7 +405,7 @@ def test_power_function_average_forgets_the_start():
     keep = float(phema.beta(0.1, k, 1))
     expected = w if k == 1 else keep * expected + (1 - keep) * w
   np.testing.assert_allclose(
-    state.averages["power_0.1"]["w"], expected, rtol=1e-5
+    state.averages["phema_0.1"]["w"], expected, rtol=1e-5
   )
 
 
