@@ -245,7 +245,7 @@ def test_strokes(grey):
     (lambda m: m.inpaint(photos(), middle(), 3, task="restore"), "'restore'"),
     (
       lambda m: m.inpaint(photos(), middle(), 3, nfe=14, times=(3, 2, 1)),
-      "7 .*edit.times",
+      "edit.nfe.*edit.times",
     ),
     (lambda m: m.shift(photos(), np.zeros((4, 4, 1)), labels=3), "4, 4, 1"),
     (lambda m: m.denoise(np.zeros((2, 8, 8, 1)), 0.1, 3), "float64"),
