@@ -200,7 +200,7 @@ def test_inspect_mode(run, capsys):
   for part in ("== config", "== networks and phases", "== schedule",
                "== times at the last N", "== weighting", "== parameters",
                "network student: 8 updates", "tensors equal",
-               "0 step(s) done again",
+               "0 step(s) repeated",
                "time_embed_align"):
     assert part in text
 
