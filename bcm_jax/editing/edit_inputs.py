@@ -134,7 +134,7 @@ def _content(path: str) -> bytes:
       return f.read()
   except OSError as e:
     raise errors.UserError(
-        f"{path}: got {e.strerror}, expected a readable file; check the path"
+        f"{path}: cannot be read ({e.strerror}); check the path"
     ) from e
 
 
@@ -262,7 +262,7 @@ def open_picture(
       picture = PIL.ImageOps.exif_transpose(picture)
   except Exception as e:  # PIL raises various exceptions for bad files.
     raise errors.UserError(
-        f"{name}: got {type(e).__name__}, expected a whole image; use a PNG, "
+        f"{name}: cannot be read as an image ({type(e).__name__}); use a PNG, "
         "JPEG, WebP or BMP file"
     ) from e
   if most_pixels is not None and width * height > most_pixels:
