@@ -437,7 +437,7 @@ def _degraded_inputs(experiment, section: schema.Edit) -> Inputs:
     _add_noise(inputs, section)
   elif section.task == "colorize":
     inputs.images = image_source.to_uint8(
-        np.asarray(zero_shot.to_grey(image_source.to_float(images)))
+        np.asarray(zero_shot.to_gray(image_source.to_float(images)))
     )
   elif section.task == "super_resolve":
     inputs.images = image_source.to_uint8(

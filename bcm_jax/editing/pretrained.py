@@ -304,8 +304,8 @@ class Model:
     (plan,) = self.recipe("colorize", **settings).plans
 
     def projection(x):
-      gray = zero_shot.to_grey(x["images"])
-      return gray, functools.partial(zero_shot.keep_grey, known=gray)
+      gray = zero_shot.to_gray(x["images"])
+      return gray, functools.partial(zero_shot.keep_gray, known=gray)
 
     edit = _regeneration(plan, projection)
     return self._edit(edit, self.images(images), labels, seed)

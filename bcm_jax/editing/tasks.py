@@ -71,21 +71,21 @@ class Recipe:
   Attributes:
     task: key of TASKS.
     plans: inversion and generation, or one plan, or none.
-    more: number of evaluations outside of the plans.
+    extra_nfe: number of network evaluations outside of the plans.
   """
 
   task: str
   plans: tuple[sampling_plan.Plan, ...]
-  more: int = 0
+  extra_nfe: int = 0
 
   @property
   def nfe(self) -> int:
     """Number of network evaluations per image."""
-    return self.more + sum(p.nfe for p in self.plans)
+    return self.extra_nfe + sum(p.nfe for p in self.plans)
 
   def __str__(self):
     lines = [f"{self.task}: {self.nfe} NFE", *map(str, self.plans)]
-    if self.more:
+    if self.extra_nfe:
       lines.append("estimate of the noise level, then one jump from it")
     return "\n".join(lines)
 

@@ -105,23 +105,23 @@ class NoiseRange:
   sigma_min: float = 0.002
   sigma_max: float = 80.0
 
-  def check(self, times: Sequence[float], what: str) -> None:
+  def check(self, times: Sequence[float], name: str) -> None:
     """Raises UserError for a level outside [sigma_min, sigma_max]."""
     for t in times:
       if not (math.isfinite(t) and self.sigma_min <= t <= self.sigma_max):
         raise errors.UserError(
-            f"{what}: got {t:g}, expected a noise level in "
+            f"{name}: got {t:g}, expected a noise level in "
             f"[{self.sigma_min:g}, {self.sigma_max:g}], the range of training;"
             " give times in sigma units"
         )
 
 
-def _check_monotone(times: Sequence[float], what: str, up: bool) -> None:
+def _check_monotone(times: Sequence[float], name: str, up: bool) -> None:
   pairs = zip(times, times[1:], strict=False)
   if any((b <= a) if up else (b >= a) for a, b in pairs):
     order = "increasing" if up else "decreasing"
     raise errors.UserError(
-        f"{what}: got {', '.join(f'{t:g}' for t in times)}, expected strictly "
+        f"{name}: got {', '.join(f'{t:g}' for t in times)}, expected strictly "
         f"{order} levels; reorder them"
     )
 

@@ -363,7 +363,7 @@ def keep_pixels(x: jax.Array, known: jax.Array, mask: jax.Array) -> jax.Array:
   return mask * known + (1 - mask) * x
 
 
-def keep_grey(x: jax.Array, known: jax.Array) -> jax.Array:
+def keep_gray(x: jax.Array, known: jax.Array) -> jax.Array:
   """Replaces the luma of RGB images x by that of `known`, [B, H, W, 3]."""
   luma = jnp.asarray(LUMA, x.dtype)
   change = jnp.einsum("bhwc,c->bhw", known - x, luma) / jnp.sum(luma**2)
@@ -375,11 +375,11 @@ def keep_means(x: jax.Array, known: jax.Array, size: int) -> jax.Array:
   return x + enlarge(shrink(known - x, size), size)
 
 
-def to_grey(x: jax.Array) -> jax.Array:
+def to_gray(x: jax.Array) -> jax.Array:
   """Returns the luma of images [B, H, W, 3], in three equal channels."""
   luma = jnp.asarray(LUMA, x.dtype)
-  grey = jnp.einsum("bhwc,c->bhw", x, luma / luma.sum())
-  return jnp.broadcast_to(grey[..., None], x.shape)
+  gray = jnp.einsum("bhwc,c->bhw", x, luma / luma.sum())
+  return jnp.broadcast_to(gray[..., None], x.shape)
 
 
 def shrink(x: jax.Array, size: int) -> jax.Array:

@@ -184,14 +184,14 @@ def _report(experiment, backend, phase, chip: hlo_cost.Chip) -> dict[str, Any]:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as e:
     raise _out_of_memory_error(e) or e from e
-  done = time.monotonic()
+  end = time.monotonic()
   cost = hlo_cost.cost(compiled)
   times = experiment.step_options(backend).microbatches
   flops, moved = cost.flops * times, cost.bytes_moved * times
   compute, memory = flops / chip.flops, moved / chip.bandwidth
   return {
       # Wall time, and CPU time of all threads, which varies less with load.
-      "seconds": {"trace": traced - start, "compile": done - traced,
+      "seconds": {"trace": traced - start, "compile": end - traced,
                   "cpu": time.process_time() - cpu},
       "bytes": {
           "arguments": cost.arguments, "temporaries": cost.temporaries,

@@ -167,12 +167,12 @@ def test_holes_are_filled_and_the_rest_is_untouched(grey, task):
 def test_colours_come_and_the_luma_stays(colour):
   images = photos(channels=3)
   grey_images = image_source.to_uint8(
-    np.asarray(zero_shot.to_grey(image_source.to_float(images)))
+    np.asarray(zero_shot.to_gray(image_source.to_float(images)))
   )
   out = colour.colorize(images)
   near(out, colour.colorize(grey_images), 3)
   luma = [
-    np.asarray(zero_shot.to_grey(image_source.to_float(v)))[..., 0]
+    np.asarray(zero_shot.to_gray(image_source.to_float(v)))[..., 0]
     for v in (out, images)
   ]
   assert np.abs(luma[0] - luma[1]).max() < 0.02

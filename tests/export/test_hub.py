@@ -168,7 +168,7 @@ def test_every_mode_takes_an_unpacked_run(run, folder, tmp_path, capsys):
   main("--mode=inspect", f"--workdir={out}", f"--compare={out}@4")
   text = capsys.readouterr().out
   assert "network student: norm of parameters" in text
-  assert "newest good one: step 4, written by bcm_jax 0" in text
+  assert "newest valid checkpoint: step 4, written by bcm_jax 0" in text
   # Training starts from it.
   toys.assert_equal(runs.load_params(str(out), None), params_of(run)[2])
 
