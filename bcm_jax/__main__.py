@@ -25,6 +25,8 @@ COMMANDS = {
     "export": ("export samplers as StableHLO", "bcm_jax.export.stablehlo"),
     "train_classifier": ("train a classifier whose features metrics use",
                          "bcm_jax.tools.train_classifier"),
+    "migrate": ("rewrite a run or model folder of the first version",
+                "bcm_jax.tools.migrate"),
 }
 
 

@@ -30,6 +30,14 @@ class Preempted(Exception):
   """
 
 
+def outdated(path: object) -> UserError:
+  """Returns the error for a file or folder of the first version's format."""
+  return UserError(
+      f"{path}: written by an earlier version of bcm_jax; run python -m "
+      "bcm_jax.tools.migrate OLD NEW"
+  )
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
   """Returns '; did you mean ...?' with the closest known name, or ''."""
   close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)

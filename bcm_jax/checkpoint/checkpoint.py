@@ -46,7 +46,7 @@ _MAX_LISTED = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loaded:
+class Loaded:
   """A verified step on the host.
 
   Attributes:
@@ -261,7 +261,7 @@ class Checkpoints:
         ) from e
     return self._manager
 
-  def _load(self, step: int | None) -> tuple[_Loaded, list[tuple[int, str]]]:
+  def _load(self, step: int | None) -> tuple[Loaded, list[tuple[int, str]]]:
     """Returns (newest good step, newer damaged steps with the reasons)."""
     steps = self.common_steps()
     if not steps:
@@ -278,7 +278,7 @@ class Checkpoints:
     for candidate in [step] if step is not None else reversed(steps):
       reason = loaded = None
       try:
-        loaded = _read_step(self._directory / str(candidate), candidate)
+        loaded = read_step(self._directory / str(candidate))
       except digests.Damage as e:
         reason = str(e)
       if multihost.all_agree(loaded is not None):
@@ -297,7 +297,7 @@ class Checkpoints:
     return [int(s) for s in multihost_utils.broadcast_one_to_all(padded)]
 
   def _check_fits(
-    self, expected: dict[digests.Path, Any], loaded: _Loaded
+    self, expected: dict[digests.Path, Any], loaded: Loaded
   ) -> None:
     wrong = digests.differences(expected, loaded.leaves)
     if wrong:
@@ -477,8 +477,18 @@ class CheckpointSaver:
     return False
 
 
-def _read_step(folder: epath.Path, step: int) -> _Loaded:
-  """Reads one step into host memory; raises Damage if it does not verify."""
+def read_step(folder: epath.Path, version: int = digests.FORMAT) -> Loaded:
+  """Reads one step, `<directory>/<step>`, into host memory.
+
+  Args:
+    folder: of the step, an absolute path.
+    version: expected format.
+
+  Raises:
+    Damage: it does not verify.
+    UserError: it has another format.
+  """
+  step = int(folder.name)
   record = _attempt(
     "meta",
     lambda: _read_item(
@@ -489,10 +499,12 @@ def _read_step(folder: epath.Path, step: int) -> _Loaded:
   digest = record.pop("sha256", None)
   if digest != hashing.json_digest(record):
     raise digests.Damage("meta: digest differs")
-  if record["format"] != digests.FORMAT:
+  if record["format"] < version:
+    raise errors.outdated(folder)
+  if record["format"] > version:
     raise errors.UserError(
-      f"{folder}: got checkpoint format {record['format']}, expected "
-      f"{digests.FORMAT}; use the version of the library that wrote it"
+      f"{folder}: got a checkpoint of format {record['format']}, expected "
+      f"{version}; use the version of bcm_jax that wrote it"
     )
   if record["step"] != step:
     raise digests.Damage(f"meta: belongs to step {record['step']}")
@@ -512,7 +524,7 @@ def _read_step(folder: epath.Path, step: int) -> _Loaded:
   for entry in record["leaves"]:
     path = tuple(entry["path"])
     leaves[path] = digests.verified(entry, tree, path)
-  return _Loaded(step, leaves, record["meta"])
+  return Loaded(step, leaves, record["meta"])
 
 
 def _read_item(folder: epath.Path, handler: Any, args: Any) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from bcm_jax.training import multihost
 from bcm_jax.utils import hashing
 
-FORMAT = 1
+FORMAT = 2
 
 Path = tuple[str, ...]
 
@@ -82,7 +82,10 @@ def _describe(path: Path, leaf: Any) -> dict[str, Any]:
 
 
 def make_record(
-    step: int, leaves: dict[Path, Any], meta: dict[str, Any]
+    step: int,
+    leaves: dict[Path, Any],
+    meta: dict[str, Any],
+    version: int = FORMAT,
 ) -> dict[str, Any]:
   """Returns the JSON record of a step, including its digest.
 
@@ -104,7 +107,7 @@ def make_record(
   with futures.ThreadPoolExecutor() as pool:  # hashlib releases the GIL.
     described = list(pool.map(_describe, leaves.keys(), leaves.values()))
   record = {
-      "format": FORMAT, "step": step, "meta": meta, "leaves": described,
+      "format": version, "step": step, "meta": meta, "leaves": described,
   }
   record = json.loads(json.dumps(record))
   return {**record, "sha256": hashing.json_digest(record)}
@@ -113,7 +116,8 @@ def make_record(
 def tree_digest(tree: Any) -> str:
   """Returns a digest of all tensors of a tree, twelve hex digits."""
   leaves = {path: to_host(path, leaf) for path, leaf in flatten(tree).items()}
-  return hashing.json_digest(make_record(0, leaves, {}))[:12]
+  # Checkpoints keep these digests, so they do not depend on FORMAT.
+  return hashing.json_digest(make_record(0, leaves, {}, version=1))[:12]
 
 
 def verified(entry: dict[str, Any], tree: Any, path: Path) -> Any:

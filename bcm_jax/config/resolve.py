@@ -394,17 +394,11 @@ def write(config: ml_collections.ConfigDict, workdir: str) -> None:
   files.write_json(os.path.join(workdir, "config.json"), to_json(config))
 
 
-def of_run(
-  workdir: str, overrides: Mapping[str, str] | None = None
-) -> ml_collections.ConfigDict | None:
-  """Returns the config of the run in a work directory, or None.
-
-  Args:
-    workdir: work directory.
-    overrides: 'section.key' -> text.
+def read_run(workdir: str) -> dict[str, Any] | None:
+  """Returns config.json of a work directory, not resolved, or None.
 
   Raises:
-    UserError: config.json is damaged or does not resolve.
+    UserError: the file is damaged or of the first version of bcm_jax.
   """
   path = pathlib.Path(workdir) / "config.json"
   if not path.is_file():
@@ -416,7 +410,18 @@ def of_run(
       f"{path}: got damaged JSON ({e}), expected a config; restore it from a "
       "backup or use another --workdir"
     ) from e
-  return resolve(raw, overrides)
+  # Every config.json of the first version has this key.
+  if "hang_secs" in (raw.get("training") or {}):
+    raise errors.outdated(path)
+  return raw
+
+
+def of_run(
+  workdir: str, overrides: Mapping[str, str] | None = None
+) -> ml_collections.ConfigDict | None:
+  """Returns the config of the run in a work directory, or None."""
+  raw = read_run(workdir)
+  return None if raw is None else resolve(raw, overrides)
 
 
 def of_existing_run(

@@ -66,6 +66,9 @@ def read(folder: str) -> dict[str, Result]:
           f"{path}: not valid JSON ({e}); write it again with mode eval"
       ) from e
     if isinstance(content, dict) and "samplers" in content:
+      # A key of results of the first version.
+      if "compared_one_by_one" in content.get("protocol", {}):
+        raise errors.outdated(path)
       results[path.stem] = content
   return results
 

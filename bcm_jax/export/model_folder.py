@@ -35,7 +35,7 @@ from bcm_jax.utils import files
 from bcm_jax.utils import hashing
 from bcm_jax.utils import provenance
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, CONFIG = runs.RELEASED, "config.json"
 RESULT, CARD = "result.json", "README.md"
 # Files of a folder; the first two are required.
@@ -334,8 +334,14 @@ def write(
     files.write_bytes(os.path.join(new, CARD), card.encode())
 
 
-def read(folder: str) -> tuple[dict[str, Any], Params, dict[str, Any]]:
+def read(
+  folder: str, version: int = FORMAT
+) -> tuple[dict[str, Any], Params, dict[str, Any]]:
   """Reads a model folder without building the config's network.
+
+  Args:
+    folder: written by pack or pull.
+    version: expected format.
 
   Returns:
     config: content of config.json, not resolved.
@@ -345,13 +351,13 @@ def read(folder: str) -> tuple[dict[str, Any], Params, dict[str, Any]]:
       'tensors_digest'.
 
   Raises:
-    UserError: a missing or corrupt file, weights of another library or a newer
+    UserError: a missing or corrupt file, weights of another library or
       format, or a config of other weights.
   """
   _check_files(folder)
   path = os.path.join(folder, WEIGHTS)
   file = weight_files.read(path)
-  metadata = _metadata(path, file)
+  metadata = _metadata(path, file, version)
   tensors = file.groups[""]
   _check_tensors(path, tensors, metadata)
   config = _read_json(os.path.join(folder, CONFIG))
@@ -431,8 +437,10 @@ def _read_json(path: str) -> dict[str, Any]:
   return content
 
 
-def _metadata(path: str, file: weight_files.WeightFile) -> dict[str, Any]:
-  """Returns the header of the weights after checking it."""
+def _metadata(
+  path: str, file: weight_files.WeightFile, expected: int
+) -> dict[str, Any]:
+  """Returns the checked header of the weights."""
   if file.kind != "safetensors" or _KEY not in file.metadata:
     raise errors.UserError(
       f"{path}: got weights of another library, expected those of "
@@ -443,10 +451,12 @@ def _metadata(path: str, file: weight_files.WeightFile) -> dict[str, Any]:
     version = int(header["format"])
   except (ValueError, TypeError, KeyError, RecursionError):
     raise _corrupt_file_error(path, "an invalid header of bcm_jax") from None
-  if version > FORMAT:
+  if version < expected:
+    raise errors.outdated(path)
+  if version > expected:
     raise errors.UserError(
-      f"{path}: got format {version}, expected at most {FORMAT}; update: pip "
-      "install -U bcm_jax"
+      f"{path}: got format {version}, expected {expected}; update bcm_jax: "
+      "pip install -U bcm_jax"
     )
   invalid = [
     k for k, kind in _HEADER_TYPES.items() if type(header.get(k)) is not kind

@@ -15,6 +15,7 @@ import zipfile
 import numpy as np
 
 from bcm_jax import errors
+from bcm_jax.config import resolve
 from bcm_jax.data import image_source
 
 # Metrics without a prefix belong to the sampled network, named so in all
@@ -110,6 +111,7 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
           f"{path}: neither a directory nor a .json file; give the work "
           "directory of a run, or a result file of mode eval"
       )
+    resolve.read_run(path)  # Raises UserError for a run of an old format.
   return [Run(*pair) for pair in zip(_labels(unique), unique, strict=True)]
 
 
@@ -235,7 +237,12 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     raise errors.UserError(
         f"{path}: not valid JSON ({e}); write it again with --mode=eval"
     ) from e
-  return content if isinstance(content, dict) else {}
+  if not isinstance(content, dict):
+    return {}
+  # A key of results of the first version.
+  if "compared_one_by_one" in content.get("protocol", {}):
+    raise errors.outdated(path)
+  return content
 
 
 def _names(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
