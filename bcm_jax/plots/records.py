@@ -111,7 +111,8 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
           f"{path}: neither a directory nor a .json file; give the work "
           "directory of a run, or a result file of mode eval"
       )
-    resolve.read_run(path)  # Raises UserError for a run of an old format.
+    # Raises UserError for a run or a result of the first version.
+    _read_json(pathlib.Path(path)) if is_result else resolve.read_run(path)
   return [Run(*pair) for pair in zip(_labels(unique), unique, strict=True)]
 
 

@@ -121,7 +121,7 @@ def migrate(old: str, new: str) -> str:
             os.path.relpath(source, old).split(os.sep)[0],
         ),
     )
-  found = f"checkpoints at steps {', '.join(map(str, steps))}\n" if steps else ""
+  found = f"checkpoints: {', '.join(map(str, steps))}\n" if steps else ""
   return f"{found}written: {new}"
 
 
@@ -129,16 +129,16 @@ def config(old: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a resolved config of the first version with today's keys."""
   fields = {k for m in registry.METHODS.values() for k in dir(m.cls)}
   tables = _CONFIG | {
-    "method": {k: v for k, v in _CONFIG["method"].items() if v in fields}
+      "method": {k: v for k, v in _CONFIG["method"].items() if v in fields}
   }
   new = {
-    _SECTIONS.get(section, section): _rename(values, tables.get(section, {}))
-    for section, values in old.items()
+      _SECTIONS.get(section, section): _rename(values, tables.get(section, {}))
+      for section, values in old.items()
   }
   # Patterns of paths in the state.
   new["parallel"]["sharding"] = [
-    rule.replace("players/", "networks/")
-    for rule in new["parallel"]["sharding"]
+      rule.replace("players/", "networks/")
+      for rule in new["parallel"]["sharding"]
   ]
   return json.loads(json.dumps(new, sort_keys=True))
 
@@ -165,10 +165,8 @@ def _path(old: digests.Path) -> digests.Path:
   """Returns today's path of a leaf of a checkpoint."""
   top, *rest = old
   if top == "players":  # (top, name, 'params' or 'opt_state' or 'updates', ...)
-    rest = [
-      "num_updates" if k == "updates" and i == 1 else k
-      for i, k in enumerate(rest)
-    ]
+    rest = ["num_updates" if k == "updates" and i == 1 else k
+            for i, k in enumerate(rest)]
   elif top == "averages" and rest:
     rest[0] = _average(rest[0])
   return (_STATE.get(top, top), *rest)
@@ -185,7 +183,8 @@ def _write_checkpoints(old: str, new: str) -> list[int]:
         loaded = checkpoint.read_step(folder, FORMAT)
       except digests.Damage as e:
         raise errors.UserError(
-          f"{folder} is damaged ({e}); move it to {old}/damaged and run again"
+            f"{folder} is damaged ({e}); move it to {old}/damaged and run "
+            "again"
         ) from e
       leaves = {_path(path): leaf for path, leaf in loaded.leaves.items()}
       meta = loaded.meta | {"config": config(loaded.meta["config"])}
@@ -202,34 +201,29 @@ def _write_model_folder(old: str, new: str) -> None:
   about["average"] = _average(metadata["average"])
   card = pathlib.Path(old, model_folder.CARD)
   license_id = re.search(
-    r'^license: "(.*)"$', card.read_text() if card.exists() else "", re.M
+      r'^license: "(.*)"$', card.read_text() if card.exists() else "", re.M
   )
   model_folder.write(
-    new,
-    config(raw),
-    params,
-    about,
-    metadata["dtype"],
-    None if result is None else _rename(result, _RESULT),
-    license_id and license_id.group(1),
+      new, config(raw), params, about, metadata["dtype"],
+      None if result is None else _rename(result, _RESULT),
+      license_id and license_id.group(1),
   )
 
 
 def _copy(old: pathlib.Path, new: pathlib.Path, top: str) -> None:
-  """Copies a file with its keys renamed; `top` is the first part of
-  its
-  path.""" if
-  top == metric_writers.METRICS_FILE:
+  """Copies a file with its keys renamed; `top` is the first part of its path.
+  """
+  if top == metric_writers.METRICS_FILE:
     with open(old, "rb") as source, open(new, "wb") as target:
       target.writelines(
-        line.replace(b'loss_soft"', b'loss_st"') for line in source
+          line.replace(b'loss_soft"', b'loss_st"') for line in source
       )
   elif old.suffix == ".json" and top not in _AS_IS:
     try:
       content = json.loads(old.read_text())
     except ValueError as e:
       raise errors.UserError(
-        f"{old} is damaged ({e}); repair or remove it"
+          f"{old} is damaged ({e}); repair or remove it"
       ) from e
     if top == model_folder.CONFIG:
       content = config(content)
