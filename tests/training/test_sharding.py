@@ -33,8 +33,7 @@ CUT = ("fsdp-2x2", "fsdp-1x4", "pattern-2x2")
 def small_tensors():
   # The toy's tensors are smaller than what is worth cutting.
   before, sharding._MIN_SHARD_SIZE = sharding._MIN_SHARD_SIZE, 16
-  with toys.quick_compilation():
-    yield
+  yield
   sharding._MIN_SHARD_SIZE = before
 
 
