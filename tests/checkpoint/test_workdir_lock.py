@@ -61,8 +61,8 @@ def test_a_second_writer_is_refused_while_the_first_beats(tmp_path):
   with workdir_lock.Lock(tmp_path, BEAT):
     with pytest.raises(UserError) as error:
       workdir_lock.Lock(tmp_path, BEAT).acquire()
-    assert f"written by process {os.getpid()} on" in str(error.value)
-    assert "use another --workdir" in str(error.value)
+    assert str(os.getpid()) in str(error.value)
+    assert "--workdir" in str(error.value)
     assert read(tmp_path)["pid"] == os.getpid()
 
 
@@ -124,7 +124,7 @@ def test_an_owner_that_beats_at_last_is_respected(tmp_path):
       text = json.dumps(owner | {"beats": 7})
       (tmp_path / workdir_lock.FILE).write_text(text)
 
-  with pytest.raises(UserError, match="is being written by"):
+  with pytest.raises(UserError, match="--workdir"):
     workdir_lock.Lock(tmp_path, 15.0, sleep).acquire()
   assert len(slept) == 11 and read(tmp_path)["beats"] == 7
 

@@ -63,7 +63,7 @@ def test_sets_that_need_no_files():
   assert datasets.find("digits", size=8).image_shape == (8, 8, 1)
   found = datasets.find("none", (4, 4, 3), 7)
   assert found.image_shape == (4, 4, 3) and found.num_classes == 7
-  with pytest.raises(UserError, match="'none' has no images of split 'train'"):
+  with pytest.raises(UserError, match="'train'"):
     found.open("train", None)
 
 
@@ -83,10 +83,10 @@ def test_published_sets_need_not_be_there(name, shape, num_classes):
 
 @pytest.mark.parametrize("name", datasets.FILES)
 def test_a_path_that_is_missing(name, tmp_path):
-  with pytest.raises(UserError, match=f"data.path is missing; .*{name}"):
+  with pytest.raises(UserError, match=f"data.path.*{name}"):
     datasets.find(name)
   path = str(tmp_path / "gone")
-  with pytest.raises(UserError, match="data.path='.*gone' is not there"):
+  with pytest.raises(UserError, match="data.path=.*gone"):
     datasets.find(name, path=path)
 
 
@@ -95,7 +95,7 @@ def test_files_that_have_gone_are_as_they_were_described(name, tmp_path):
   path = str(tmp_path / "gone")
   found = datasets.find(name, (4, 6, 3), 7, path=path)
   assert found.image_shape == (4, 6, 3) and found.num_classes == 7
-  with pytest.raises(UserError, match="data.path='.*gone' is not there"):
+  with pytest.raises(UserError, match="data.path=.*gone"):
     found.open("train", None)
 
 
@@ -103,19 +103,19 @@ def test_files_must_be_as_they_were_described(paths):
   path, shape = paths["folder"], (20, 24, 3)
   assert datasets.find("folder", shape, 3, path=path).image_shape == shape
   for other in ((shape, 4), (shape, None), ((20, 20, 3), 3)):
-    with pytest.raises(UserError, match=r"holds images \(20, 24, 3\) of 3 cl"):
+    with pytest.raises(UserError, match=r"\(20, 24, 3\).* 3 "):
       datasets.find("folder", *other, path=path)
 
 
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(name="folders"), "unknown data.name .*did you mean 'folder'"),
-        (dict(name="digits", path="x"), "data.path='x' does not go with"),
-        (dict(name="cifar10", skip_corrupt=True), "skip_corrupt=True does not"),
-        (dict(name="digits", size=16), "size=16 does not go with .*are 8x8"),
-        (dict(name="cifar10", crop="amd"), "unknown crop 'amd'.*'adm'"),
-        (dict(name="none"), r"data.image_shape=\(\) must be"),
+        (dict(name="folders"), "data.name.*'folder'"),
+        (dict(name="digits", path="x"), "data.path='x'"),
+        (dict(name="cifar10", skip_corrupt=True), "skip_corrupt=True"),
+        (dict(name="digits", size=16), "size=16"),
+        (dict(name="cifar10", crop="amd"), "crop.*'amd'.*'adm'"),
+        (dict(name="none"), r"data.image_shape=\(\)"),
     ],
 )
 def test_keys_that_do_not_go_with_a_name(settings, words):
@@ -124,7 +124,7 @@ def test_keys_that_do_not_go_with_a_name(settings, words):
 
 
 def test_prepared_images_keep_their_size(paths):
-  with pytest.raises(UserError, match="are 16x16; .*anew with --size=32"):
+  with pytest.raises(UserError, match="16x16.*--size=32"):
     datasets.find("prepared", path=paths["prepared"], size=32)
 
 

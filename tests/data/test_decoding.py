@@ -84,7 +84,7 @@ def test_cmyk_becomes_rgb():
 
 def test_more_than_eight_bits_are_refused():
   deep = Image.fromarray(np.full((4, 4), 40000, np.uint16))
-  with pytest.raises(UserError, match="deep.png has pixels .*8 bits a channel"):
+  with pytest.raises(UserError, match="deep.png"):
     decoding.Decoder()(_saved(deep), "deep.png")
 
 
@@ -93,7 +93,7 @@ def test_more_than_eight_bits_are_refused():
 def test_a_file_cut_short_is_named(kind, share):
   content = pictures.encode(pictures.noise(4, 32, 32), kind)
   cut = content[: int(len(content) * share)]
-  with pytest.raises(decoding.CorruptImage, match="a/b.img cannot be decoded"):
+  with pytest.raises(decoding.CorruptImage, match="a/b.img"):
     decoding.Decoder()(cut, "a/b.img")
 
 
@@ -108,7 +108,7 @@ def test_a_size_crops_and_names_the_file_that_cannot_be():
   content = pictures.encode(pictures.noise(5, 20, 30))
   sized = decoding.Decoder(size=16)
   assert sized(content, "x").shape == sized.shape(b"", "x") == (16, 16, 3)
-  with pytest.raises(UserError, match="my.png: the image is 20x30"):
+  with pytest.raises(UserError, match="my.png.*20x30"):
     decoding.Decoder(size=16, crop="none")(content, "my.png")
 
 
@@ -119,23 +119,23 @@ def test_npy_is_channels_first():
   content = buffer.getvalue()
   np.testing.assert_array_equal(decoding.Decoder()(content, "x"), pixels)
   assert decoding.Decoder().shape(content, "x") == (4, 6, 3)
-  with pytest.raises(decoding.CorruptImage, match="x.npy cannot be decoded"):
+  with pytest.raises(decoding.CorruptImage, match="x.npy"):
     decoding.Decoder()(content[:-1], "x.npy")
 
 
 def test_latents_are_refused():
   buffer = io.BytesIO()
   np.save(buffer, np.zeros((8, 4, 4), np.float32))
-  with pytest.raises(UserError, match=r"float32 of shape \(8, 4, 4\).*latents"):
+  with pytest.raises(UserError, match=r"float32.*\(8, 4, 4\)"):
     decoding.Decoder()(buffer.getvalue(), "x")
 
 
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(channels=4), "channels is 4, expected 1"),
-        (dict(crop="admm"), "unknown crop 'admm'; did you mean 'adm'"),
-        (dict(size=0), "size is 0, expected 1"),
+        (dict(channels=4), "channels.*4"),
+        (dict(crop="admm"), "crop.*'admm'.*'adm'"),
+        (dict(size=0), "size.*0"),
     ],
 )
 def test_settings_that_cannot_be(settings, words):

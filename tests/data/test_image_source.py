@@ -40,24 +40,25 @@ def test_label_error_names_example_label_and_range(bad):
   with pytest.raises(UserError) as error:
     image_source.ArraySource(_images(), labels, 10, name="mine")
   message = str(error.value)
-  assert f"mine: example 2 has label {bad}, expected 0 to 9" in message
-  assert "2 of 4" in message and "\n" not in message
+  assert message.startswith("mine") and "\n" not in message
+  for part in ("example 2 ", str(bad), "0 to 9", "2 of 4"):
+    assert part in message
 
 
 def test_label_error_names_the_id_and_not_the_position():
-  with pytest.raises(UserError, match="example 71 has label 5"):
+  with pytest.raises(UserError, match="71.* 5"):
     image_source.check_labels(np.array([0, 5]), np.array([7, 71]), 5, "s")
 
 
 @pytest.mark.parametrize(
     "images, labels, words",
     [
-        (np.zeros((0, 8, 8, 1), np.uint8), None, "holds no image"),
-        (np.zeros((4, 8, 8, 1), np.float32), None, "float32, expected uint8"),
-        (np.zeros((4, 8, 8), np.uint8), None, r"expected \[n, H, W, C\]"),
-        (_images(), np.zeros(3, np.int32), r"shape \(3,\), expected integers"),
-        (_images(), np.zeros(4, np.float32), "labels are float32"),
-        (_images(), np.array([0, 0, -2, 0]), "label -2, expected 0 or more"),
+        (np.zeros((0, 8, 8, 1), np.uint8), None, "image"),
+        (np.zeros((4, 8, 8, 1), np.float32), None, "float32.*uint8"),
+        (np.zeros((4, 8, 8), np.uint8), None, r"\[n, H, W, C\]"),
+        (_images(), np.zeros(3, np.int32), r"labels.*\(3,\)"),
+        (_images(), np.zeros(4, np.float32), "labels.*float32"),
+        (_images(), np.array([0, 0, -2, 0]), "label.*-2"),
     ],
 )
 def test_bad_arrays_are_user_errors(images, labels, words):
@@ -81,7 +82,7 @@ def test_to_float_is_the_affine_map_onto_minus_one_to_one():
 
 
 def test_to_float_refuses_what_is_not_uint8():
-  with pytest.raises(UserError, match="float32, expected uint8"):
+  with pytest.raises(UserError, match="float32.*uint8"):
     image_source.to_float(np.zeros(3, np.float32))
 
 

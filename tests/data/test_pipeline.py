@@ -127,26 +127,26 @@ def test_a_host_reads_only_its_own_examples(source):
 
 
 def test_hosts_must_divide_the_batch(source):
-  with pytest.raises(UserError, match="8, expected a multiple of the 3 hosts"):
+  with pytest.raises(UserError, match="batch_size.*8.*3"):
     pipeline.get_batch(source, 0, 0, 8, process_index=0, process_count=3)
 
 
 @pytest.mark.parametrize("batch_size", [0, N + 1])
 def test_batch_size_is_checked_before_the_first_batch(source, batch_size):
-  with pytest.raises(UserError, match=f"expected 1 to {N}.* in toy"):
+  with pytest.raises(UserError, match=f"batch_size.*{batch_size}.*{N}"):
     pipeline.Batches(source, 0, batch_size)
-  with pytest.raises(UserError, match=f"batch_size is {batch_size}"):
+  with pytest.raises(UserError, match=f"batch_size.*{batch_size}.*{N}"):
     pipeline.get_batch(source, 0, 0, batch_size)
 
 
 def test_negative_seed_is_a_user_error(source):
-  with pytest.raises(UserError, match="seed is -1"):
+  with pytest.raises(UserError, match="seed.*-1"):
     pipeline.get_batch(source, -1, 0, 4)
 
 
 def test_labels_of_any_source_are_checked(source):
   source.num_classes = 3
-  with pytest.raises(UserError, match="toy: example .* expected 0 to 2"):
+  with pytest.raises(UserError, match="toy.* 0 to 2"):
     pipeline.get_batch(source, 0, 0, 20)
 
 
@@ -271,7 +271,7 @@ def test_prefetch_stops_its_threads_when_closed():
 
 
 def test_prefetch_depth_is_checked():
-  with pytest.raises(UserError, match="depth is 0"):
+  with pytest.raises(UserError, match="depth.*0"):
     pipeline.prefetch(lambda step: step, 0, 1, depth=0)
 
 

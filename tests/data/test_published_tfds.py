@@ -121,12 +121,12 @@ def test_an_index_outside_is_an_error(data_dir, index):
 
 def test_crop_none_names_the_example(data_dir):
   source = datasets.find("imagenet2012", crop="none").open("train", data_dir)
-  with pytest.raises(UserError, match="imagenet2012/train: example 1: the "):
+  with pytest.raises(UserError, match="imagenet2012/train.* 1"):
     source.fetch(np.array([1]))
 
 
 def test_a_split_that_is_not_there(data_dir):
-  with pytest.raises(UserError, match="unknown split of cifar10 'tset'"):
+  with pytest.raises(UserError, match="cifar10.*'tset'"):
     datasets.find("cifar10").open("tset", data_dir)
 
 

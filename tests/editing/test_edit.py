@@ -356,37 +356,37 @@ def files(tmp_path):
 @pytest.mark.parametrize(
   "keys, said",
   [
-    (dict(input="gone.png"), "gone.png is not there"),
-    (dict(input="empty"), "empty holds no images"),
-    (dict(input="large.png"), "9x9 pixels .* takes 8x8; set edit.resize=true"),
-    (dict(input="rgb.png"), "is coloured, and the network takes images of 1"),
-    (dict(input="broken.png"), "cannot be read as an image; give a PNG"),
-    (dict(input="ok.png", label="()"), "wants the classes of the images, 0 to"),
-    (dict(input="ok.png", label="12"), "from 0 to 9"),
-    (dict(input="ok.png", predict_labels=True), "leave one of the two out"),
-    (dict(input="two", label="1,2,3"), "give one for all or 2"),
-    (dict(input="ok.png", reference="two"), "holds 2 images, and edit.input 1"),
-    (dict(task="inpaint", input="ok.png", mask="black.png"), "has no hole"),
-    (dict(task="inpaint", input="ok.png", mask="large.png"), "is 9x9, expect"),
-    (dict(task="inpaint", input="ok.png", mask="two"), "give one, or 1 as"),
-    (dict(task="interpolate", input="ok.png"), "name the second image"),
-    (dict(task="relabel", input="ok.png"), "needs edit.new_label"),
+    (dict(input="gone.png"), "gone.png"),
+    (dict(input="empty"), "/empty"),
+    (dict(input="large.png"), "9x9 .*edit.resize=true"),
+    (dict(input="rgb.png"), "rgb.png"),
+    (dict(input="broken.png"), "broken.png"),
+    (dict(input="ok.png", label="()"), "edit.label"),
+    (dict(input="ok.png", label="12"), "0 to 9"),
+    (dict(input="ok.png", predict_labels=True), "edit.predict_labels"),
+    (dict(input="two", label="1,2,3"), "edit.label"),
+    (dict(input="ok.png", reference="two"), "edit.reference"),
+    (dict(task="inpaint", input="ok.png", mask="black.png"), "black.png"),
+    (dict(task="inpaint", input="ok.png", mask="large.png"), "large.png .*9x9"),
+    (dict(task="inpaint", input="ok.png", mask="two"), "edit.mask"),
+    (dict(task="interpolate", input="ok.png"), "edit.end_images"),
+    (dict(task="relabel", input="ok.png"), "edit.new_label"),
     (
       dict(task="attribute", input="ok.png"),
-      "needs folders edit.positive_images",
+      "edit.positive_images",
     ),
-    (dict(reference="ok.png", label="()"), "edit.reference goes with edit.inp"),
-    (dict(num_images=1000, label="()"), "has enough for 1 to 360"),
-    (dict(num_images=2), "edit.label goes with edit.input"),
-    (dict(task="super_resolve", factor=3), "edit.factor=3 does not divide 8x8"),
+    (dict(reference="ok.png", label="()"), "edit.reference"),
+    (dict(num_images=1000, label="()"), "1 to 360"),
+    (dict(num_images=2), "edit.label"),
+    (dict(task="super_resolve", factor=3), "edit.factor=3"),
     (dict(task="super_resolve", factor=0, input="ok.png"), "edit.factor=0"),
-    (dict(seed=-1), "edit.seed=-1; give a whole number from 0"),
+    (dict(seed=-1), "edit.seed=-1"),
     (
       dict(num_interpolants=1, task="interpolate"),
-      "edit.num_interpolants=1; give a whole number",
+      "edit.num_interpolants=1",
     ),
-    (dict(quality=0), "edit.quality=0; give a whole number from 1 to 95"),
-    (dict(task="inpaint", noise=0.0), "edit.noise=0.0 fills the hole"),
+    (dict(quality=0), "edit.quality=0"),
+    (dict(task="inpaint", noise=0.0), "edit.noise=0.0"),
     (
       dict(
         task="attribute",
@@ -395,9 +395,9 @@ def files(tmp_path):
         negative_images="two",
         label="1,2",
       ),
-      "takes one class",
+      "edit.label",
     ),
-    (dict(task="interpolate", pairs=181, label="()"), "enough for 1 to 180"),
+    (dict(task="interpolate", pairs=181, label="()"), "1 to 180"),
   ],
 )
 def test_files_that_do_not_fit(tmp_path, keys, said):
@@ -414,5 +414,5 @@ def test_tasks_that_a_network_cannot_do_are_refused_before_files_are_read(
   tmp_path,
 ):
   built = experiment(task="restore", input="gone", method=dict(inverts=False))
-  with pytest.raises(errors.UserError, match="edit.task='restore' inverts"):
+  with pytest.raises(errors.UserError, match="edit.task='restore'"):
     edit.run(built, str(tmp_path))

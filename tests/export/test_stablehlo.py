@@ -179,9 +179,9 @@ def test_a_network_without_classes_and_with_one_time(tmp_path):
   assert list(model.samplers) == ["onestep"] and model.num_classes is None
   expected = samples(open_run(run), "onestep", range(3), 1)
   assert_within_a_grey_level(model.sample(3, seed=1), expected)
-  with pytest.raises(stablehlo_runtime.InputError, match="without classes"):
+  with pytest.raises(stablehlo_runtime.InputError, match="label|class"):
     model.sample(3, labels=1)
-  with pytest.raises(errors.UserError, match="which this network cannot"):
+  with pytest.raises(errors.UserError, match="invert"):
     stablehlo.write(str(run), str(tmp_path / "no.zip"), invert=True)
 
 
@@ -431,7 +431,7 @@ def test_any_damage_is_noticed(path, tmp_path):
     try:
       model = stablehlo_runtime.load(copy)
     except stablehlo_runtime.DamagedError as e:
-      assert str(copy) in str(e) and "copy or export it again" in str(e)
+      assert str(copy) in str(e)
       found += 1
     else:  # In a field that nobody reads, such as a date.
       assert model.manifest == whole.manifest
@@ -465,7 +465,7 @@ def rewrite(path, out, **changes):
     (
       {"platforms": ["tpu"]},
       stablehlo_runtime.PlatformError,
-      "exported for tpu, and",
+      "tpu",
     ),
   ],
 )
@@ -486,14 +486,14 @@ def test_members_that_were_edited(path, tmp_path, name, old, new):
   content = members(path)[name]
   assert old in content
   edited = repack(path, tmp_path / "a.zip", name, content.replace(old, new))
-  with pytest.raises(stablehlo_runtime.DamagedError, match=f"digest of {name}"):
+  with pytest.raises(stablehlo_runtime.DamagedError, match=name):
     stablehlo_runtime.load(edited)
 
 
 def test_a_program_that_this_jax_cannot_read(path, tmp_path):
   model = stablehlo_runtime.load(path)
   model._contents[model.samplers["onestep"]["file"]] = b"of another time" * 9
-  with pytest.raises(stablehlo_runtime.VersionError, match="use a jax nearer"):
+  with pytest.raises(stablehlo_runtime.VersionError, match="jax"):
     model.sample(1)
 
 
@@ -501,7 +501,7 @@ def test_a_program_for_other_devices_alone(run, tmp_path):
   out = tmp_path / "gpu.zip"
   stablehlo.main([str(run), str(out), "--platforms=cuda,rocm"])
   with pytest.raises(
-    stablehlo_runtime.PlatformError, match="jax runs on cpu here"
+    stablehlo_runtime.PlatformError, match="cuda.*cpu"
   ):
     stablehlo_runtime.load(out)
 
@@ -514,24 +514,24 @@ IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
 @pytest.mark.parametrize(
   "call, said",
   [
-    (lambda m: m.sample(0), "at least 1"),
-    (lambda m: m.sample(2.5), "how many"),
-    (lambda m: m.sample([[1]]), "list of numbers"),
+    (lambda m: m.sample(0), "0"),
+    (lambda m: m.sample(2.5), "2.5"),
+    (lambda m: m.sample([[1]]), "seed|number"),
     (lambda m: m.sample([-1]), "0 to 2147483647"),
-    (lambda m: m.sample(1, seed=-1), "give 0 to 4294967295"),
-    (lambda m: m.sample(1, seed=2**32), "out of range"),
-    (lambda m: m.sample(2, labels=10), "10 to 10; .* classes 0 to 9"),
-    (lambda m: m.sample(2, labels=[0, -1]), "-1 to 0"),
-    (lambda m: m.sample(2, labels=[0, 1, 2]), "one whole number or 2"),
+    (lambda m: m.sample(1, seed=-1), "seed.*-1.* 4294967295"),
+    (lambda m: m.sample(1, seed=2**32), "4294967296"),
+    (lambda m: m.sample(2, labels=10), "10.* 0 to 9"),
+    (lambda m: m.sample(2, labels=[0, -1]), "-1.* 0 to 9"),
+    (lambda m: m.sample(2, labels=[0, 1, 2]), "label.*2"),
     (lambda m: m.sample(2, labels=0.5), "float64"),
-    (lambda m: m.sample(2, sampler="heun"), "there is onestep, cm_multistep"),
-    (lambda m: m.invert(IMAGES), "labels are missing"),
-    (lambda m: m.invert(IMAGES / 255, 0), "float64, expected uint8; 0 is"),
-    (lambda m: m.invert(IMAGES[0], 0), r"expected \[n, 8, 8, 1\]"),
+    (lambda m: m.sample(2, sampler="heun"), "heun.*onestep, cm_multistep"),
+    (lambda m: m.invert(IMAGES), "labels"),
+    (lambda m: m.invert(IMAGES / 255, 0), "float64.*uint8"),
+    (lambda m: m.invert(IMAGES[0], 0), r"\[n, 8, 8, 1\]"),
     (lambda m: m.invert(IMAGES[:, :4], 0), r"\[2, 4, 8, 1\]"),
-    (lambda m: m.invert(IMAGES[:0], 0), "at least 1"),
-    (lambda m: m.decode(IMAGES, 0), "expected float32"),
-    (lambda m: m.decode(np.float32(IMAGES), 99), "99 to 99"),
+    (lambda m: m.invert(IMAGES[:0], 0), "0"),
+    (lambda m: m.decode(IMAGES, 0), "float32"),
+    (lambda m: m.decode(np.float32(IMAGES), 99), "99.* 0 to 9"),
   ],
 )
 def test_arguments_that_do_not_fit(model, call, said):
@@ -540,7 +540,7 @@ def test_arguments_that_do_not_fit(model, call, said):
 
 
 def test_a_batch_size_of_nothing(path):
-  with pytest.raises(stablehlo_runtime.InputError, match="at least 1"):
+  with pytest.raises(stablehlo_runtime.InputError, match="batch_size"):
     stablehlo_runtime.load(path, batch_size=0)
 
 
@@ -549,7 +549,7 @@ def test_inversion_that_was_not_exported(run, tmp_path):
   model = stablehlo_runtime.load(tmp_path / "a.zip")
   for call in (lambda: model.invert(IMAGES, 0), lambda: model.decode(0, 0)):
     with pytest.raises(
-      stablehlo_runtime.InputError, match="again with --invert"
+      stablehlo_runtime.InputError, match="--invert"
     ):
       call()
 
@@ -557,20 +557,20 @@ def test_inversion_that_was_not_exported(run, tmp_path):
 @pytest.mark.parametrize(
   "flags, said",
   [
-    (["--samplers=onestpe"], "unknown sampler 'onestpe'; did you mean"),
-    (["--samplers=ancestral@900"], "outside the trained noise levels"),
-    (["--samplers=heun"], "learnt to jump"),
-    (["--platforms=gpu"], "GPUs are cuda"),
-    (["--platforms=cpu,cpu"], "once at most"),
-    (["--platforms="], "give each of"),
-    (["--average=ema_7"], "unknown sample.average 'ema_7'"),
+    (["--samplers=onestpe"], "'onestep'"),
+    (["--samplers=ancestral@900"], "900"),
+    (["--samplers=heun"], "heun"),
+    (["--platforms=gpu"], "cuda"),
+    (["--platforms=cpu,cpu"], "--platforms"),
+    (["--platforms="], "--platforms"),
+    (["--average=ema_7"], "sample.average"),
     (["--step=5"], "5"),
-    (["--step=x"], "invalid int value"),
-    (["--config.sample.rejection=0.5"], "is not exported"),
-    (["--config.model.attention=cudnn"], "NVIDIA's GPUs alone"),
+    (["--step=x"], "--step"),
+    (["--config.sample.rejection=0.5"], "sample.rejection"),
+    (["--config.model.attention=cudnn"], "cudnn"),
     (["--config.sample.smapler=onestep"], "smapler"),
-    (["--config=configs/digits.py"], "has its own config"),
-    (["--half"], "unrecognized arguments"),
+    (["--config=configs/digits.py"], "--config"),
+    (["--half"], "--half"),
   ],
 )
 def test_the_command_refuses(run, tmp_path, capsys, flags, said):
@@ -592,9 +592,9 @@ def test_places_that_cannot_be_written(run, path, tmp_path):
   before = path.read_bytes()
   (tmp_path / "file").write_text("")
   for workdir, out, said in (
-    (run, path, "is there already"),
-    (tmp_path, tmp_path / "a.zip", "holds no run"),
-    (run, tmp_path / "file" / "a.zip", "cannot be written"),
+    (run, path, str(path)),
+    (tmp_path, tmp_path / "a.zip", str(tmp_path)),
+    (run, tmp_path / "file" / "a.zip", "file/a.zip"),
   ):
     with pytest.raises(errors.UserError, match=said):
       stablehlo.write(str(workdir), str(out), platforms=["cpu"])
