@@ -86,7 +86,7 @@ def test_a_path_that_is_missing(name, tmp_path):
   with pytest.raises(UserError, match=f"data.path.*{name}"):
     datasets.find(name)
   path = str(tmp_path / "gone")
-  with pytest.raises(UserError, match="data.path=.*gone"):
+  with pytest.raises(UserError, match="data.path.*gone"):
     datasets.find(name, path=path)
 
 
@@ -95,7 +95,7 @@ def test_files_that_have_gone_are_as_they_were_described(name, tmp_path):
   path = str(tmp_path / "gone")
   found = datasets.find(name, (4, 6, 3), 7, path=path)
   assert found.image_shape == (4, 6, 3) and found.num_classes == 7
-  with pytest.raises(UserError, match="data.path=.*gone"):
+  with pytest.raises(UserError, match="data.path.*gone"):
     found.open("train", None)
 
 
@@ -111,11 +111,11 @@ def test_files_must_be_as_they_were_described(paths):
     "settings, words",
     [
         (dict(name="folders"), "data.name.*'folder'"),
-        (dict(name="digits", path="x"), "data.path='x'"),
-        (dict(name="cifar10", skip_corrupt=True), "skip_corrupt=True"),
-        (dict(name="digits", size=16), "size=16"),
+        (dict(name="digits", path="x"), "data.path.*'x'"),
+        (dict(name="cifar10", skip_corrupt=True), "skip_corrupt"),
+        (dict(name="digits", size=16), "data.size"),
         (dict(name="cifar10", crop="amd"), "crop.*'amd'.*'adm'"),
-        (dict(name="none"), r"data.image_shape=\(\)"),
+        (dict(name="none"), "data.image_shape"),
     ],
 )
 def test_keys_that_do_not_go_with_a_name(settings, words):
@@ -124,7 +124,7 @@ def test_keys_that_do_not_go_with_a_name(settings, words):
 
 
 def test_prepared_images_keep_their_size(paths):
-  with pytest.raises(UserError, match="16x16.*--size=32"):
+  with pytest.raises(UserError, match="16x16"):
     datasets.find("prepared", path=paths["prepared"], size=32)
 
 

@@ -41,12 +41,12 @@ def test_label_error_names_example_label_and_range(bad):
     image_source.ArraySource(_images(), labels, 10, name="mine")
   message = str(error.value)
   assert message.startswith("mine") and "\n" not in message
-  for part in ("example 2 ", str(bad), "0 to 9", "2 of 4"):
+  for part in ("example 2", str(bad), "0 to 9", "2 of 4"):
     assert part in message
 
 
 def test_label_error_names_the_id_and_not_the_position():
-  with pytest.raises(UserError, match="71.* 5"):
+  with pytest.raises(UserError, match="example 71"):
     image_source.check_labels(np.array([0, 5]), np.array([7, 71]), 5, "s")
 
 
@@ -56,8 +56,8 @@ def test_label_error_names_the_id_and_not_the_position():
         (np.zeros((0, 8, 8, 1), np.uint8), None, "image"),
         (np.zeros((4, 8, 8, 1), np.float32), None, "float32.*uint8"),
         (np.zeros((4, 8, 8), np.uint8), None, r"\[n, H, W, C\]"),
-        (_images(), np.zeros(3, np.int32), r"labels.*\(3,\)"),
-        (_images(), np.zeros(4, np.float32), "labels.*float32"),
+        (_images(), np.zeros(3, np.int32), r"\(3,\)"),
+        (_images(), np.zeros(4, np.float32), "float32"),
         (_images(), np.array([0, 0, -2, 0]), "label.*-2"),
     ],
 )

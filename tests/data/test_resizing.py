@@ -109,5 +109,5 @@ def test_sides_round_to_the_nearest():
 
 def test_none_wants_the_size():
   image = pictures.noise(0, 16, 12)
-  with pytest.raises(UserError, match="16x12 .*16x16.*'adm'"):
+  with pytest.raises(UserError, match="16x12.*16x16"):
     resizing.none(image, 16)

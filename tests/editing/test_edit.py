@@ -358,7 +358,7 @@ def files(tmp_path):
   [
     (dict(input="gone.png"), "gone.png"),
     (dict(input="empty"), "/empty"),
-    (dict(input="large.png"), "9x9 .*edit.resize=true"),
+    (dict(input="large.png"), "9x9.*edit.resize"),
     (dict(input="rgb.png"), "rgb.png"),
     (dict(input="broken.png"), "broken.png"),
     (dict(input="ok.png", label="()"), "edit.label"),
@@ -367,7 +367,7 @@ def files(tmp_path):
     (dict(input="two", label="1,2,3"), "edit.label"),
     (dict(input="ok.png", reference="two"), "edit.reference"),
     (dict(task="inpaint", input="ok.png", mask="black.png"), "black.png"),
-    (dict(task="inpaint", input="ok.png", mask="large.png"), "large.png .*9x9"),
+    (dict(task="inpaint", input="ok.png", mask="large.png"), "large.png.*9x9"),
     (dict(task="inpaint", input="ok.png", mask="two"), "edit.mask"),
     (dict(task="interpolate", input="ok.png"), "edit.end_images"),
     (dict(task="relabel", input="ok.png"), "edit.new_label"),
@@ -378,15 +378,15 @@ def files(tmp_path):
     (dict(reference="ok.png", label="()"), "edit.reference"),
     (dict(num_images=1000, label="()"), "1 to 360"),
     (dict(num_images=2), "edit.label"),
-    (dict(task="super_resolve", factor=3), "edit.factor=3"),
-    (dict(task="super_resolve", factor=0, input="ok.png"), "edit.factor=0"),
-    (dict(seed=-1), "edit.seed=-1"),
+    (dict(task="super_resolve", factor=3), "edit.factor"),
+    (dict(task="super_resolve", factor=0, input="ok.png"), "edit.factor"),
+    (dict(seed=-1), "edit.seed"),
     (
       dict(num_interpolants=1, task="interpolate"),
-      "edit.num_interpolants=1",
+      "edit.num_interpolants",
     ),
-    (dict(quality=0), "edit.quality=0"),
-    (dict(task="inpaint", noise=0.0), "edit.noise=0.0"),
+    (dict(quality=0), "edit.quality"),
+    (dict(task="inpaint", noise=0.0), "edit.noise"),
     (
       dict(
         task="attribute",
@@ -414,5 +414,5 @@ def test_tasks_that_a_network_cannot_do_are_refused_before_files_are_read(
   tmp_path,
 ):
   built = experiment(task="restore", input="gone", method=dict(inverts=False))
-  with pytest.raises(errors.UserError, match="edit.task='restore'"):
+  with pytest.raises(errors.UserError, match="edit.task.*'restore'"):
     edit.run(built, str(tmp_path))

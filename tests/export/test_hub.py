@@ -156,7 +156,7 @@ def test_a_folder_is_no_run_and_says_what_makes_one(run, folder, capsys):
   with pytest.raises(errors.UserError, match="hub unpack"):
     params_of(folder)
   line = fails(capsys, "pack", run, "out", "--config=digits.py")
-  assert "--config=digits.py" in line
+  assert "--config" in line
   line = fails(capsys, "--average", "ema_0.7", "pack", run, "out")
   assert "ema_0.7" in line and "unknown command" not in line
 

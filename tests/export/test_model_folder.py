@@ -274,7 +274,7 @@ def test_refused_before_anything_is_written(tmp_path, options, said):
 def test_values_that_a_dtype_cannot_hold(tmp_path):
   params = tree()
   params["conv"]["bias"][2] = 1e5
-  with pytest.raises(errors.UserError, match=r"'conv\.bias'.*--dtype=bfloat16"):
+  with pytest.raises(errors.UserError, match=r"conv\.bias.*--dtype"):
     model_folder.write(
         str(tmp_path / "a"), CONFIG, params, ABOUT, dtype="float16"
     )

@@ -149,12 +149,12 @@ def save(path, count=20, side=8, labels=True):
     [
         (["--stps=3"], "--stps=3"),
         (["--steps=many"], "'many'"),
-        (["--steps=0"], "--steps=0"),
-        (["--batch_size=0"], "--batch_size=0"),
+        (["--steps=0"], "--steps"),
+        (["--batch_size=0"], "--batch_size"),
         (["--batch_size=21"], "batch_size"),
-        (["--seed=-1"], "--seed=-1"),
-        (["--learning_rate=0"], "--learning_rate=0.0"),
-        (["--learning_rate=nan"], "--learning_rate=nan"),
+        (["--seed=-1"], "--seed"),
+        (["--learning_rate=0"], "--learning_rate"),
+        (["--learning_rate=nan"], "--learning_rate"),
         (["--config.data.nam=x"], "'data.name'"),
     ],
 )
@@ -188,7 +188,7 @@ def test_a_folder_that_cannot_be_written_is_found_first(
 ):
   (tmp_path / "file").write_text("")
   line = fails(capsys, *arguments(data, tmp_path / "file" / "out"))
-  assert "--out=" in line
+  assert "--out" in line
 
 
 def test_a_loss_that_is_not_finite_stops_it(data, tmp_path, capsys):
