@@ -1,8 +1,11 @@
 """Resolved configs and parameter tables, line by line.
 
-UPDATE_GOLDENS=1 rewrites the files; the diff then shows what a change means.
+Six bases are stored in full, every other config as its differences from one
+of them. UPDATE_GOLDENS=1 rewrites the files; the diff then shows what a change
+means.
 """
 
+import difflib
 import functools
 import math
 import pathlib
@@ -17,7 +20,11 @@ from tests import teachers
 from tests import text_goldens
 
 TEXTS = pathlib.Path(__file__).parent / "goldens" / "texts"
-NAMES = config_files.all_variants()
+BASES = [
+    data + variant
+    for data in ("digits", "cifar10", "imagenet64")
+    for variant in (".py" if data == "digits" else ".py:bcm", "_dmd.py:dmd2")
+]
 
 
 @functools.cache
@@ -26,9 +33,23 @@ def experiment(name):
     return build.build(resolve.resolve(config_files.read_file(name)))
 
 
+def config_text(name):
+  flat = resolve.flatten(resolve.to_json(experiment(name).config))
+  return "".join(f"{k} = {v!r}\n" for k, v in sorted(flat.items()))
+
+
 @functools.cache
-def table(network, size):
-  rows = sorted(transfer.shapes(network, size).items())
+def shapes(network, size):
+  return transfer.shapes(network, size)
+
+
+def shapes_of(name):
+  e = experiment(name)
+  return shapes(e.method.network, e.image_shape[0])
+
+
+def parameters_text(name):
+  rows = sorted(shapes_of(name).items())
   lines = [
       f"{'/'.join(path)}  {'x'.join(map(str, shape)) or 'scalar'}  "
       f"{math.prod(shape)}"
@@ -38,56 +59,86 @@ def table(network, size):
   return "\n".join([*lines, f"total  {len(rows)} tensors  {total}"]) + "\n"
 
 
-def check(file, text):
-  text_goldens.check(TEXTS / file, text)
+def base_of(name):
+  """Returns the base of a dataset: BCM's, or that of networks like EDM's."""
+  data = name.partition(".")[0].partition("_")
+  edm = data[2] in ("edm", "cd", "ctm", "dmd")
+  return next(b for b in BASES[edm::2] if b.startswith(data[0]))
+
+
+def differences(text):
+  """Returns the lines in which every other config differs from its base."""
+  found = {}
+  for name in set(config_files.all_variants()) - {*BASES}:
+    base = base_of(name)
+    changes = difflib.ndiff(
+        text(base).splitlines(), text(name).splitlines()
+    )
+    lines = [line for line in changes if line[0] in "+-"]
+    found.setdefault("\n".join([f"from {base}", *lines]), []).append(name)
+  blocks = sorted((sorted(names), changes) for changes, names in found.items())
+  return "".join(f"{', '.join(n)}\n{changes}\n\n" for n, changes in blocks)
 
 
 def file_of(name):
   return name.replace(".py", "").replace(":", "_") + ".txt"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_resolved_config(name):
-  flat = resolve.flatten(resolve.to_json(experiment(name).config))
-  lines = [f"{k} = {v!r}" for k, v in sorted(flat.items())]
-  check(f"configs/{file_of(name)}", "\n".join(lines) + "\n")
+def check(folder, text, names):
+  for name in names:
+    text_goldens.check(TEXTS / folder / file_of(name), text(name))
+
+
+def marked(names):
+  """Returns parameters for pytest; most large networks are slow."""
+  fast = (*BASES[:2], "cifar10.py:bcm")
+  return [
+      pytest.param(name, marks=() if name in fast else pytest.mark.slow)
+      for name in names
+  ]
+
+
+def test_resolved_configs():
+  check("configs", config_text, BASES)
+  text_goldens.check(TEXTS / "configs" / "variants.txt", differences(config_text))
+
+
+@pytest.mark.parametrize("name", marked(BASES))
+def test_parameters_of_a_base(name):
+  check("parameters", parameters_text, [name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_parameter_table(name):
-  e = experiment(name)
-  text = table(e.method.network, e.image_shape[0])
-  check(f"parameters/{file_of(name)}", text)
-
-
-def test_no_text_without_its_config():
-  known = {file_of(name) for name in NAMES}
-  for folder in ("configs", "parameters"):
-    assert {p.name for p in (TEXTS / folder).iterdir()} == known
+def test_parameters_of_variants():
+  text_goldens.check(
+      TEXTS / "parameters" / "variants.txt", differences(parameters_text)
+  )
 
 
 # Parameters and tensors, core_bcm.md 2 (constructors of the official code).
 # One Fourier table serves both branches, 128 fewer than two would have.
-@pytest.mark.parametrize("name, count, tensors", [
-    ("imagenet64.py:finetune", 279_941_571, 504),
-    ("imagenet64.py:finetune_deep", 466_988_355, 840),
-    ("imagenet64.py:ict", 278_023_107, 499),
-    ("imagenet64.py:ict_deep", 465_069_891, 835),
-    ("imagenet64.py:ct", 295_899_267, 541),
-    ("cifar10.py:ict", 56_395_651, None),
-    ("cifar10.py:ict_deep", 97_610_627, None),
-    ("cifar10.py:bcm", 57_314_307 - 128, None),
-    ("cifar10.py:bcm_deep", 98_529_283 - 128, None),
-    ("cifar10_edm.py:cond", 55_735_299, 419),
-    ("cifar10_edm.py:uncond", 55_733_891, 417),
-    ("cifar10_edm.py:cond_ve", 56_400_643 + 128, None),
-    ("cifar10_ctm.py:dsm", 60_396_675, None),
-    ("imagenet64_edm.py", 295_899_267, 541),
-    ("imagenet64_ctm.py:dsm", 324_100_611, 617),
-])
-def test_published_parameter_counts(name, count, tensors):
-  e = experiment(name)
-  shapes = transfer.shapes(e.method.network, e.image_shape[0])
-  assert sum(map(math.prod, shapes.values())) == count
-  assert tensors in (None, len(shapes))
+PUBLISHED = {
+    "imagenet64.py:finetune": (279_941_571, 504),
+    "imagenet64.py:finetune_deep": (466_988_355, 840),
+    "imagenet64.py:ict": (278_023_107, 499),
+    "imagenet64.py:ict_deep": (465_069_891, 835),
+    "imagenet64.py:ct": (295_899_267, 541),
+    "cifar10.py:ict": (56_395_651, None),
+    "cifar10.py:ict_deep": (97_610_627, None),
+    "cifar10.py:bcm": (57_314_307 - 128, None),
+    "cifar10.py:bcm_deep": (98_529_283 - 128, None),
+    "cifar10_edm.py:cond": (55_735_299, 419),
+    "cifar10_edm.py:uncond": (55_733_891, 417),
+    "cifar10_edm.py:cond_ve": (56_400_643 + 128, None),
+    "cifar10_ctm.py:dsm": (60_396_675, None),
+    "imagenet64_edm.py": (295_899_267, 541),
+    "imagenet64_ctm.py:dsm": (324_100_611, 617),
+}
+
+
+@pytest.mark.parametrize("name", marked(PUBLISHED))
+def test_published_parameter_counts(name):
+  count, tensors = PUBLISHED[name]
+  found = shapes_of(name)
+  assert sum(map(math.prod, found.values())) == count
+  assert tensors in (None, len(found))
