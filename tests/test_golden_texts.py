@@ -93,14 +93,16 @@ def marked(names):
   """Returns parameters for pytest; most large networks are slow."""
   fast = (*BASES[:2], "cifar10.py:bcm")
   return [
-      pytest.param(name, marks=() if name in fast else pytest.mark.slow)
+      name if name in fast else pytest.param(name, marks=pytest.mark.slow)
       for name in names
   ]
 
 
 def test_resolved_configs():
   check("configs", config_text, BASES)
-  text_goldens.check(TEXTS / "configs" / "variants.txt", differences(config_text))
+  text_goldens.check(
+      TEXTS / "configs" / "variants.txt", differences(config_text)
+  )
 
 
 @pytest.mark.parametrize("name", marked(BASES))

@@ -4,15 +4,12 @@ Every start is a process of the real command (starts.py).
 """
 
 import signal
-import time
 
 import pytest
 
 from bcm_jax import errors
 from tests.training import starts
 from tests.training import tiny_run
-
-pytestmark = pytest.mark.slow
 
 STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 
@@ -36,6 +33,7 @@ def test_a_second_writer_is_refused(server, unbroken, tmp_path):
   starts.assert_same_run(tmp_path, unbroken, STEPS)
 
 
+@pytest.mark.slow
 def test_a_writer_that_was_replaced_stops_before_it_saves(server, tmp_path):
   # It hangs, and does not beat for so long that its next beat is far away.
   first = server.start(tmp_path, code=starts.slow()).until("step ")
@@ -52,10 +50,9 @@ def test_a_writer_that_was_replaced_stops_before_it_saves(server, tmp_path):
 
 def test_an_unwritable_place_is_an_error_at_once(server, tmp_path):
   (tmp_path / "file").write_text("")
-  began = time.monotonic()
   start = server.start(tmp_path / "file" / "run")
   start.wait(errors.EXIT_BAD_INPUT)
-  assert time.monotonic() - began < 5
+  assert "step 1" not in start.text
   assert "error: cannot write to --workdir=" in start.text
   assert "Traceback" not in start.text
 
@@ -82,6 +79,7 @@ metric_logger.MetricLogger.__call__ = limited
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_a_save(
     server, unbroken, tmp_path
 ):
@@ -93,6 +91,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_save(
   starts.assert_same_run(tmp_path, unbroken, STEPS)
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_as_the_machines_fault(
     server, unbroken, tmp_path
 ):

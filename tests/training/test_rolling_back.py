@@ -3,7 +3,6 @@
 Every start is a process of the real command (starts.py).
 """
 
-from concurrent import futures
 import json
 
 import numpy as np
@@ -13,8 +12,6 @@ from bcm_jax import errors
 from bcm_jax.training import fault_injection
 from tests.training import starts
 from tests.training import tiny_run
-
-pytestmark = pytest.mark.slow
 
 STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 # Two bad steps in a row are too many.
@@ -64,6 +61,7 @@ def all_finite(node):
   return node is None or bool(np.isfinite(np.asarray(node)).all())
 
 
+@pytest.mark.slow
 def test_one_bad_step_is_skipped_and_leaves_no_trace(server, tmp_path):
   server.start(
       tmp_path, TWO, "checkpoint.every_steps=1", code=poison(5)
@@ -98,7 +96,7 @@ ROLL_BACKS = {"once": 1, "twice": 2, "older": 2, "early": 1, "at_save": 1}
 
 
 @pytest.fixture(scope="module")
-def whole(server, tmp_path_factory):
+def whole(server, once, tmp_path_factory):
   """Name -> (run of one start, what it printed)."""
 
   def run(name):
@@ -107,11 +105,13 @@ def whole(server, tmp_path_factory):
     start.wait(0)
     return workdir, start.text
 
-  with futures.ThreadPoolExecutor(2) as pool:
-    return {name: pool.submit(run, name) for name in RUNS}
+  return once(run, RUNS)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [
+    name if name == "once" else pytest.param(name, marks=pytest.mark.slow)
+    for name in RUNS
+])
 def test_a_roll_back_goes_on_with_other_data(whole, name):
   workdir, text = whole[name].result()
   _, (window, skipped), damaged = RUNS[name]
@@ -143,9 +143,6 @@ rollbacks.add = armed
 # Name -> (which of RUNS, deaths of the starts before the last: the roll-back
 # after which, and the fault point).
 BROKEN = {
-    "before": ("once", [(0, "before_rollback")]),
-    "after": ("once", [(1, "metrics_half")]),
-    "before_second": ("older", [(0, "before_rollback:2")]),
     "after_second": ("older", [(2, "metrics_half")]),
     "each": ("twice", [(0, "before_rollback"), (0, "before_rollback:2"),
                        (2, "metrics_half:2")]),
@@ -155,7 +152,7 @@ BROKEN = {
 
 
 @pytest.fixture(scope="module")
-def broken(server, tmp_path_factory):
+def broken(server, once, tmp_path_factory):
   """Name -> run that was killed around its roll-backs."""
 
   def run(name):
@@ -172,10 +169,10 @@ def broken(server, tmp_path_factory):
     start.wait(0)
     return workdir, start.text
 
-  with futures.ThreadPoolExecutor(2) as pool:
-    return {name: pool.submit(run, name) for name in BROKEN}
+  return once(run, BROKEN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_roll_back_that_is_killed_resumes_bit_for_bit(whole, broken, name):
   expected, _ = whole[BROKEN[name][0]].result()
@@ -197,6 +194,7 @@ train.stream = by_step
 """ + POISON.partition("batches = train.batches")[2].replace("BAD", "bad")
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_at_the_same_step_for_ever_stops(server, tmp_path):
   """Though it comes as far as a new checkpoint every time."""
   start = server.start(tmp_path, TWO, code=DIVERGE)
@@ -215,6 +213,7 @@ def test_a_run_that_fails_at_the_same_step_for_ever_stops(server, tmp_path):
   assert "continuing from" not in again.text
 
 
+@pytest.mark.slow
 def test_what_does_not_get_better_stops_with_a_bundle(server, tmp_path):
   code = poison(*range(5, 99))
   start = server.start(tmp_path, TWO, "training.max_rollbacks=2", code=code)
