@@ -10,6 +10,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _tfds_dir = tempfile.TemporaryDirectory(prefix="bcm_jax_tfds_")
 os.environ["TFDS_DATA_DIR"] = _tfds_dir.name
 
+# Programs run a few times here; compiling them well would take longer.
+# `toys.optimized` is for the exceptions.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # Tests compile the same tiny programs again and again, in this process and in
 # those they start; each is compiled once a session.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -26,10 +26,10 @@ TINY = {
 
 
 @contextlib.contextmanager
-def quick_compilation():
-  """For what runs a few times: compiling it well would take longer."""
+def optimized():
+  """Compiles with all of XLA's optimizations, for programs that run long."""
   before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
 

@@ -42,12 +42,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> pathlib.Path:
   """A run as training leaves it, of random weights, with its numbers."""

@@ -40,13 +40,6 @@ TINY = {
 SAMPLERS = ("onestep", "cm_multistep@9/2.5")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation(), pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    yield
-
-
 def make_run(folder, file="digits.py", **overrides):
   """A run of random weights and of two averages that differ."""
   values = TINY | {k.replace("__", "."): v for k, v in overrides.items()}

@@ -33,9 +33,8 @@ def test_outputs_are_stripped(name):
   assert "OWNER/bcm_jax" in parameters.source
 
 
-def execute(name, tmp_path, monkeypatch, **parameters):
+def execute(name, tmp_path, **parameters):
   """Runs a notebook with other parameters; returns its outputs as text."""
-  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   notebook = nbformat.read(COLAB / name, as_version=4)
   for cell in notebook.cells:
     if "parameters" in cell.metadata.get("tags", ()):
@@ -51,9 +50,9 @@ def execute(name, tmp_path, monkeypatch, **parameters):
 
 
 @pytest.mark.slow
-def test_digits(tmp_path, monkeypatch):
+def test_digits(tmp_path):
   text, pictures = execute(
-      "quickstart.ipynb", tmp_path, monkeypatch, STEPS=4,
+      "quickstart.ipynb", tmp_path, STEPS=4,
       OVERRIDES={
           **toys.TINY,
           "training.batch_size": "16", "eval.at_end": "false",
@@ -69,7 +68,7 @@ def test_digits(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_published_checkpoint(tmp_path, monkeypatch):
+def test_a_published_checkpoint(tmp_path):
   config = resolve.resolve(
       config_files.read_file("imagenet64.py"),
       {"model.model_channels": "32", "model.num_head_channels": "32",
@@ -90,7 +89,7 @@ def test_a_published_checkpoint(tmp_path, monkeypatch):
   )
   np.savez(tmp_path / "reference.npz", mu=np.full(3, 127.0), sigma=np.eye(3))
   text, pictures = execute(
-      "imagenet64.ipynb", tmp_path, monkeypatch,
+      "imagenet64.ipynb", tmp_path,
       WEIGHTS="ema_0.9_000007.safetensors", SAMPLES=4,
       CONVERT={"model.num_head_channels": "32"},
       EVALUATE={

@@ -23,12 +23,6 @@ R = np.float32([60.0, 1.5, 0.4, 0.05, 8.0, 0.5, 0.002, 20.0])
 U = np.float32([0.002, 80.0, 2.0, 15.0, 0.3, 0.5, 0.05, 0.07])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 def fixed(network, t=T, r=R, u=U, **options):
   """BCM with these draws of times."""
   return toys.at_times(BCM, t, r, u)(

@@ -8,13 +8,6 @@ from scipy import stats
 
 from tests import toys
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 DRAWS = 20_000
 
 

@@ -20,12 +20,6 @@ B = len(IMAGES)
 END = 0.002
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 def preset(name, network=None, **options):
   return toys.consistency_toy(
       network, **(consistency.PRESETS[name] | options)

@@ -20,12 +20,6 @@ IMAGES = toys.images(B)
 ZERO = {"scale": jnp.zeros(())}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 def make(preset=dmd.DMD2, cls=dmd.DistributionMatching, **options):
   teacher, _ = toys.gaussian_teacher()
   settings = dict(

@@ -21,12 +21,6 @@ IMAGES = toys.images(4096)
 LEVELS = sampling_plan.Range()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 def test_the_exact_denoiser_loses_one_at_every_level():
   """w E|D - x_0|^2 = (s^2 + sd^2) / (s sd)^2 * s^2 sd^2 / (s^2 + sd^2) = 1."""
   method, params = toys.gaussian_teacher()

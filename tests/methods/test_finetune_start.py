@@ -19,12 +19,6 @@ T = np.float32([80.0, 2.0, 0.5, 0.07, 10.0, 1.0, 0.02, 30.0])
 U = np.float32([0.002, 80.0, 2.0, 15.0, 0.3, 0.5, 0.05, 0.07])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 @functools.cache
 def finetuning():
   """The network by two_time, a CM's parameters, and a BCM's fresh ones."""

@@ -15,12 +15,6 @@ FAKE = jnp.array([[-2.0, 0.5], [0.0, 3.0]])
 REAL = jnp.array([[2.0, 0.5], [-1.0, 0.0]])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 def test_losses_by_hand():
   np.testing.assert_allclose(
       gan.hinge_generator(FAKE), [0.75, -1.5]

@@ -21,12 +21,6 @@ from tests.parity import files
 from tests.parity import runner
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 def weights(case: golden.Golden):
   """Online and target parameters of a case, float64."""
   online = golden.load(case.meta["state_dict_from"].removesuffix(".npz"))

@@ -20,12 +20,6 @@ from bcm_jax.training import train_step
 from tests import toys
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 def pyramid(params, images):
   """Means of 1, 2 x 2 and 4 x 4 pixels, each in some channels."""
   features = []

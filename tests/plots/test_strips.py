@@ -29,12 +29,6 @@ from tests import toys
 SD = toys.SIGMA_DATA
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 # Trajectories, where they are known -------------------------------------------
 
 

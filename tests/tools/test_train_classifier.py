@@ -12,7 +12,6 @@ from bcm_jax.data import image_source
 from bcm_jax.metrics import classifier as classifiers
 from bcm_jax.tools import train_classifier
 from tests import quick
-from tests import toys
 
 pytestmark = pytest.mark.slow
 
@@ -28,12 +27,6 @@ def stripes(count, seed):
   wave = np.stack([rows[0] % 2, rows[1] % 2, np.full((8, 8), 0.5)])
   images = 60 + 100 * wave[labels] + rng.integers(0, 60, (count, 8, 8))
   return images[..., None].astype(np.uint8), labels
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  with toys.quick_compilation():
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,6 @@ from tests import toys
 B, STEPS = 16, 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 @functools.cache
 def trained(devices, parts, local, per_call=1):
   method = toys.bidirectional_toy(toys.MLP(width=8, depth=1, dropout=0.3))

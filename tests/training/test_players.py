@@ -16,12 +16,6 @@ from tests import toys
 B = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 def batch():
   return {
       "image": np.ones((B, 1, 1, 1), np.float32),

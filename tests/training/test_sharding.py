@@ -30,11 +30,10 @@ CUT = ("fsdp-2x2", "fsdp-1x4", "pattern-2x2")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quickly():
+def small_tensors():
   # The toy's tensors are smaller than what is worth cutting.
   before, sharding._MIN_CUT_SIZE = sharding._MIN_CUT_SIZE, 16
-  with toys.quick_compilation():
-    yield
+  yield
   sharding._MIN_CUT_SIZE = before
 
 

@@ -24,12 +24,6 @@ from tests import toys
 B = 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-  with toys.quick_compilation():
-    yield
-
-
 @dataclasses.dataclass(frozen=True)
 class Regression(base.OnePlayer):
   """Fits w x to labels, with noise on w that depends on the keys."""

@@ -23,12 +23,6 @@ STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 # One device a process: two processes have the devices that one has else.
 EACH = "parallel.cpu_devices=1"
 FSDP = ("parallel.fsdp=2", "parallel.sharding=kernel$=- fsdp,fsdp")
-# Process 1 finds nothing in the cache of compiled programs: only process 0
-# writes there.
-QUICK = """
-import jax
-jax.config.update("jax_disable_most_optimizations", True)
-"""
 KINDS = {"jit": (), "pmap": ("parallel.backend=pmap",), "fsdp": FSDP}
 
 
@@ -44,7 +38,7 @@ def pair(server, workdir, *flags, codes=("", ""), **environment):
   return [
       server.start(
           workdir, EACH, *flags, f"--coordinator={coordinator}",
-          "--num_processes=2", f"--process_id={i}", code=QUICK + codes[i],
+          "--num_processes=2", f"--process_id={i}", code=codes[i],
           **environment,
       ) for i in range(2)
   ]
@@ -57,21 +51,13 @@ def wait(both, *statuses):
 
 
 @pytest.fixture(scope="module")
-def unbroken(server, tmp_path_factory):
-  """Kind -> run of two processes in one start."""
-  runs = {}
+def unbroken(server, unbroken, tmp_path_factory):
+  """Kind -> run of two processes in one start; 'alone' is that of one."""
+  runs = {"alone": unbroken}
   for kind, flags in KINDS.items():
     runs[kind] = tmp_path_factory.mktemp(kind)
     wait(pair(server, runs[kind], *flags), 0)
   return runs
-
-
-@pytest.fixture(scope="module")
-def alone(server, tmp_path_factory):
-  """A run of one process with as many devices."""
-  workdir = tmp_path_factory.mktemp("alone")
-  server.start(workdir, code=QUICK).wait(0)
-  return workdir
 
 
 def tree(workdir):
@@ -89,7 +75,8 @@ def assert_close(a, b):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_as_one_does(unbroken, alone, kind):
+def test_two_processes_train_as_one_does(unbroken, kind):
+  alone = unbroken["alone"]
   assert_close(tree(unbroken[kind]), tree(alone))
   lines = zip(
       starts.metrics(unbroken[kind]), starts.metrics(alone), strict=True

@@ -190,5 +190,4 @@ def flat(topology):
 
 
 if __name__ == "__main__":
-  with toys.quick_compilation():  # As in test_parallel.py: the same rounding.
-    np.savez(sys.argv[1], *flat(sys.argv[2]))
+  np.savez(sys.argv[1], *flat(sys.argv[2]))
