@@ -75,6 +75,7 @@ setuptools.setup(
     ],
     package_dir={"bcm_jax.configs": "configs"},
     package_data={"bcm_jax": ["networks/*/*"]},
+    entry_points={"console_scripts": ["bcm_jax = bcm_jax.__main__:run"]},
     install_requires=read_requirements() + TENSORFLOW,
     extras_require={
         "tpu": ["jax[tpu]"],

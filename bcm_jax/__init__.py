@@ -18,12 +18,13 @@ def load(source: Any = None, **options: Any) -> Any:
 
   Args:
     source: work directory of a run, or a folder of bcm_jax.export.hub; None is
-      the small network of digits that comes with this package.
-    **options: average, step, batch_size; see facade.load.
+      the small network of digits that is part of this package.
+    **options: average, step, batch_size; see pretrained.load.
 
   Returns:
-    A facade.Model.
+    A pretrained.Model.
   """
-  from bcm_jax.editing import facade  # JAX is imported by those who need it.
+  # Imported here so that `import bcm_jax` does not import JAX.
+  from bcm_jax.editing import pretrained
 
-  return facade.load(source, **options)
+  return pretrained.load(source, **options)

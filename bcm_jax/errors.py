@@ -1,9 +1,10 @@
-"""Errors that a user can act on.
+"""Expected errors and the exit status of each.
 
-The commands turn those below into one line on stderr and an exit status that
-launchers understand (docs/reliability.md): 65 (EX_DATAERR) bad input, do not
-restart; 74 (EX_IOERR) the machine fails, a restart may help; 75 (EX_TEMPFAIL)
-preempted and saved, start again. Anything else is a bug and keeps its
+Commands report these errors as one line on stderr, without a traceback, and
+exit with a status from sysexits.h (docs/reliability.md): 65 (EX_DATAERR) for
+bad input, which a restart cannot repair; 74 (EX_IOERR) for an environment
+failure, where a restart may help; 75 (EX_TEMPFAIL) after a preemption with a
+saved checkpoint, to be restarted. Any other exception is a bug and keeps its
 traceback.
 """
 
@@ -17,27 +18,34 @@ EXIT_PREEMPTED = 75
 
 
 class UserError(ValueError):
-  """What was wrong, what was expected and what to do, in one line."""
+  """Bad input, reported as one line: `key: got X, expected Y; fix`."""
 
 
 class MachineError(RuntimeError):
-  """What the machine refuses, such as a full disk, in one line."""
+  """Environment failure (for example a full disk), reported in one line."""
 
 
 class Preempted(Exception):
-  """The run was told to go, and its state is saved; says where, in one line."""
+  """Preemption after a checkpoint was saved; the message names the checkpoint.
+  """
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-  """Returns ', did you mean ...?' for the closest known name, or ''."""
+  """Returns '; did you mean ...?' with the closest known name, or ''."""
   close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
   return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
-  """Error for a name that is not among the known ones of its kind."""
+  """Returns the error for a name that is not in a list of known names.
+
+  Args:
+    kind: config key or flag, or a noun ('sampler'), that starts the message.
+    name: the value that was passed.
+    known: the accepted values.
+  """
   known = sorted(known)
   return UserError(
-      f"unknown {kind} {name!r}{nearest(name, known)} "
-      f"(known: {', '.join(known)})"
+      f"{kind}: got {name!r}, expected one of {', '.join(known)}"
+      f"{nearest(name, known)}"
   )

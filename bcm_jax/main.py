@@ -1,88 +1,220 @@
-"""The command: python -m bcm_jax.main --config=FILE --workdir=DIR --mode=MODE.
+"""Trains a model, samples from it, edits with it and evaluates it.
 
-Any value of a config can be set as --config.section.key=value. In every mode
-but train, --config may be left out where the work directory holds a run. The
-same command starts a run, continues it, and joins it on every host of a pod.
-Exit status: 0 done, 65 bad input, 74 the machine fails, 75 preempted and
-saved, start again (docs/reliability.md).
+  python -m bcm_jax.main --config=FILE --workdir=DIR              trains
+  python -m bcm_jax.main --workdir=DIR --mode=MODE                uses the run
+
+The same command starts a run, resumes it, and joins it on every host of a pod.
+Exit status: 0 done, 65 bad input, 74 failure of the machine, 75 preempted with
+the state saved, start again (docs/reliability.md).
 """
 
+from collections.abc import Callable, Sequence
 import sys
+from typing import NamedTuple
 
 from absl import app
+from absl import flags
 from absl import logging
 
-from bcm_jax import arguments
-from bcm_jax.config import resolve
-from bcm_jax.evaluation import tables
+from bcm_jax import errors
 from bcm_jax.utils import cli
 
+FLAGS = flags.FLAGS
+_OURS = (
+    # Read by cli.split_overrides before absl parses; defined for --help.
+    flags.DEFINE_string(
+        "config", None, "config file; optional where --workdir holds a run"
+    ),
+    flags.DEFINE_string("workdir", None, "directory of the run"),
+    flags.DEFINE_string("mode", "train", "one of the modes above (train)"),
+    flags.DEFINE_string("compare", None, "inspect: a second run, DIR or @STEP"),
+    flags.DEFINE_string("topology", None, "compile: TPUs, such as v5e:16x16"),
+    flags.DEFINE_string("out", None, "compile: file of the report"),
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0, if JAX finds no cluster"
+    ),
+    flags.DEFINE_integer(
+        "num_processes", None, "processes of the run; with --coordinator"
+    ),
+    flags.DEFINE_integer(
+        "process_id", None, "number of this process; with --coordinator"
+    ),
+)
 
-def run(file, overrides) -> None:
-  """Dispatches to a command."""
-  args = arguments.values()
-  args.check()
-  mode, workdir = args.mode, args.workdir
-  if mode == "table":
-    tables.run(workdir)
-    return
-  config = resolve.load(file, overrides, workdir, mode != "train")
-  # Imported late: a wrong flag should not wait for TensorFlow.
-  from bcm_jax import sample
+# The functions below import their modules when they are called: --help and a
+# wrong flag should not wait for JAX.
+
+
+def _train(config, workdir):
   from bcm_jax import train
-  from bcm_jax.config import build
-  from bcm_jax.evaluation import evaluate
-  from bcm_jax.evaluation import references
-  from bcm_jax.evaluation import time_search
-  from bcm_jax.generate import teacher_pairs
-  from bcm_jax.tools import aot_compile
-  from bcm_jax.tools import inspect_config
-  from bcm_jax.training import multihost
+  train.train_and_evaluate(config, workdir)
 
-  if mode == "compile":
-    aot_compile.run(config, args.topology, args.out)
-    return
+
+def _sample(config, workdir):
+  from bcm_jax import sample
+  for folder in sample.run(_experiment(config), workdir, FLAGS.mode):
+    print(f"written: {folder}")
+
+
+def _eval(config, workdir):
+  from bcm_jax.evaluation import evaluate
+  evaluate.run(_experiment(config), workdir)
+
+
+def _search(config, workdir):
+  from bcm_jax.evaluation import time_search
+  time_search.run(_experiment(config), workdir)
+
+
+def _reference(config, workdir):
+  from bcm_jax.evaluation import references
+  references.run(_experiment(config), workdir)
+
+
+def _table(_, workdir):
+  from bcm_jax.evaluation import tables
+  tables.run(workdir)
+
+
+def _inspect(config, workdir):
+  from bcm_jax.tools import inspect_config
+  print(inspect_config.report(config, workdir, FLAGS.compare))
+
+
+def _compile(config, _):
+  from bcm_jax.tools import aot_compile
+  aot_compile.run(config, FLAGS.topology, FLAGS.out)
+
+
+def _pairs(config, workdir):
+  from bcm_jax.generate import teacher_pairs
+  teacher_pairs.run(_experiment(config), workdir)
+
+
+class Mode(NamedTuple):
+  """A value of --mode.
+
+  Attributes:
+    help: one line.
+    function: called with (resolved config, work directory).
+  """
+
+  help: str
+  function: Callable[..., None]
+
+
+MODES = {
+    "train": Mode("train, or resume the run in --workdir", _train),
+    "sample": Mode("generate images", _sample),
+    "invert": Mode("encode real images to latents and decode them", _sample),
+    "edit": Mode("edit real images: inpaint, restore, interpolate", _sample),
+    "eval": Mode("compute FID, precision, recall and other metrics", _eval),
+    "search": Mode("search for the times of a sampler with the best FID",
+                   _search),
+    "reference": Mode("write the statistics that FID compares with",
+                      _reference),
+    "table": Mode("render DIR/results.md from the JSON files in DIR/results",
+                  _table),
+    "inspect": Mode("print all config keys, schedules, parameters, the run",
+                    _inspect),
+    "compile": Mode("compile the training step for TPUs, without a TPU",
+                    _compile),
+    "pairs": Mode("write (noise, image) pairs of a teacher, for DMD", _pairs),
+}
+_WITHOUT_WORKDIR = ("inspect", "compile")
+# Flag -> the only mode that reads it.
+_OF_MODE = {"compare": "inspect", "topology": "compile", "out": "compile"}
+
+
+def _experiment(config):
+  from bcm_jax.config import build
+  return build.build(config, to_train=False)
+
+
+def _connect(config, workdir):
+  """Joins the other processes and shares the cores, before JAX starts."""
+  from bcm_jax.training import multihost
   multihost.connect(
-      args.coordinator, args.num_processes, args.process_id,
+      FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id,
       config.parallel.heartbeat_secs, workdir,
   )
   multihost.use_cores(
       config.parallel.cpu_devices, config.training.batch_size,
-      args.num_processes or 1,
+      FLAGS.num_processes or 1,
   )
-  if mode == "train":
-    train.train_and_evaluate(config, workdir)
-    return
-  if mode == "inspect":
-    print(inspect_config.report(config, workdir, args.compare))
-    return
-  built = build.build(config, to_train=False)
-  if mode in ("eval", "search", "reference", "pairs"):
-    room = dict(
-      eval=evaluate,
-      search=time_search,
-      reference=references,
-      pairs=teacher_pairs,
-    )[mode]
-    room.run(built, workdir)
+
+
+def run(file: str | None, overrides: dict[str, str]) -> None:
+  """Checks the flags, resolves the config and calls the mode's function."""
+  mode, workdir = FLAGS.mode, FLAGS.workdir
+  if mode not in MODES:
+    raise errors.unknown_name("--mode", mode, MODES)
+  if workdir is None and mode not in _WITHOUT_WORKDIR:
+    raise errors.UserError(f"--workdir is missing; mode {mode} needs one")
+  for flag, only in _OF_MODE.items():
+    if FLAGS[flag].present and mode != only:
+      raise errors.UserError(f"--{flag} is for mode {only}; got mode {mode}")
+  config = None
+  if mode == "table":
+    if file is not None or overrides:
+      raise errors.UserError("--config: mode table reads none; remove it")
   else:
-    for folder in sample.run(built, workdir, mode):
-      print(f"written: {folder}")
+    from bcm_jax.config import resolve
+
+    config = resolve.load(file, overrides, workdir, mode != "train")
+    if mode != "compile":
+      _connect(config, workdir)
+  MODES[mode].function(config, workdir)
+
+
+def help_text() -> str:
+  """Returns what --help prints: the modes and the flags, one line each."""
+  values = {"config": "FILE", "workdir": "DIR", "mode": "MODE", "out": "FILE"}
+  ours = [
+      (f"--{flag.name}={values.get(flag.name, 'VALUE')}", FLAGS[flag.name].help)
+      for flag in _OURS
+  ]
+  ours.insert(1, ("--config.section.key=VALUE", "sets a value of the config"))
+  return (
+      f"{__doc__}\nmodes:\n"
+      f"{cli.columns((name, mode.help) for name, mode in MODES.items())}\n\n"
+      f"flags:\n{cli.columns(ours)}\n\n"
+      "Config keys: bcm_jax/config/schema.py documents most sections; section\n"
+      "method takes the fields of its class in bcm_jax/methods/, model those\n"
+      "in bcm_jax/models/. --config=FILE --mode=inspect prints every key.\n"
+      "--helpfull adds the flags of absl, such as --verbosity."
+  )
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Parses the flags; returns the program's name, as app.run expects."""
+  # A second call, as from a notebook, starts from the defaults again.
+  for flag in _OURS:
+    FLAGS[flag.name].unparse()
+  try:
+    rest = FLAGS(argv)
+  except flags.Error as e:
+    raise errors.UserError(f"{e}; --help lists the flags") from e
+  if len(rest) > 1:
+    raise errors.UserError(
+        f"unexpected argument {rest[1]!r}; flags start with --"
+    )
+  return rest
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Entry point; foreseen ends are one line and an exit status."""
+  """Entry point; expected errors are one line and an exit status."""
   argv = sys.argv if argv is None else argv
   logging.set_verbosity(logging.WARNING)
   with cli.reporting():
-    file, overrides, rest = resolve.split_overrides(argv[1:])
+    if {"-h", "--help"} & set(argv[1:]):
+      print(help_text())
+      sys.exit()
+    file, overrides, rest = cli.split_overrides(argv[1:])
     app.run(
-      lambda _: run(file, overrides),
-      [argv[0], *rest],
-      flags_parser=arguments.parse,
+        lambda _: run(file, overrides), [argv[0], *rest], flags_parser=_parse
     )
 
 
 if __name__ == "__main__":
-  cli.quiet_tensorflow()
   main()

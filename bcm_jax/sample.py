@@ -1,4 +1,4 @@
-"""A checkpoint in, images out: modes sample, invert and edit."""
+"""Modes sample, invert and edit: images from a checkpoint."""
 
 from collections.abc import Sequence
 import os
@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import schema
 from bcm_jax.data import image_source
 from bcm_jax.editing import edit
 from bcm_jax.generate import batched_sampler
@@ -22,28 +20,8 @@ from bcm_jax.utils import files
 Params = Any
 
 
-def asked_labels(experiment, sample: schema.Sample) -> np.ndarray | None:
-  """Classes of the images to generate: one class, or all in equal shares."""
-  classes = experiment.num_classes
-  if classes is None:
-    if sample.label is not None:
-      raise errors.UserError(
-          f"sample.label={sample.label}, but the network is unconditional; "
-          "leave it out"
-      )
-    return None
-  if sample.label is None:
-    return (np.arange(sample.num_samples) % classes).astype(np.int32)
-  if not 0 <= sample.label < classes:
-    raise errors.UserError(
-        f"sample.label={sample.label} is out of range; this network knows "
-        f"classes 0 to {classes - 1}"
-    )
-  return np.full(sample.num_samples, sample.label, np.int32)
-
-
 def scale(experiment) -> int:
-  """Enlargement that makes small images visible."""
+  """Returns the factor by which small images are enlarged for display."""
   return max(1, 32 // experiment.image_shape[0])
 
 
@@ -53,13 +31,13 @@ def scale(experiment) -> int:
 def sample(
     experiment: build.Experiment,
     workdir: str,
-    runner: batched_sampler.Runner,
+    runner: batched_sampler.BatchedSampler,
     sampler: str | None = None,
 ) -> str:
   """Mode sample: writes samples.npz and grid.png; returns their folder."""
   section = experiment.sample
-  plan = planning.sampling_plan(experiment, sampler)
-  labels = asked_labels(experiment, section)
+  plan = planning.plan_of(experiment, sampler)
+  labels = planning.asked_labels(experiment, section)
   rejection.check(experiment)
   print(plan)
   if section.rejection:
@@ -91,10 +69,10 @@ def sample(
 def invert(
     experiment: build.Experiment,
     workdir: str,
-    runner: batched_sampler.Runner,
+    runner: batched_sampler.BatchedSampler,
     nfe: int | None = None,
 ) -> str:
-  """Mode invert: originals, latents, reconstructions and their error."""
+  """Mode invert: writes originals, latents, reconstructions and errors."""
   section = experiment.invert
   plan = planning.inversion_plan(experiment, nfe)
   print(plan)
@@ -129,7 +107,7 @@ def invert(
 
 
 def visible(latents: np.ndarray, sigma_max: float) -> np.ndarray:
-  """Latents as pictures: three standard deviations fill the range."""
+  """Converts latents to images: +-3 standard deviations fill the range."""
   return image_source.to_uint8(latents / (3 * sigma_max))
 
 
@@ -141,13 +119,15 @@ def run(
   if mode == "edit":
     return edit.run(experiment, workdir)
   if mode == "sample":
-    # Bad times and labels are found before the checkpoint is read.
-    planning.sampling_plan(experiment)
-    asked_labels(experiment, section)
+    # Reports bad times and labels before the checkpoint is read.
+    planning.plan_of(experiment)
+    planning.asked_labels(experiment, section)
   else:
     planning.inversion_plan(experiment)
   _, _, params = runs.load_run(experiment, workdir)
-  runner = batched_sampler.Runner(experiment, params, section.batch_size)
+  runner = batched_sampler.BatchedSampler(
+      experiment, params, section.batch_size
+  )
   if mode == "sample":
     return [sample(experiment, workdir, runner)]
   return [invert(experiment, workdir, runner)]

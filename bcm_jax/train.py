@@ -25,7 +25,6 @@ from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import digests
 from bcm_jax.checkpoint import recovery
 from bcm_jax.checkpoint import runs
-from bcm_jax.checkpoint import saver
 from bcm_jax.checkpoint import workdir_lock
 from bcm_jax.config import build
 from bcm_jax.config import resolve
@@ -79,7 +78,7 @@ def train_and_evaluate(
     accounts = goodput.Goodput(
         workdir if jax.process_index() == 0 else None, began=began
     )
-    preemption = multihost.Notice()
+    preemption = multihost.PreemptionSignal()
     stack.enter_context(preemption.listening())
     run = Run(experiment, workdir, source, accounts, preemption, lock)
     state = run.train()
@@ -104,8 +103,8 @@ class Run:
   workdir: str
   source: image_source.Source
   accounts: goodput.Goodput
-  preemption: multihost.Notice
-  lock: workdir_lock.Lock | None
+  preemption: multihost.PreemptionSignal
+  lock: workdir_lock.WorkdirLock | None
 
   def __post_init__(self):
     experiment = self.experiment
@@ -133,7 +132,7 @@ class Run:
         "frozen": {k: digests.tree_digest(v) for k, v in self.frozen.items()},
     }
     settings = experiment.checkpoint
-    self.saver = saver.Saver(
+    self.saver = checkpoint.CheckpointSaver(
         checkpoint.Checkpoints(
             runs.checkpoint_dir(self.workdir), settings.keep,
             settings.keep_every,
@@ -145,7 +144,8 @@ class Run:
     self.recovery = recovery.Recovery(
         self.workdir, self.backend, self.saver, self._create,
         lambda: build.create_state(experiment), self.frozen, fixed,
-        self.source.name, experiment.training.max_rollbacks,
+        self.source.name, experiment.frozen_keys(),
+        experiment.training.max_rollbacks,
     )
 
   def train(self) -> train_state.TrainState:
@@ -171,7 +171,7 @@ class Run:
           if self.recovery.exhausted():
             raise self._give_up(error)
           self.latest = None
-          state = self.recovery.roll_back(error, self.window)
+          state = self.recovery.roll_back(error, self.data_offset)
 
   def _train_steps(
       self, state: train_state.TrainState
@@ -186,7 +186,7 @@ class Run:
     total = experiment.training.num_steps
     every = experiment.checkpoint.every_steps
     first = self._step_of(state)
-    self.window = int(self.backend.fetch(state.window))
+    self.data_offset = int(self.backend.fetch(state.data_offset))
     self.accounts.begin(first)
     began = time.monotonic()
     guard = nonfinite.Guard(experiment.training.max_consecutive_nonfinite)
@@ -197,7 +197,7 @@ class Run:
     with (
         self._logger(state, first) as logger,
         stream(
-            experiment, self.source, self.backend, calls, self.window
+            experiment, self.source, self.backend, calls, self.data_offset
         ) as batches,
     ):
       for start, count in calls:
@@ -260,8 +260,8 @@ class Run:
         self.workdir,
         f"training {config.method.name} on {config.data.name}, batch "
         f"{config.training.batch_size}",
-        self.backend.fetch(state.players[method.sampled].params),
-        resolve.flatten(resolve.to_json(config)),
+        self.backend.fetch(state.networks[method.sampled_network].params),
+        resolve.flatten(config),
         first, config.training.num_steps, config.log.every_steps,
         config.log.progress_secs, config.log.profile,
     )
@@ -277,11 +277,11 @@ class Run:
     """Creates the state before the first step, on the host."""
     method, training = self.experiment.method, self.experiment.training
     start_from = {
-        name: self.frozen[player.starts_from]
-        for name, player in method.players.items() if player.starts_from
+        name: self.frozen[network.init_from]
+        for name, network in method.networks.items() if network.init_from
     }
     if training.init_from is not None:
-      start_from[method.sampled] = runs.load_params(
+      start_from[method.sampled_network] = runs.load_params(
           training.init_from, training.init_average
       )
     try:
@@ -294,7 +294,8 @@ class Run:
         raise
       source = f"training.init_from={training.init_from}"
       if training.init_from is None:
-        source = f"method.teacher={self.experiment.config.method.teacher}"
+        key = method.networks[method.sampled_network].init_from
+        source = f"method.{key}={self.experiment.config.method[key]}"
       raise errors.UserError(
           f"{source}: {e}; expected this config's network, with or without "
           "the second time branch"
@@ -318,7 +319,7 @@ class Run:
 
   def _give_up(self, error: nonfinite.NotFinite) -> errors.UserError:
     """Writes a bundle for inspection; returns the error that ends the run."""
-    position = self.window + error.step - 1
+    position = self.data_offset + error.step - 1
     most = self.experiment.training.max_rollbacks
     batch = batches(self.experiment, self.source)(position)
     state = multihost.to_host(self.backend.fetch(self.latest.saved()))
@@ -326,7 +327,7 @@ class Run:
     if jax.process_index() == 0:
       facts = {
           "position": position, "rollbacks": most,
-          "facts": provenance.facts(self.experiment),
+          "facts": provenance.facts(self.experiment.config),
       }
       try:
         folder = nonfinite.write_bundle(
@@ -357,7 +358,7 @@ def stream(
     source: image_source.Source,
     backend: sharding.Backend,
     calls: list[tuple[int, int]],
-    window: int,
+    data_offset: int,
 ) -> contextlib.AbstractContextManager[Iterator[tuple[Any, Any]]]:
   """Prepares the batches and curricula of calls ahead, on the devices.
 
@@ -366,7 +367,7 @@ def stream(
     source: training images.
     backend: where they go.
     calls: (first step, number of steps) of each, see sharding.calls.
-    window: how far the data is ahead of the step.
+    data_offset: how far the data is ahead of the step.
 
   Returns:
     A context of an iterator over (batch, curriculum), stacked in a call of
@@ -377,7 +378,7 @@ def stream(
   def inputs(i):
     start, count = calls[i]
     parts = [
-        build.network_inputs(experiment, read(window + step))
+        build.network_inputs(experiment, read(data_offset + step))
         for step in range(start, start + count)
     ]
     curriculum = sharding.curricula(experiment.method, start, count)
@@ -388,7 +389,7 @@ def stream(
 
 def _lock_workdir(
     config: ml_collections.ConfigDict, workdir: str, stack
-) -> workdir_lock.Lock | None:
+) -> workdir_lock.WorkdirLock | None:
   """Makes this job the folder's only writer; process 0 does it for all."""
   lock, error = None, None
   if jax.process_index() == 0:
@@ -403,7 +404,7 @@ def _lock_workdir(
 
 def prepare_workdir(
     config: ml_collections.ConfigDict, workdir: str
-) -> workdir_lock.Lock:
+) -> workdir_lock.WorkdirLock:
   """Creates the directory, or checks that its run may resume.
 
   Writes config.json.
@@ -421,7 +422,7 @@ def prepare_workdir(
       if run is not None:
         resolve.check_resume(run, config)
       os.makedirs(workdir, exist_ok=True)
-      lock = stack.enter_context(workdir_lock.Lock(workdir))
+      lock = stack.enter_context(workdir_lock.WorkdirLock(workdir))
       done = os.path.join(workdir, DONE)
       if os.path.exists(done):  # More steps, or numbers computed again.
         os.remove(done)
@@ -440,7 +441,7 @@ def _finish(experiment, workdir: str, state, accounts) -> None:
   total = experiment.config.training.num_steps
   with accounts.part("eval"):
     average, params = runs.choose(
-        experiment.method.sampled,
+        experiment.method.sampled_network,
         serialization.to_state_dict(state),
         experiment.config.sample.average,
         "sample.average",

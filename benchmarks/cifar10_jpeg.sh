@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# From a folder of photographs to a table: prepare, train a classifier for
-# features and a small BCM, evaluate, render. Makes the CIFAR-10 (JPEG) rows of
-# docs/results.md; about an hour on two CPU cores.
+# End-to-end run on a folder of photos: prepares the dataset, trains a
+# classifier for features and a small BCM, evaluates it, and renders the
+# CIFAR-10 (JPEG) rows of docs/results.md. About an hour on two CPU cores.
 #
 #   benchmarks/cifar10_jpeg.sh PHOTOS [WORKDIR]
 #
-# PHOTOS holds train/CLASS/*.jpg and test/CLASS/*.jpg, 32x32 or larger. What is
-# there already is kept: a run goes on where it stopped.
+# PHOTOS has train/CLASS/*.jpg and test/CLASS/*.jpg, 32x32 or larger. Finished
+# steps are skipped and an interrupted run is resumed.
 set -euo pipefail
-photos=$(realpath "${1:?give the folder of photographs}")
+photos=$(realpath "${1:?PHOTOS: missing; give the folder of photos}")
 work=$(realpath -m "${2:-runs/benchmark_cifar10_jpeg}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes the numbers of docs/results: four runs on the digits, about 10 minutes
-# each on two CPU cores, then the table.
+# Trains and evaluates four runs on the digits, about 10 minutes each on two CPU
+# cores, and renders their rows of docs/results.md.
 #
 #   benchmarks/digits.sh [WORKDIR]       WORKDIR is runs/benchmark by default
 #
-# Runs that are there already are resumed, or only evaluated again.
+# Existing runs are resumed, or only evaluated again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,21 +1,19 @@
-"""How well a checkpoint edits real images, beside simple ways to do the same.
+"""Measures image editing by a checkpoint, against simple baselines.
 
   python benchmarks/editing.py runs/digits --classifier=runs/classifier \\
       --out=docs/results/editing_digits.json --pictures=docs/images/editing
-  python benchmarks/editing.py --table       # docs/editing.md again
+  python benchmarks/editing.py --table       # renders docs/editing.md only
 
-On the odd half of the test split (constants of recipes.py were chosen on the
-even half): holes, JPEG, noise, small images, other classes, and an attack
-against a classifier that does not know of the defence. Classes are the true
-ones, which a conditional network is told.
+Uses the odd half of the test split (the defaults of editing.tasks were chosen
+on the even half) for inpainting, JPEG restoration, denoising, super-resolution,
+class changes, and purification of adversarial examples, whose attacker does not
+know of the purification. Conditional networks get the true classes.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 import json
 import pathlib
 import re
-import sys
 import time
 from typing import Any
 
@@ -27,13 +25,13 @@ import optax
 import bcm_jax
 from bcm_jax import errors
 from bcm_jax.data import image_source
-from bcm_jax.editing import inputs
+from bcm_jax.editing import edit_inputs
 from bcm_jax.editing import similarity
 from bcm_jax.evaluation import tables
-from bcm_jax.metrics import classifier as classifiers
+from bcm_jax.metrics import classifier
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import reconstruction
-from bcm_jax.sampling import operators
+from bcm_jax.sampling import zero_shot
 from bcm_jax.utils import cli
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
@@ -43,86 +41,87 @@ RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "editing.md"
 MARKED = re.compile(r"(<!-- editing: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DRAWS = 8
-# Images in a picture.
+# Images per row of a figure.
 SHOWN = 12
 QUALITIES = (5, 10, 20, 40)
 NOISES = (0.1, 0.3, 0.6, 1.0)
-# What JPEG's artefacts are taken for, in units of sigma.
-ARTEFACTS = 0.1
-# L_inf of the attack, in units of [-1, 1]; its steps are a fifth as long.
+# Noise level (sigma) at which `denoise` is applied to JPEG artifacts.
+ARTIFACT_SIGMA = 0.1
+# L_inf bounds of the attack for images in [-1, 1]; its step size is a fifth.
 ATTACKS = (0.1, 0.2, 0.4)
-# How far images are moved from dark to bright ones.
+# Multiples of the brightness direction in latent space.
 STRENGTHS = (-2.0, 2.0)
 
 
 class Bench:
-  """A model, the images that it edits, and a judge of classes."""
+  """A model, the images to edit, and a classifier for class accuracy."""
 
-  def __init__(self, workdir: str, classifier: str, count: int | None):
+  def __init__(self, workdir: str, classifier_dir: str, count: int | None):
     self.workdir = workdir
     self.model = bcm_jax.load(workdir, batch_size=50)
     source = self.model.experiment.source("test")
     odd = np.arange(1, len(source), 2)
-    # Spread evenly: folders are in the order of their classes.
+    # Evenly spaced, because folders are sorted by class.
     count = min(count or len(odd), len(odd))
     batch = source.fetch(odd[np.arange(count) * len(odd) // count])
     self.images, self.classes = batch["image"], batch["label"]
     self.labels = None if self.model.num_classes is None else self.classes
     train = self.model.experiment.source("train")
-    some = np.random.default_rng(0).permutation(len(train))[:10_000]
-    self.train = train.fetch(np.sort(some))
-    self.judge = classifiers.load_classifier(classifier)
+    subset = np.random.default_rng(0).permutation(len(train))[:10_000]
+    self.train = train.fetch(np.sort(subset))
+    self.classifier = classifier.load_classifier(classifier_dir)
 
-  def some(self, count: int) -> tuple[np.ndarray, np.ndarray, Any]:
-    """So many images, their classes, and what the network is told of them."""
-    chosen = np.arange(count) * len(self.images) // count
-    classes = self.classes[chosen]
-    told = None if self.labels is None else classes
-    return self.images[chosen], classes, told
+  def examples(self, count: int) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Returns (images, classes, labels); labels are None if unconditional."""
+    ids = np.arange(count) * len(self.images) // count
+    classes = self.classes[ids]
+    labels = None if self.labels is None else classes
+    return self.images[ids], classes, labels
 
   def brightening(self) -> np.ndarray:
-    """The way from the darker half of each class to the brighter."""
+    """Latent direction from the darker to the brighter half of each class."""
     images, classes = self.train["image"], self.train["label"]
     means = images.mean(axis=(1, 2, 3))
-    middle = np.array([
+    medians = np.array([
         np.median(means[classes == c]) for c in range(classes.max() + 1)
     ])
-    bright = means > middle[classes]
-    told = self.labels is not None
+    bright = means > medians[classes]
+    labels = None if self.labels is None else classes
     return self.model.direction(
-        images[bright], images[~bright], classes[bright] if told else None,
-        classes[~bright] if told else None,
+        images[bright], images[~bright],
+        None if labels is None else labels[bright],
+        None if labels is None else labels[~bright],
     )
 
-  def told(self, images: np.ndarray, hole: np.ndarray | None = None) -> dict:
-    """PSNR against the originals, and the share whose class is recognised."""
-    right = np.mean(self.judge.classify(images) == self.classes)
-    told = {"class_accuracy": float(right)}
+  def metrics(self, images: np.ndarray, hole: np.ndarray | None = None) -> dict:
+    """Computes class accuracy, and PSNR against the originals in the hole."""
+    correct = np.mean(self.classifier.classify(images) == self.classes)
+    metrics = {"class_accuracy": float(correct)}
     mse = similarity.errors(self.images, images, None)["mse"]
     if mse:
-      # Around a hole all is equal.
-      told["psnr"] = float(
+      # The error is zero outside the hole, so this is the MSE inside it.
+      metrics["psnr"] = float(
           reconstruction.psnr(mse if hole is None else mse / hole.mean())
       )
-    return told
+    return metrics
 
 
 # Tasks ----------------------------------------------------------------------
 
 
 def holes(bench: Bench) -> Iterator[tuple[str, dict]]:
-  """A square in the middle, of half the height and width."""
+  """Inpainting of a centered square of half the height and width."""
   height, width = bench.model.image_shape[:2]
   hole = np.zeros((height, width), bool)
   hole[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
   put = lambda x: np.where(hole[..., None], x, bench.images)  # noqa: E731
-  yield "mean of training images", bench.told(
+  yield "mean of training images", bench.metrics(
       put(bench.train["image"].mean(0).astype(np.uint8)), hole
   )
-  yield "nearest training image", bench.told(
+  yield "nearest training image", bench.metrics(
       put(_nearest(bench, ~hole, None)), hole
   )
-  yield "nearest of the class", bench.told(
+  yield "nearest of the class", bench.metrics(
       put(_nearest(bench, ~hole, bench.classes)), hole
   )
   for task in ("inpaint", "inpaint_cm"):
@@ -130,19 +129,19 @@ def holes(bench: Bench) -> Iterator[tuple[str, dict]]:
         bench.model.inpaint(bench.images, hole, bench.labels, seed, task)
         for seed in range(DRAWS)
     ]
-    yield f"`{task}`", bench.told(draws[0], hole)
+    yield f"`{task}`", bench.metrics(draws[0], hole)
     mean = np.mean(draws, axis=0).round().astype(np.uint8)
-    yield f"`{task}`, mean of {DRAWS} seeds", bench.told(mean, hole)
+    yield f"`{task}`, mean of {DRAWS} seeds", bench.metrics(mean, hole)
 
 
-def _nearest(bench: Bench, known: np.ndarray, classes) -> np.ndarray:
-  """For each image, the training image that is most like what is known."""
-  mine, theirs = (
-      x[:, known].reshape(len(x), -1).astype(np.float32)
+def _nearest(bench: Bench, visible: np.ndarray, classes) -> np.ndarray:
+  """Returns the training images nearest to the images in visible pixels."""
+  test, train = (
+      x[:, visible].reshape(len(x), -1).astype(np.float32)
       for x in (bench.images, bench.train["image"])
   )
   distance = (
-      (mine**2).sum(1)[:, None] + (theirs**2).sum(1) - 2 * mine @ theirs.T
+      (test**2).sum(1)[:, None] + (train**2).sum(1) - 2 * test @ train.T
   )
   if classes is not None:
     other = classes[:, None] != bench.train["label"]
@@ -151,75 +150,80 @@ def _nearest(bench: Bench, known: np.ndarray, classes) -> np.ndarray:
 
 
 def jpeg(bench: Bench) -> Iterator[tuple[str, dict]]:
-  """Files of several qualities, and what is restored of them."""
+  """JPEG compression at several qualities, and its restoration."""
   for quality in QUALITIES:
-    given = np.stack([inputs.compress(i, quality) for i in bench.images])
-    yield f"JPEG of quality {quality}", bench.told(given)
-    yield f"`restore` of quality {quality}", bench.told(
-        bench.model.restore(given, bench.labels)
+    compressed = np.stack(
+        [edit_inputs.compress(i, quality) for i in bench.images]
     )
-    out, _ = bench.model.denoise(given, ARTEFACTS, bench.labels)
-    yield f"`denoise` of quality {quality}, level {ARTEFACTS:g}", bench.told(
-        out
+    yield f"JPEG of quality {quality}", bench.metrics(compressed)
+    yield (
+      f"`restore` of quality {quality}",
+      bench.metrics(bench.model.restore(compressed, bench.labels)),
     )
+    out, _ = bench.model.denoise(compressed, ARTIFACT_SIGMA, bench.labels)
+    name = f"`denoise` of quality {quality}, level {ARTIFACT_SIGMA:g}"
+    yield name, bench.metrics(out)
 
 
 def noise(bench: Bench) -> Iterator[tuple[str, dict]]:
-  """White noise of known and of measured level."""
+  """White noise of known and of estimated level."""
   rng = np.random.default_rng(0)
   clean = image_source.to_float(bench.images)
   for level in NOISES:
     noisy = clean + level * rng.standard_normal(clean.shape)
     noisy = noisy.astype(np.float32)
-    yield f"noise of {level:g}", bench.told(image_source.to_uint8(noisy))
+    yield f"noise of {level:g}", bench.metrics(image_source.to_uint8(noisy))
     out, _ = bench.model.denoise(noisy, level, bench.labels)
-    yield f"`denoise` of {level:g}", bench.told(out)
-    out, found = bench.model.denoise(noisy, None, bench.labels)
-    measured = f"{found.mean():.3f} ± {found.std():.3f}"
-    yield f"`denoise`, level measured as {measured}", bench.told(out)
+    yield f"`denoise` of {level:g}", bench.metrics(out)
+    out, estimates = bench.model.denoise(noisy, None, bench.labels)
+    estimate = f"{estimates.mean():.3f} ± {estimates.std():.3f}"
+    yield f"`denoise`, level estimated as {estimate}", bench.metrics(out)
 
 
 def small(bench: Bench) -> Iterator[tuple[str, dict]]:
-  """Half the height and width."""
-  given = image_source.to_uint8(
-      np.asarray(operators.shrink(image_source.to_float(bench.images), 2))
+  """Super-resolution by a factor of 2."""
+  reduced = image_source.to_uint8(
+    np.asarray(zero_shot.shrink(image_source.to_float(bench.images), 2))
   )
-  yield "half the size, pixels repeated", bench.told(
-      given.repeat(2, 1).repeat(2, 2)
+  yield (
+    "half the size, pixels repeated",
+    bench.metrics(reduced.repeat(2, 1).repeat(2, 2)),
   )
-  yield "`super_resolve`", bench.told(
-      bench.model.super_resolve(given, 2, bench.labels)
+  yield (
+    "`super_resolve`",
+    bench.metrics(bench.model.super_resolve(reduced, 2, bench.labels)),
   )
 
 
-def colours(bench: Bench) -> Iterator[tuple[str, dict]]:
-  """Grey images."""
+def colors(bench: Bench) -> Iterator[tuple[str, dict]]:
+  """Colorization of gray images."""
   if bench.model.image_shape[-1] != 3:
     return
   grey = image_source.to_uint8(
-      np.asarray(operators.to_grey(image_source.to_float(bench.images)))
+    np.asarray(zero_shot.to_grey(image_source.to_float(bench.images)))
   )
-  yield "grey", bench.told(grey)
-  yield "`colorize`", bench.told(bench.model.colorize(grey, bench.labels))
+  yield "grey", bench.metrics(grey)
+  yield "`colorize`", bench.metrics(bench.model.colorize(grey, bench.labels))
 
 
 def classes(bench: Bench) -> Iterator[tuple[str, dict]]:
-  """The next class, of the same latent."""
+  """Change to the next class with the same latent."""
   if bench.labels is None:
     return
   new = (bench.classes + 1) % bench.model.num_classes
   out = bench.model.relabel(bench.images, bench.labels, new)
-  yield "`relabel` to the next class: that one", {
-      "class_accuracy": float(np.mean(bench.judge.classify(out) == new))
-  }
+  yield (
+    "`relabel` to the next class: that one",
+    {"class_accuracy": float(np.mean(bench.classifier.classify(out) == new))},
+  )
 
 
 def attributes(bench: Bench) -> Iterator[tuple[str, dict]]:
-  """Latents moved from darker images to brighter, and the other way."""
-  way = bench.brightening()
+  """Shifts of the latents in brightness, in both directions."""
+  direction = bench.brightening()
   before = bench.images.mean()
   for strength in STRENGTHS:
-    out = bench.model.shift(bench.images, way, strength, bench.labels)
+    out = bench.model.shift(bench.images, direction, strength, bench.labels)
     yield (
       (
         f"`shift` by {strength:g}: mean grey level {before:.0f} to "
@@ -227,14 +231,14 @@ def attributes(bench: Bench) -> Iterator[tuple[str, dict]]:
       ),
       {
         "class_accuracy": float(
-          np.mean(bench.judge.classify(out) == bench.classes)
+          np.mean(bench.classifier.classify(out) == bench.classes)
         )
       },
     )
 
 
 def attack(bench: Bench) -> Iterator[tuple[str, dict]]:
-  """Projected gradient ascent of a classifier's loss (Madry et al., 2018)."""
+  """PGD attack on a classifier (Madry et al., 2018, arXiv:1706.06083)."""
   clean = jnp.asarray(image_source.to_float(bench.images))
   for size in (0.0, *ATTACKS):
     name = f"attack of {size:g}" if size else "no attack"
@@ -243,27 +247,28 @@ def attack(bench: Bench) -> Iterator[tuple[str, dict]]:
       images = image_source.to_uint8(
         np.asarray(_perturb(bench, clean, size, bench.classes))
       )
-    yield name, bench.told(images)
-    found = None
+    yield name, bench.metrics(images)
+    predicted = None
     if bench.labels is not None:
-      # What purification is told where the class is not known.
-      found = bench.model.classify(images)
+      # Purification uses the predicted class, since the true one is unknown.
+      predicted = bench.model.classify(images)
       yield (
         f"{name}, `classify`",
-        {"class_accuracy": float(np.mean(found == bench.classes))},
+        {"class_accuracy": float(np.mean(predicted == bench.classes))},
       )
-    yield f"{name}, `purify`", bench.told(bench.model.purify(images, found))
+    purified = bench.model.purify(images, predicted)
+    yield f"{name}, `purify`", bench.metrics(purified)
 
 
 def _perturb(
   bench: Bench, clean: jax.Array, size: float, classes: np.ndarray
 ) -> jax.Array:
-  network, params = bench.judge.network, bench.judge.params
+  network, params = bench.classifier.network, bench.classifier.params
 
   @jax.jit
   def ascend(x):
     def loss(x):
-      # The classifier wants grey levels.
+      # The classifier takes pixels in 0..255.
       _, logits = network.apply({"params": params}, 127.5 * (x + 1))
       return optax.softmax_cross_entropy_with_integer_labels(
         logits, classes
@@ -283,7 +288,7 @@ TASKS: dict[str, Callable[[Bench], Iterator[tuple[str, dict]]]] = {
   "jpeg": jpeg,
   "noise": noise,
   "small": small,
-  "colours": colours,
+  "colors": colors,
   "classes": classes,
   "attributes": attributes,
   "attack": attack,
@@ -291,7 +296,7 @@ TASKS: dict[str, Callable[[Bench], Iterator[tuple[str, dict]]]] = {
 
 
 def latency(bench: Bench) -> dict[str, float]:
-  """Milliseconds of edits of one image, after the first."""
+  """Median milliseconds of edits of one image, after compilation."""
   model = bcm_jax.load(bench.workdir, batch_size=1)
   label = None if bench.labels is None else int(bench.classes[0])
   times = {}
@@ -302,9 +307,9 @@ def latency(bench: Bench) -> dict[str, float]:
   }.items():
     seconds = []
     for i in range(12):
-      began = time.perf_counter()
+      start = time.perf_counter()
       edit(bench.images[i : i + 1])
-      seconds.append(time.perf_counter() - began)
+      seconds.append(time.perf_counter() - start)
     times[name] = 1e3 * sorted(seconds[2:])[len(seconds[2:]) // 2]
   return times
 
@@ -315,21 +320,21 @@ def _corner(images: np.ndarray) -> np.ndarray:
   return mask
 
 
-# Pictures -------------------------------------------------------------------
+# Figures --------------------------------------------------------------------
 
 
 def draw(bench: Bench, start: str) -> None:
-  """Every task on the first images, as PNG files: START_TASK.png."""
-  images, _, labels = bench.some(SHOWN)
+  """Writes a figure of every task on a few images to START_TASK.png."""
+  images, _, labels = bench.examples(SHOWN)
   scale = max(1, 32 // images.shape[1])
-  rows = _undone(bench) | _changed(bench)
-  for task, made in rows.items():
+  figures = _restorations(bench) | _manipulations(bench)
+  for task, rows in figures.items():
     image_grid.save_png(
       f"{start}_{task}.png",
-      image_grid.captioned_rows([("image", images), *made], scale=scale),
+      image_grid.captioned_rows([("image", images), *rows], scale=scale),
     )
   half = len(images) // 2
-  between = bench.model.interpolate(
+  interpolated = bench.model.interpolate(
     images[:half],
     images[half:],
     None if labels is None else labels[:half],
@@ -339,26 +344,26 @@ def draw(bench: Bench, start: str) -> None:
   image_grid.save_png(
     f"{start}_interpolate.png",
     image_grid.image_grid(
-      between.reshape(-1, *images.shape[1:]), len(images), scale=scale
+      interpolated.reshape(-1, *images.shape[1:]), len(images), scale=scale
     ),
   )
 
 
-def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
-  """Rows of tasks that undo damage: damaged, and mended."""
-  model, (images, true, labels) = bench.model, bench.some(SHOWN)
+def _restorations(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
+  """Rows of degraded and restored images, by task."""
+  model, (images, classes, labels) = bench.model, bench.examples(SHOWN)
   height, width = model.image_shape[:2]
   hole = np.zeros((height, width), bool)
   hole[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
   covered = np.where(hole[..., None], np.uint8(127), images)
-  poor = np.stack([inputs.compress(i, 10) for i in images])
+  compressed = np.stack([edit_inputs.compress(i, 10) for i in images])
   floats = image_source.to_float(images)
-  small = image_source.to_uint8(np.asarray(operators.shrink(floats, 2)))
+  reduced = image_source.to_uint8(np.asarray(zero_shot.shrink(floats, 2)))
   noisy = floats + 0.6 * np.random.default_rng(0).standard_normal(floats.shape)
   noisy = noisy.astype(np.float32)
-  repeated = small.repeat(2, 1).repeat(2, 2)
+  repeated = reduced.repeat(2, 1).repeat(2, 2)
   attacked = image_source.to_uint8(
-    np.asarray(_perturb(bench, jnp.asarray(floats), 0.2, true))
+    np.asarray(_perturb(bench, jnp.asarray(floats), 0.2, classes))
   )
   rows = {
     "inpaint": [
@@ -366,14 +371,17 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
       ("inpaint", model.inpaint(covered, hole, labels)),
       ("inpaint_cm", model.inpaint(covered, hole, labels, task="inpaint_cm")),
     ],
-    "restore": [("JPEG, 10", poor), ("restore", model.restore(poor, labels))],
+    "restore": [
+      ("JPEG, 10", compressed),
+      ("restore", model.restore(compressed, labels)),
+    ],
     "denoise": [
       ("noise 0.6", image_source.to_uint8(noisy)),
       ("denoise", model.denoise(noisy, None, labels)[0]),
     ],
     "super_resolve": [
       ("half", repeated),
-      ("super_resolve", model.super_resolve(small, 2, labels)),
+      ("super_resolve", model.super_resolve(reduced, 2, labels)),
     ],
     "stroke": [
       ("sketch", repeated),
@@ -382,7 +390,7 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
     "purify": [("attack", attacked), ("purify", model.purify(attacked))],
   }
   if model.image_shape[-1] == 3:
-    grey = image_source.to_uint8(np.asarray(operators.to_grey(floats)))
+    grey = image_source.to_uint8(np.asarray(zero_shot.to_grey(floats)))
     rows["colorize"] = [
       ("grey", grey),
       ("colorize", model.colorize(grey, labels)),
@@ -390,13 +398,13 @@ def _undone(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
   return rows
 
 
-def _changed(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
-  """Rows of tasks that change what an image shows."""
-  model, (images, _, labels) = bench.model, bench.some(SHOWN)
-  way = bench.brightening()
+def _manipulations(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
+  """Rows of images with another attribute or class, by task."""
+  model, (images, _, labels) = bench.model, bench.examples(SHOWN)
+  direction = bench.brightening()
   rows = {
     "attribute": [
-      (f"shift {strength:+g}", model.shift(images, way, strength, labels))
+      (f"shift {strength:+g}", model.shift(images, direction, strength, labels))
       for strength in STRENGTHS
     ]
   }
@@ -410,7 +418,7 @@ def _changed(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
 
 
 def table(record: dict[str, Any], task: str) -> str:
-  """A task's rows as Markdown."""
+  """Formats the rows of a task as Markdown."""
   rows = [
     [
       name,
@@ -421,11 +429,11 @@ def table(record: dict[str, Any], task: str) -> str:
     ]
     for name, n in record["tasks"][task].items()
   ]
-  return tables.markdown(["", "PSNR, dB", "class recognised"], rows)
+  return tables.markdown(["", "PSNR, dB", "class accuracy"], rows)
 
 
 def page(text: str) -> str:
-  """docs/editing.md with what is between its marks made anew."""
+  """Renders the marked blocks of docs/editing.md."""
 
   def fill(match: re.Match) -> str:
     name, _, task = match[2].partition("_")
@@ -439,24 +447,21 @@ def page(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Measures, prints and writes."""
+  """Runs the command."""
   parser = cli.Parser("benchmarks/editing.py", __doc__)
-  parser.add_argument("workdir", nargs="?")
-  parser.add_argument("--classifier", help="see bcm_jax.tools.train_classifier")
-  parser.add_argument("--count", type=int, help="test images at most")
-  parser.add_argument("--only", default=",".join(TASKS))
-  parser.add_argument("--out", metavar="FILE")
-  parser.add_argument(
-    "--pictures", metavar="START", help="of the names of pictures"
-  )
-  parser.add_argument("--table", action="store_true")
+  add = parser.add_argument
+  add("workdir", nargs="?", metavar="WORKDIR", help="run to measure")
+  add("--classifier", metavar="DIR", help="folder of bcm_jax.train_classifier")
+  add("--count", type=int, metavar="N", help="number of test images (all)")
+  add("--only", default=",".join(TASKS), metavar="NAMES", help="tasks (all)")
+  add("--out", metavar="FILE", help="JSON to write")
+  add("--pictures", metavar="PREFIX", help="prefix of the pictures' paths")
+  add("--table", action="store_true", help="render docs/editing.md again")
   with cli.reporting():
-    args: argparse.Namespace = parser.parse_args(
-      sys.argv[1:] if argv is None else argv
-    )
+    args = parser.parse_args(argv)
     if not args.table and not (args.workdir and args.classifier):
       raise errors.UserError(
-        "give a WORKDIR and its --classifier, or --table alone"
+        "WORKDIR, --classifier: missing; give both, or --table only"
       )
     if args.workdir:
       bench = Bench(args.workdir, args.classifier, args.count)
@@ -471,7 +476,7 @@ def main(argv: list[str] | None = None) -> None:
           )
       record["milliseconds"] = latency(bench)
       print(record["milliseconds"])
-      record["run"] = provenance.facts(bench.model.experiment)
+      record["run"] = provenance.facts(bench.model.experiment.config)
       if args.pictures:
         draw(bench, args.pictures)
       if args.out:

@@ -1,12 +1,12 @@
-"""Inception features: images a second, beside bare matrix products.
+"""Throughput of Inception features, compared with plain matrix products.
 
   python benchmarks/inception_speed.py docs/results/inception_speed.json
 
 The products have as many multiply-adds as the network, in float32 on the same
-devices, in turns with it: of squares that fit the cache, and of the shape of
-one of the network's own 1x1 convolutions. On a machine that others use, wall
-time says how busy it was; a free one does `cores` times as many images a second
-as there are `images_per_core_second`, those of processor time.
+devices, and alternate with it: square matrices that fit the cache, and the
+shape of one of the network's 1x1 convolutions. On a shared machine wall time
+depends on the load; an idle one processes `cores` times
+`images_per_core_second` images per second, which is based on CPU time.
 """
 
 from collections.abc import Callable
@@ -36,11 +36,11 @@ NETWORK = (289, 768, 192)
 
 
 def weights() -> dict[str, Any]:
-  """Random parameters that keep activations at about their size."""
+  """Random parameters that preserve the magnitude of activations."""
   rng = np.random.default_rng(0)
   tensors = {}
   for entry, shape in inception_names.table():
-    shape = entry.layout.theirs(np.broadcast_to(0, shape)).shape
+    shape = entry.layout.to_torch(np.broadcast_to(0, shape)).shape
     value = rng.standard_normal(shape, np.float32)
     if len(shape) > 1:
       value *= math.sqrt(2 / math.prod(shape[1:]))
@@ -51,29 +51,29 @@ def weights() -> dict[str, Any]:
 
 
 def multiply_adds(params: dict[str, Any]) -> int:
-  """Of the convolutions and the classifier, for one image."""
+  """Multiply-adds per image of the convolutions and the classifier."""
   size = inception.IMAGE_SIZE
   x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  _, seen = jax.eval_shape(
+  _, variables = jax.eval_shape(
       lambda params, x: inception.InceptionV3().apply(
           {"params": params}, x, mutable="intermediates",
           capture_intermediates=lambda m, _: isinstance(m, inception.ConvNorm),
       ), params, x,
   )
 
-  def count(params, seen):
+  def count(params, outputs):
     if "kernel" not in params:
-      return sum(count(params[k], v) for k, v in seen.items() if k in params)
-    positions = math.prod(seen["__call__"][0].shape[1:3])
+      return sum(count(params[k], v) for k, v in outputs.items() if k in params)
+    positions = math.prod(outputs["__call__"][0].shape[1:3])
     return params["kernel"].size * positions
 
-  return params["fc"]["kernel"].size + count(params, seen["intermediates"])
+  return params["fc"]["kernel"].size + count(params, variables["intermediates"])
 
 
 def products(
     rows: int, columns: int, features: int, operations: int
 ) -> Callable[[], None]:
-  """float32 products on all devices, of this many multiply-adds together."""
+  """float32 products on all devices, with this total of multiply-adds."""
   mesh = sharding.make_mesh()
   split = jax.NamedSharding(mesh, jax.P((sharding.DATA, sharding.FSDP)))
   rng = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def products(
 
 
 def measure(params: dict[str, Any], batch: int) -> dict[str, float]:
-  """Seconds of one batch and of products, wall and processor's."""
+  """Measures a batch and products of equal cost: wall and CPU seconds."""
   features = metric.inception_features(params, batch_size=batch)
   shape = (batch, IMAGE_SIZE, IMAGE_SIZE, 3)
   images = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
@@ -106,34 +106,34 @@ def measure(params: dict[str, Any], batch: int) -> dict[str, float]:
   )
   for task in tasks.values():
     task()  # Compiles.
-  found = metrics_speed.best(**tasks)
+  times = metrics_speed.best(**tasks)
   fastest = {
-      of: min(found[name + of] for name in ("squares", "convolutions"))
-      for of in ("", " cpu")
+      clock: min(times[name + clock] for name in ("squares", "convolutions"))
+      for clock in ("", " cpu")
   }
-  return found | {
-      "images_per_second": batch / found["all"],
-      "images_per_core_second": batch / found["all cpu"],
-      "times_products": found["all"] / fastest[""],
-      "times_products cpu": found["all cpu"] / fastest[" cpu"],
+  return times | {
+      "images_per_second": batch / times["all"],
+      "images_per_core_second": batch / times["all cpu"],
+      "times_products": times["all"] / fastest[""],
+      "times_products cpu": times["all cpu"] / fastest[" cpu"],
   }
 
 
 def main() -> None:
-  """Measures, prints and writes."""
+  """Runs the command."""
   multihost.use_cores(0, math.gcd(*BATCHES))
   params = weights()
-  print(f"{'batch':>5} {'images/s':>9} {'a core':>7} {'x products':>11} cpu")
+  print(f"{'batch':>5} {'images/s':>9} {'/core':>7} {'x products':>11} cpu")
   result = {}
   for batch in BATCHES:
-    found = result[batch] = measure(params, batch)
-    print(f"{batch:>5} {found['images_per_second']:>9.1f} "
-          f"{found['images_per_core_second']:>7.1f} "
-          f"{found['times_products']:>11.2f} {found['times_products cpu']:.2f}")
+    row = result[batch] = measure(params, batch)
+    print(f"{batch:>5} {row['images_per_second']:>9.1f} "
+          f"{row['images_per_core_second']:>7.1f} "
+          f"{row['times_products']:>11.2f} {row['times_products cpu']:.2f}")
   facts = metrics_speed.facts() | {
       "jax": jax.__version__, "devices": len(jax.devices()),
       "image_size": IMAGE_SIZE, "load": os.getloadavg()[0],
-      "multiply_adds_an_image": multiply_adds(params),
+      "multiply_adds_per_image": multiply_adds(params),
   }
   path = str(pathlib.Path(sys.argv[1]).resolve())
   files.write_json(path, {"batches": result} | facts)

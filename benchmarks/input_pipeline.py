@@ -1,14 +1,13 @@
-"""How fast batches come, from prepared images and from JPEG files.
+"""Throughput of the input pipeline, from prepared images and from JPEG files.
 
   python benchmarks/input_pipeline.py PHOTOS docs/results/input_pipeline.json
 
-PHOTOS is a folder of photographs in any size; some are written anew as 64x64
-JPEG files of quality 90, and prepared. Prints a table and writes JSON: images
-a second and core (of CPU time, all threads counted), the same for what must be
-done at least, and images a second of grain and of tf.data around the same work.
-Ways to run ahead are measured in processes of their own, in turns, the median
-of several rounds. How long a training step waits, benchmarks/step_time.py
-tells.
+PHOTOS is a folder of photos of any size; some are re-encoded as 64x64 JPEG
+files of quality 90, and prepared. Prints and writes as JSON: images per second
+of CPU time (summed over threads), the same for the minimal work (the bound),
+and images per second of wall time with grain and with tf.data as prefetcher.
+The prefetchers run in separate processes, alternating, median of several
+rounds. See benchmarks/step_time.py for the time that a training step waits.
 """
 
 import json
@@ -34,7 +33,7 @@ SIZE, BATCH, IMAGES, STEPS, ROUNDS = 64, 256, 4096, 60, 5
 
 
 def write_photos(source: str, out: pathlib.Path) -> None:
-  """IMAGES photographs of a folder as 64x64 JPEG files in two classes."""
+  """Writes IMAGES photos of a folder as 64x64 JPEG files in two classes."""
   paths = sorted(pathlib.Path(source).rglob("*.jp*g"))[:IMAGES]
   for i, path in enumerate(paths):
     folder = out / f"class{i % 2}"
@@ -45,22 +44,22 @@ def write_photos(source: str, out: pathlib.Path) -> None:
 
 
 def batches_of(name: str, path: str, threads: int | None = None):
-  """Batches of a data set, as training takes them."""
+  """Returns the batches of a dataset as in training."""
   source = datasets.find(name, path=path, threads=threads).open("train", None)
   return pipeline.Batches(source, 0, BATCH, flip=True)
 
 
 def cost(make, steps: int) -> float:
-  """Images a second of CPU time, all threads counted."""
+  """Images per second of CPU time, summed over threads."""
   make(0)
-  began = time.process_time()
+  start = time.process_time()
   for step in range(1, steps + 1):
     make(step)
-  return steps * BATCH / (time.process_time() - began)
+  return steps * BATCH / (time.process_time() - start)
 
 
 def bare_decoding(path: str):
-  """What reading JPEG files costs at least: Pillow over the same files."""
+  """Minimal work for JPEG files: decoding with Pillow."""
   names = sorted(pathlib.Path(path).rglob("*.jpg"))
 
   def make(step):
@@ -75,7 +74,7 @@ def bare_decoding(path: str):
 
 
 def bare_copying(path: str):
-  """What prepared images cost at least: a copy of pixels in memory."""
+  """Minimal work for prepared images: a copy of pixels in memory."""
   del path
   pixels = np.zeros((IMAGES, SIZE, SIZE, 3), np.uint8)
 
@@ -85,7 +84,7 @@ def bare_copying(path: str):
   return make
 
 
-# Ways to run ahead, each in a process of its own ------------------------------
+# Prefetchers, each in a separate process --------------------------------------
 
 
 def _grain(name: str, path: str):
@@ -93,13 +92,13 @@ def _grain(name: str, path: str):
 
 
 def _tf_data(name: str, path: str):
-  """tf.data around our batches; JPEG files are decoded by TensorFlow itself."""
+  """tf.data over our batches; TensorFlow decodes the JPEG files."""
   import tensorflow as tf
 
   if name == "folder":
-    files_there = [str(p) for p in sorted(pathlib.Path(path).rglob("*.jpg"))]
-    names = tf.constant(files_there)
-    n = len(files_there)
+    paths = [str(p) for p in sorted(pathlib.Path(path).rglob("*.jpg"))]
+    names = tf.constant(paths)
+    n = len(paths)
 
     def read(i):
       image = tf.io.decode_jpeg(tf.io.read_file(names[i]), channels=3)
@@ -125,59 +124,59 @@ def _tf_data(name: str, path: str):
   yield from data.as_numpy_iterator()
 
 
-WAYS = {"grain": _grain, "tf.data": _tf_data}
+PREFETCHERS = {"grain": _grain, "tf.data": _tf_data}
 
 
-def measure_way(way: str, name: str, path: str) -> None:
-  """Prints images a second, of wall time, after a warm-up."""
-  stream = WAYS[way](name, path)
+def measure_prefetcher(prefetcher: str, name: str, path: str) -> None:
+  """Prints images per second of wall time, after a warm-up."""
+  stream = PREFETCHERS[prefetcher](name, path)
   for _ in range(5):
     next(stream)
-  began = time.perf_counter()
+  start = time.perf_counter()
   for _ in range(STEPS):
     next(stream)
-  print(json.dumps(STEPS * BATCH / (time.perf_counter() - began)))
-  os._exit(0)  # Threads of TensorFlow may not end by themselves.
+  print(json.dumps(STEPS * BATCH / (time.perf_counter() - start)))
+  os._exit(0)  # TensorFlow's threads may keep the process alive.
 
 
-def compare_ways(name: str, path: str) -> dict[str, float]:
-  """Images a second of every way, measured in turns."""
-  rates = {way: [] for way in WAYS}
+def compare_prefetchers(name: str, path: str) -> dict[str, float]:
+  """Measures images per second of every prefetcher, alternating."""
+  rates = {prefetcher: [] for prefetcher in PREFETCHERS}
   for _ in range(ROUNDS):
-    for way, found in rates.items():
-      done = subprocess.run(
-          [sys.executable, __file__, "--way", way, name, path],
+    for prefetcher, samples in rates.items():
+      process = subprocess.run(
+          [sys.executable, __file__, "--prefetcher", prefetcher, name, path],
           capture_output=True, text=True, check=True, timeout=300,
       )
-      found.append(float(done.stdout.splitlines()[-1]))
-  return {way: statistics.median(found) for way, found in rates.items()}
+      samples.append(float(process.stdout.splitlines()[-1]))
+  return {name: statistics.median(samples) for name, samples in rates.items()}
 
 
 def main() -> None:
-  """Measures everything and writes the file."""
+  """Runs the command."""
   photos, out = sys.argv[1:3]
   result: dict[str, Any] = {"size": SIZE, "batch": BATCH, "images": IMAGES}
   with tempfile.TemporaryDirectory() as folder:
-    jpegs, ready = f"{folder}/jpegs", f"{folder}/prepared"
+    jpegs, prepared = f"{folder}/jpegs", f"{folder}/prepared"
     write_photos(photos, pathlib.Path(jpegs, "train"))
-    prepare.main([jpegs, ready, f"--size={SIZE}"])
-    # Ours and what must be done at least, in turns.
+    prepare.main([jpegs, prepared, f"--size={SIZE}"])
+    # Alternates the pipeline and the minimal work.
     kinds = {
-        "prepared": (batches_of("prepared", ready), bare_copying(jpegs)),
+        "prepared": (batches_of("prepared", prepared), bare_copying(jpegs)),
         "folder": (batches_of("folder", jpegs, 1), bare_decoding(jpegs)),
     }
     for name, makes in kinds.items():
       rates = [[], []]
       for _ in range(ROUNDS):
-        for make, found in zip(makes, rates, strict=True):
-          found.append(cost(make, 10))
-      ours, least = (statistics.median(found) for found in rates)
+        for make, samples in zip(makes, rates, strict=True):
+          samples.append(cost(make, 10))
+      pipeline_rate, bound = (statistics.median(samples) for samples in rates)
       result[name] = {
-          "images_per_second_and_core": ours,
-          "at_least": least,
-          "share_of_at_least": ours / least,
-          "images_per_second": compare_ways(
-              name, ready if name == "prepared" else jpegs
+          "images_per_core_second": pipeline_rate,
+          "bound": bound,
+          "fraction_of_bound": pipeline_rate / bound,
+          "images_per_second": compare_prefetchers(
+              name, prepared if name == "prepared" else jpegs
           ),
       }
       print(name, json.dumps(result[name], indent=2))
@@ -185,6 +184,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  if sys.argv[1:2] == ["--way"]:
-    measure_way(*sys.argv[2:])
+  if sys.argv[1:2] == ["--prefetcher"]:
+    measure_prefetcher(*sys.argv[2:])
   main()

@@ -1,19 +1,17 @@
-"""Every method on the digits under one protocol: trains, evaluates, tables.
+"""Compares all methods on the digits: trains, evaluates, renders tables.
 
   python benchmarks/methods_digits.py runs/methods            # all, hours
   python benchmarks/methods_digits.py runs/methods --only=cd --seeds=0
-  python benchmarks/methods_digits.py --table                 # the page again
+  python benchmarks/methods_digits.py --table                 # renders only
 
-Trains the teacher and every method from it, for every seed, by the commands
-that docs/methods.md names; measures all with the features of one classifier,
-1,437 samples, three seeds of noise; keeps what mode eval wrote in
-docs/results/methods_digits and writes the tables into docs/methods.md. What
-the work directory holds is kept: a run goes on where it stopped, and one that
-was measured is not measured again. What a step costs is
-benchmarks/step_cost.py's.
+Trains the teacher and every method from it, for every seed, by the commands of
+docs/methods.md; evaluates all with the features of one classifier, 1,437
+samples and three seeds of noise; copies the results to
+docs/results/methods_digits and renders the tables of docs/methods.md. Runs in
+the work directory are resumed, and evaluated runs are not evaluated again. See
+benchmarks/step_cost.py for the cost of a training step.
 """
 
-import argparse
 from collections.abc import Iterable, Mapping
 import contextlib
 import json
@@ -35,18 +33,18 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "methods_digits"
 COST = ROOT / "docs" / "results" / "step_cost_digits.json"
 PAGE = ROOT / "docs" / "methods.md"
-# What stands between such marks is written here.
+# Blocks of the page that are rendered.
 MARKED = re.compile(r"(<!-- digits: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FEATURES = "FD (digits ResNet)"
 
 
 class Run(NamedTuple):
-  """A method's run.
+  """Run of a method.
 
   Attributes:
     config: file in configs/.
-    samplers: that are measured.
-    needs: flag of the config -> place below the run of another method.
+    samplers: samplers to evaluate.
+    needs: config flag -> path relative to the run of another method.
   """
 
   config: str
@@ -74,66 +72,76 @@ RUNS = {
     "dmd2_no_gan": Run("digits_dmd.py:no_gan", "onestep", _TEACHER),
     "dmd2": Run("digits_dmd.py", "onestep", _TEACHER),
 }
-# Made once, whatever the seed: all students share a teacher.
+# Trained for one seed only: all students share a teacher.
 _ONCE = ("edm",)
 
 
-def _do(*arguments: str | pathlib.Path) -> None:
+def _run_module(*arguments: str | pathlib.Path) -> None:
   print("$ python -m", *arguments, flush=True)
   subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True,
                  cwd=ROOT)
 
 
 def folder(work: pathlib.Path, name: str, seed: int) -> pathlib.Path:
-  """Work directory of a run."""
+  """Returns the work directory of a run."""
   return work / (name if name in _ONCE else f"{name}-seed{seed}")
 
 
 def train(work: pathlib.Path, name: str, seed: int) -> None:
-  """Trains a method and measures it, as far as that is not done."""
-  run, place = RUNS[name], folder(work, name, seed)
+  """Trains and evaluates a method; skips finished steps."""
+  run, workdir = RUNS[name], folder(work, name, seed)
   needs = []
   for flag, other in run.needs.items():
     first, _, rest = other.partition("/")
     path = folder(work, first, seed) / rest
     needs.append(f"--config.{flag}={path}")
-  if not (place / "DONE").exists():
-    _do("bcm_jax.main", f"--config=configs/{run.config}", f"--workdir={place}",
-        f"--config.seed={seed}", "--config.eval.at_end=False", *needs)
-  if name == "edm" and not (place / "pairs.npz").exists():
-    _do("bcm_jax.main", f"--workdir={place}", "--mode=pairs",
-        "--config.sample.num_samples=10000")
-  if not list(place.glob("eval/*.json")):
-    _do("bcm_jax.main", f"--workdir={place}", "--mode=eval", *needs,
+  if not (workdir / "DONE").exists():
+    _run_module(
+        "bcm_jax.main", f"--config=configs/{run.config}",
+        f"--workdir={workdir}", f"--config.seed={seed}",
+        "--config.eval.at_end=False", *needs,
+    )
+  if name == "edm" and not (workdir / "pairs.npz").exists():
+    _run_module(
+        "bcm_jax.main", f"--workdir={workdir}", "--mode=pairs",
+        "--config.sample.num_samples=10000",
+    )
+  if not list(workdir.glob("eval/*.json")):
+    _run_module(
+        "bcm_jax.main", f"--workdir={workdir}", "--mode=eval", *needs,
         f"--config.eval.samplers={run.samplers}",
         "--config.eval.features=classifier",
         f"--config.eval.features_path={work / 'classifier'}",
         "--config.eval.num_samples=1437", "--config.eval.seeds=0,1,2",
-        "--config.eval.num_real_for_prdc=None", "--config.eval.inversion_nfe=")
-  newest = max(place.glob("eval/*.json"), key=lambda p: int(p.stem))
+        "--config.eval.num_real_for_prdc=None", "--config.eval.inversion_nfe=",
+    )
+  newest = max(workdir.glob("eval/*.json"), key=lambda p: int(p.stem))
   RESULTS.mkdir(parents=True, exist_ok=True)
-  shutil.copy(newest, RESULTS / f"{place.name}.json")
+  shutil.copy(newest, RESULTS / f"{workdir.name}.json")
 
 
 # The table ------------------------------------------------------------------
 
 
 def read() -> dict[str, list[dict[str, Any]]]:
-  """Results by method, one of every seed of training."""
-  found = {}
+  """Reads the results by method, one per training seed."""
+  results = {}
   for name in RUNS:
     paths = sorted(
         [*RESULTS.glob(f"{name}.json"), *RESULTS.glob(f"{name}-seed*.json")]
     )
     if paths:
-      found[name] = [json.loads(p.read_text()) for p in paths]
-  return found
+      results[name] = [json.loads(p.read_text()) for p in paths]
+  return results
 
 
 def numbers(
     results: Iterable[Mapping[str, Any]], sampler: str, metric: str
 ) -> tuple[float, float]:
-  """Mean and spread of a metric over seeds: of training, or else of noise."""
+  """Mean and standard deviation of a metric over seeds.
+
+  Over training seeds if there are several, otherwise over seeds of the noise.
+  """
   runs = [r["samplers"][sampler] for r in results]
   if len(runs) == 1:
     return runs[0][metric], runs[0]["std"][metric]
@@ -141,16 +149,16 @@ def numbers(
   return statistics.fmean(values), statistics.stdev(values)
 
 
-def rows(found: Mapping[str, list[dict[str, Any]]]) -> Iterable[list[str]]:
-  """Lines of the table."""
+def rows(by_method: Mapping[str, list[dict[str, Any]]]) -> Iterable[list[str]]:
+  """Yields the rows of the table."""
   teacher = None
-  if "edm" in found:
-    full = next(iter(found["edm"][0]["samplers"]))
-    teacher, _ = numbers(found["edm"], full, FEATURES)
-  for name, results in found.items():
+  if "edm" in by_method:
+    sampler = next(iter(by_method["edm"][0]["samplers"]))
+    teacher, _ = numbers(by_method["edm"], sampler, FEATURES)
+  for name, results in by_method.items():
     for key, sampler in results[0]["samplers"].items():
       mean, std = numbers(results, key, FEATURES)
-      share, precision, recall = (
+      accuracy, precision, recall = (
           numbers(results, key, m)[0]
           for m in ("class_accuracy", "precision", "recall")
       )
@@ -158,7 +166,7 @@ def rows(found: Mapping[str, list[dict[str, Any]]]) -> Iterable[list[str]]:
           f"`{name}`", key.rpartition("_nfe")[0], str(sampler["nfe"]),
           f"{mean:.3f} ± {std:.3f}",
           tables.NOT_RUN if teacher is None else f"{mean / teacher:.2f}",
-          f"{share:.1%}", f"{precision:.2f}", f"{recall:.2f}",
+          f"{accuracy:.1%}", f"{precision:.2f}", f"{recall:.2f}",
           f"{results[0]['training']['images']:,}",
           f"{statistics.fmean(_minutes(results)):.1f}", str(len(results)),
       ]
@@ -169,17 +177,17 @@ def _minutes(results) -> Iterable[float]:
 
 
 def table() -> str:
-  """The table of all results that are there."""
+  """Formats a table of all results."""
   head = [
-      "run", "sampler", "NFE", FEATURES, "of the teacher's", "class accuracy",
-      "P", "R", "images", "minutes", "seeds",
+      "run", "sampler", "NFE", FEATURES, "ratio to teacher", "class accuracy",
+      "precision", "recall", "training images", "training minutes", "n",
   ]
-  found = read()
-  return tables.markdown(head, rows(found)) if found else "Not run yet."
+  results = read()
+  return tables.markdown(head, rows(results)) if results else "Not run yet."
 
 
 def costs() -> Mapping[str, float]:
-  """Time of a step over iCT's, by method."""
+  """Reads the time of a training step relative to iCT's, by method."""
   if not COST.exists():
     return {}
   methods = json.loads(COST.read_text())["methods"]
@@ -187,100 +195,100 @@ def costs() -> Mapping[str, float]:
 
 
 def sentence(name: str) -> str:
-  """A method's numbers in words."""
-  found, cost = read(), costs().get(name)
+  """Formats the results of a method as a sentence."""
+  results, cost = read(), costs().get(name)
   parts = []
-  if name in found:
+  if name in results:
     parts += [
-      f"{FEATURES} {mean:.3f} ± {std:.3f} in {sampler['nfe']} "
+      f"{mean:.3f} ± {std:.3f} with {sampler['nfe']} NFE "
       f"({key.rpartition('_nfe')[0]})"
-      for key, sampler in found[name][0]["samplers"].items()
-      for mean, std in [numbers(found[name], key, FEATURES)]
+      for key, sampler in results[name][0]["samplers"].items()
+      for mean, std in [numbers(results[name], key, FEATURES)]
     ]
-  reached = ", ".join(parts) or tables.NOT_RUN
+  distances = ", ".join(parts) or tables.NOT_RUN
   step = tables.NOT_RUN if cost is None else f"{cost:.2f}"
   return (
-    f"Digits, `{name}`, what evaluations reach: {reached}. A step costs "
-    f"{step} times one of iCT.{_published(name)}"
+    f"Digits, `{name}`, {FEATURES}: {distances} "
+    f"(n = {len(results.get(name, ()))}). Step time relative to iCT: {step}."
+    f"{_published(name)}"
   )
 
 
 def _published(name: str) -> str:
-  """Papers' FIDs of a method; '' if there are none."""
-  found: dict[tuple[str, str, str], list[published.Published]] = {}
+  """Formats the published FIDs of a method; '' without any."""
+  groups: dict[tuple[str, str, str], list[published.Published]] = {}
   for row in published.ROWS:
-    if row.ours == name:
-      found.setdefault((row.data, row.method, row.source), []).append(row)
+    if row.ours == name and row.verified:
+      groups.setdefault((row.data, row.method, row.source), []).append(row)
   parts = [
     f"{method} on {data} "
     + " / ".join(f"{r.numbers['FID']:.2f}" for r in rows)
-    + " in "
+    + " with "
     + " / ".join(str(r.nfe) for r in rows)
-    + f" ({source}{'' if rows[0].verified else ', recalled'})"
-    for (data, method, source), rows in found.items()
+    + f" NFE ({source})"
+    for (data, method, source), rows in groups.items()
   ]
   return f" Published FID: {'; '.join(parts)}." if parts else ""
 
 
-# What was expected before anything was run -----------------------------------
+# Hypotheses, fixed before the first run --------------------------------------
 
 
 def expectations() -> str:
-  """What was expected, and what came out, as a Markdown list."""
-  found = read()
-  lines = [_near_teacher(found, name) for name in ("cd", "ctm", "dmd2")]
+  """Formats hypotheses and outcomes as a Markdown list."""
+  results = read()
+  lines = [_near_teacher(results, name) for name in ("cd", "ctm", "dmd2")]
   lines += [
-    _more_steps(found, "ctm", "ancestral", False),
-    _more_steps(found, "cd", "cm_multistep", True),
-    _worse(found, "dmd2_no_gan", "dmd2"),
+    _more_steps(results, "ctm", "ancestral", False),
+    _more_steps(results, "cd", "cm_multistep", True),
+    _worse(results, "dmd2_no_gan", "dmd2"),
   ]
   return "\n".join(
     textwrap.fill(f"* {line}", 80, subsequent_indent="  ") for line in lines
   )
 
 
-def _one_step(found, name: str) -> tuple[float, float] | None:
-  if name not in found:
+def _one_step(results, name: str) -> tuple[float, float] | None:
+  if name not in results:
     return None
-  return numbers(found[name], "onestep_nfe1", FEATURES)
+  return numbers(results[name], "onestep_nfe1", FEATURES)
 
 
-def _near_teacher(found, name: str) -> str:
+def _near_teacher(results, name: str) -> str:
   claim = f"`{name}` in one step within 1.5 times the teacher's distance: "
-  mine = _one_step(found, name)
-  if mine is None or "edm" not in found:
+  student = _one_step(results, name)
+  if student is None or "edm" not in results:
     return claim + tables.NOT_RUN
-  full = next(iter(found["edm"][0]["samplers"]))
-  ratio = mine[0] / numbers(found["edm"], full, FEATURES)[0]
+  sampler = next(iter(results["edm"][0]["samplers"]))
+  ratio = student[0] / numbers(results["edm"], sampler, FEATURES)[0]
   return claim + f"{ratio:.2f} times, {'yes' if ratio <= 1.5 else 'no'}"
 
 
-def _more_steps(found, name: str, sampler: str, rises: bool) -> str:
-  """Whether the distance rises from one step to the most, beyond spreads."""
-  way = "gets" if rises else "does not get"
-  claim = f"`{name}` {way} worse with more steps"
-  if name not in found:
+def _more_steps(results, name: str, sampler: str, rises: bool) -> str:
+  """Tests if the distance rises with NFE by more than the deviations."""
+  verb = "gets" if rises else "does not get"
+  claim = f"`{name}` {verb} worse with more steps"
+  if name not in results:
     return f"{claim}: {tables.NOT_RUN}"
   keys = ["onestep_nfe1"] + [
-    k for k in found[name][0]["samplers"] if k.startswith(sampler)
+    k for k in results[name][0]["samplers"] if k.startswith(sampler)
   ]
-  values = [numbers(found[name], k, FEATURES) for k in keys]
+  values = [numbers(results[name], k, FEATURES) for k in keys]
   (first, a), (last, b) = values[0], values[-1]
-  nfe = [str(found[name][0]["samplers"][k]["nfe"]) for k in keys]
+  nfe = [str(results[name][0]["samplers"][k]["nfe"]) for k in keys]
   said = "yes" if (last - first > a + b) == rises else "no"
-  told = " / ".join(f"{v:.3f} ± {s:.3f}" for v, s in values)
-  return f"{claim} ({sampler}): {told} in {' / '.join(nfe)}, {said}"
+  text = " / ".join(f"{v:.3f} ± {s:.3f}" for v, s in values)
+  return f"{claim} ({sampler}): {text} with {' / '.join(nfe)} NFE, {said}"
 
 
-def _worse(found, name: str, other: str) -> str:
+def _worse(results, name: str, other: str) -> str:
   claim = f"`{name}` is worse than `{other}` in one step: "
-  mine, its = _one_step(found, name), _one_step(found, other)
-  if mine is None or its is None:
+  a, b = _one_step(results, name), _one_step(results, other)
+  if a is None or b is None:
     return claim + tables.NOT_RUN
-  said = "yes" if mine[0] - its[0] > mine[1] + its[1] else "no"
+  outcome = "yes" if a[0] - b[0] > a[1] + b[1] else "no"
   return (
-    claim + f"{mine[0]:.3f} ± {mine[1]:.3f} and {its[0]:.3f} ± {its[1]:.3f}, "
-    f"{said}"
+    claim + f"{a[0]:.3f} ± {a[1]:.3f} and {b[0]:.3f} ± {b[1]:.3f}, {outcome}"
   )
 
 
@@ -288,15 +296,15 @@ def _worse(found, name: str, other: str) -> str:
 
 
 def page(text: str) -> str:
-  """docs/methods.md with what is between its marks made anew."""
+  """Renders the marked blocks of docs/methods.md."""
 
   def fill(match: re.Match) -> str:
     name = match[2]
     if name in _BLOCKS:
-      made = _BLOCKS[name]()
+      content = _BLOCKS[name]()
     else:
-      made = textwrap.fill(sentence(name), 80)
-    return f"{match[1]}{made}\n{match[3]}"
+      content = textwrap.fill(sentence(name), 80)
+    return f"{match[1]}{content}\n{match[3]}"
 
   return MARKED.sub(fill, text)
 
@@ -312,19 +320,20 @@ def write_page() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Trains, measures and writes what is missing."""
+  """Runs the command."""
   parser = cli.Parser("benchmarks/methods_digits.py", __doc__)
-  parser.add_argument("work", nargs="?", default="runs/methods")
-  parser.add_argument("--only", default=",".join(RUNS), metavar="cd,ctm")
-  parser.add_argument("--seeds", default="0,1,2", metavar="0,1,2")
-  parser.add_argument("--table", action="store_true")
-  args: argparse.Namespace = parser.parse_args(
-    sys.argv[1:] if argv is None else argv
-  )
+  add = parser.add_argument
+  add("work", nargs="?", default="runs/methods",
+      help="directory of all runs (%(default)s)")
+  add("--only", default=",".join(RUNS), metavar="cd,ctm",
+      help="runs to do (all)")
+  add("--seeds", default="0,1,2", metavar="0,1,2", help="seeds (%(default)s)")
+  add("--table", action="store_true", help="only render docs/methods.md again")
+  args = parser.parse_args(argv)
   work = pathlib.Path(args.work).resolve()
   if not args.table:
     if not (work / "classifier" / "classifier.json").exists():
-      _do(
+      _run_module(
         "bcm_jax.tools.train_classifier",
         "--config=configs/digits.py",
         f"--out={work / 'classifier'}",

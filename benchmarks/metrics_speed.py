@@ -1,13 +1,12 @@
-"""How long metrics take, beside bare matrix products of as many operations.
+"""Time of metrics, compared with matrix products of as many operations.
 
   python benchmarks/metrics_speed.py docs/results/metrics_speed.json [section..]
 
-Runs the sections named, or all, prints a table and writes JSON; sections of
-the file that were not run stay as they are. Times are seconds, the best of a
-few rounds in which what is measured and the products take turns. On a machine
-that others use, set OPENBLAS_NUM_THREADS=1: threads that wait for each other
-make decompositions ten times slower there, and processor time of one thread is
-what a free core would take.
+Runs the named sections, or all, prints a table and writes JSON; other sections
+of the file are kept. Times are seconds, the minimum over a few rounds in which
+metric and products alternate. On a shared machine set OPENBLAS_NUM_THREADS=1:
+threads that wait for each other make decompositions ten times slower, and the
+CPU time of one thread equals the wall time on an idle core.
 """
 
 from collections.abc import Callable
@@ -35,9 +34,9 @@ ROUNDS = 3
 
 
 def best(**tasks: Callable[[], Any]) -> dict[str, float]:
-  """Shortest wall time of each task, and processor time as '<task> cpu'.
+  """Returns the minimal wall time of each task, and CPU time as '<task> cpu'.
 
-  All take turns, so that the load of the machine hits all.
+  Tasks alternate, so that load of the machine affects all of them.
   """
   times = {}
   for _ in range(ROUNDS):
@@ -51,7 +50,7 @@ def best(**tasks: Callable[[], Any]) -> dict[str, float]:
 
 
 def products(operations: float) -> Callable[[], None]:
-  """Float64 matrix products of this many operations."""
+  """float64 matrix products with this total of operations."""
   a, b = np.random.default_rng(0).standard_normal((2, DIMENSION, DIMENSION))
   repeats = round(operations / (2 * DIMENSION**3))
 
@@ -63,14 +62,14 @@ def products(operations: float) -> Callable[[], None]:
 
 
 def random_features(count: int, seed: int) -> np.ndarray:
-  """float32 [count, DIMENSION] of falling variance, as features have."""
+  """float32 [count, DIMENSION] of decaying variance, like network features."""
   scales = np.geomspace(1.0, 1e-3, DIMENSION, dtype=np.float32)
   rng = np.random.default_rng(seed)
   return scales * rng.standard_normal((count, DIMENSION), np.float32)
 
 
 def frechet_distance() -> dict[str, float]:
-  """From two arrays of 50,000 features to the distance."""
+  """Time from two arrays of 50,000 features to the distance."""
   count = 50_000
   sets = [random_features(count, seed) for seed in range(2)]
   gaussians = []
@@ -78,34 +77,34 @@ def frechet_distance() -> dict[str, float]:
   def covariances():
     gaussians[:] = [moments.from_features(s).gaussian() for s in sets]
 
-  found = best(
+  times = best(
       covariances=covariances,
       distance=lambda: fid.frechet_distance(*gaussians),
-      # Of both covariances, without their symmetry.
+      # Operations of both covariances, not using their symmetry.
       products=products(2 * 2 * count * DIMENSION**2),
   )
   total = {
-      f"all{of}": found[f"covariances{of}"] + found[f"distance{of}"]
-      for of in ("", " cpu")
+      f"all{clock}": times[f"covariances{clock}"] + times[f"distance{clock}"]
+      for clock in ("", " cpu")
   }
-  return {"images": count} | total | found
+  return {"images": count} | total | times
 
 
-def neighbours() -> dict[str, float]:
-  """Precision, recall, density and coverage of 10,000 features each."""
+def prdc() -> dict[str, float]:
+  """Time of precision, recall, density and coverage of 10,000 features."""
   count = 10_000
   real, fake = (random_features(count, seed) for seed in range(2))
-  found = best(
+  times = best(
       all=lambda: precision_recall.prdc(real, fake),
-      # All pairs between the sets, half of all pairs within each.
+      # All pairs between the sets, half of all pairs within each set.
       products=products(2 * 2 * count**2 * DIMENSION),
   )
-  return {"images": count} | found
+  return {"images": count} | times
 
 
 SECTIONS = {
     "frechet_distance": frechet_distance,
-    "precision_recall_density_coverage": neighbours,
+    "precision_recall_density_coverage": prdc,
 }
 
 
@@ -129,16 +128,17 @@ def facts() -> dict[str, Any]:
 
 
 def main() -> None:
-  """Measures, prints and writes."""
+  """Runs the command."""
   path = pathlib.Path(sys.argv[1]).resolve()
   result = json.loads(path.read_text()) if path.exists() else {}
   print(f"{'seconds':<36} {'all':>8} {'products':>9} {'ratio':>6}")
   for name in sys.argv[2:] or SECTIONS:
-    found = SECTIONS[name]()
-    for of in ("", " cpu"):
-      taken, bare = found[f"all{of}"], found[f"products{of}"]
-      print(f"{name + of:<36} {taken:>8.1f} {bare:>9.1f} {taken / bare:>6.2f}")
-    result[name] = found | facts()
+    times = SECTIONS[name]()
+    for clock in ("", " cpu"):
+      metric, bound = times[f"all{clock}"], times[f"products{clock}"]
+      print(f"{name + clock:<36} {metric:>8.1f} {bound:>9.1f} "
+            f"{metric / bound:>6.2f}")
+    result[name] = times | facts()
     files.write_json(str(path), result)
 
 

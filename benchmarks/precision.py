@@ -1,11 +1,11 @@
-"""How far half precision is from float32, forward, for every network.
+"""Error of half precision forward passes, relative to float32.
 
   python benchmarks/precision.py docs/results/precision.json
 
-Networks of the published shapes at a quarter of their width, weights of the
-magnitude of trained ones (normal, 1 / sqrt(fan-in)), levels over the whole
-range. Prints the root mean square of F(half) - F(float32) over that of
-F(float32), and writes it as JSON.
+Networks of the published shapes at a quarter of their width, random weights of
+trained magnitude (normal, 1 / sqrt(fan-in)), noise levels over the whole range.
+Prints and writes as JSON the root mean square of F(half) - F(float32), relative
+to that of F(float32).
 """
 
 import json
@@ -35,7 +35,7 @@ SIGMAS = (0.002, 0.02, 0.2, 2.0, 20.0, 80.0)
 
 
 def arguments(network, size):
-  """Inputs of unit variance at every level."""
+  """Inputs of unit variance at all noise levels."""
   rng = np.random.default_rng(0)
   x = rng.standard_normal((len(SIGMAS), size, size, 3)).astype(np.float32)
   scale = 250 if isinstance(network, adm.ADM) else 0.25
@@ -45,11 +45,11 @@ def arguments(network, size):
 
 
 def weights(network, args):
-  """Random parameters, none of them zero."""
+  """Random parameters without zeros."""
   rng = np.random.default_rng(1)
   shapes = jax.eval_shape(network.init, jax.random.key(0), *args)["params"]
 
-  def one(path, leaf):
+  def init(path, leaf):
     fan_in = max(1, math.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 1
     value = rng.standard_normal(leaf.shape) / math.sqrt(fan_in)
     if path[-1].key in ("scale", "out_gain", "emb_gain"):
@@ -58,11 +58,11 @@ def weights(network, args):
       value = 0.1 * value
     return np.asarray(value, np.float32)
 
-  return jax.tree_util.tree_map_with_path(one, shapes)
+  return jax.tree_util.tree_map_with_path(init, shapes)
 
 
 def main() -> None:
-  """Measures, prints and writes."""
+  """Runs the command."""
   result = {}
   for name, (network, size) in NETWORKS.items():
     args = arguments(network, size)

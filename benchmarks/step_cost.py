@@ -1,17 +1,15 @@
-"""What a step of each method costs beside one of iCT.
+"""Time of a training step of each method, relative to iCT.
 
-  python benchmarks/step_cost.py --teacher=runs/edm --pairs=runs/edm/pairs.npz \
-      --out=docs/results/step_cost_digits.json
+  python benchmarks/step_cost.py --teacher=runs/edm --pairs=runs/edm/pairs.npz
+      \\ --out=docs/results/step_cost_digits.json
 
-Times the real steps of the digits' configs, one after the other in blocks, so
-that ratios are of one machine in one state. A method whose players take turns
-is averaged over a round. All have the same network and, here, the same batch.
+Times the training steps of the digits configs in alternating blocks, so that
+ratios do not depend on the load of the machine. Methods whose networks train in
+turns are averaged over a round. All have the same network and batch size.
 """
 
-import argparse
 import contextlib
 import statistics
-import sys
 from typing import Any
 
 import step_time
@@ -22,7 +20,7 @@ from bcm_jax.training import multihost
 from bcm_jax.utils import cli
 from bcm_jax.utils import provenance
 
-# The first is what the others are compared with.
+# The first one is the baseline.
 CONFIGS = {
     "ict": "digits_ict.py", "bcm": "digits.py", "edm": "digits_edm.py",
     "cd": "digits_cd.py", "ctm": "digits_ctm.py",
@@ -30,7 +28,7 @@ CONFIGS = {
     "dmd2_no_gan": "digits_dmd.py:no_gan", "dmd2": "digits_dmd.py",
 }
 _BATCH, _BLOCKS = 64, 5
-_ROUND = 10  # Steps of a block: whole rounds of every method's turns.
+_ROUND = 10  # Steps per block: a multiple of every method's round.
 
 
 def _config(file: str, teacher: str, pairs: str) -> Any:
@@ -47,20 +45,21 @@ def _config(file: str, teacher: str, pairs: str) -> Any:
 
 
 def _mean(bench: step_time.Bench) -> float:
-  """Seconds a step. No median: how often CTM's solver steps is drawn."""
+  """Mean seconds per step; not the median, as CTM's solver steps are random."""
   return bench.mean(lambda phase: statistics.fmean(bench.seconds[phase]))
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Measures, prints and writes."""
+  """Runs the command."""
   parser = cli.Parser("benchmarks/step_cost.py", __doc__)
-  parser.add_argument("--teacher", default="runs/edm")
-  parser.add_argument("--pairs", default="runs/edm/pairs.npz")
-  parser.add_argument("--only", default="", metavar="ict,bcm")
-  parser.add_argument("--out", metavar="FILE")
-  args: argparse.Namespace = parser.parse_args(
-      sys.argv[1:] if argv is None else argv
-  )
+  add = parser.add_argument
+  add("--teacher", default="runs/edm", metavar="DIR",
+      help="run of the teacher (%(default)s)")
+  add("--pairs", default="runs/edm/pairs.npz", metavar="FILE",
+      help="pairs of the teacher (%(default)s)")
+  add("--only", default="", metavar="ict,bcm", help="methods to time (all)")
+  add("--out", metavar="FILE", help="JSON to write")
+  args = parser.parse_args(argv)
   multihost.use_cores(0, _BATCH)
   names = args.only.split(",") if args.only else list(CONFIGS)
   benches = {}
@@ -75,13 +74,13 @@ def main(argv: list[str] | None = None) -> None:
   seconds = {name: _mean(bench) for name, bench in benches.items()}
   rows = {
       name: {
-          "ms_a_step": 1e3 * seconds[name],
+          "ms_per_step": 1e3 * seconds[name],
           "ratio": seconds[name] / seconds[names[0]],
           "compile_seconds": bench.compile_seconds,
       } for name, bench in benches.items()
   }
   step_time.write({
-      "batch_size": _BATCH, "steps": _BLOCKS * _ROUND, "beside": names[0],
+      "batch_size": _BATCH, "steps": _BLOCKS * _ROUND, "baseline": names[0],
       "methods": rows, "facts": provenance.machine(),
   }, rows, args.out)
 

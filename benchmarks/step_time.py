@@ -1,27 +1,25 @@
-"""How fast a training step is, and what it costs: any config, any backend.
+"""Time and cost of a training step, for any config and backend.
 
   python benchmarks/step_time.py --config=configs/cifar10.py --out=FILE
   python benchmarks/step_time.py --config=configs/digits.py --scaling=1,2,4,8
 
-Runs the real step on the real input pipeline (or --synthetic images, where the
-data set is not at hand) and writes JSON: milliseconds a step (median and
-spread), images a second, model FLOPs utilisation against a matrix product
-measured in the same run, memory, the share of a step that waits for data, and
-compile time. --backends=jit,pmap measures one after the other, interleaved in
-blocks, so that their ratio is of one machine in one state.
+Runs the training step on the real input pipeline (or on --synthetic images, if
+the dataset is not available) and writes JSON: milliseconds per step (median and
+range), images per second, model FLOPs utilization relative to a matrix product
+measured in the same run, memory, the fraction of a step that waits for data,
+and compile time. --backends=jit,pmap measures both in alternating blocks, so
+that their ratio does not depend on the load of the machine.
 
---scaling compiles the step for 1, 2, ... devices with the batch of each kept,
-and tells FLOPs, bytes and collectives a device; on virtual devices of a CPU
-(the default there) times would mean nothing, so none are told.
+--scaling compiles the step for 1, 2, ... devices at a fixed batch size per
+device, and reports FLOPs, bytes and collectives per device. It reports no
+times, which are meaningless on virtual CPU devices (the default on a CPU).
 """
 
-import argparse
 from collections.abc import Callable
 import contextlib
 import functools
 import os
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -50,7 +48,7 @@ _SYNTHETIC = 4096
 
 
 def matmul_peak(dtype: str) -> float:
-  """Operations a second of one device in a large matrix product."""
+  """Operations per second of one device in a large matrix product."""
   n = 1024 if jax.default_backend() == "cpu" else 8192
   a = jnp.ones((n, n), dtype)
   repeats = 8
@@ -62,14 +60,14 @@ def matmul_peak(dtype: str) -> float:
   jax.block_until_ready(chain(a))
   best = float("inf")
   for _ in range(5):
-    began = time.perf_counter()
+    start = time.perf_counter()
     jax.block_until_ready(chain(a))
-    best = min(best, time.perf_counter() - began)
+    best = min(best, time.perf_counter() - start)
   return 2 * n**3 * repeats / best
 
 
 def synthetic(experiment: build.Experiment) -> image_source.ArraySource:
-  """Random images in memory: the pipeline without a disk and a decoder."""
+  """Random images in memory: an input pipeline without disk and decoding."""
   rng = np.random.default_rng(0)
   shape = (_SYNTHETIC, *experiment.image_shape)
   labels = None
@@ -82,7 +80,7 @@ def synthetic(experiment: build.Experiment) -> image_source.ArraySource:
 
 
 class Bench:
-  """One backend's step, compiled and warm."""
+  """Compiled training step of one backend."""
 
   def __init__(self, config: Any, backend: str, source: Any):
     overrides = {"parallel.backend": backend}
@@ -102,78 +100,82 @@ class Bench:
     self.state = self.state.replace(
         frozen=self.backend.place(runs.load_frozen(self.experiment))
     )
-    self.done = 0
+    self.steps = 0
     self.waited = 0.0
     self.seconds: dict[Phase, list[float]] = {}
-    began = time.perf_counter()
+    start = time.perf_counter()
     self.run(self._round())
-    self.compile_seconds = time.perf_counter() - began
+    self.compile_seconds = time.perf_counter() - start
     self.seconds, self.waited = {}, 0.0
 
   def _round(self) -> int:
-    """Calls until every phase has had its turn."""
-    method, seen, calls = self.experiment.method, set(), 0
-    while seen != set(method.phases()):
-      seen.add(method.phase(calls * self.per_call))
+    """Number of calls until every phase has run."""
+    method, phases, calls = self.experiment.method, set(), 0
+    while phases != set(method.phases()):
+      phases.add(method.phase(calls * self.per_call))
       calls += 1
     return calls
 
   def run(self, calls: int) -> None:
-    """Times calls one by one, each waited for."""
-    start, k = self.done, self.per_call
-    todo = [(start + k * i, k) for i in range(calls)]
-    self.done += k * calls
+    """Times calls one by one, blocking after each."""
+    k = self.per_call
+    todo = [(self.steps + k * i, k) for i in range(calls)]
+    self.steps += k * calls
     method = self.experiment.method
     with train.stream(
         self.experiment, self.source, self.backend, todo, 0
     ) as stream:
       for i in range(calls):
-        began = time.perf_counter()
+        start = time.perf_counter()
         inputs = next(stream)
-        if i:  # The first of a block fills the pipeline.
-          self.waited += time.perf_counter() - began
+        if i:  # The first call of a block fills the pipeline.
+          self.waited += time.perf_counter() - start
         phase = method.phase(todo[i][0])
         self.state, metrics = self.step_fn(self.state, *inputs, phase)
         jax.block_until_ready(metrics)
         if i or calls == 1:
-          seconds = (time.perf_counter() - began) / self.per_call
+          seconds = (time.perf_counter() - start) / self.per_call
           self.seconds.setdefault(phase, []).append(seconds)
 
   def mean(self, of_phase: Callable[[Phase], float]) -> float:
-    """A number a step of each phase, averaged as the phases took turns."""
+    """Averages a quantity per step, weighting phases by their frequency."""
     timed = sum(map(len, self.seconds.values()))
     return sum(
         len(s) / timed * of_phase(phase) for phase, s in self.seconds.items()
     )
 
   def median(self) -> float:
-    """Seconds a step: the median of each phase, averaged."""
+    """Seconds per step: the median of each phase, averaged over phases."""
     return self.mean(lambda phase: statistics.median(self.seconds[phase]))
 
   def result(self, peak: float) -> dict[str, Any]:
-    """Numbers of all blocks so far; peak is of one device."""
+    """Returns the metrics of all blocks so far.
+
+    Args:
+      peak: operations per second of one device.
+    """
     batch = self.experiment.config.training.batch_size
-    seconds = [s for each in self.seconds.values() for s in each]
+    seconds = [s for phase_secs in self.seconds.values() for s in phase_secs]
     median = self.median()
     flops = self.mean(functools.partial(model_flops, self.experiment))
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
-        "ms_a_step": 1e3 * median,
+        "ms_per_step": 1e3 * median,
         "ms_spread": [1e3 * min(seconds), 1e3 * max(seconds)],
         "steps_timed": len(seconds) * self.per_call,
         "images_per_second": batch / median,
         "compile_seconds": self.compile_seconds,
         "data_wait_share": self.waited / (sum(seconds) * self.per_call),
-        "model_tflop_a_step": flops / 1e12,
+        "model_tflop_per_step": flops / 1e12,
         "mfu": flops / median / (peak * self.backend.devices),
         "peak_bytes_in_use": stats.get("peak_bytes_in_use"),
     }
 
 
 def model_flops(experiment: build.Experiment, phase: Phase) -> int:
-  """Of the global batch's step, without what remat would compute again.
+  """FLOPs of a step of the global batch, without rematerialization.
 
-  Loops whose length is drawn, such as CTM's solver, count once.
+  Loops of random length, such as CTM's solver, count once.
   """
   overrides = {"parallel.microbatch_size_per_device": "0"}
   if "remat" in experiment.config.model:
@@ -192,7 +194,7 @@ def model_flops(experiment: build.Experiment, phase: Phase) -> int:
 
 
 def scaling(config: Any, counts: list[int]) -> list[dict[str, Any]]:
-  """What the compiled step costs a device, the batch of each kept."""
+  """Cost per device of the compiled step, at a fixed batch size per device."""
   rows = []
   for count in counts:
     batch = config.training.batch_size * count
@@ -220,7 +222,7 @@ def scaling(config: Any, counts: list[int]) -> list[dict[str, Any]]:
 def measure(
     config: Any, backends: list[str], calls: int, source: Any
 ) -> dict[str, Any]:
-  """Blocks of calls, the backends taking turns."""
+  """Times the backends in alternating blocks of calls."""
   benches = {name: Bench(config, name, source) for name in backends}
   for _ in range(_BLOCKS):
     for bench in benches.values():
@@ -228,13 +230,13 @@ def measure(
   dtype = config.model.dtype or "float32"
   peak = matmul_peak(dtype)
   return {
-      "matmul": {"dtype": dtype, "tflops_a_device": peak / 1e12},
+      "matmul": {"dtype": dtype, "tflops_per_device": peak / 1e12},
       "backends": {k: bench.result(peak) for k, bench in benches.items()},
   }
 
 
 def write(result: dict[str, Any], rows: dict[str, Any], out: str | None):
-  """Prints the rows of a result, and writes all of it where asked."""
+  """Prints the rows of a result, and writes the result to `out` if given."""
   for name, row in rows.items():
     print(name, row)
   if out:
@@ -244,16 +246,17 @@ def write(result: dict[str, Any], rows: dict[str, Any], out: str | None):
 
 def main(argv: list[str] | None = None) -> None:
   """Measures, prints and writes."""
-  argv = sys.argv[1:] if argv is None else argv
-  file, overrides, rest = resolve.split_overrides(argv)
-  parser = cli.Parser("benchmarks/step_time.py", __doc__)
-  parser.add_argument("--out", metavar="FILE")
-  parser.add_argument("--calls", type=int, default=15, help="timed calls")
-  parser.add_argument("--backends", default="jit")
-  parser.add_argument("--synthetic", action="store_true")
-  parser.add_argument("--scaling", default="", metavar="1,2,4,8")
-  args: argparse.Namespace = parser.parse_args(rest)
-  config = resolve.load(file, overrides, None, False)
+  parser = cli.Parser("benchmarks/step_time.py", __doc__, config="file")
+  add = parser.add_argument
+  add("--out", metavar="FILE", help="JSON to write")
+  add("--calls", type=int, default=15, metavar="N",
+      help="timed calls (%(default)s)")
+  add("--backends", default="jit", metavar="jit,pmap", help="(%(default)s)")
+  add("--synthetic", action="store_true", help="random images")
+  add("--scaling", default="", metavar="1,2,4,8",
+      help="compile for these numbers of devices")
+  args = parser.parse_args(argv)
+  config = resolve.load(args.config, args.overrides, None, False)
   counts = [int(n) for n in args.scaling.split(",") if n]
   multihost.use_cores(
       max(counts, default=config.parallel.cpu_devices),
@@ -272,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     result["source"] = source.name
     result |= measure(config, args.backends.split(","), args.calls, source)
-  result["facts"] = provenance.facts(experiment)
+  result["facts"] = provenance.facts(experiment.config)
   write(result, result.get("backends", {}), args.out)
 
 

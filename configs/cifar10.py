@@ -2,23 +2,25 @@
 
   python -m bcm_jax.main --config=configs/cifar10.py:VARIANT --workdir=DIR
 
-FID of 1 / 2 / 3 / 4 NFE as published ([R]: recalled); none has been run here.
-  bcm (default)   3.10 / 2.39 / 2.50 / 2.29 [R]   both terms from step 0
+Published FID for 1 / 2 / 3 / 4 NFE ([R]: not verified); none was reproduced.
+  bcm (default)   3.10 / 2.39 / 2.50 / 2.29 [R]   both loss terms from step 0
   bcm_deep        2.64 / 2.36 / 2.19 / 2.07 [R]   twice the blocks
   ict             2.83 / 2.46
   ict_deep        2.51 / 2.24
-  ct              8.70 / 5.83 [R]                 OpenAI's CM trained alone
-  finetune        no number: BCM from a run of ict
-  from_edm        no number: BCM from EDM-VP's weights (DDPM++)
-  from_ect        no number: BCM from an ECT run on DDPM++
+  ct              8.70 / 5.83 [R]                 consistency training (OpenAI)
+  finetune        not published: BCM from a run of ict
+  from_edm        not published: BCM from EDM-VP's weights (DDPM++)
+  from_ect        not published: BCM from an ECT run with DDPM++
 
-Start: the last three by --config.training.init_from=DIR, a run or converted
-weights. Deviations from the published runs, and what was never published:
-* BCM's CIFAR-10 code was not released: the second time branch on NCSN++ is our
-  design, its hyperparameters are iCT's, and its times are recalled.
-* Batch, rate, dropout and Fourier scale of iCT are recalled [R].
-* End and start levels reach sigma_max (method.include_T=False is BCM's code).
-* ct: l2 instead of LPIPS, whose VGG weights do not come with the package.
+Set --config.training.init_from=DIR, a run or converted weights, for the last
+three. Deviations from the published runs, and unpublished settings:
+* BCM's CIFAR-10 code was not released: the end-level embedding of NCSN++ is our
+  design, the hyperparameters are iCT's, and the sampling times are not
+  verified [R].
+* Batch size, learning rate, dropout and Fourier scale of iCT are not
+  verified [R].
+* Start and end levels include sigma_max (method.include_T=False: BCM's code).
+* ct: l2 instead of LPIPS, because the package has no VGG weights.
 """
 
 import ml_collections
@@ -26,13 +28,13 @@ import ml_collections
 _NCSNPP = dict(name="ncsnpp", fourier_scale=0.02, dropout=0.3)
 _DDPMPP = dict(name="ddpmpp", two_time=True, dropout=0.2)
 _CURRICULUM = dict(s0=10, s1=1280)
-# One batch size in all passes of a step: fewer shapes to compile.
-_BCM = dict(name="bcm", doubled_batch=False)
-_FIXED = _BCM | dict(scales="fixed", s0=320, s1=320)
+# The same batch size in all forward passes, to compile fewer shapes.
+_BCM = dict(name="bcm", concat_jumps=False)
+_FIXED = _BCM | dict(discretization="fixed", s0=320, s1=320)
 _TIMES = dict(times=(1.2,), zigzag_noise=(0.2,), zigzag_level=(0.8,))
 _START = "runs/start"
 
-# Variant -> (model, method, training, times of samplers).
+# Variant -> (model, method, training, sampling times).
 _DEEP = dict(num_res_blocks=8)
 VARIANTS = {
     "bcm": (_NCSNPP | dict(two_time=True), _BCM | _CURRICULUM, {},
@@ -44,7 +46,7 @@ VARIANTS = {
            dict(times=(1.0,))),
     "finetune": (_NCSNPP | dict(two_time=True), _FIXED,
                  dict(init_from=_START), _TIMES),
-    # EDM's weights hold the layer of its augmentation labels.
+    # EDM's weights include the layer of the augmentation labels.
     "from_edm": (_DDPMPP | dict(augment_dim=9), _FIXED,
                  dict(init_from=_START), _TIMES),
     "from_ect": (_DDPMPP | dict(augment_dim=9), _FIXED,
@@ -56,7 +58,7 @@ for _name in ("bcm", "ict"):
 
 
 def get_config(variant: str = "bcm") -> ml_collections.ConfigDict:
-  """The config of a variant: --config=configs/cifar10.py:VARIANT."""
+  """Returns the config of --config=configs/cifar10.py:VARIANT."""
   model, method, training, times = VARIANTS[variant]
   rate = 4e-4 if variant == "ct" else 1e-4
   config = ml_collections.ConfigDict()
@@ -67,10 +69,10 @@ def get_config(variant: str = "bcm") -> ml_collections.ConfigDict:
   config.training = dict(
       num_steps=400_000, batch_size=1024, ema_rates=(0.99993,)
   ) | training
-  config.parallel = dict(microbatch_size_per_device=64)  # What 16 GB hold.
-  several = "ancestral" if model.get("two_time") else "cm_multistep"
-  config.sample = dict(sampler=several, num_samples=50_000) | times
+  config.parallel = dict(microbatch_size_per_device=64)  # Fits in 16 GB.
+  sampler = "ancestral" if model.get("two_time") else "cm_multistep"
+  config.sample = dict(sampler=sampler, num_samples=50_000) | times
   config.invert = dict(times=(15.0,))
-  # FID needs Inception's weights: mode eval, docs/evaluation.md.
-  config.eval = dict(samplers=("onestep", several), at_end=False)
+  # FID requires Inception weights: --mode=eval, docs/evaluation.md.
+  config.eval = dict(samplers=("onestep", sampler), at_end=False)
   return config

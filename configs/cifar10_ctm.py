@@ -4,16 +4,17 @@
   python -m bcm_jax.main --config=configs/cifar10_ctm.py --workdir=runs/ctm
   python -m bcm_jax.main --config=configs/cifar10_ctm.py:gan --workdir=DIR
 
-FID of 1 / 2 NFE as published with its discriminator (Kim et al., 2024, from
-secondary sources): 1.73 / 1.63, without it 5.19 (unconditional); none has been
-run here. Hardware there: 4 V100. ':gan' goes on from runs/ctm.
+Published FID for 1 / 2 NFE with the discriminator (Kim et al., 2024, from
+secondary sources): 1.73 / 1.63, without it 5.19 (unconditional); not
+reproduced. Published hardware: 4 V100. ':gan' continues from runs/ctm.
 
-Deviations, whose results do not compare with the published ones:
-* The distance is one of the teacher's features, not LPIPS (method.metric).
-* The discriminator's heads sit on the teacher's features under noise, not on
-  projected features of ImageNet networks.
-* Adaptive weights are those of the global batch.
-* The end level's branch starts at zero (method.end_init='random' is released).
+Deviations, because of which results are not comparable with published ones:
+* A distance of teacher features instead of LPIPS (method.metric).
+* Discriminator heads on teacher features of noisy images instead of projected
+  features of ImageNet networks.
+* Adaptive weights are computed on the global batch.
+* The end-level embedding is initialized to zero (released code:
+  method.end_init='random').
 """
 
 import ml_collections
@@ -22,7 +23,7 @@ VARIANTS = ("dsm", "gan")
 
 
 def get_config(variant: str = "dsm") -> ml_collections.ConfigDict:
-  """The config of a variant: --config=configs/cifar10_ctm.py:VARIANT."""
+  """Returns the config of --config=configs/cifar10_ctm.py:VARIANT."""
   config = ml_collections.ConfigDict()
   config.data = dict(name="cifar10", flip=True)
   config.model = dict(
@@ -36,7 +37,7 @@ def get_config(variant: str = "dsm") -> ml_collections.ConfigDict:
   )
   if variant == "gan":
     config.method.gan = True
-    config.critic = dict(learning_rate=2e-3, b1=0.5, b2=0.9)
+    config.auxiliary_optimizer = dict(learning_rate=2e-3, b1=0.5, b2=0.9)
     config.training.batch_size = 528
     config.training.init_from = "runs/ctm"
   config.parallel = dict(microbatch_size_per_device=16)

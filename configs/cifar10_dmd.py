@@ -3,20 +3,20 @@
   python -m bcm_jax.main --config=configs/cifar10_edm.py --workdir=runs/edm
   python -m bcm_jax.main --config=configs/cifar10_dmd.py --workdir=DIR
 
-DMD needs pairs of the teacher first:
+DMD requires teacher pairs:
 
   python -m bcm_jax.main --workdir=runs/edm --mode=pairs \
       --config.sample.num_samples=100000
 
-FID of one step as published; none has been run here.
-  dmd2 (default)   1.99   FastGen's settings; DMD2 itself has no CIFAR-10
+Published one-step FID; not reproduced.
+  dmd2 (default)   1.99   settings of FastGen; the DMD2 paper has no CIFAR-10
   dmd              2.66   class-conditional (Yin et al., 2023)
   dmd_uncond       3.77   with 500,000 pairs and an unconditional teacher
 
-Deviations: regression by a distance of the teacher's features, not LPIPS
-(method.metric); FastGen updates the fake score four times to one update of the
-generator and takes the teacher's features for its discriminator, here it is
-five times and the fake score's, as in DMD2.
+Deviations: the regression loss uses a distance of teacher features instead of
+LPIPS (method.metric). As in DMD2, there are five updates of the fake score per
+update of the generator, and the discriminator uses features of the fake score;
+FastGen uses four updates and features of the teacher.
 """
 
 import ml_collections
@@ -25,10 +25,10 @@ VARIANTS = ("dmd2", "dmd", "dmd_uncond")
 
 
 def get_config(variant: str = "dmd2") -> ml_collections.ConfigDict:
-  """The config of a variant: --config=configs/cifar10_dmd.py:VARIANT."""
+  """Returns the config of --config=configs/cifar10_dmd.py:VARIANT."""
   config = ml_collections.ConfigDict()
   config.data = dict(name="cifar10")
-  # The teacher's weights hold the layer of its augmentation labels.
+  # The teacher's weights include the layer of the augmentation labels.
   config.model = dict(
       name="ddpmpp", augment_dim=9,
       num_classes=None if variant == "dmd_uncond" else 10,

@@ -1,20 +1,21 @@
-"""EDM on CIFAR-10: the teacher of the distillations, or a model of its own.
+"""EDM on CIFAR-10, a diffusion model and the teacher of the distillations.
 
   python -m bcm_jax.main --config=configs/cifar10_edm.py --workdir=runs/edm
 
-or NVIDIA's weights, which the students below take as well:
+or convert NVIDIA's weights, which the students also accept as a teacher:
 
   python -m bcm_jax.interop.convert edm-cifar10-32x32-cond-vp.pkl runs/edm
 
-FID of 35 evaluations as published (Karras et al., 2022); none has been run
-here. Hardware there: 8 V100, 2 days.
+Published FID for 35 NFE (Karras et al., 2022, table 2); not reproduced.
+Published hardware: 8 V100, 2 days.
   cond (default)   1.79   DDPM++, class-conditional
   uncond           1.97   DDPM++
   cond_ve          1.79   NCSN++
-  uncond_ve        1.98   NCSN++ (recalled)
+  uncond_ve        1.98   NCSN++ (not verified)
 
-Deviations: the moving average warms up by (1 + n) / (10 + n), not over a
-twentieth of the images so far; gradients that are not finite skip the step.
+Deviations: the EMA rate is warmed up by (1 + n) / (10 + n) instead of limiting
+the half-life to 5% of the images seen; steps with non-finite gradients are
+skipped.
 """
 
 import ml_collections
@@ -24,7 +25,7 @@ VARIANTS = ("cond", "uncond", "cond_ve", "uncond_ve")
 
 
 def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
-  """The config of a variant: --config=configs/cifar10_edm.py:VARIANT."""
+  """Returns the config of --config=configs/cifar10_edm.py:VARIANT."""
   kind, _, network = variant.partition("_")
   batch = 512
   config = ml_collections.ConfigDict()
@@ -37,7 +38,7 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
   config.optimizer = dict(
       name="adam", learning_rate=1e-3, warmup_steps=10_000_000 // batch
   )
-  # A half-life of 0.5 million images.
+  # EMA half-life of 0.5 million images.
   config.training = dict(
       num_steps=200_000_000 // batch, batch_size=batch,
       ema_rates=(0.5 ** (batch / 500_000),), ema_warmup=True,

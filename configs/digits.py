@@ -2,28 +2,27 @@
 
   python -m bcm_jax.main --config=configs/digits.py --workdir=runs/digits
 
-Two CPU cores, about 8 minutes. The numbers to expect, and how far they are
-from those aimed at: docs/results.md (measured).
+About 8 minutes on two CPU cores; measured results: docs/results.md.
 
-The network is the ADM U-Net of the ImageNet-64 config, only small: two levels,
-8 groups a norm instead of 32 (one channel a group would wipe out
-the embeddings). What differs from the published hyperparameters, and why:
+The network is a small version of the ADM U-Net in the ImageNet-64 config, with
+two levels and 8 groups per GroupNorm instead of 32 (one channel per group would
+remove the embeddings). Differences from the published hyperparameters:
 
 * sigma_data 0.75: the standard deviation of these images in [-1, 1].
-* sigma_max 40, not 80: 64 pixels drown in less noise than 12,288, and what is
-  not spent on levels without signal goes into inversion.
-* P_mean, P_std: towards the levels where 8x8 images are decided.
-* N grows from 21 to 161, not 11 to 1281: the run is 200 times shorter.
-* The soft term counts 2.5 times: its weight 1 / |t - u| is small for the long
-  jumps that inversion makes.
-* Cosine decay of the rate, where the published runs keep it constant.
+* sigma_max 40 instead of 80: 8x8 images have fewer pixels and are destroyed by
+  less noise, so that more of the training is spent on levels with signal.
+* p_mean, p_std: shifted towards the levels that determine 8x8 images.
+* N grows from 21 to 161 instead of 11 to 1281: the run is 200 times shorter.
+* bidirectional_weight 2.5: the weight 1 / |t - u| of the soft trajectory
+  constraint is small for the long jumps of inversion.
+* Cosine decay of the learning rate, which is constant in the published runs.
 """
 
 import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The config; every value can be set as --config.section.key=value."""
+  """Returns the config; override values with --config.section.key=value."""
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.data = dict(name="digits")
@@ -33,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
       out_channels=1,
       channel_mult=(1, 2),
       num_res_blocks=1,
-      attention_resolutions=(),  # The middle block attends always.
+      attention_resolutions=(),  # The middle block always has attention.
       num_head_channels=24,
       num_classes=10,
       two_time=True,
@@ -46,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
       sigma_max=40.0,
       p_mean=-0.5,
       p_std=1.9,
-      scales="doubling",
+      discretization="doubling",
       s0=20,
       s1=160,
       bidirectional_weight=2.5,
@@ -63,8 +62,8 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.checkpoint = dict(every_steps=500, keep=2)
   config.log = dict(every_steps=50, progress_secs=15.0)
-  config.sample = dict(times=(0.7,))  # The middle time of two steps.
-  # 1,437 training images: 50,000 samples of them would say no more.
+  config.sample = dict(times=(0.7,))  # Intermediate level of two steps.
+  # With 1,437 training images, 50,000 samples are not more informative.
   config.eval = dict(
     num_samples=1000, allow_fewer_samples=True, num_real_for_prdc=1000
   )

@@ -3,30 +3,31 @@
   python -m bcm_jax.main --config=configs/digits_edm.py --workdir=runs/edm
   python -m bcm_jax.main --config=configs/digits_dmd.py --workdir=runs/dmd2
 
-DMD itself needs pairs of the teacher first:
+DMD (without 2) requires teacher pairs:
 
   python -m bcm_jax.main --workdir=runs/edm --mode=pairs \
       --config.sample.num_samples=10000
   python -m bcm_jax.main --config=configs/digits_dmd.py:dmd --workdir=runs/dmd
 
-Two CPU cores; time and numbers: docs/methods.md. ':no_gan' is DMD2 without its
-discriminator. Another teacher by --config.method.teacher=DIR. No CIFAR-10 or
-smaller settings were published; the rates are ours.
+For two CPU cores; time and results: docs/methods.md. ':no_gan' is DMD2 without
+the discriminator. --config.method.teacher=DIR selects another teacher. The
+learning rates are ours; no settings for CIFAR-10 or smaller images are
+published.
 """
 
 import pathlib
 
 import ml_collections
 
-from bcm_jax.config import config_files
+from bcm_jax.config import resolve
 
 VARIANTS = ("dmd2", "no_gan", "dmd")
 
 
 def get_config(variant: str = "dmd2") -> ml_collections.ConfigDict:
-  """The config; every value can be set as --config.section.key=value."""
+  """Returns the config; override values with --config.section.key=value."""
   digits = pathlib.Path(__file__).with_name("digits.py")
-  config = config_files.read_file(str(digits))
+  config = resolve.read_file(str(digits))
   config.model.two_time = False
   config.method = dict(
       name="dmd" if variant == "dmd" else "dmd2", teacher="runs/edm",
@@ -40,7 +41,7 @@ def get_config(variant: str = "dmd2") -> ml_collections.ConfigDict:
       name="adamw", learning_rate=2e-4, weight_decay=0.01, grad_clip=10.0,
       warmup_steps=50,
   )
-  # A step of DMD's, which makes both updates, costs two of DMD2's.
+  # A DMD step includes both updates and costs as much as two DMD2 steps.
   config.training.num_steps = 4500 if variant == "dmd" else 6000
   config.eval.samplers = ("onestep",)
   return config

@@ -3,26 +3,28 @@
   python -m bcm_jax.data.prepare tfds:imagenet2012 data/imagenet64 --size=64
   python -m bcm_jax.main --config=configs/imagenet64.py:VARIANT --workdir=DIR
 
-The first once: ADM's crop, as in the published runs; TFDS's own 64x64 images
-(config.data.name=imagenet64) are another data set.
+Prepare the dataset once, with ADM's crop as in the published runs. The 64x64
+images of TFDS (config.data.name=imagenet64) are a different dataset.
 
-FID of 1 / 2 / 3 / 4 NFE as published (Li & He, README; ct: Song et al., 2023,
-recalled); none has been run here.
+Published FID for 1 / 2 / 3 / 4 NFE (Li & He, 2024, README; ct: Song et al.,
+2023, not verified); not reproduced.
   finetune (default)   4.18 / 2.88 / 2.78 / 2.68   BCM from an iCT run
-  finetune_deep        3.14 / 2.45 / 2.61 / 2.35   the same, twice the blocks
-  bcm, bcm_deep        no number: both terms from step 0
-  ict                  4.60 / 3.40                 (iCT's own paper 4.02 / 3.20)
-  ict_deep             3.94 / 3.14                 (3.25 / 2.77)
-  ct                   13.0 / 11.1                 OpenAI's CM trained alone
-  from_edm             no number: BCM from EDM's ImageNet-64 weights
+  finetune_deep        3.14 / 2.45 / 2.61 / 2.35   with twice the blocks
+  bcm, bcm_deep        not published: both loss terms from step 0
+  ict                  4.60 / 3.40                 (iCT paper: 4.02 / 3.20)
+  ict_deep             3.94 / 3.14                 (iCT paper: 3.25 / 2.77)
+  ct                   13.0 / 11.1                 consistency training (OpenAI)
+  from_edm             not published: BCM from EDM's ImageNet-64 weights
 
-Start: finetune from a run of ict, from_edm from converted weights, both by
---config.training.init_from=DIR. Deviations from the published runs:
-* End and start levels reach sigma_max (method.include_T=False is as published).
-* Compute in bfloat16 where they took float16 with a loss scale.
-* ct: l2 instead of LPIPS, whose VGG weights do not come with the package.
-* ECT's ImageNet-64 networks are EDM2's, which take no end level: no variant.
-* from_edm is our own design; the form f(x, t, u) allows it (docs/methods.md).
+Set --config.training.init_from=DIR to a run of ict for finetune, and to
+converted weights for from_edm. Deviations from the published runs:
+* Start and end levels include sigma_max (published: method.include_T=False).
+* bfloat16 instead of float16 with loss scaling.
+* ct: l2 instead of LPIPS, because the package has no VGG weights.
+* There is no variant from ECT, whose ImageNet-64 network is EDM2's, without an
+  end-level embedding.
+* from_edm is our own design, based on the form of f(x, t, u)
+  (docs/methods.md).
 """
 
 import ml_collections
@@ -34,12 +36,12 @@ _CM = dict(
     qkv_norm=False, low_res_dropout=None,
 )
 _CURRICULUM = dict(s0=10, s1=1280, huber_c=0.06)
-# One batch size in all passes of a step: fewer shapes to compile.
-_BCM = dict(name="bcm", doubled_batch=False)
-_FIXED = _BCM | dict(scales="fixed", s0=320, s1=320, huber_c=0.06)
+# The same batch size in all forward passes, to compile fewer shapes.
+_BCM = dict(name="bcm", concat_jumps=False)
+_FIXED = _BCM | dict(discretization="fixed", s0=320, s1=320, huber_c=0.06)
 _TIMES = dict(times=(2.4,), zigzag_noise=(0.1,), zigzag_level=(1.2,))
 
-# Variant -> (model, method, training, times of samplers).
+# Variant -> (model, method, training, sampling times).
 _DEEP = dict(num_res_blocks=6)
 VARIANTS = {
     "finetune": (dict(two_time=True), _FIXED, dict(init_from="runs/ict"),
@@ -58,7 +60,7 @@ for _name in ("finetune", "bcm", "ict"):
 
 
 def get_config(variant: str = "finetune") -> ml_collections.ConfigDict:
-  """The config of a variant: --config=configs/imagenet64.py:VARIANT."""
+  """Returns the config of --config=configs/imagenet64.py:VARIANT."""
   model, method, training, times = VARIANTS[variant]
   config = ml_collections.ConfigDict()
   config.data = dict(
@@ -71,10 +73,10 @@ def get_config(variant: str = "finetune") -> ml_collections.ConfigDict:
   config.training = dict(
       num_steps=800_000, batch_size=4096, ema_rates=(0.99997,)
   ) | training
-  config.parallel = dict(microbatch_size_per_device=16)  # What 16 GB hold.
-  several = "ancestral" if model.get("two_time") else "cm_multistep"
-  config.sample = dict(sampler=several, num_samples=50_000) | times
+  config.parallel = dict(microbatch_size_per_device=16)  # Fits in 16 GB.
+  sampler = "ancestral" if model.get("two_time") else "cm_multistep"
+  config.sample = dict(sampler=sampler, num_samples=50_000) | times
   config.invert = dict(times=(15.0,))
-  # FID needs Inception's weights: mode eval, docs/evaluation.md.
-  config.eval = dict(samplers=("onestep", several), at_end=False)
+  # FID requires Inception weights: --mode=eval, docs/evaluation.md.
+  config.eval = dict(samplers=("onestep", sampler), at_end=False)
   return config

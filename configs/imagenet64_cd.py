@@ -2,19 +2,19 @@
 
   python -m bcm_jax.main --config=configs/imagenet64_cd.py --workdir=DIR
 
-The teacher: configs/imagenet64_edm.py. FID of 1 / 2 NFE as published with
-LPIPS: 6.20 / 4.70 (Song et al., 2023); none has been run here.
+Teacher: configs/imagenet64_edm.py. Published FID for 1 / 2 NFE with LPIPS:
+6.20 / 4.70 (Song et al., 2023); not reproduced.
 
-Deviations: the distance is one of the teacher's features (method.metric=lpips
-is theirs); the network is NVIDIA's ADM, theirs OpenAI's, the same function
-under another conditioning value; bfloat16 where they took float16.
+Deviations: a distance of teacher features (published: method.metric=lpips);
+NVIDIA's ADM instead of OpenAI's, the same function with another c_noise;
+bfloat16 instead of float16.
 """
 
 import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The config; every value can be set as --config.section.key=value."""
+  """Returns the config; override values with --config.section.key=value."""
   config = ml_collections.ConfigDict()
   config.data = dict(
       name="prepared", path="data/imagenet64_edm", flip=True,

@@ -3,12 +3,12 @@
   python -m bcm_jax.main --config=configs/imagenet64_ctm.py --workdir=runs/ctm
   python -m bcm_jax.main --config=configs/imagenet64_ctm.py:gan --workdir=DIR
 
-The teacher: configs/imagenet64_edm.py. FID of 1 / 2 NFE as published with its
-discriminator: 1.92 / 1.73 (Kim et al., 2024); none has been run here. Hardware
-there: 8 A100. ':gan' goes on from runs/ctm.
+Teacher: configs/imagenet64_edm.py. Published FID for 1 / 2 NFE with the
+discriminator: 1.92 / 1.73 (Kim et al., 2024); not reproduced. Published
+hardware: 8 A100. ':gan' continues from runs/ctm.
 
-Deviations: those of cifar10_ctm.py; NVIDIA's ADM where they took OpenAI's EDM
-weights, and bfloat16 where they took float16.
+Deviations: those of cifar10_ctm.py; NVIDIA's ADM instead of OpenAI's EDM
+weights; bfloat16 instead of float16.
 """
 
 import ml_collections
@@ -17,7 +17,7 @@ VARIANTS = ("dsm", "gan")
 
 
 def get_config(variant: str = "dsm") -> ml_collections.ConfigDict:
-  """The config of a variant: --config=configs/imagenet64_ctm.py:VARIANT."""
+  """Returns the config of --config=configs/imagenet64_ctm.py:VARIANT."""
   config = ml_collections.ConfigDict()
   config.data = dict(
       name="prepared", path="data/imagenet64_edm", flip=True,
@@ -40,7 +40,7 @@ def get_config(variant: str = "dsm") -> ml_collections.ConfigDict:
         gan_max_solver_steps=39,
     )
     config.optimizer.learning_rate = 8e-6
-    config.critic = dict(learning_rate=2e-3, b1=0.5, b2=0.9)
+    config.auxiliary_optimizer = dict(learning_rate=2e-3, b1=0.5, b2=0.9)
     config.training.update(
         num_steps=30_000, batch_size=4224, init_from="runs/ctm"
     )

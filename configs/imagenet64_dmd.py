@@ -2,20 +2,19 @@
 
   python -m bcm_jax.main --config=configs/imagenet64_dmd.py --workdir=runs/dmd2
 
-The teacher: configs/imagenet64_edm.py. FID of one step as published (Yin et
-al., 2023 and 2024); none has been run here. Hardware there: 7 A100, 38 to 70
-hours.
+Teacher: configs/imagenet64_edm.py. Published one-step FID (Yin et al., 2023 and
+2024); not reproduced. Published hardware: 7 A100, 38 to 70 hours.
   dmd2 (default)   1.51
-  dmd2_longer      1.28   goes on from runs/dmd2 at a lower rate
-  no_gan           2.61   DMD2 without its discriminator
+  dmd2_longer      1.28   continues from runs/dmd2 at a lower learning rate
+  no_gan           2.61   DMD2 without the discriminator
   dmd              2.62   with 25,000 pairs:
       python -m bcm_jax.main --workdir=runs/edm --mode=pairs \
           --config.sample.num_samples=25000 --config.sample.num_levels=256
 
-Deviations: regression by a distance of the teacher's features, not LPIPS
-(method.metric); the warm-up of 500 steps is one of 500 updates (there the
-schedule advances on every GPU); going on starts the fake score from the teacher
-again.
+Deviations: the regression loss uses a distance of teacher features instead of
+LPIPS (method.metric). The warmup has 500 updates; in the official code the
+schedule advances once per GPU in each update. dmd2_longer initializes the fake
+score from the teacher again.
 """
 
 import ml_collections
@@ -24,7 +23,7 @@ VARIANTS = ("dmd2", "dmd2_longer", "no_gan", "dmd")
 
 
 def get_config(variant: str = "dmd2") -> ml_collections.ConfigDict:
-  """The config of a variant: --config=configs/imagenet64_dmd.py:VARIANT."""
+  """Returns the config of --config=configs/imagenet64_dmd.py:VARIANT."""
   config = ml_collections.ConfigDict()
   config.data = dict(
       name="prepared", path="data/imagenet64_edm", image_shape=(64, 64, 3),
@@ -53,7 +52,7 @@ def get_config(variant: str = "dmd2") -> ml_collections.ConfigDict:
     config.data.pairs = "runs/edm/pairs.npz"
     config.training.update(num_steps=350_000, batch_size=336)
   config.parallel = dict(microbatch_size_per_device=8)
-  # The published networks are not averaged.
+  # The published networks have no EMA.
   config.sample = dict(num_samples=50_000, average="params")
   config.eval = dict(samplers=("onestep",), at_end=False)
   return config

@@ -1,28 +1,27 @@
-"""EDM on ImageNet 64x64: the teacher of the distillations.
+"""EDM on ImageNet 64x64, the teacher of the distillations.
 
   python -m bcm_jax.data.prepare tfds:imagenet2012 data/imagenet64_edm \
       --size=64 --crop=edm
   python -m bcm_jax.main --config=configs/imagenet64_edm.py --workdir=runs/edm
 
-or NVIDIA's weights, which the students take as well:
+or convert NVIDIA's weights, which the students also accept as a teacher:
 
   python -m bcm_jax.interop.convert edm-imagenet-64x64-cond-adm.pkl runs/edm
 
-FID as published (Karras et al., 2022): 2.22 in 79 evaluations, 1.36 in 511 with
+Published FID (Karras et al., 2022): 2.22 with 79 NFE, 1.36 with 511 NFE and
 churn (--config.sample.num_levels=256 --config.sample.s_churn=40
 --config.sample.s_tmin=0.05 --config.sample.s_tmax=50
---config.sample.s_noise=1.003); none has been run here. Hardware there: 32 A100,
-13 days.
+--config.sample.s_noise=1.003); not reproduced. Published hardware: 32 A100, 13
+days.
 
-Deviations: bfloat16 where they took float16; the moving average warms up
-otherwise, as in cifar10_edm.py.
+Deviations: bfloat16 instead of float16; the EMA warmup of cifar10_edm.py.
 """
 
 import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The config; every value can be set as --config.section.key=value."""
+  """Returns the config; override values with --config.section.key=value."""
   batch = 4096
   config = ml_collections.ConfigDict()
   config.data = dict(
@@ -34,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer = dict(
       name="adam", learning_rate=1e-4, warmup_steps=10_000_000 // batch
   )
-  # A half-life of 50 million images.
+  # EMA half-life of 50 million images.
   config.training = dict(
       num_steps=2_500_000_000 // batch, batch_size=batch,
       ema_rates=(0.5 ** (batch / 50_000_000),), ema_warmup=True,

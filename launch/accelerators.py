@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""TPU slices as data: how many hosts and chips, and what the clouds call them.
+"""Table of TPU slices: hosts, chips, and their names in the clouds.
 
-    python launch/accelerators.py            the table
-    python launch/accelerators.py v5e-16     one slice, by any of its names
+    python launch/accelerators.py            prints all slices
+    python launch/accelerators.py v5e-16     prints one slice, by any name
 
-Hosts and chips agree with what libtpu says of each topology
-(tests/launch/test_accelerators.py); names never say how many hosts there are.
-Sources: Cloud TPU's and GKE's documentation of machine types and topologies.
+Hosts and chips agree with libtpu for every topology
+(tests/launch/test_accelerators.py); names do not determine the number of hosts.
+Sources: documentation of Cloud TPU and GKE on machine types and topologies.
 """
 
 import dataclasses
@@ -16,20 +16,20 @@ import sys
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Chips that are wired together, and the hosts that drive them.
+  """A TPU slice: chips connected by the interconnect, and their hosts.
 
   Attributes:
-    name: ours: generation and what the clouds count (chips, or TensorCores
-      where the generation is named by them).
-    generation: as libtpu names it.
-    topology: chips along each axis, as GKE and libtpu write it.
-    hosts: virtual machines; processes of a run.
-    chips_per_host: chips of a host.
-    devices_per_chip: of jax.devices().
-    hbm_gib: memory of a chip.
-    gcloud: --accelerator-type of gcloud and --tpu-type of xpk; '' where the
-      Cloud TPU API does not offer it.
-    gke: node label cloud.google.com/gke-tpu-accelerator; '' where GKE does not
+    name: name in this package: generation and number of chips (of TensorCores
+      for generations that count those).
+    generation: generation in libtpu's spelling.
+    topology: chips along each axis, in the format of GKE and libtpu.
+    hosts: number of virtual machines, one process each.
+    chips_per_host: chips per host.
+    devices_per_chip: jax.devices() per chip.
+    hbm_gib: memory per chip in GiB.
+    gcloud: --accelerator-type of gcloud and --tpu-type of xpk; '' if the Cloud
+      TPU API does not offer it.
+    gke: node label cloud.google.com/gke-tpu-accelerator; '' if GKE does not
       offer it.
     gke_machine: --machine-type of a GKE node pool.
   """
@@ -47,7 +47,7 @@ class Slice:
 
   @property
   def chips(self) -> int:
-    """Chips of the slice."""
+    """Number of chips of the slice."""
     return self.hosts * self.chips_per_host
 
   @property
@@ -56,7 +56,7 @@ class Slice:
     return f"{self.generation}:{self.topology}"
 
 
-# Number in the name: TensorCores, two a chip.
+# The number in the name counts TensorCores, two per chip.
 _FLAT_BY_CORES = {
     8: ("2x2", 1, 4), 32: ("4x4", 4, 4), 128: ("8x8", 16, 4),
     512: ("16x16", 64, 4),
@@ -66,7 +66,8 @@ _CUBE_BY_CORES = {
     64: ("2x4x4", 8, 4), 128: ("4x4x4", 16, 4), 256: ("4x4x8", 32, 4),
     512: ("4x8x8", 64, 4),
 }
-# Number in the name: chips. Eight are on one machine, more on machines of four.
+# The number in the name counts chips. Slices of up to eight chips have one
+# host, larger ones have hosts of four chips.
 _FLAT_BY_CHIPS = {
     1: ("1x1", 1, 1), 4: ("2x2", 1, 4), 8: ("2x4", 1, 8), 16: ("4x4", 4, 4),
     32: ("4x8", 8, 4), 64: ("8x8", 16, 4), 128: ("8x16", 32, 4),
@@ -75,8 +76,8 @@ _FLAT_BY_CHIPS = {
 # GKE also has eight chips on two machines.
 _ON_TWO_HOSTS = {"8-2hosts": ("2x4", 2, 4)}
 
-# Generation, sizes, devices a chip, GiB a chip, and what the Cloud TPU API, GKE
-# and GKE's machines call it; '' where it is not offered there.
+# Generation, sizes, devices per chip, GiB per chip, and the names in the Cloud
+# TPU API, in GKE and of GKE's machine types; '' if not offered.
 _GENERATIONS = (
     ("v2", _FLAT_BY_CORES, 2, 16, "v2", "", ""),
     ("v3", _FLAT_BY_CORES, 2, 32, "v3", "", ""),
@@ -101,21 +102,23 @@ SLICES = tuple(
 
 
 def find(name: str) -> Slice:
-  """Returns the slice of our name or gcloud's.
+  """Returns the slice of a name of this package or of gcloud.
 
   Raises:
-    KeyError: unknown; says which names are near.
+    KeyError: unknown name; the message lists similar ones.
   """
   names = {s.name: s for s in SLICES}
   names |= {s.gcloud: s for s in SLICES if s.gcloud}
   if name in names:
     return names[name]
-  near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or list(names)
-  raise KeyError(f"unknown accelerator {name!r}; known are {', '.join(near)}")
+  close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or list(names)
+  raise KeyError(
+      f"unknown accelerator {name!r}; expected one of {', '.join(close)}"
+  )
 
 
 def table(slices=SLICES) -> str:
-  """Returns the slices as lines of text."""
+  """Formats the slices as lines of text."""
   rows = [("name", "topology", "hosts", "chips/host", "HBM GiB/chip", "gcloud",
            "GKE accelerator", "GKE machine")]
   rows += [
@@ -133,7 +136,7 @@ def table(slices=SLICES) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """The command."""
+  """Runs the command."""
   if argv[1:] in (["--help"], ["-h"]):
     print(__doc__)
     return

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Keeps a run going on a queued resource; babysit.sh starts this.
+"""Runs a training job on a queued resource until it has finished.
 
-What to do is decided in babysit_policy.py; here the cloud is looked at, waited
-for and acted on, through queued_resource.sh and gcloud.
+Called by babysit.sh. babysit_policy.py decides on the next action; this module
+observes the cloud, waits and acts, through queued_resource.sh and gcloud.
 """
 
 import argparse
@@ -25,17 +25,17 @@ from babysit_policy import Seen
 
 LAUNCH = pathlib.Path(__file__).resolve().parent
 EXIT_BAD_INPUT = 65
-# In a row.
-MOST_BLIND_LOOKS = 30
-MOST_FAILED_COMMANDS = 10
+# Limits on consecutive failures.
+MAX_FAILED_LOOKS = 30
+MAX_FAILED_COMMANDS = 10
 
 
 class LookError(RuntimeError):
-  """The world could not be seen; says why."""
+  """The state of the cloud cannot be observed; the message gives the reason."""
 
 
 def call(*command: str) -> subprocess.CompletedProcess:
-  """Runs a command, with its output as text; raises nothing."""
+  """Runs a command and captures its output as text; never raises."""
   return subprocess.run(
       command, capture_output=True, text=True, check=False,
       stdin=subprocess.DEVNULL,
@@ -44,13 +44,13 @@ def call(*command: str) -> subprocess.CompletedProcess:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """The cloud, through launch/queued_resource.sh and gcloud.
+  """The cloud, observed through launch/queued_resource.sh and gcloud.
 
   Attributes:
-    marks: the work directory: gs://... or a folder of this machine.
-    arguments: of the run.
-    commit: the code that it runs, also after re-creations.
-    call: see `call`.
+    marks: the work directory: gs://... or a local folder.
+    arguments: arguments of the run.
+    commit: commit of the code, also after re-creations.
+    call: function that runs a command, see `call`.
   """
 
   marks: str
@@ -59,13 +59,13 @@ class World:
   call: Callable[..., subprocess.CompletedProcess] = call
 
   def look(self) -> Seen:
-    """Raises LookError where the cloud gives no answer."""
+    """Observes resource and run; raises LookError if that fails."""
     state, initiator = self.resource()
     beat, done, stopped = self.marks_seen()
     return Seen(state, initiator, done, stopped, beat)
 
   def resource(self) -> tuple[str | None, str]:
-    """State and initiator; raises LookError."""
+    """Returns state and initiator of the resource; raises LookError."""
     result = self.call(str(LAUNCH / "queued_resource.sh"), "status", "--json")
     if result.returncode:
       if "NOT_FOUND" in result.stderr:
@@ -75,10 +75,10 @@ class World:
       state = json.loads(result.stdout)["state"]
       return state["state"], state.get("stateInitiator", "")
     except (ValueError, KeyError, TypeError) as e:
-      raise LookError(f"gcloud said {result.stdout[:200]!r}") from e
+      raise LookError(f"gcloud: got {result.stdout[:200]!r}") from e
 
   def marks_seen(self) -> tuple[str | None, bool, int | None]:
-    """Heartbeat, done, and the status of a run that gave up."""
+    """Returns heartbeat, done, and the exit status of a run that gave up."""
     if not self.marks.startswith("gs://"):
       return self._local_marks(pathlib.Path(self.marks))
     result = self.call(
@@ -87,15 +87,15 @@ class World:
     )
     if result.returncode and not re.search("matched", result.stderr):
       raise LookError(result.stderr.strip()[-300:])
-    found = {}
+    generations = {}
     for line in result.stdout.splitlines():
       name, _, generation = line.partition(",")
-      found[name.rpartition("/")[2]] = generation
+      generations[name.rpartition("/")[2]] = generation
     stopped = None
-    if "STOPPED" in found:
+    if "STOPPED" in generations:
       stopped = self.call("gcloud", "storage", "cat", f"{self.marks}/STOPPED")
       stopped = _status(stopped.stdout)
-    return found.get("lock.json"), "DONE" in found, stopped
+    return generations.get("lock.json"), "DONE" in generations, stopped
 
   def _local_marks(self, folder) -> tuple[str | None, bool, int | None]:
     lock, note = folder / "lock.json", folder / "STOPPED"
@@ -107,7 +107,7 @@ class World:
     return beat, (folder / "DONE").exists(), stopped
 
   def command(self, action: Action) -> list[str]:
-    """The command that carries an action out."""
+    """Returns the command of an action."""
     words = [str(LAUNCH / "queued_resource.sh"), action.value]
     if action is Action.DELETE:
       words += ["--yes"]
@@ -116,7 +116,7 @@ class World:
     return words
 
   def act(self, action: Action) -> bool:
-    """Carries out an action; says what went wrong, and whether all is well."""
+    """Runs an action; reports a failure; returns True on success."""
     result = self.call(*self.command(action))
     if result.returncode:
       say(f"{action.value} failed: {result.stderr.strip()[-1000:]}")
@@ -128,7 +128,7 @@ def _status(text: str) -> int:
 
 
 def say(text: str) -> None:
-  """Prints a line with the time of day."""
+  """Prints a line with a time stamp."""
   print(time.strftime("%F %T"), text, file=sys.stderr, flush=True)
 
 
@@ -140,34 +140,34 @@ def babysit(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-  """Looks and acts until the run is done or nothing more can be done.
+  """Observes and acts until the run has finished or cannot continue.
 
   Args:
-    world: what is looked at and acted on.
-    policy: how patient to be.
-    poll_secs: from one look to the next; nothing happens in between.
-    delete_when_done: whether the resource is deleted at the end.
-    clock, sleep: for tests.
+    world: the cloud.
+    policy: limits and delays.
+    poll_secs: seconds between observations.
+    delete_when_done: delete the resource at the end.
+    clock, sleep: replaced in tests.
 
   Returns:
     The exit status.
   """
-  memory, said, blind, failed = Memory(), "", 0, 0
+  memory, last_line, failed_looks, failed_commands = Memory(), "", 0, 0
   while True:
     try:
       seen = world.look()
       action, memory, reason = decide(seen, memory, policy, clock())
       if action is Action.DELETE and world.look().state not in GONE:
-        action, reason = Action.WAIT, "the state has changed; looking again"
+        action, reason = Action.WAIT, "the state has changed; checking again"
     except LookError as e:
-      action, reason = Action.WAIT, f"cannot look: {e}"
-      blind += 1
+      action, reason = Action.WAIT, f"cannot observe the cloud: {e}"
+      failed_looks += 1
     else:
-      blind = 0
+      failed_looks = 0
     line = f"{action.value}: {reason}"
-    if line != said:
+    if line != last_line:
       say(line)
-      said = line
+      last_line = line
     if action is Action.DONE:
       if delete_when_done and seen.state is not None:
         return 0 if world.act(Action.DELETE) else 1
@@ -175,15 +175,19 @@ def babysit(
     if action is Action.GIVE_UP:
       return EXIT_BAD_INPUT if seen.stopped == EXIT_BAD_INPUT else 1
     if action is not Action.WAIT:
-      failed = 0 if world.act(action) else failed + 1
-    if blind >= MOST_BLIND_LOOKS or failed >= MOST_FAILED_COMMANDS:
-      say(f"give up: {max(blind, failed)} failures in a row")
+      failed_commands = 0 if world.act(action) else failed_commands + 1
+    if (
+        failed_looks >= MAX_FAILED_LOOKS
+        or failed_commands >= MAX_FAILED_COMMANDS
+    ):
+      failures = max(failed_looks, failed_commands)
+      say(f"give up: {failures} consecutive failures")
       return 1
     sleep(poll_secs)
 
 
 def parser() -> argparse.ArgumentParser:
-  """The options of babysit.sh, and those that it adds."""
+  """Returns the parser for the options of babysit.sh and those it adds."""
   result = argparse.ArgumentParser(
       prog="babysit.sh", description=__doc__, allow_abbrev=False
   )
@@ -197,23 +201,23 @@ def parser() -> argparse.ArgumentParser:
   result.add_argument("--delete-when-done", action="store_true")
   result.add_argument("--dry-run", action="store_true")
   result.add_argument("arguments", nargs="*")
-  result.error = lambda message: bad_input(f"{message}; --help says more")
+  result.error = lambda message: bad_input(f"{message}; see --help")
   return result
 
 
 def bad_input(message: str) -> None:
-  """Ends with one line."""
+  """Prints one line and exits with 65."""
   print(f"error: {message}", file=sys.stderr)
   sys.exit(EXIT_BAD_INPUT)
 
 
 def main(argv: list[str], **hooks) -> int:
-  """The command; `hooks` go to `babysit`."""
+  """Runs the command; `hooks` are passed to `babysit`."""
   args = parser().parse_args(argv)
   if not args.arguments:
     bad_input("nothing to run; expected -- --config=FILE [...]")
   if args.poll_secs < 1:
-    bad_input(f"--poll-secs={args.poll_secs}; expected 1 or more")
+    bad_input(f"--poll-secs: got {args.poll_secs}, expected 1 or more")
   policy = Policy(
       max_recreations=args.max_recreations, max_reruns=args.max_reruns,
       silent_secs=args.silent_secs, setup_secs=args.setup_secs,
@@ -227,7 +231,7 @@ def main(argv: list[str], **hooks) -> int:
 
 
 def dry_run(world: World) -> int:
-  """Prints the commands that a babysitter may use; runs none."""
+  """Prints the commands that a babysitter may run, without running them."""
   for action in (Action.CREATE, Action.DELETE, Action.RERUN):
     print(f"{action.value}:", shlex.join(world.command(action)))
   return 0

@@ -1,30 +1,31 @@
 #!/usr/bin/env bash
-# Keeps a run going on a queued resource until it has finished: creates the
-# resource, creates it again after the service has taken it away, and starts the
-# run again where it shows no sign of life. Runs on your own machine, under tmux
-# for instance; it may be stopped and started again at any time.
+# Runs a training job on a queued resource until it has finished: creates the
+# resource, re-creates it after the service has reclaimed it, and restarts the
+# run if it has no heartbeat. Runs on your own machine, for example under tmux;
+# it may be stopped and restarted at any time.
 #
 #   launch/babysit.sh [OPTIONS] -- --config=configs/cifar10.py [...]
 #
-#   --yes                  without it you are asked, once: it deletes resources
+#   --yes                  does not ask for confirmation to delete resources
 #                          that the service has suspended or that have failed
-#   --max-recreations=N    100
-#   --max-reruns=N         5 in a row
-#   --poll-secs=S          60
-#   --silent-secs=S        900 without a heartbeat and the run counts as dead
-#   --setup-secs=S         1800 from ACTIVE to the first heartbeat
-#   --delete-when-done     frees the resource, and its costs, at the end
-#   --commit=COMMIT        the code, also after re-creations (HEAD of now)
-#   --dry-run              prints the commands that it may use; runs none
+#   --max-recreations=N    limit on re-creations (100)
+#   --max-reruns=N         limit on consecutive restarts of the run (5)
+#   --poll-secs=S          seconds between checks (60)
+#   --silent-secs=S        seconds without a heartbeat after which the run is
+#                          considered dead (900)
+#   --setup-secs=S         seconds from ACTIVE to the first heartbeat (1800)
+#   --delete-when-done     deletes the resource at the end, which ends its costs
+#   --commit=COMMIT        commit of the code, also after re-creations (HEAD)
+#   --dry-run              prints the commands that it may run, runs none
 #
-# It never deletes an ACTIVE resource, but at the end with --delete-when-done,
-# and touches nothing that a user has stopped or deleted. It sees that the run
-# is done by WORKDIR/DONE, that it is alive by the changes of WORKDIR/lock.json
-# and that it gave up by WORKDIR/STOPPED; in the bucket, or without BUCKET on a
-# file system that is mounted here too.
+# It never deletes an ACTIVE resource, except at the end with
+# --delete-when-done, and never changes a resource that a user has stopped or
+# deleted. WORKDIR/DONE marks a finished run, changes of WORKDIR/lock.json are
+# its heartbeat, and WORKDIR/STOPPED marks a run that gave up; in the bucket, or
+# without BUCKET on a shared file system.
 #
-# Ends with 0 when the run is done, 65 when the run said that its input is bad,
-# 1 when it gives up; it always says why. Settings: as queued_resource.sh.
+# Exit status: 0 when the run has finished, 65 for bad input of the run, 1 when
+# it gives up; the reason is printed. Settings: as for queued_resource.sh.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -37,14 +38,14 @@ need WORKDIR ACCELERATOR_TYPE RUNTIME_VERSION
 marks=$WORKDIR
 if [[ -n ${BUCKET:-} ]]; then
   [[ $WORKDIR == "$MOUNT"/* ]] ||
-    bad_input "WORKDIR=$WORKDIR is not under MOUNT=$MOUNT"
+    bad_input "WORKDIR: got $WORKDIR, expected a folder under MOUNT=$MOUNT"
   marks=gs://$BUCKET/${WORKDIR#"$MOUNT"/}
 fi
 if [[ -z ${DRY_RUN:-} ]]; then
-  confirm "delete and create $NAME again whenever the service takes it away"
+  confirm "delete and re-create $NAME whenever the service reclaims it"
 fi
 commit=$(git -C "$ROOT" rev-parse --short=12 HEAD) ||
-  die "no git commit found in $ROOT; VMs get what is committed"
+  die "$ROOT: no git commit found; VMs get only committed code"
 exec python3 "$ROOT/launch/babysit.py" --marks="$marks" --commit="$commit" \
   ${DRY_RUN:+--dry-run} ${WORDS[@]+"${WORDS[@]}"} \
   -- ${ARGS[@]+"${ARGS[@]}"}

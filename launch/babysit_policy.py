@@ -1,6 +1,6 @@
-"""What the babysitter of a queued resource does next: a pure function.
+"""Policy of the babysitter of a queued resource: a pure function.
 
-Babysitting is babysit.py; here is no clock, no file and no network.
+No clock, file or network here; see babysit.py for those.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ GONE = {"SUSPENDED", "FAILED"}
 
 
 class Action(enum.Enum):
-  """What to do next."""
+  """Next action of the babysitter."""
 
   WAIT = "wait"
   CREATE = "create"
@@ -26,16 +26,18 @@ class Action(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """How patient to be; see babysit.sh.
+  """Limits and delays; see babysit.sh.
 
-  Attributes:
-    max_recreations: of the resource, over the babysitter's life.
-    max_reruns: of the run, without a healthy hour between.
-    silent_secs: without a new heartbeat and an active run counts as dead.
-    setup_secs: that an active resource may take to the first heartbeat.
-    first_pause: seconds from one intervention to the next; doubles.
-    longest_pause: where doubling ends.
-    healthy_secs: of heartbeats after which reruns are counted anew.
+  Attributes: max_recreations: limit on re-creations of the resource in total.
+    max_reruns: limit on restarts of the run without `healthy_secs` of
+    heartbeats
+      in between.
+    silent_secs: seconds without a heartbeat after which an active run is
+      considered dead.
+    setup_secs: seconds from an active resource to the first heartbeat.
+    first_pause: seconds between two interventions; doubles every time.
+    longest_pause: upper bound of the pause.
+    healthy_secs: seconds of heartbeats that reset the count of reruns.
   """
 
   max_recreations: int = 100
@@ -49,14 +51,14 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """One look at the world.
+  """One observation of resource and run.
 
   Attributes:
-    state: of the queued resource; None where there is none.
-    initiator: of that state: 'USER', 'SERVICE' or ''.
+    state: state of the queued resource; None if it does not exist.
+    initiator: initiator of that state: 'USER', 'SERVICE' or ''.
     done: whether the run has finished.
-    stopped: the status with which the run gave up; None if it did not.
-    beat: changes while the run is alive; None before its first sign of life.
+    stopped: exit status of a run that gave up; None otherwise.
+    beat: heartbeat, changes while the run is alive; None before the first one.
   """
 
   state: str | None
@@ -68,19 +70,19 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """What the past has to say.
+  """State of the babysitter between observations.
 
   Attributes:
-    existed: the resource was seen since it was last asked for.
+    existed: the resource was observed since the last request to create it.
     deleting: we have deleted it since.
-    asked: it existed, or was asked for, before.
-    recreations, reruns: so far.
-    interventions: in a row, with no sign of life between.
-    not_before: when the next intervention is allowed.
-    beat, beat_at: the last heartbeat, and when it was first seen.
-    alive_since: since when heartbeats have not been missed.
-    active_at: when the resource became active or the run was started again.
-    going: whether the run had not given up at some time since then.
+    asked: it existed or was requested before.
+    recreations, reruns: counts so far.
+    interventions: consecutive interventions without a heartbeat in between.
+    not_before: time of the next permitted intervention.
+    beat, beat_at: last heartbeat, and time of its first observation.
+    alive_since: start of the current period without missed heartbeats.
+    active_at: time when the resource became active or the run was restarted.
+    going: whether the run was observed without STOPPED since then.
   """
 
   existed: bool = False
@@ -100,7 +102,7 @@ class Memory:
 def remember(
     seen: Seen, memory: Memory, policy: Policy, now: float
 ) -> Memory:
-  """Returns the memory after one more look."""
+  """Returns the memory after an observation."""
   changes = {}
   if seen.state is not None:
     changes |= {"existed": True, "asked": True}
@@ -126,7 +128,7 @@ def remember(
 
 
 def healthy(memory: Memory, policy: Policy, now: float) -> bool:
-  """Whether an active run is alive, or may still be starting."""
+  """Returns whether an active run is alive, or may still be starting."""
   started = now - memory.active_at <= policy.setup_secs
   beating = (
       memory.alive_since is not None
@@ -136,7 +138,7 @@ def healthy(memory: Memory, policy: Policy, now: float) -> bool:
 
 
 def intervene(memory: Memory, policy: Policy, now: float, **changes) -> Memory:
-  """Returns the memory after an intervention: the next one has to wait."""
+  """Returns the memory after an intervention, with the pause that follows."""
   pause = policy.first_pause * 2 ** min(memory.interventions, 30)
   return dataclasses.replace(
       memory, not_before=now + min(pause, policy.longest_pause),
@@ -147,77 +149,81 @@ def intervene(memory: Memory, policy: Policy, now: float, **changes) -> Memory:
 def decide(
     seen: Seen, memory: Memory, policy: Policy, now: float
 ) -> tuple[Action, Memory, str]:
-  """What to do.
+  """Decides on the next action.
 
   Args:
-    seen: the world now.
-    memory: from the last call; Memory() at first.
-    policy: how patient to be.
-    now: seconds on a clock that never goes back.
+    seen: current observation.
+    memory: memory of the last call; Memory() at first.
+    policy: limits and delays.
+    now: seconds of a monotonic clock.
 
   Returns:
-    The action, the memory provided that the action is tried, and the reason.
+    The action, the memory after trying it, and the reason.
   """
   vanished = seen.state is None and memory.existed and not memory.deleting
   memory = remember(seen, memory, policy, now)
   if seen.done:
     return Action.DONE, memory, "the run has finished"
   if vanished:
-    return Action.GIVE_UP, memory, "somebody else has deleted the resource"
+    return Action.GIVE_UP, memory, "the resource was deleted by somebody else"
   if seen.state in ON_THE_WAY:
     return Action.WAIT, memory, f"the resource is {seen.state}"
   if seen.state is None or seen.state in GONE:
     return replace_resource(seen, memory, policy, now)
   if seen.state == "ACTIVE":
     return attend(seen, memory, policy, now)
-  return Action.WAIT, memory, f"unknown state {seen.state}: not touched"
+  return Action.WAIT, memory, f"unknown state {seen.state}; not changed"
 
 
 def replace_resource(
     seen: Seen, memory: Memory, policy: Policy, now: float
 ) -> tuple[Action, Memory, str]:
-  """What to do where there is no resource, or none that comes back."""
-  what = seen.state or "not there"
+  """Decides on the next action if the resource does not exist or is lost."""
+  state = seen.state or "missing"
   if seen.state and seen.initiator != "SERVICE":
-    who = seen.initiator or "an unknown initiator"
-    return Action.GIVE_UP, memory, f"{what} by {who}, not by the service"
+    initiator = seen.initiator or "an unknown initiator"
+    return (
+        Action.GIVE_UP, memory, f"{state} by {initiator}, not by the service"
+    )
   if memory.asked and memory.recreations >= policy.max_recreations:
-    spent = f"{memory.recreations} re-creations are spent"
-    return Action.GIVE_UP, memory, f"the resource is {what}, and {spent}"
+    limit = f"the limit of {memory.recreations} re-creations is reached"
+    return Action.GIVE_UP, memory, f"the resource is {state}, and {limit}"
   if now < memory.not_before:
-    return Action.WAIT, memory, f"the resource is {what}; pausing"
+    return Action.WAIT, memory, f"the resource is {state}; pausing"
   if seen.state:
     # The pause after deleting is the pause before creating.
     memory = intervene(memory, policy, now, deleting=True)
-    return Action.DELETE, memory, f"the service has made it {what}"
+    return Action.DELETE, memory, f"{state} by the service"
   recreations = memory.recreations + memory.asked
   memory = intervene(
       memory, policy, now, recreations=recreations, asked=True,
       existed=False, deleting=False,
   )
-  most = f"re-creation {recreations} of at most {policy.max_recreations}"
-  return Action.CREATE, memory, most if recreations else "there is none yet"
+  reason = f"re-creation {recreations} of at most {policy.max_recreations}"
+  return (
+      Action.CREATE, memory, reason if recreations else "does not exist yet"
+  )
 
 
 def attend(
     seen: Seen, memory: Memory, policy: Policy, now: float
 ) -> tuple[Action, Memory, str]:
-  """What to do with an active resource; never to delete it."""
-  costs = "the resource is still there, and costs"
-  fine = healthy(memory, policy, now)
-  # A note of the run before is removed when the run starts.
-  if seen.stopped is not None and (memory.going or not fine):
-    said = f"the run gave up with status {seen.stopped} (tpu_vm.sh logs)"
-    return Action.GIVE_UP, memory, f"{said}; {costs}"
-  if fine:
+  """Decides on the next action for an active resource; never deletes it."""
+  costs = "the resource still exists and incurs costs"
+  is_healthy = healthy(memory, policy, now)
+  # STOPPED of an earlier run is removed only when the run starts.
+  if seen.stopped is not None and (memory.going or not is_healthy):
+    reason = f"the run gave up with status {seen.stopped} (tpu_vm.sh logs)"
+    return Action.GIVE_UP, memory, f"{reason}; {costs}"
+  if is_healthy:
     return Action.WAIT, memory, "the run is alive or starting"
   if memory.reruns >= policy.max_reruns:
-    spent = f"no sign of life after {memory.reruns} reruns"
-    return Action.GIVE_UP, memory, f"{spent} (tpu_vm.sh logs); {costs}"
+    reason = f"no heartbeat after {memory.reruns} reruns"
+    return Action.GIVE_UP, memory, f"{reason} (tpu_vm.sh logs); {costs}"
   if now < memory.not_before:
-    return Action.WAIT, memory, "no sign of life; pausing"
+    return Action.WAIT, memory, "no heartbeat; pausing"
   memory = intervene(
       memory, policy, now, reruns=memory.reruns + 1, active_at=now,
       alive_since=None, going=False,
   )
-  return Action.RERUN, memory, f"no sign of life; rerun {memory.reruns}"
+  return Action.RERUN, memory, f"no heartbeat; rerun {memory.reruns}"

@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# Sourced by the scripts here: messages, settings, dry runs, questions.
-# Nothing happens on sourcing but that names are defined.
+# Sourced by the scripts of launch/: messages, settings, dry runs and
+# confirmations. Sourcing only defines names.
 
-# shellcheck disable=SC2034  # These are for the scripts.
+# shellcheck disable=SC2034  # Used by the scripts.
 {
   ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  # What bcm_jax.main ends with, see README.md; scripts end the same way.
+  # Exit statuses of bcm_jax.main and of the scripts, see README.md.
   EXIT_BAD_INPUT=65
   EXIT_PREEMPTED=75
-  # Where the code lies on a TPU VM.
+  # Folder of the code on a TPU VM.
   REMOTE=/opt/bcm_jax
   # The settings of env.example.
   SETTINGS=(
@@ -18,7 +18,7 @@
     MAX_RESTARTS GRACE_SECS CLUSTER NAMESPACE IMAGE SERVICE_ACCOUNT QUEUE
     XPK_STORAGE
   )
-  # Those that the run itself needs, wherever it is.
+  # Settings that the run itself needs, on any platform.
   RUN_SETTINGS=(
     WORKDIR JAX_COMPILATION_CACHE_DIR TFDS_DATA_DIR LIBTPU_INIT_ARGS
     XLA_FLAGS MAX_RESTARTS GRACE_SECS
@@ -27,19 +27,19 @@
 
 say() { printf '%s\n' "$*" >&2; }
 
-# die WORDS...: something failed that may work another time.
+# die WORDS...: reports a failure that may be temporary.
 die() {
   say "error: $*"
   exit 1
 }
 
-# bad_input WORDS...: says what was wrong, and that starting again won't help.
+# bad_input WORDS...: reports bad input; a restart would fail again.
 bad_input() {
   say "error: $*"
   exit "$EXIT_BAD_INPUT"
 }
 
-# Prints the comment at the head of the running script: its help.
+# Prints the help: the comment at the head of the running script.
 usage() {
   local line
   while IFS= read -r line; do
@@ -50,8 +50,8 @@ usage() {
   done <"$0"
 }
 
-# parse ARGUMENTS...: sets DRY_RUN and YES, WORDS (what stands before --) and
-# ARGS (what stands behind it, for bcm_jax.main). Prints the help if asked to.
+# parse ARGUMENTS...: sets DRY_RUN and YES, WORDS (arguments before --) and ARGS
+# (arguments after it, for bcm_jax.main). Handles --help.
 parse() {
   WORDS=() ARGS=()
   while (($#)); do
@@ -73,26 +73,26 @@ parse() {
   done
 }
 
-# unknown WORD VERBS...: ends with what was expected.
+# unknown WORD VERBS...: reports an unknown word and the expected ones.
 unknown() {
   local problem=""
   [[ -z $1 ]] || problem="unknown word '$1'; "
   shift
-  bad_input "${problem}expected one of: $* (${0##*/} --help says more)"
+  bad_input "${problem}expected one of: $* (see ${0##*/} --help)"
 }
 
-# load_env: reads launch/env, if it is there, and exports the settings. What
-# the environment says already wins.
+# load_env: reads launch/env, if it exists, and exports the settings.
+# Environment variables override the file.
 load_env() {
-  local name given=() file=${BCM_ENV:-$ROOT/launch/env}
+  local name overrides=() file=${BCM_ENV:-$ROOT/launch/env}
   for name in "${SETTINGS[@]}"; do
-    [[ -z ${!name:-} ]] || given+=("$name=${!name}")
+    [[ -z ${!name:-} ]] || overrides+=("$name=${!name}")
   done
   if [[ -f $file ]]; then
     # shellcheck source=/dev/null
     source "$file"
   fi
-  for name in ${given[@]+"${given[@]}"}; do
+  for name in ${overrides[@]+"${overrides[@]}"}; do
     printf -v "${name%%=*}" '%s' "${name#*=}"
   done
   MOUNT=${MOUNT:-/mnt/bcm}
@@ -100,22 +100,22 @@ load_env() {
   MAX_RESTARTS=${MAX_RESTARTS:-5}
   GRACE_SECS=${GRACE_SECS:-120}
   for name in "${SETTINGS[@]}"; do
-    # An empty XLA_FLAGS and none are not the same to everybody.
+    # Unsets empty settings: some programs treat an empty XLA_FLAGS as a value.
     if [[ -n ${!name:-} ]]; then export "${name?}"; else unset "$name"; fi
   done
 }
 
-# need NAMES...: ends where a setting is missing.
+# need NAMES...: fails if a setting is missing.
 need() {
   local name missing=()
   for name in "$@"; do
     [[ -n ${!name:-} ]] || missing+=("$name")
   done
   ((${#missing[@]} == 0)) || bad_input "not set: ${missing[*]}; write them" \
-    "into launch/env (launch/env.example says what they mean) or export them"
+    "into launch/env (described in launch/env.example) or export them"
 }
 
-# quoted WORDS...: prints a command as one could type it.
+# quoted WORDS...: prints a command, quoted for the shell.
 quoted() {
   local word out="" quote="'\\''"
   for word in "$@"; do
@@ -127,7 +127,7 @@ quoted() {
   printf '%s\n' "$out"
 }
 
-# run COMMAND...: runs it, or with --dry-run prints it on stdout.
+# run COMMAND...: runs a command, or prints it on stdout with --dry-run.
 run() {
   if [[ -n ${DRY_RUN:-} ]]; then
     quoted "$@"
@@ -137,17 +137,17 @@ run() {
   fi
 }
 
-# confirm WHAT: asks before something is lost; --yes is an answer.
+# confirm ACTION: asks for confirmation of a destructive action, unless --yes.
 confirm() {
   local answer
   [[ -z ${DRY_RUN:-} && -z ${YES:-} ]] || return 0
-  [[ -t 0 ]] || bad_input "refusing to $*: nobody can be asked, as stdin is" \
-    "no terminal; pass --yes"
+  [[ -t 0 ]] || bad_input "$*: needs confirmation, but stdin is not a" \
+    "terminal; pass --yes"
   read -r -p "$*? [y/N] " answer
-  [[ $answer == [yY] || $answer == [yY]es ]] || die "not done"
+  [[ $answer == [yY] || $answer == [yY]es ]] || die "not confirmed"
 }
 
-# Prints NAME=value of the run's settings that are set, one a line.
+# Prints NAME=value of all run settings that are set, one per line.
 run_environment() {
   local name
   for name in "${RUN_SETTINGS[@]}"; do
@@ -155,7 +155,7 @@ run_environment() {
   done
 }
 
-# Prints the names of the TPU VMs: one a slice.
+# Prints the names of the TPU VMs, one per slice.
 nodes() {
   local i
   # shellcheck disable=SC2153  # NAME is a setting.
@@ -166,21 +166,21 @@ nodes() {
   fi
 }
 
-# ssh_all COMMAND [WORKER]: runs it on all workers of all slices, or on one.
+# ssh_all COMMAND [WORKER]: runs it on all workers of all slices, or on WORKER.
 ssh_all() {
   local node
   while IFS= read -r node; do
-    # gcloud would eat the list of nodes as its stdin.
+    # Otherwise gcloud would read the list of nodes from stdin.
     run gcloud compute tpus tpu-vm ssh "$node" "${WHERE[@]}" \
       --worker="${2:-all}" --command="$1" </dev/null
   done < <(nodes)
 }
 
-# cloud: checks what every gcloud command needs; sets WHERE, its last words.
+# cloud: checks the settings of all gcloud commands; sets WHERE, their flags.
 cloud() {
   need PROJECT ZONE NAME
   [[ $SLICES =~ ^[1-9][0-9]*$ ]] ||
-    bad_input "SLICES=$SLICES; expected a whole number from 1"
+    bad_input "SLICES: got $SLICES, expected a whole number >= 1"
   WHERE=(--project="$PROJECT" --zone="$ZONE")
 }
 
@@ -190,21 +190,21 @@ capacity_flags() {
   case ${CAPACITY:-} in
     "" | on-demand) ;;
     spot | reserved | guaranteed) CAPACITY_FLAGS=("--$CAPACITY") ;;
-    *) bad_input "CAPACITY=$CAPACITY; expected nothing, on-demand, spot," \
+    *) bad_input "CAPACITY: got $CAPACITY, expected empty, on-demand, spot," \
       "reserved or guaranteed" ;;
   esac
   read -r -a CREATE_WORDS <<<"${CREATE_FLAGS:-}"
 }
 
-# archive FILE [COMMIT]: writes committed code to FILE; sets COMMIT. All workers
-# get the same bytes, and a run can be traced to its commit.
+# archive FILE [COMMIT]: writes committed code to FILE; sets COMMIT. So all
+# workers get the same code, and a run can be traced to its commit.
 archive() {
   COMMIT=$(git -C "$ROOT" rev-parse --short=12 "${2:-HEAD}") ||
-    die "no git commit ${2:-HEAD} in $ROOT; workers get what is committed"
+    die "$ROOT: no git commit ${2:-HEAD}; workers get only committed code"
   if [[ -z ${2:-} &&
     -n $(git -C "$ROOT" status --porcelain --untracked-files=no) ]]; then
-    bad_input "there are changes that are not committed, and workers get what" \
-      "is; commit them, or pass --commit=HEAD to leave them out"
+    bad_input "$ROOT: has changes that are not committed, which workers would" \
+      "not get; commit them, or pass --commit=HEAD to ignore them"
   fi
   run git -C "$ROOT" archive --format=tar.gz --output="$1" "$COMMIT"
 }

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# A run on GKE as a JobSet: slices are jobs, hosts are pods.
+# Runs on GKE as a JobSet: slices are jobs, hosts are pods.
 #
 #   launch/gke.sh render -- --config=configs/cifar10.py [...]   prints the YAML
 #   launch/gke.sh apply -- --config=...     submits it with kubectl
 #   launch/gke.sh xpk -- --config=...       submits the run with xpk instead
 #   launch/gke.sh status
-#   launch/gke.sh logs [--follow]           of host 0 of slice 0
-#   launch/gke.sh delete [--yes]            the JobSet; the bucket stays
+#   launch/gke.sh logs [--follow]           logs of host 0 of slice 0
+#   launch/gke.sh delete [--yes]            the JobSet; keeps the bucket
 #
-#   --dry-run    prints the commands and executes none (apply: and the YAML)
+#   --dry-run    prints the commands (apply: and the YAML), executes none
 #
 # Settings (environment or launch/env; see env.example): NAME, ACCELERATOR_TYPE
-# (as in accelerators.py), IMAGE (docker/Dockerfile), WORKDIR and what else the
-# run needs; SLICES, NAMESPACE, BUCKET, MOUNT, SERVICE_ACCOUNT, QUEUE (of
-# Kueue), CAPACITY=spot, MAX_RESTARTS, GRACE_SECS. xpk: also PROJECT, ZONE,
+# (as in accelerators.py), IMAGE (docker/Dockerfile), WORKDIR and the other
+# settings of the run; SLICES, NAMESPACE, BUCKET, MOUNT, SERVICE_ACCOUNT, QUEUE
+# (of Kueue), CAPACITY=spot, MAX_RESTARTS, GRACE_SECS. xpk: also PROJECT, ZONE,
 # CLUSTER and XPK_STORAGE.
 #
 # The JobSet ends on exit code 65, restarts without limit on 75 and when its
-# nodes are taken away, and MAX_RESTARTS times after crashes; it needs JobSet
-# 0.10. With xpk all restarts count, and there is no rule for lost nodes.
+# nodes are preempted, and MAX_RESTARTS times after crashes; it needs JobSet
+# 0.10. With xpk all restarts count, also those after lost nodes.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -63,15 +63,15 @@ render() {
 apply() {
   local folder
   folder=$(mktemp -d)
-  # shellcheck disable=SC2064  # The folder of now.
+  # shellcheck disable=SC2064  # Expands $folder now.
   trap "rm -rf '$folder'" EXIT
   render >"$folder/jobset.yaml"
   if [[ -n ${DRY_RUN:-} ]]; then
     printf '# %s:\n' "$folder/jobset.yaml"
     sed 's/^/#   /' "$folder/jobset.yaml"
   fi
-  # strict: an old JobSet would drop the rules that it does not know, and then
-  # take a preemption for bad input.
+  # strict: an old JobSet would drop unknown rules, and then treat a preemption
+  # as bad input.
   run kubectl apply --validate=strict --filename="$folder/jobset.yaml"
 }
 
@@ -82,7 +82,7 @@ xpk_create() {
     words+=(--env "$setting")
   done < <(run_environment)
   [[ -z ${XPK_STORAGE:-} ]] || words+=(--storage="$XPK_STORAGE")
-  # xpk ends a workload on codes that are not named here: on 65 alone.
+  # xpk ends a workload on all other exit codes, here only 65.
   run xpk workload create --project="$PROJECT" --zone="$ZONE" \
     --cluster="$CLUSTER" --workload="$NAME" --tpu-type="$ACCELERATOR_TYPE" \
     --num-slices="$SLICES" --docker-image="$IMAGE" \

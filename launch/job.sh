@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The run as a service of a TPU VM, so that it outlives the ssh connection and
-# gets SIGTERM when the machine goes down. tpu_vm.sh and startup.sh call this on
-# the VM, as root.
+# Runs training as a systemd service of a TPU VM, so that it survives the end of
+# the ssh connection and gets SIGTERM at shutdown. tpu_vm.sh and startup.sh call
+# this on the VM, as root.
 #
-#   launch/job.sh start ARGS...   supervise.sh run.sh ARGS; ends an older job
-#   launch/job.sh stop            SIGTERM: the run saves and ends with 75
+#   launch/job.sh start ARGS...   supervise.sh run.sh ARGS; stops an older job
+#   launch/job.sh stop            SIGTERM: saves a checkpoint, ends with 75
 #   launch/job.sh status
 #   launch/job.sh logs [LINES|follow]
 #   launch/job.sh --dry-run VERB...
 #
-# Settings (environment): WORKDIR and what else env.example names under "the
-# run". MAX_RESTARTS and GRACE_SECS (seconds between SIGTERM and SIGKILL).
+# Settings (environment): WORKDIR and the others of env.example under "The run",
+# MAX_RESTARTS, and GRACE_SECS (seconds between SIGTERM and SIGKILL).
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -26,8 +26,9 @@ start() {
     environment+=(--setenv="$name")
   done < <(run_environment)
   run systemctl stop "$unit" 2>/dev/null || true
-  # mixed: SIGTERM to supervise.sh, which passes it on; SIGKILL to all. What
-  # this starts after ends later, so the work directory outlives the run.
+  # mixed: SIGTERM to supervise.sh only, which forwards it; SIGKILL to all.
+  # systemd stops units in reverse order, so After= keeps the bucket mounted
+  # until the run has ended.
   run systemd-run --unit="$unit" --collect \
     --property=WorkingDirectory="$ROOT" \
     --property=KillMode=mixed \

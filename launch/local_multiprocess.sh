@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# The same run in several processes on this machine, joined by explicit
-# addresses on the loopback interface: what a pod does, without a pod.
+# Runs several processes on this machine, connected by explicit addresses on the
+# loopback interface: a multi-host run without a pod.
 #
 #   launch/local_multiprocess.sh N ARGS...
 #   launch/local_multiprocess.sh 2 --config=configs/digits.py --workdir=DIR
 #   launch/local_multiprocess.sh --dry-run N ARGS...
 #
-# Runs launch/run.sh ARGS N times, on the CPU unless JAX_PLATFORMS says
-# otherwise. Lines of process I begin with [I]. SIGTERM and SIGINT (Ctrl-C) go
-# to all processes as SIGTERM, on which a run saves. To stop as a pod does when
-# one host is told to go, send SIGTERM to one process: their numbers are in the
-# first lines.
+# Runs launch/run.sh ARGS N times, on the CPU unless JAX_PLATFORMS is set. Lines
+# of process I begin with [I]. SIGTERM and SIGINT (Ctrl-C) are sent to all
+# processes as SIGTERM, on which a run saves a checkpoint. To simulate the
+# preemption of one host, send SIGTERM to one process; the first lines print
+# their process ids.
 #
-# Ends with 0 if all did, with 75 if they were preempted and saved, else with
-# the status of the first one that went wrong. Once one has gone wrong the
-# others get SIGTERM after PEER_SECS seconds (120) and SIGKILL after as many
-# again: they may be waiting for it for ever.
+# Exit status: 0 if all processes end with 0, 75 if they were preempted and
+# saved, otherwise the status of the first failed process. After a failure the
+# others get SIGTERM after PEER_SECS seconds (120) and SIGKILL after the same
+# time again, because they may wait for the failed one forever.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -27,33 +27,34 @@ case ${1:-} in
 esac
 count=${1:-}
 [[ $count =~ ^[1-9][0-9]*$ ]] ||
-  bad_input "'$count' is no number of processes; expected N ARGS..., N >= 1"
+  bad_input "N: got '$count', expected a number of processes >= 1; pass N ARGS"
 shift
 peer_secs=${PEER_SECS:-120}
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
-# Prints a port that nobody uses now.
+# Prints a free port.
 free_port() {
   local python=${PYTHON:-$ROOT/.venv/bin/python}
   [[ -x $python ]] || python=python3
   "$python" -c 'import socket
 s = socket.socket()
 s.bind(("127.0.0.1", 0))
-print(s.getsockname()[1])' || bad_input "no Python to find a free port with"
+print(s.getsockname()[1])' || bad_input "PYTHON: not found; needed to find a" \
+    "free port"
 }
 
 port=PORT
 [[ -n ${DRY_RUN:-} ]] || port=$(free_port)
 
 pids=()
-# tell SIGNAL: to the processes that still run.
-tell() {
+# signal_all SIGNAL: sends it to all running processes.
+signal_all() {
   local pid
   for pid in ${pids[@]+"${pids[@]}"}; do
     kill -s "$1" "$pid" 2>/dev/null || true
   done
 }
-trap 'tell TERM' TERM INT
+trap 'signal_all TERM' TERM INT
 
 for ((i = 0; i < count; i++)); do
   command=("$ROOT/launch/run.sh" "$@" --coordinator="127.0.0.1:$port"
@@ -62,7 +63,7 @@ for ((i = 0; i < count; i++)); do
     quoted "JAX_PLATFORMS=$JAX_PLATFORMS" "${command[@]}"
     continue
   fi
-  # Not through a pipe: $! must be the process that signals are meant for.
+  # No pipe, so that $! is the process to signal.
   "${command[@]}" > >(
     trap '' TERM INT
     exec sed -u "s/^/[$i] /"
@@ -74,7 +75,7 @@ done
 
 result=0 preempted="" failed_at=""
 while ((${#pids[@]})); do
-  # Polled, and not `wait -n`: that one cannot tell a signal from an end.
+  # Polls, because `wait -n` does not distinguish a signal from an exit.
   running=()
   for pid in "${pids[@]}"; do
     if kill -0 "$pid" 2>/dev/null; then
@@ -93,9 +94,9 @@ while ((${#pids[@]})); do
   pids=(${running[@]+"${running[@]}"})
   if [[ -n $failed_at ]]; then
     if ((SECONDS - failed_at >= 2 * peer_secs)); then
-      tell KILL
+      signal_all KILL
     elif ((SECONDS - failed_at >= peer_secs)); then
-      tell TERM
+      signal_all TERM
     fi
   fi
   sleep 0.2

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Writes the exact versions that pods install: requirements-tpu.txt, -cuda.
+"""Writes the lock files requirements-tpu.txt and requirements-cuda.txt.
 
     python launch/lock.py tpu
     python launch/lock.py cuda
 
 Resolves bcm_jax with that extra in a clean virtual environment, on Linux
-x86_64, where pods are; installs nothing. What other platforms need differs.
+x86_64, the platform of the pods; installs nothing.
 """
 
 import json
@@ -22,14 +22,14 @@ EXTRAS = ("tpu", "cuda")
 
 
 def pins(report: dict) -> list[str]:
-  """Returns NAME==VERSION of all packages of a report of pip but ours."""
-  found = []
+  """Returns NAME==VERSION of all packages of a pip report except bcm_jax."""
+  requirements = []
   for item in report["install"]:
     metadata = item["metadata"]
     name = re.sub(r"[-_.]+", "-", metadata["name"]).lower()
     if name != "bcm-jax":
-      found.append(f"{name}=={metadata['version']}")
-  return sorted(found)
+      requirements.append(f"{name}=={metadata['version']}")
+  return sorted(requirements)
 
 
 def lock(extra: str, report: dict) -> str:
@@ -37,7 +37,7 @@ def lock(extra: str, report: dict) -> str:
   python = report["environment"]["python_version"]
   pip = report["pip_version"]
   return "\n".join((
-      f"# All packages of bcm_jax[{extra}], direct and transitive. Made by",
+      f"# All packages of bcm_jax[{extra}], direct and transitive; written by",
       f"#   python launch/lock.py {extra}",
       f"# with pip {pip} for Python {python} on Linux x86_64.",
       "# Install bcm_jax itself with --no-deps after them; setup_vm.sh does.",
@@ -46,10 +46,10 @@ def lock(extra: str, report: dict) -> str:
 
 
 def resolve(extra: str) -> dict:
-  """Asks pip what it would install.
+  """Returns pip's report of the packages it would install.
 
   Raises:
-    subprocess.CalledProcessError: pip could not say; its message is on stderr.
+    subprocess.CalledProcessError: pip failed; its message is on stderr.
   """
   with tempfile.TemporaryDirectory() as folder:
     venv.create(f"{folder}/venv", with_pip=True)
@@ -64,14 +64,14 @@ def resolve(extra: str) -> dict:
 
 
 def main(argv: list[str]) -> None:
-  """The command."""
+  """Runs the command."""
   if argv[1:] in (["--help"], ["-h"]):
     print(__doc__)
     return
   if len(argv) != 2 or argv[1] not in EXTRAS:
     sys.exit(f"error: expected one of {', '.join(EXTRAS)}")
   if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-    sys.exit("error: pods run on Linux x86_64; make their lock file there")
+    sys.exit("error: platform: expected Linux x86_64, as on the pods")
   path = ROOT / "launch" / f"requirements-{argv[1]}.txt"
   path.write_text(lock(argv[1], resolve(argv[1])))
   print(f"written: {path}")

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# TPU capacity by a queued resource: the usual way to Spot. The run is in the
-# startup script of the VMs, so it comes back with them.
+# Runs on a queued resource, the usual way to get Spot TPUs. The startup script
+# of the VMs starts the run, so it resumes when they are re-created.
 #
 #   launch/queued_resource.sh create -- --config=configs/cifar10.py [...]
 #   launch/queued_resource.sh status           state and its initiator
-#   launch/queued_resource.sh rerun            the startup script again, on all
+#   launch/queued_resource.sh rerun            repeats the startup script on all
 #                                              workers of an ACTIVE resource
-#   launch/queued_resource.sh delete [--yes]   with its VMs; the bucket stays
+#   launch/queued_resource.sh delete [--yes]   and its VMs; keeps the bucket
 #
-#   --dry-run          prints the commands, and the startup script
-#   --commit=COMMIT    create: this commit; left out, HEAD, and it refuses where
+#   --dry-run          prints the commands and the startup script, runs none
+#   --commit=COMMIT    create: this commit; by default HEAD, which fails if
 #                      there are changes that are not committed
-#   --json             status: all that gcloud says
+#   --json             status: complete output of gcloud
 #
-# create puts the committed code into gs://BUCKET/code. A suspended resource is
-# never given back: delete it and create it again, or let babysit.sh do so.
+# create uploads the committed code to gs://BUCKET/code. A suspended resource
+# does not become active again: delete and re-create it, or use babysit.sh.
 # Logs: launch/tpu_vm.sh logs.
 #
 # Settings (environment or launch/env; see env.example): PROJECT, ZONE, NAME;
 # create: ACCELERATOR_TYPE, RUNTIME_VERSION, CAPACITY, SLICES, CREATE_FLAGS,
-# BUCKET, MOUNT, GCSFUSE_DEB, WORKDIR and what else the run needs.
+# BUCKET, MOUNT, GCSFUSE_DEB, WORKDIR and the other settings of the run.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -40,7 +40,7 @@ for word in ${WORDS[@]+"${WORDS[@]}"}; do
   esac
 done
 
-# startup_script CODE: prints startup.sh with the settings and ARGS in front.
+# startup_script CODE: prints startup.sh, preceded by the settings and ARGS.
 startup_script() {
   local setting
   printf '#!/usr/bin/env bash\n'
@@ -60,14 +60,14 @@ create() {
   need ACCELERATOR_TYPE RUNTIME_VERSION BUCKET WORKDIR
   ((${#ARGS[@]})) ||
     bad_input "nothing to run; expected create -- --config=FILE [...]"
-  [[ $WORKDIR == "$MOUNT"/* ]] || bad_input "WORKDIR=$WORKDIR is not under" \
-    "MOUNT=$MOUNT: it would be lost with the VM"
+  [[ $WORKDIR == "$MOUNT"/* ]] || bad_input "WORKDIR: got $WORKDIR," \
+    "expected a folder under MOUNT=$MOUNT; others are lost with the VM"
   capacity_flags
   if ((SLICES > 1)); then
     node_flags=(--node-count="$SLICES" --node-prefix="$NAME")
   fi
   folder=$(mktemp -d)
-  # shellcheck disable=SC2064  # The folder of now.
+  # shellcheck disable=SC2064  # Expands $folder now.
   trap "rm -rf '$folder'" EXIT
   archive "$folder/code.tar.gz" "$commit"
   code=gs://$BUCKET/code/$NAME-$COMMIT.tar.gz
@@ -75,8 +75,8 @@ create() {
   startup_script "$code" >"$folder/startup.sh"
   if [[ -n ${DRY_RUN:-} ]]; then
     printf '# %s:\n' "$folder/startup.sh"
-    sed '/^# Brings the code/,$d; s/^/#   /' "$folder/startup.sh"
-    printf '#   (and then launch/startup.sh)\n'
+    sed '/^# Installs the code/,$d; s/^/#   /' "$folder/startup.sh"
+    printf '#   (followed by launch/startup.sh)\n'
   fi
   run gcloud compute tpus queued-resources create "$NAME" "${WHERE[@]}" \
     --accelerator-type="$ACCELERATOR_TYPE" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints a JobSet for GKE; gke.sh calls this.
+r"""Prints a JobSet for GKE; called by gke.sh.
 
     python launch/render_jobset.py --name=NAME --accelerator=v5e-16 \\
         --image=IMAGE --bucket=BUCKET --workdir=/mnt/bcm/runs/NAME \\
@@ -17,55 +17,60 @@ import accelerators
 
 TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml.tmpl")
 EXIT_BAD_INPUT = 65
-# Pods are called NAME-slice-SLICE-HOST-xxxxx; such a name has 63 characters.
-LONGEST_NAME = 40
+# Pods are named NAME-slice-SLICE-HOST-xxxxx, which is limited to 63 characters.
+MAX_NAME_LENGTH = 40
 MOUNT_OPTIONS = ",".join((
     "implicit-dirs",
-    # Hosts wait for files of other hosts, so nothing may be remembered.
+    # No caching, because hosts wait for files of other hosts.
     "metadata-cache:ttl-secs:0",
-    # A checkpoint becomes valid by renaming its folder.
+    # Checkpoints are committed by renaming their folder.
     "file-system:rename-dir-limit:200000",
 ))
 
 
 def block(indent: int, *lines: str) -> str:
-  """Lines for a place in the template that is indented already."""
+  """Joins lines for a place of the template that is already indented."""
   return ("\n" + " " * indent).join(lines)
 
 
 def text(value: str) -> str:
-  """A YAML string; JSON is YAML."""
+  """Returns a YAML string; JSON is valid YAML."""
   return json.dumps(value)
 
 
 def literal(value: str) -> str:
-  """An argument in which Kubernetes is not to replace $(NAME)."""
+  """Escapes $(NAME), which Kubernetes would replace."""
   return value.replace("$(", "$$(")
 
 
 def values(args: argparse.Namespace) -> dict[str, str]:
-  """What stands for each name of the template.
+  """Returns the value of every name in the template.
 
   Raises:
-    ValueError: an argument means nothing; says what was expected.
+    ValueError: an invalid argument; the message gives the expected value.
   """
   tpu = accelerators.find(args.accelerator)
   if not tpu.gke:
-    raise ValueError(f"--accelerator={args.accelerator} is not offered by GKE")
+    raise ValueError(
+        f"--accelerator: got {args.accelerator}, which is not offered by GKE; "
+        "see python launch/accelerators.py"
+    )
   if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", args.name) or (
-      len(args.name) > LONGEST_NAME
+      len(args.name) > MAX_NAME_LENGTH
   ):
     raise ValueError(
-        f"--name={args.name}; expected at most {LONGEST_NAME} small letters, "
-        "digits and dashes, beginning with a letter"
+        f"--name: got {args.name}, expected at most {MAX_NAME_LENGTH} "
+        "lowercase letters, digits and dashes, beginning with a letter"
     )
   for name in ("slices", "max_restarts", "grace"):
-    if getattr(args, name) < (name == "slices"):
-      raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)}")
+    value, minimum = getattr(args, name), int(name == "slices")
+    if value < minimum:
+      flag = name.replace("_", "-")
+      raise ValueError(f"--{flag}: got {value}, expected {minimum} or more")
   if args.bucket and not args.workdir.startswith(args.mount + "/"):
     raise ValueError(
-        f"--workdir={args.workdir} is not under --mount={args.mount}, where "
-        "the bucket is; it would be lost with the pods"
+        f"--workdir: got {args.workdir}, expected a folder under "
+        f"--mount={args.mount}, the bucket; others are lost with the pods"
     )
   env = {"WORKDIR": args.workdir} | dict(
       pair.partition("=")[::2] for pair in args.env
@@ -90,7 +95,7 @@ def values(args: argparse.Namespace) -> dict[str, str]:
 
 
 def optional(args: argparse.Namespace) -> dict[str, str]:
-  """The parts of the template that may be empty."""
+  """Returns the values of names in the template that may be empty."""
   parts = dict.fromkeys((
       "queue", "service_account", "spot_selector", "spot_toleration",
       "fuse_annotation", "fuse_mount", "fuse_volume",
@@ -126,7 +131,7 @@ def optional(args: argparse.Namespace) -> dict[str, str]:
 
 
 def render(args: argparse.Namespace) -> str:
-  """The JobSet as YAML; raises ValueError and KeyError as `values`."""
+  """Renders the JobSet as YAML; raises ValueError and KeyError as `values`."""
   filled = string.Template(TEMPLATE.read_text()).substitute(values(args))
   return "".join(
       line + "\n" for line in filled.splitlines() if line.strip()
@@ -134,39 +139,39 @@ def render(args: argparse.Namespace) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-  """The flags."""
+  """Returns the parser of the flags."""
   result = argparse.ArgumentParser(
       description=__doc__, allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = result.add_argument
-  add("--name", required=True, help="of the JobSet")
-  add("--accelerator", required=True, help="such as v5e-16; accelerators.py")
+  add("--name", required=True, help="name of the JobSet")
+  add("--accelerator", required=True, help="e.g. v5e-16; see accelerators.py")
   add("--image", required=True, help="see docker/Dockerfile")
-  add("--workdir", required=True, help="on a file system all pods share")
+  add("--workdir", required=True, help="on a file system that all pods share")
   add("--slices", type=int, default=1)
   add("--namespace", default="default")
-  add("--bucket", default="", help="mounted on --mount, if given")
+  add("--bucket", default="", help="bucket to mount on --mount")
   add("--mount", default="/mnt/bcm")
-  add("--service-account", default="", help="with rights on the bucket")
+  add("--service-account", default="", help="with access to the bucket")
   add("--queue", default="", help="LocalQueue of Kueue")
   add("--spot", action="store_true")
-  add("--max-restarts", type=int, default=5, help="after crashes")
-  add("--grace", type=int, default=120, help="seconds to save in")
+  add("--max-restarts", type=int, default=5, help="restarts after crashes")
+  add("--grace", type=int, default=120, help="seconds from SIGTERM to SIGKILL")
   add("--env", action="append", default=[], metavar="NAME=VALUE")
-  add("arguments", nargs="+", help="of bcm_jax.main, behind --")
-  result.error = lambda message: bad_input(f"{message}; --help says more")
+  add("arguments", nargs="+", help="arguments of bcm_jax.main, after --")
+  result.error = lambda message: bad_input(f"{message}; see --help")
   return result
 
 
 def bad_input(message: str) -> None:
-  """Ends with one line."""
+  """Prints one line and exits with 65."""
   print(f"error: {message}", file=sys.stderr)
   sys.exit(EXIT_BAD_INPUT)
 
 
 def main(argv: list[str]) -> None:
-  """The command."""
+  """Runs the command."""
   args = parser().parse_args(argv)
   try:
     print(render(args), end="")

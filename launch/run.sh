@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What every host executes: sets the environment, then becomes
-# python -m bcm_jax.main, so that signals reach Python and its exit status
-# passes. The same on a laptop, a TPU VM, a GKE pod and a SLURM task.
+# Entry point of every host: sets the environment, then execs python -m
+# bcm_jax.main, so that Python gets the signals and its exit status is passed
+# on. The same on a laptop, a TPU VM, a GKE pod and in a SLURM task.
 #
 #   launch/run.sh --config=configs/cifar10.py --workdir=DIR [--config.a.b=value]
-#   launch/run.sh --dry-run ARGS...   prints what would be executed
+#   launch/run.sh --dry-run ARGS...   prints the command
 #   launch/run.sh -- --help           the flags of bcm_jax.main
 #
-# Settings (environment or launch/env; see env.example): WORKDIR is the work
-# directory where --workdir is not given. JAX_COMPILATION_CACHE_DIR keeps
-# compiled programs from one start to the next; left out, it is compile_cache
-# beside the work directory. TFDS_DATA_DIR, LIBTPU_INIT_ARGS and XLA_FLAGS pass
-# as they are. PYTHON is the interpreter; left out, that of .venv, or python3.
+# Settings (environment or launch/env; see env.example): WORKDIR is the default
+# of --workdir. JAX_COMPILATION_CACHE_DIR is the persistent compilation cache,
+# by default compile_cache next to the work directory. TFDS_DATA_DIR,
+# LIBTPU_INIT_ARGS and XLA_FLAGS are passed on. PYTHON is the interpreter, by
+# default that of .venv, or else python3.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -28,8 +28,8 @@ load_env
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=$ROOT/.venv/bin/python
   [[ -x $PYTHON ]] || PYTHON=$(command -v python3) ||
-    bad_input "no Python: neither $ROOT/.venv nor python3 on PATH is there;" \
-      "run launch/setup_vm.sh, or set PYTHON"
+    bad_input "no Python: neither $ROOT/.venv nor python3 on PATH exists; run" \
+      "launch/setup_vm.sh, or set PYTHON"
 fi
 
 workdir=""
@@ -50,9 +50,9 @@ if [[ -z ${JAX_COMPILATION_CACHE_DIR:-} ]]; then
   fi
 fi
 export JAX_COMPILATION_CACHE_DIR
-# This checkout runs, wherever it is called from and whatever is installed.
+# Runs this checkout from any directory, also if another version is installed.
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-# Logs of a process that is killed must not sit in a buffer.
+# Unbuffered, so that the logs of a killed process are complete.
 export PYTHONUNBUFFERED=1
 
 if [[ -n ${DRY_RUN:-} ]]; then

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Makes a machine ready to run: .venv with the exact versions of a lock file,
-# bcm_jax from this checkout, and the bucket mounted. Does nothing the second
-# time, so it can run at every boot.
+# Prepares a machine: .venv with the exact versions of a lock file, bcm_jax from
+# this checkout, and the mounted bucket. Skips finished steps, so it can run at
+# every boot.
 #
 #   launch/setup_vm.sh                    a TPU VM (requirements-tpu.txt)
 #   launch/setup_vm.sh --extra=cuda       a GPU machine (requirements-cuda.txt)
-#   launch/setup_vm.sh --install-python   with apt, where Python is too old
-#   launch/setup_vm.sh --no-devices       does not count them at the end
-#   launch/setup_vm.sh --check            only reports; ends with 1 if something
-#                                         is missing
-#   launch/setup_vm.sh --dry-run          prints what would be done
+#   launch/setup_vm.sh --install-python   with apt, if Python is too old
+#   launch/setup_vm.sh --no-devices       does not count devices at the end
+#   launch/setup_vm.sh --check            only reports; exit status 1 if
+#                                         anything is missing
+#   launch/setup_vm.sh --dry-run          prints the commands
 #
 # Settings (environment or launch/env; see env.example): EXTRA is tpu or cuda.
-# BUCKET is mounted on MOUNT by Cloud Storage FUSE; empty, nothing is mounted.
-# GCSFUSE_DEB is a gs:// path to gcsfuse's Debian package, for where apt has
-# none. PYTHON is the Python to make .venv with.
+# BUCKET is mounted on MOUNT by Cloud Storage FUSE; empty mounts nothing.
+# GCSFUSE_DEB is a gs:// path of gcsfuse's Debian package, if apt does not have
+# it. PYTHON is the interpreter for creating .venv.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=venv.sh
@@ -37,14 +37,14 @@ for word in ${WORDS[@]+"${WORDS[@]}"}; do
 done
 lock=launch/requirements-$extra.txt
 [[ -f $lock ]] ||
-  bad_input "EXTRA=$extra has no lock file; expected tpu or cuda"
+  bad_input "EXTRA: got $extra, expected tpu or cuda"
 stamp=.venv/installed-$extra-lock
 
 as_root() {
   if ((EUID == 0)); then run "$@"; else run sudo "$@"; fi
 }
 
-# Of what the installed packages depend on; see install.
+# Checksum of the files that determine the installed packages; see install.
 wanted() {
   { pwd && cat "$lock" setup.py pyproject.toml; } | cksum
 }
@@ -57,17 +57,17 @@ good_python() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
-# devices: what this host sees of the accelerators. The hosts of a slice wait
-# for each other here, so all must ask at about the same time.
+# devices: prints the accelerators of this host. The hosts of a slice wait for
+# each other, so it must run on all of them at about the same time.
 devices() {
   timeout 300 "$VENV_PYTHON" -c 'import jax
 local = jax.local_devices()
 print(len(local), "devices on this host:", local[0].device_kind)' ||
-    die "JAX found no devices within 300 s; on a slice all hosts must ask" \
-      "together (tpu_vm.sh sync), and no run may be using the devices"
+    die "JAX found no devices within 300 s; on a slice all hosts must run" \
+      "this together (tpu_vm.sh sync), and no run may be using the devices"
 }
 
-# report NAME COMMAND...: one line, and whether it is there.
+# report NAME COMMAND...: prints one line with the result of a check.
 report() {
   local name=$1
   shift
@@ -87,7 +87,7 @@ check_all() {
     report "bucket on $MOUNT" mounted || result=1
   fi
   if ((result == 0)); then
-    # A subshell, as `devices` ends the shell when there are none.
+    # A subshell, because `devices` exits if it finds no devices.
     (devices) || result=1
   fi
   return "$result"
@@ -95,8 +95,8 @@ check_all() {
 
 ensure_python() {
   [[ -z ${PYTHON:-} ]] || good_python "$PYTHON" ||
-    bad_input "PYTHON=$PYTHON is not Python >= 3.11"
-  # A subshell, as find_python ends the shell when it finds none.
+    bad_input "PYTHON: got $PYTHON, expected Python >= 3.11"
+  # A subshell, because find_python exits if it finds no Python.
   if [[ -n ${PYTHON:-} ]] || (find_python >/dev/null 2>&1); then return; fi
   [[ -n $install_python ]] || find_python >/dev/null
   as_root apt-get update
@@ -116,9 +116,9 @@ install() {
   fi
   say "installing the packages of $lock into .venv (minutes)"
   run "$VENV_PYTHON" -m pip install --quiet -r "$lock" ||
-    die "pip could not install $lock: see its message above"
+    die "pip could not install $lock; see its message above"
   run "$VENV_PYTHON" -m pip install --quiet --no-deps -e . ||
-    die "pip could not install bcm_jax: see its message above"
+    die "pip could not install bcm_jax; see its message above"
   [[ -n ${DRY_RUN:-} ]] || wanted >"$stamp"
 }
 
@@ -130,26 +130,27 @@ ensure_gcsfuse() {
     run gcloud storage cp "$GCSFUSE_DEB" "$deb"
     as_root apt-get install --yes "$deb"
   else
-    as_root apt-get install --yes gcsfuse || die "apt has no gcsfuse here;" \
-      "put its Debian package into the bucket and its gs:// path into" \
-      "GCSFUSE_DEB, or use a shared file system and leave BUCKET empty"
+    as_root apt-get install --yes gcsfuse || die "apt does not have gcsfuse;" \
+      "upload its Debian package to the bucket and set GCSFUSE_DEB to its" \
+      "gs:// path, or use a shared file system with an empty BUCKET"
   fi
 }
 
 mount_bucket() {
   if [[ -z ${BUCKET:-} ]] || mounted; then return; fi
   [[ $BUCKET != */* ]] ||
-    bad_input "BUCKET=$BUCKET; expected the bare name, without gs:// or folders"
+    bad_input "BUCKET: got $BUCKET, expected the bare name without gs:// or" \
+      "folders"
   ensure_gcsfuse
   as_root mkdir -p "$MOUNT"
-  # Folders of objects that nobody made as folders are to be seen too, by all
-  # users. Hosts wait for files of other hosts, so nothing may be remembered. A
-  # checkpoint becomes valid by renaming its folder.
+  # --implicit-dirs: shows folders without an object of their own.
+  # allow_other: for all users. No metadata cache, because hosts wait for files
+  # of other hosts. Checkpoints are committed by renaming their folder.
   local command=(gcsfuse --implicit-dirs -o allow_other
     --metadata-cache-ttl-secs=0 --rename-dir-limit=200000 "$BUCKET" "$MOUNT")
   if [[ -d ${SYSTEMD_DIR:-/run/systemd/system} ]]; then
-    # A service of its own: at shutdown it ends after the run has saved, which
-    # job.sh asks for.
+    # A separate service, so that it stops after the run has saved a checkpoint;
+    # job.sh orders the two.
     command=(systemd-run --unit=bcm-mount.service --collect
       --property=Type=forking "${command[@]}")
   fi

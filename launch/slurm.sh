@@ -8,31 +8,31 @@
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# A SLURM job, submitted from the root of the repository:
+# SLURM job, submitted from the root of the repository:
 #
 #   sbatch launch/slurm.sh --config=configs/cifar10.py --workdir=DIR [...]
 #   sbatch --nodes=4 --partition=PARTITION launch/slurm.sh ARGS...
-#   launch/slurm.sh --dry-run ARGS...    prints what the job would execute
+#   launch/slurm.sh --dry-run ARGS...    prints the commands of the job
 #
-# One task a GPU, as JAX expects under SLURM; every task sees all GPUs of its
-# node. With other than 8 GPUs a node give both --ntasks-per-node and
+# One task per GPU, as JAX expects under SLURM; every task sees all GPUs of its
+# node. For nodes without exactly 8 GPUs pass both --ntasks-per-node and
 # --gpus-per-node. DIR is on a file system that all nodes share.
 #
-# 120 s before the time is up, and on preemption, the tasks get SIGTERM, save
-# and end with 75; the job is then requeued. 65 ends the job. After a crash it
-# starts again in the same allocation, MAX_RESTARTS (5) times.
+# 120 s before the time limit, and on preemption, the tasks get SIGTERM, save a
+# checkpoint and end with 75; the job is then requeued. 65 ends the job. After a
+# crash it restarts in the same allocation, MAX_RESTARTS (5) times.
 set -euo pipefail
 
-# SLURM runs a copy of this file from a folder of its own.
-here=${SLURM_JOB_ID:+${SLURM_SUBMIT_DIR:-$PWD}/launch}
-here=${here:-$(dirname "${BASH_SOURCE[0]}")}
-if [[ ! -f $here/common.sh ]]; then
-  echo "error: $here/common.sh is not there; submit from the root of the" \
+# SLURM runs a copy of this file in another folder.
+launch=${SLURM_JOB_ID:+${SLURM_SUBMIT_DIR:-$PWD}/launch}
+launch=${launch:-$(dirname "${BASH_SOURCE[0]}")}
+if [[ ! -f $launch/common.sh ]]; then
+  echo "error: $launch/common.sh does not exist; submit from the root of the" \
     "repository: sbatch launch/slurm.sh ARGS..." >&2
   exit 65
 fi
 # shellcheck source-path=SCRIPTDIR source=common.sh
-source "$here/common.sh"
+source "$launch/common.sh"
 
 case ${1:-} in
   --help) usage && exit ;;
@@ -42,8 +42,8 @@ load_env
 [[ -n ${SLURM_JOB_ID:-}${DRY_RUN:-} ]] || bad_input "this is not a SLURM job;" \
   "submit it: sbatch launch/slurm.sh ARGS... (or try --dry-run ARGS...)"
 
-# A task that has saved ends a moment before the others: that must not end
-# them (--kill-on-bad-exit=0), and a task that hangs must not hold the job.
+# The first task that ends with 75 must not kill the others, which may still be
+# saving (--kill-on-bad-exit=0); a task that hangs must not block the job.
 command=("$ROOT/launch/supervise.sh" --pass-preempted
   srun --kill-on-bad-exit=0 --wait=120 "$ROOT/launch/run.sh" "$@")
 if [[ -n ${DRY_RUN:-} ]]; then

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Starts a command again as its exit status says:
+# Runs a command and restarts it depending on its exit status:
 #
 #   launch/supervise.sh [OPTIONS] COMMAND ARGS...
 #   launch/supervise.sh launch/run.sh --config=configs/digits.py --workdir=DIR
 #
 #   0      done: ends with 0
-#   65     bad input: ends with 65, starting again would not help
-#   75     preempted and saved: starts it again at once
-#   other  a crash: starts it again after a pause, at most --max-restarts times
-#          in a row; a run that lasted --healthy-secs starts the count anew
+#   65     bad input: ends with 65, because a restart would fail again
+#   75     preempted and saved: restarts immediately
+#   other  crash: restarts after a pause, at most --max-restarts times in a row;
+#          a run that lasted --healthy-secs resets the count
 #
-# SIGTERM and SIGINT (Ctrl-C) go to the command as SIGTERM, on which a run
-# saves; then it is not started again, and its status passes.
+# SIGTERM and SIGINT (Ctrl-C) are forwarded as SIGTERM, on which a run saves a
+# checkpoint; the command is then not restarted, and its status is passed on.
 #
-#   --max-restarts=N    5, or MAX_RESTARTS
-#   --pause-secs=S      before the first restart after a crash (10); doubles
-#                       from restart to restart, up to 600
-#   --healthy-secs=S    3600
-#   --pass-preempted    ends with 75 on 75: somebody else starts the job again
-#   --stopped-file=F    written, with the status, when it ends with neither 0
-#                       nor 75 by its own decision; removed at the start
+#   --max-restarts=N    consecutive restarts (MAX_RESTARTS, or 5)
+#   --pause-secs=S      pause before the first restart after a crash (10);
+#                       doubles with every restart, up to 600
+#   --healthy-secs=S    see above (3600)
+#   --pass-preempted    ends with 75 on 75, for schedulers that restart the job
+#   --stopped-file=F    file for the exit status when it gives up, that is,
+#                       without a signal and not with 0 or 75; removed at start
 #   --dry-run           prints the command
 set -euo pipefail
 
@@ -27,8 +27,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 load_env
 
-# A preempted run that lasted less than this is not started again at once: it
-# could be told to go over and over.
+# A preempted run that lasted less than BRIEF_SECS restarts only after a pause:
+# the preemption may repeat.
 readonly BRIEF_SECS=10 LONGEST_PAUSE=600
 
 max_restarts=$MAX_RESTARTS first_pause=10 healthy_secs=3600
@@ -43,15 +43,15 @@ while (($#)); do
     --pass-preempted) pass_preempted=1 ;;
     --stopped-file=*) stopped_file=${1#*=} ;;
     --) shift && break ;;
-    -*) bad_input "unknown option $1; supervise.sh --help lists them" ;;
+    -*) bad_input "unknown option $1; see supervise.sh --help" ;;
     *) break ;;
   esac
   shift
 done
-(($#)) || bad_input "no command to supervise; expected COMMAND ARGS..."
+(($#)) || bad_input "COMMAND: missing; expected COMMAND ARGS..."
 for number in "$max_restarts" "$first_pause" "$healthy_secs"; do
   [[ $number =~ ^[0-9]+$ ]] ||
-    bad_input "'$number' is no whole number (supervise.sh --help)"
+    bad_input "got '$number', expected a whole number (see supervise.sh --help)"
 done
 
 if [[ -n ${DRY_RUN:-} ]]; then
@@ -59,22 +59,22 @@ if [[ -n ${DRY_RUN:-} ]]; then
   exit
 fi
 
-# told: empty, or the child that was told to go, or 'heard' while there is none.
-child="" told=""
-# Bash runs a trap only after the command in front has ended, so everything
-# that lasts runs in the background, and is waited for.
-pass_on() {
-  told=${child:-heard}
+# signaled: empty, the child that got the signal, or 'none' if there was none.
+child="" signaled=""
+# Bash runs a trap only after the foreground command has ended, so long commands
+# run in the background and are awaited.
+forward_signal() {
+  signaled=${child:-none}
   [[ -z $child ]] || kill -s TERM "$child" 2>/dev/null || true
 }
-trap pass_on TERM INT
+trap forward_signal TERM INT
 
 # await: waits for the child, also across signals; sets `status`.
 await() {
-  # `wait` returns early on a signal, while the child goes on.
+  # `wait` returns early on a signal, while the child still runs.
   while kill -0 "$child" 2>/dev/null; do
-    # A signal between a start and `child=$!` found nobody to tell.
-    [[ -z $told || $told == "$child" ]] || pass_on
+    # Forwards a signal that arrived between a start and `child=$!`.
+    [[ -z $signaled || $signaled == "$child" ]] || forward_signal
     wait "$child" || true
   done
   status=0
@@ -82,19 +82,19 @@ await() {
   child=""
 }
 
-# give_up STATUS: ends for good, and leaves a note.
+# give_up STATUS: writes the stopped file and exits.
 give_up() {
   if [[ -n $stopped_file ]]; then
-    # A note that cannot be written must not hide the status.
+    # A failure to write the file must not hide the status.
     mkdir -p "$(dirname "$stopped_file")" || true
     printf '%s\n' "$1" >"$stopped_file" || say "cannot write $stopped_file"
   fi
   exit "$1"
 }
 
-# rest SECONDS: a pause that a signal ends.
+# rest SECONDS: sleeps until the time is over or a signal arrives.
 rest() {
-  [[ -z $told ]] || return 0
+  [[ -z $signaled ]] || return 0
   sleep "$1" &
   child=$!
   local status
@@ -105,7 +105,7 @@ rest() {
 restarts=0 pause=$first_pause status=0
 while :; do
   started=$SECONDS
-  # In the background a command ignores SIGINT, so that Ctrl-C reaches it once.
+  # A background command ignores SIGINT, so it gets only the forwarded signal.
   "$@" &
   child=$!
   await
@@ -114,12 +114,12 @@ while :; do
     0) exit 0 ;;
     "$EXIT_PREEMPTED") [[ -z $pass_preempted ]] || exit "$EXIT_PREEMPTED" ;;
   esac
-  if [[ -n $told ]]; then
-    say "told to stop; the command ended with $status"
+  if [[ -n $signaled ]]; then
+    say "stopped by a signal; the command ended with $status"
     exit "$status"
   fi
   if ((status == EXIT_BAD_INPUT)); then
-    say "bad input (status 65): not started again"
+    say "bad input (status 65): not restarted"
     give_up "$status"
   fi
   if ((lasted >= healthy_secs)); then
@@ -127,14 +127,14 @@ while :; do
   fi
   if ((status == EXIT_PREEMPTED)); then
     if ((lasted >= BRIEF_SECS)); then
-      say "preempted after $lasted s: starting again at once"
+      say "preempted after $lasted s: restarting"
     else
-      say "preempted after $lasted s: starting again in $first_pause s"
+      say "preempted after $lasted s: restarting in $first_pause s"
       rest "$first_pause"
     fi
   else
     if ((restarts >= max_restarts)); then
-      say "status $status, and $restarts restarts did not help: giving up"
+      say "status $status after $restarts restarts: giving up"
       give_up "$status"
     fi
     restarts=$((restarts + 1))
@@ -142,8 +142,8 @@ while :; do
     rest "$pause"
     pause=$((pause * 2 < LONGEST_PAUSE ? pause * 2 : LONGEST_PAUSE))
   fi
-  if [[ -n $told ]]; then
-    say "told to stop between two runs"
+  if [[ -n $signaled ]]; then
+    say "stopped by a signal between two runs"
     exit "$status"
   fi
 done

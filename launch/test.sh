@@ -3,7 +3,7 @@
 #
 #   launch/test.sh                    fast tests (not marked slow), on the CPU
 #   launch/test.sh --all              all tests
-#   launch/test.sh tests/methods -x   arguments go to pytest; paths are
+#   launch/test.sh tests/methods -x   arguments are passed to pytest; paths are
 #                                     relative to the repository root
 #   JAX_PLATFORMS=cuda launch/test.sh
 set -euo pipefail
@@ -13,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install_into_venv test
 
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-# Paths, -k and -m choose their own tests, slow ones included.
+# With paths, -k or -m slow tests are included.
 selection=(-m "not slow")
 if [[ ${1:-} == --all ]]; then
   selection=()
@@ -21,5 +21,6 @@ if [[ ${1:-} == --all ]]; then
 elif [[ " $* " =~ \ (tests|-k|-m) ]]; then
   selection=()
 fi
-# One process per core; the tests of a file stay together and share fixtures.
+# One process per core; the tests of a file run in one process, since they share
+# fixtures.
 exec "$VENV_PYTHON" -m pytest -n auto --dist loadfile "${selection[@]}" "$@"

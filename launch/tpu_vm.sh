@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# A TPU VM or pod slice made directly: all its hosts, from your own machine.
+# Runs on a TPU VM or pod slice that is created directly: controls all its hosts
+# from your own machine.
 #
-#   launch/tpu_vm.sh create            the VM (CAPACITY=spot for Spot)
-#   launch/tpu_vm.sh sync              the committed code and the packages, to
-#                                      all workers; mounts the bucket; a run
-#                                      that is going is told to save and end
+#   launch/tpu_vm.sh create            creates the VM (CAPACITY=spot for Spot)
+#   launch/tpu_vm.sh sync              installs the committed code and packages
+#                                      on all workers and mounts the bucket;
+#                                      stops a run, which saves a checkpoint
 #   launch/tpu_vm.sh run -- --config=configs/cifar10.py [...]
 #                                      starts the run on all workers, as a
-#                                      service: the ssh connection may die
+#                                      service independent of the ssh connection
 #   launch/tpu_vm.sh logs              of worker 0; [--worker=N|all] [--follow]
 #   launch/tpu_vm.sh status            of the VM, and of the run on all workers
-#   launch/tpu_vm.sh stop              SIGTERM to the run: it saves; VM stays
-#   launch/tpu_vm.sh delete [--yes]    the VM; WORKDIR in the bucket stays
+#   launch/tpu_vm.sh stop              stops the run, which saves a checkpoint
+#   launch/tpu_vm.sh delete [--yes]    deletes the VM; keeps the bucket
 #
-#   --dry-run          prints the commands and executes none
-#   --commit=COMMIT    sync: this commit; left out, HEAD, and it refuses where
-#                      there are changes that are not committed
+#   --dry-run          prints the commands, executes none
+#   --commit=COMMIT    sync: this commit; by default HEAD, which fails if there
+#                      are changes that are not committed
 #
 # Settings (environment or launch/env; see env.example): PROJECT, ZONE, NAME;
 # create: ACCELERATOR_TYPE, RUNTIME_VERSION, CAPACITY, CREATE_FLAGS; sync:
-# BUCKET, MOUNT, GCSFUSE_DEB; run: WORKDIR and what else the run needs.
+# BUCKET, MOUNT, GCSFUSE_DEB; run: WORKDIR and the other settings of the run.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -43,11 +44,11 @@ done
 
 create() {
   need ACCELERATOR_TYPE RUNTIME_VERSION
-  ((SLICES == 1)) || bad_input "SLICES=$SLICES; a TPU VM is one slice, and" \
-    "queued_resource.sh makes several"
+  ((SLICES == 1)) || bad_input "SLICES: got $SLICES, expected 1 for a TPU VM;" \
+    "use queued_resource.sh for several"
   capacity_flags
   [[ ${CAPACITY:-} != guaranteed ]] ||
-    bad_input "CAPACITY=guaranteed is for queued_resource.sh"
+    bad_input "CAPACITY: got guaranteed; use queued_resource.sh for it"
   run gcloud compute tpus tpu-vm create "$NAME" "${WHERE[@]}" \
     --accelerator-type="$ACCELERATOR_TYPE" --version="$RUNTIME_VERSION" \
     ${CAPACITY_FLAGS[@]+"${CAPACITY_FLAGS[@]}"} \
@@ -57,7 +58,7 @@ create() {
 sync() {
   local folder node setting words=(CODE=bcm_jax.tar.gz)
   folder=$(mktemp -d)
-  # shellcheck disable=SC2064  # The folder of now.
+  # shellcheck disable=SC2064  # Expands $folder now.
   trap "rm -rf '$folder'" EXIT
   archive "$folder/bcm_jax.tar.gz" "$commit"
   while IFS= read -r node; do

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by test.sh, quickstart.sh and setup_vm.sh: go to the repository root,
-# make .venv there and install bcm_jax from this checkout. Does nothing the
-# second time.
+# Sourced by test.sh, quickstart.sh and setup_vm.sh: changes to the repository
+# root, creates .venv there and installs bcm_jax from this checkout. Skips
+# finished steps.
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -9,7 +9,7 @@ cd "$ROOT" || exit
 
 VENV_PYTHON=.venv/bin/python
 
-# Prints the first Python >= 3.11 that can make virtual environments.
+# Prints the first Python >= 3.11 that can create virtual environments.
 find_python() {
   local candidate without_venv=""
   for candidate in python3 python3.13 python3.12 python3.11; do
@@ -23,29 +23,29 @@ find_python() {
     without_venv=${without_venv:-$candidate}
   done
   if [[ -n $without_venv ]]; then
-    die "$without_venv cannot make virtual environments: ensurepip is" \
-      "missing. On Debian or Ubuntu: sudo apt install python3-venv"
+    die "$without_venv: cannot create virtual environments without ensurepip;" \
+      "on Debian or Ubuntu: sudo apt install python3-venv"
   fi
   die "no Python >= 3.11 found (tried python3, python3.13, python3.12," \
-    "python3.11): install one, or put it on PATH"
+    "python3.11); install one, or add it to PATH"
 }
 
 make_venv() {
   local python
   "$VENV_PYTHON" -c 'import pip' 2>/dev/null && return
-  # --clear: what may be there is half made or has lost its Python.
+  # --clear: an existing .venv is incomplete or its Python has been removed.
   python=$(find_python) || exit
-  say "making .venv with $("$python" --version)"
+  say "creating .venv with $("$python" --version)"
   "$python" -m venv --clear .venv
 }
 
-# What an install depends on: where the checkout is and what it asks for.
+# Inputs of the installation: path of the checkout and its requirements.
 fingerprint() {
   pwd
   cat setup.py pyproject.toml requirements.txt
 }
 
-# install_into_venv [EXTRA]: installs `-e .` or `-e .[EXTRA]` unless done.
+# install_into_venv [EXTRA]: installs `-e .` or `-e .[EXTRA]` if outdated.
 install_into_venv() {
   local extra=${1:-} stamp now
   stamp=.venv/installed${extra:+-$extra}
@@ -54,8 +54,8 @@ install_into_venv() {
   [[ -f $stamp && $(<"$stamp") == "$now" ]] && return
   say "installing bcm_jax${extra:+[$extra]} into .venv (up to 3.6 GB, minutes)"
   "$VENV_PYTHON" -m pip install --quiet -e ".${extra:+[$extra]}" ||
-    die "pip could not install bcm_jax: see its message above"
-  # An install with an extra is a plain one too.
+    die "pip could not install bcm_jax; see its message above"
+  # An installation with an extra includes the plain one.
   printf '%s\n' "$now" >.venv/installed
   printf '%s\n' "$now" >"$stamp"
 }

@@ -7,7 +7,6 @@ time.
 import dataclasses
 
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.generate import batched_sampler
 from tests import gaussian
@@ -24,9 +23,9 @@ class ExactMethod:
   sigma_max: float = 40.0
   sigma_data: float = gaussian.SD
   rho: float = 7.0
-  inverts: bool = True
-  solves: bool = False
-  two_time: bool = True
+  supports_inversion: bool = True
+  is_denoiser: bool = False
+  takes_end_time: bool = True
   tint: float = 0.0
 
   def flow_map(self, params):
@@ -47,7 +46,7 @@ def experiment(
 ) -> build.Experiment:
   """That of configs/digits.py with an exact network in its place."""
   config = resolve.resolve(
-      config_files.read_file("configs/digits.py"),
+      resolve.read_file("configs/digits.py"),
       {"sample.batch_size": "4"} | (overrides or {}),
   )
   return dataclasses.replace(
@@ -56,6 +55,6 @@ def experiment(
   )
 
 
-def runner(built: build.Experiment) -> batched_sampler.Runner:
+def runner(built: build.Experiment) -> batched_sampler.BatchedSampler:
   """Runs its plans, four images at a time."""
-  return batched_sampler.Runner(built, {}, 4)
+  return batched_sampler.BatchedSampler(built, {}, 4)

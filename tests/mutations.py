@@ -46,14 +46,14 @@ MUTATIONS = (
   Mutation(
     "data position dropped on resuming",
     "train.py",
-    "read(window + step))",
-    "read(window + step - calls[0][0]))",
+    "read(data_offset + step))",
+    "read(data_offset + step - calls[0][0]))",
     _NOTICE,
   ),
   Mutation(
     "data window dropped",
     "train.py",
-    "read(window + step))",
+    "read(data_offset + step))",
     "read(step))",
     _ONCE,
   ),
@@ -68,15 +68,15 @@ MUTATIONS = (
   Mutation(
     "key of the step reused",
     "training/train_step.py",
-    "position = state.step + state.window",
+    "position = state.step + state.data_offset",
     "position = 0 * state.step",
     "training/test_train_step.py::test_every_step_draws_anew_and_the_seed_matters",
   ),
   Mutation(
     "averages late by one",
     "training/train_step.py",
-    "averages = _averages(\n          method, options, state, players,",
-    "averages = _averages(\n          method, options, state, state.players,",
+    "averages = _averages(\n          method, options, state, networks,",
+    "averages = _averages(\n          method, options, state, state.networks,",
     "training/test_train_step.py::"
     "test_averages_take_the_updated_parameters_at_their_own_rates",
   ),
@@ -105,14 +105,14 @@ MUTATIONS = (
   Mutation(
     "notice forgotten after a call",
     "training/multihost.py",
-    "self._told |= multi",
-    "self._told = multi",
+    "self._preempted |= multi",
+    "self._preempted = multi",
     "training/test_multihost.py::test_jax_tells_once_and_the_notice_remembers",
   ),
   Mutation(
     "notice at the end ignored",
     "training/multihost.py",
-    "    if self._told:\n      self._go()\n",
+    "    if self._preempted:\n      self._stop()\n",
     "",
     "training/test_multihost.py::test_a_notice_waits_where_it_is_deferred",
   ),
@@ -158,7 +158,7 @@ MUTATIONS = (
   Mutation(
     "digest of the record not checked",
     "checkpoint/checkpoint.py",
-    "if digest != digests.json_digest(record):",
+    "if digest != hashing.json_digest(record):",
     "if False:",
     "checkpoint/test_checkpoint.py",
   ),
@@ -195,8 +195,8 @@ MUTATIONS = (
   Mutation(
     "window kept on rolling back",
     "training/train_state.py",
-    "window=jnp.int32(position - int(good.step))",
-    "window=good.window",
+    "data_offset=jnp.int32(position - int(good.step))",
+    "data_offset=good.data_offset",
     _ONCE,
   ),
   Mutation(
@@ -215,7 +215,7 @@ MUTATIONS = (
   ),
   Mutation(
     "roll-backs counted anew at every checkpoint",
-    "training/rollbacks.py",
+    "training/nonfinite.py",
     "newest <= rollbacks[-1].reached:",
     "newest <= rollbacks[-1].step:",
     _ROLLING + "test_a_run_that_fails_at_the_same_step_for_ever_stops",
@@ -229,14 +229,14 @@ MUTATIONS = (
   ),
   Mutation(
     "last save not waited for",
-    "checkpoint/saver.py",
+    "checkpoint/checkpoint.py",
     "if not (self._settle() and began):",
     "self.known = [*self.known, step]\n      if not began:",
     "checkpoint/test_saver.py",
   ),
   Mutation(
     "failed saves not counted",
-    "checkpoint/saver.py",
+    "checkpoint/checkpoint.py",
     "self.failures += 1",
     "pass",
     "checkpoint/test_saver.py",

@@ -3,7 +3,6 @@
 import contextlib
 from unittest import mock
 
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 
 # Where shipped students look for their teacher.
@@ -24,7 +23,7 @@ def there(student: str):
 
   def of_run(workdir, overrides=None):
     if workdir == WORKDIR:
-      return resolve.resolve(config_files.read_file(file), overrides)
+      return resolve.resolve(resolve.read_file(file), overrides)
     return find(workdir, overrides)
 
   with mock.patch.object(resolve, "of_run", of_run):

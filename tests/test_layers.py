@@ -12,6 +12,8 @@ import re
 
 import pytest
 
+from bcm_jax.config import registry
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "bcm_jax"
 
@@ -19,7 +21,7 @@ PACKAGE = ROOT / "bcm_jax"
 # its own.
 LAYERS = (
     {
-        *("__init__", "main", "arguments", "train", "sample"),
+        *("__init__", "__main__", "main", "train", "sample"),
         *("generate", "evaluation", "editing", "studio", "plots", "export"),
         *("tools", "release", "train_classifier"),
     },
@@ -35,19 +37,26 @@ COMMANDS = {"bcm_jax.interop.convert": "generate"}
 # (importing module, imported module): to be removed.
 EXCEPTIONS = {
     ("bcm_jax.checkpoint.runs", "bcm_jax.config.build"),
-    ("bcm_jax.checkpoint.runs", "bcm_jax.config.resolve"),
-    ("bcm_jax.checkpoint.runs", "bcm_jax.export.model_folder"),
-    ("bcm_jax.utils.provenance", "bcm_jax.config.build"),
-    ("bcm_jax.utils.provenance", "bcm_jax.config.resolve"),
-    ("bcm_jax.generate.teacher_pairs", "bcm_jax.sample"),
 }
 
-# Names of methods that the engine must not know. The files of methods/ add
-# theirs.
-METHOD_NAMES = {
-    *("bcm", "bct", "bidirectional", "trajectory", "ctm", "cm", "cmt"),
-    *("consistency", "ct", "ict", "ect", "ecm", "ibct", "scm", "sct", "scd"),
-    *("dmd", "dmd2", "distribution_matching", "meanflow", "imm", "edm"),
+# Names of methods that the engine must not contain, also of those to come. The
+# registry and the files of methods/ add theirs.
+METHOD_NAMES = set(registry.METHODS) | {
+    *("bct", "bidirectional", "trajectory", "cm", "cmt", "consistency", "ecm"),
+    *("ibct", "scm", "sct", "scd", "distribution_matching", "meanflow", "imm"),
+}
+# Code and data that may name methods.
+METHODS_NAMED_IN = (
+    "bcm_jax.methods.", "bcm_jax.config.registry", "bcm_jax.interop.families.",
+    "bcm_jax.evaluation.published",
+)
+# (module, string) -> what else the string names.
+OTHER_MEANINGS = {
+    ("bcm_jax.config.schema", "edm"): "data.crop, after EDM's data tool",
+    ("bcm_jax.data.resizing", "edm"): "data.crop, after EDM's data tool",
+    ("bcm_jax.diffusion.preconditioning", "edm"): "method.preconditioning",
+    ("bcm_jax.diffusion.preconditioning", "bcm"): "method.preconditioning",
+    ("bcm_jax.diffusion.preconditioning", "ctm"): "method.preconditioning",
 }
 NOT_METHODS = {"__init__", "base"}
 
@@ -159,6 +168,29 @@ def naming_offences(source: str, module: str) -> list[str]:
   ]
 
 
+def special_case_offences(source: str, module: str) -> list[str]:
+  """Strings, comparisons and imports of `module` that single out a method."""
+  if module.startswith(METHODS_NAMED_IN):
+    return []
+  tree, offences = ast.parse(source), []
+  for line, text in texts(tree):
+    named = re.search(r"method\.name=\W*(\w+)", text)
+    for name in (text, named and named[1]):
+      if name in registry.METHODS and (module, name) not in OTHER_MEANINGS:
+        offences.append(f"{module}:{line}: {text!r} names the method {name!r}")
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Compare):
+      for side in (node.left, *node.comparators):
+        if re.search(r"method(\.name|\['name'\]|\.__class__)$|type\(.*method\)",
+                     ast.unparse(side)):
+          offences.append(f"{module}:{node.lineno}: compares a method's name")
+  for line, target in package_imports(source, module):
+    head, _, file = target.rpartition(".")
+    if head == "bcm_jax.methods" and file != "base":
+      offences.append(f"{module}:{line}: imports the method {file!r}")
+  return offences
+
+
 def dotted_uses(tree: ast.Module, module: str) -> Iterator[tuple[int, str]]:
   """Yields imports and attribute chains with import aliases written out."""
   aliases = {}
@@ -219,6 +251,33 @@ def test_packages_have_no_import_cycles():
 
 def test_engine_names_no_method():
   assert not gather(naming_offences, "training", "train.py")
+
+
+def test_no_code_singles_out_a_method():
+  assert not gather(special_case_offences, ".")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'if options["name"] == "bcm":\n  pass',
+        'KINDS = {"dmd2": 1}',
+        "if config.method.name == other:\n  pass",
+        "if config.method['name'] in NAMES:\n  pass",
+        "if type(experiment.method) is X:\n  pass",
+        "raise E(f\"{k}: train one with method.name='edm'\")",
+        "from bcm_jax.methods import ctm",
+    ],
+)
+def test_the_rule_on_special_cases_can_fail(source):
+  assert special_case_offences(source, "bcm_jax.tools.x")
+  assert not special_case_offences(source, "bcm_jax.methods.x")
+
+
+def test_benchmarks_compare_no_method_name():
+  for file in (ROOT / "benchmarks").glob("*.py"):
+    offences = special_case_offences(file.read_text(), "benchmarks")
+    assert not [line for line in offences if "compares" in line]
 
 
 def test_methods_are_pure():

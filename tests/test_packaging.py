@@ -2,6 +2,7 @@
 
 import ast
 import email
+import importlib.metadata
 import pathlib
 import re
 import shutil
@@ -117,6 +118,23 @@ def test_installed_wheel_imports_and_has_its_configs(wheel, tmp_path):
       check=True,
   )
   assert found.stdout.split() == [str(tmp_path / "bcm_jax"), "True"]
+
+
+def test_the_console_script_of_the_wheel_runs(wheel, tmp_path):
+  wheel.extractall(tmp_path)
+  (folder,) = tmp_path.glob("*.dist-info")
+  (script,) = importlib.metadata.Distribution.at(folder).entry_points
+  assert (script.group, script.name) == ("console_scripts", "bcm_jax")
+  # The file that pip writes into bin/.
+  code = f"import sys; from {script.module} import {script.attr}; "
+  found = subprocess.run(
+      [sys.executable, "-c", f"{code} sys.exit({script.attr}())", "--help"],
+      cwd=tmp_path,
+      capture_output=True,
+      text=True,
+      check=True,
+  )
+  assert "train_classifier" in found.stdout
 
 
 @pytest.mark.slow

@@ -14,8 +14,7 @@ from bcm_jax import train
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import config_files
-from bcm_jax.config import resolve as configs
+from bcm_jax.config import resolve
 from bcm_jax.data import image_source
 from bcm_jax.data import pairs as pair_files
 from bcm_jax.evaluation import bits_per_dim
@@ -47,20 +46,20 @@ def unfinished():
     yield
 
 
-def resolve(file, **overrides):
+def resolved(file, **overrides):
   values = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
-  return configs.resolve(config_files.read_file(file), values)
+  return resolve.resolve(resolve.read_file(file), values)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
   folder = tmp_path_factory.mktemp("edm")
-  config = resolve("digits_edm.py", method__label_dropout="0.2",
+  config = resolved("digits_edm.py", method__label_dropout="0.2",
                    sample__num_levels="4")
   train.train_and_evaluate(config, str(folder))
   teacher_pairs.run(
       build.build(
-          configs.of_run(str(folder), {"sample.num_samples": "40"})
+          resolve.of_run(str(folder), {"sample.num_samples": "40"})
       ), str(folder),
   )
   return folder
@@ -76,7 +75,7 @@ def student(file, teacher, **overrides):
     settings |= dict(training__init_from="none", method__gan_features="4")
   if file.endswith(":dmd2"):
     settings["method__gan_features"] = "4"
-  return resolve(file, **(settings | overrides))
+  return resolved(file, **(settings | overrides))
 
 
 def tree(folder, step):
@@ -99,7 +98,7 @@ UPDATES = {
 }
 # At rate 0, so that what it started from is seen.
 STILL = dict(
-    optimizer__learning_rate="0.0", critic__learning_rate="0.0",
+    optimizer__learning_rate="0.0", auxiliary_optimizer__learning_rate="0.0",
     optimizer__weight_decay="0.0",
 )
 
@@ -124,7 +123,7 @@ def test_a_student_trains(teacher, trained, file):
   state, meta = tree(folder, 4)
   assert not state.get("frozen") and list(meta["frozen"]) == ["teacher"]
   assert snapshot(teacher) == before
-  updates = {k: int(p["updates"]) for k, p in state["players"].items()}
+  updates = {k: int(p["num_updates"]) for k, p in state["networks"].items()}
   assert updates == UPDATES[file]
   last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
   numbers = json.loads(last)
@@ -142,7 +141,7 @@ def test_a_student_trains(teacher, trained, file):
 def test_a_student_is_used_without_its_teacher(trained, tmp_path, file):
   config, folder = trained(file)
   gone = {"method.teacher": str(tmp_path / "gone"), "sample.num_samples": "4"}
-  config = configs.resolve(config.to_dict(), gone)
+  config = resolve.resolve(config.to_dict(), gone)
   with pytest.raises(errors.UserError, match="gone holds no run"):
     build.build(config)
   built = build.build(config, to_train=False)
@@ -151,8 +150,8 @@ def test_a_student_is_used_without_its_teacher(trained, tmp_path, file):
   images = [
     batched_sampler.generate(
       e,
-      batched_sampler.Runner(e, params, 4),
-      planning.sampling_plan(e, "onestep"),
+      batched_sampler.BatchedSampler(e, params, 4),
+      planning.plan_of(e, "onestep"),
       np.arange(4),
       np.arange(4),
       seed=0,
@@ -163,7 +162,7 @@ def test_a_student_is_used_without_its_teacher(trained, tmp_path, file):
 
 
 def test_inspection_tells_the_levels_of_a_denoiser():
-  text = inspect_config.report(resolve("digits_edm.py"), None, None)
+  text = inspect_config.report(resolved("digits_edm.py"), None, None)
   levels = text.partition("== levels\n")[2].partition("\n\n==")[0]
   head, *rows = levels.splitlines()
   assert head == "sigma (20000 draws)" and len(rows) == 12
@@ -182,11 +181,11 @@ def test_turns_go_on_where_they_were(trained, tmp_path):
 
 
 def test_students_start_as_their_teacher(teacher, trained):
-  players = tree(trained("digits_dmd.py:dmd2")[1], 4)[0]["players"]
+  networks = tree(trained("digits_dmd.py:dmd2")[1], 4)[0]["networks"]
   expected = tree(teacher, 4)[0]["averages"]["ema_0.5"]
-  toys.assert_close(players["student"]["params"], expected, rtol=1e-6)
+  toys.assert_close(networks["student"]["params"], expected, rtol=1e-6)
   toys.assert_close(
-    players["fake_score"]["params"]["network"], expected, rtol=1e-6
+    networks["fake_score"]["params"]["network"], expected, rtol=1e-6
   )
 
 
@@ -241,10 +240,10 @@ def test_pairs_are_what_the_solver_makes_of_their_noise(teacher):
   assert len(source) == 40 and source.facts["plan"][0].startswith("heun: 7 NFE")
   examples = source.fetch(np.array([3, 17]))
   assert examples["noise"].dtype == np.float16
-  built = build.build(configs.of_run(str(teacher)))
+  built = build.build(resolve.of_run(str(teacher)))
   _, _, params = runs.load_run(built, str(teacher))
-  runner = batched_sampler.Runner(built, params, 8)
-  plan = planning.sampling_plan(built)
+  runner = batched_sampler.BatchedSampler(built, params, 8)
+  plan = planning.plan_of(built)
   out = runner(
     plan, examples["noise"].astype(np.float32) * 40, examples["label"], None
   )
@@ -259,14 +258,14 @@ def test_pairs_are_what_the_solver_makes_of_their_noise(teacher):
 def test_files_that_hold_no_pairs(teacher, tmp_path):
   np.savez(tmp_path / "other.npz", arr_0=np.zeros(3))
   for path in (tmp_path / "none.npz", tmp_path / "other.npz"):
-    with pytest.raises(errors.UserError, match="is no file of pairs"):
+    with pytest.raises(errors.UserError, match="data.pairs: "):
       pair_files.PairSource(str(path), (8, 8, 1), 10)
   with pytest.raises(errors.UserError, match="of the same data"):
     pair_files.PairSource(str(teacher / "pairs.npz"), (16, 16, 1), 10)
 
 
 def test_pairs_need_a_solver_that_adds_no_noise(teacher):
-  built = build.build(configs.of_run(str(teacher), {"sample.s_churn": "10"}))
+  built = build.build(resolve.of_run(str(teacher), {"sample.s_churn": "10"}))
   with pytest.raises(errors.UserError, match="adds no noise"):
     teacher_pairs.run(built, str(teacher))
 
@@ -277,10 +276,10 @@ def test_pairs_need_a_solver_that_adds_no_noise(teacher):
 def images(teacher, **overrides):
   values = {k.replace("__", "."): v for k, v in overrides.items()}
   built = build.build(
-    configs.of_run(str(teacher), {"sample.num_samples": "20"} | values)
+    resolve.of_run(str(teacher), {"sample.num_samples": "20"} | values)
   )
   _, _, params = runs.load_run(built, str(teacher))
-  runner = batched_sampler.Runner(built, params, 32)
+  runner = batched_sampler.BatchedSampler(built, params, 32)
   folder = sample.sample(built, str(teacher / "guided"), runner)
   return np.load(pathlib.Path(folder) / "samples.npz")["arr_0"]
 
@@ -311,47 +310,47 @@ def test_guidance_by_the_network_itself_and_by_a_worse_one(teacher):
 )
 def test_guides_that_cannot(teacher, overrides, said):
   built = build.build(
-    configs.of_run(str(teacher), {"sample.guidance": "2.0"} | overrides)
+    resolve.of_run(str(teacher), {"sample.guidance": "2.0"} | overrides)
   )
   _, _, params = runs.load_run(built, str(teacher))
   with pytest.raises(errors.UserError, match=said):
-    batched_sampler.Runner(built, params, 8)
+    batched_sampler.BatchedSampler(built, params, 8)
 
 
 def test_bits_a_dimension_in_mode_eval(teacher):
   overrides = {"eval.likelihood_images": "8"}
-  built = build.build(configs.of_run(str(teacher), overrides))
+  built = build.build(resolve.of_run(str(teacher), overrides))
   _, _, params = runs.load_run(built, str(teacher))
   numbers = bits_per_dim.measure(built, params)
   assert numbers["images"] == 8 and numbers["nfe"] > 20
   # Grey levels of 17 steps, by a network that learnt nothing in four steps.
   assert 3 < numbers["bits_per_dim"] < 12
   assert "8 test images" in bits_per_dim.summary(numbers)
-  cm = build.build(resolve("digits_ict.py", eval__likelihood_images="8"))
+  cm = build.build(resolved("digits_ict.py", eval__likelihood_images="8"))
   with pytest.raises(errors.UserError, match="holds no denoiser"):
     evaluate.check_outputs(cm)
 
 
 def test_samplers_of_a_denoiser(teacher):
-  built = build.build(configs.of_run(str(teacher)))
+  built = build.build(resolve.of_run(str(teacher)))
   for text, name, nfe in (
     ("heun:5", "heun", 5),
     ("ddim:6", "ddim", 6),
     ("heun", "heun", 7),
   ):
-    plan = planning.sampling_plan(built, text)
+    plan = planning.plan_of(built, text)
     assert (plan.name, plan.nfe, plan.end) == (name, nfe, 0.0)
   with pytest.raises(errors.UserError, match="never 6"):
-    planning.sampling_plan(built, "heun:6")
-  cm = build.build(resolve("digits_ict.py"))
+    planning.plan_of(built, "heun:6")
+  cm = build.build(resolved("digits_ict.py"))
   for sampler in ("heun", "ddim"):
-    with pytest.raises(errors.UserError, match="learnt to jump"):
-      planning.sampling_plan(cm, sampler)
+    with pytest.raises(errors.UserError, match="predicts jumps"):
+      planning.plan_of(cm, sampler)
   with pytest.raises(errors.UserError, match="guides denoisers"):
-    planning.sampling_plan(
-      build.build(resolve("digits_ict.py", sample__guidance="2.0")),
+    planning.plan_of(
+      build.build(resolved("digits_ict.py", sample__guidance="2.0")),
       "onestep",
     )
   assert isinstance(
-    planning.sampling_plan(built, "heun").steps[0], sampling_plan.HeunJump
+    planning.plan_of(built, "heun").steps[0], sampling_plan.HeunJump
   )

@@ -75,7 +75,7 @@ class GaussianFlow(nn.Module):
   two_time: bool = True
 
   @staticmethod
-  def probe(tree):
+  def last_layer(tree):
     """What stands for a convolution near the output."""
     return tree["scale"]
 
@@ -113,9 +113,7 @@ class GaussianDenoiser(nn.Module):
 
 def gaussian_teacher(**options):
   """(Diffusion with the exact denoiser of such images, its parameters)."""
-  method = edm.Diffusion(
-      GaussianDenoiser(), preconditioning.EDM(SIGMA_DATA), **options
-  )
+  method = edm.Diffusion(GaussianDenoiser(), **options)
   return method, {"scale": jnp.zeros(())}
 
 
@@ -129,10 +127,10 @@ class Scale(nn.Module):
     return self.param("w", nn.initializers.constant(self.start), ()) * x
 
 
-def scale_player(start=1.0) -> base.Player:
-  """A player of that one parameter."""
+def scale_network(start=1.0) -> base.TrainableNetwork:
+  """A network of that one parameter."""
   network = Scale(start)
-  return base.Player(
+  return base.TrainableNetwork(
       network, lambda key, x, y: network.init(key, x)["params"]
   )
 
@@ -148,7 +146,7 @@ def context(
     curriculum=None,
     labels=None,
     averages=None,
-    players=None,
+    networks=None,
     seed=0,
     step=0,
     index=None,
@@ -162,7 +160,7 @@ def context(
     return rng.example_keys(seed, stream, step, index)
 
   return base.Context(
-      images, labels, keys, curriculum or {}, players or {}, averages or {},
+      images, labels, keys, curriculum or {}, networks or {}, averages or {},
       index=jnp.asarray(index), frozen=frozen or {}, extra=extra or {},
       shared_key=lambda stream: rng.step_key(seed, stream, step),
   )
@@ -190,7 +188,7 @@ def at_times(cls, t, r, u=None):
 def bidirectional_toy(network=None, **options):
   """BCM on few pixels, with a short curriculum."""
   settings = dict(
-      network=network or MLP(), scalings=preconditioning.Bidirectional(),
+      network=network or MLP(), c_noise=preconditioning.adm_c_noise,
       s0=10, s1=40, curriculum_steps=30,
   )
   return bcm.BidirectionalTraining(**(settings | options))
@@ -200,14 +198,14 @@ def consistency_toy(network=None, **options):
   """CM on few pixels, one-time unless the network says otherwise."""
   settings = dict(
       network=network or MLP(two_time=False),
-      scalings=preconditioning.ConsistencyBoundary(),
+      c_noise=preconditioning.adm_c_noise,
       s0=10, s1=40, curriculum_steps=30,
   )
   return consistency.ConsistencyTraining(**(settings | options))
 
 
 def parameters(method, images, labels=None):
-  """Fresh parameters of a method's only player."""
+  """Fresh parameters of a method's only network."""
   return jax.jit(method.init)(jax.random.key(1), images, labels)
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints with digests, and the work directory of a run."""
+"""Checkpoints with digests, recovery, and the work directory of a run."""

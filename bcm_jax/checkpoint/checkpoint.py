@@ -1,49 +1,59 @@
 """Checkpoints with digests, fallback and quarantine, on top of Orbax.
 
-Orbax commits a step atomically, but it neither notices a flipped byte (the
-step restores with wrong values) nor tries an older step when the newest does
-not read. Here every leaf is saved with a SHA-256 digest, verified on the way
-back; a step that fails is set aside, never deleted, and the next older one is
-taken.
+Orbax commits a step atomically, but it neither detects a flipped byte (the step
+restores with wrong values) nor falls back to an older step if the newest cannot
+be read. Here every leaf is saved with a SHA-256 digest, which is verified on
+reading. A damaged step is moved to quarantine, never deleted, and the next
+older step is read.
 
-Process 0 alone writes, whole arrays: parts of other hosts are gathered leaf by
-leaf, so that a digest is of a leaf and not of a way to cut it. Every process
-reads, and all take the same step.
+Only process 0 writes. It writes unsharded arrays: shards of other hosts are
+gathered leaf by leaf, so that digests do not depend on the sharding. All
+processes read the same step.
 
-A step holds two Orbax items: `state`, nested dicts of arrays that do not
-depend on class names, and `meta`, JSON with the caller's facts and the
-manifest of leaves. `None`, empty dicts and arrays without elements (which
-Orbax refuses) live in the manifest alone.
+A step consists of two Orbax items: `state`, nested dicts of arrays, independent
+of class names, and `meta`, JSON with the metadata of the caller and the
+manifest of leaves. `None`, empty dicts and arrays without elements (which Orbax
+does not support) are only in the manifest.
 
-This is the only file that imports Orbax, which takes seconds.
+Only this module imports Orbax, which takes seconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import logging as std_logging
+import time
 from typing import Any
 
 from absl import logging
 from etils import epath
 from flax import serialization
+from flax import traverse_util
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
+from bcm_jax import errors
 from bcm_jax.checkpoint import digests
-from bcm_jax.errors import UserError
+from bcm_jax.training import fault_injection
 from bcm_jax.training import multihost
+from bcm_jax.utils import hashing
 
 _STATE, _META = "state", "meta"
-# Trouble of the machine, not of the files: these never condemn a checkpoint.
+# Environment failures: the checkpoint itself may be intact.
 _NOT_DAMAGE = (MemoryError, PermissionError)
 _MAX_LISTED = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class _Loaded:
-  """A verified step on the host: `leaves` maps paths to host values."""
+  """A verified step on the host.
+
+  Attributes:
+    step: step number.
+    leaves: path -> host array, None or {}.
+    meta: metadata of the caller.
+  """
 
   step: int
   leaves: dict[digests.Path, Any]
@@ -51,7 +61,7 @@ class _Loaded:
 
 
 class _QuietOrbax(std_logging.Filter):
-  """Drops what Orbax says below ERROR: dozens of lines for every save."""
+  """Removes Orbax's log records below ERROR: dozens of lines per save."""
 
   def filter(self, record: std_logging.LogRecord) -> bool:
     path = record.pathname.replace("\\", "/")
@@ -64,8 +74,8 @@ std_logging.getLogger("absl").addFilter(_QuietOrbax())
 class Checkpoints:
   """The checkpoints of one run, `<directory>/<step>/`.
 
-  Reading never creates or changes anything but what `restore` says of damaged
-  steps, so a directory of another run can be opened safely.
+  Reading does not modify the directory, except that `restore` moves damaged
+  steps; a directory of another run can be opened safely.
   """
 
   def __init__(
@@ -74,12 +84,12 @@ class Checkpoints:
       keep: int | None = 3,
       keep_every: int | None = None,
   ):
-    """Opens a directory; it is made by the first save.
+    """Opens a directory; the first save creates it.
 
     Args:
-      directory: where the steps are, a local or gs:// path.
-      keep: how many of the newest steps stay; None keeps all.
-      keep_every: steps divisible by this one stay for ever.
+      directory: folder of the steps, a local or gs:// path.
+      keep: number of newest steps to keep; None keeps all.
+      keep_every: steps divisible by this number are always kept.
     """
     self._directory = epath.Path(directory).expanduser()
     if "://" not in str(self._directory):
@@ -91,32 +101,32 @@ class Checkpoints:
 
   @property
   def directory(self) -> str:
-    """The absolute path of the folder that holds the steps."""
+    """Absolute path of the folder with the steps."""
     return str(self._directory)
 
   def save(
       self, step: int, state: Any, meta: dict[str, Any], force: bool = False
   ) -> bool:
-    """Saves a state and its facts as one atomic step, in the background.
+    """Saves a state and its metadata as one atomic step, in the background.
 
-    The arrays are copied to the host before this returns, so the caller may
-    donate or overwrite them. Errors of the background write are raised by the
-    next `save`, `wait` or `close`.
+    The arrays are copied to the host before this returns; the caller may donate
+    or overwrite them. Errors of the background write are raised by the next
+    `save`, `wait` or `close`.
 
     Args:
       step: non-negative step number.
-      state: a pytree of containers that Flax can serialise (dicts, lists,
+      state: a pytree of containers that Flax can serialize (dicts, lists,
         named tuples, flax.struct dataclasses) with array leaves.
       meta: JSON values: config, code version, data position, ...
-      force: replace the step if it is there already. The old one is deleted
-        first: a kill in between costs this step, not older ones.
+      force: whether to replace an existing step. The old one is deleted first;
+        a kill before the commit loses this step, but not older ones.
 
     Returns:
-      Whether it was saved: False where the step exists and force is False.
+      False if the step exists and force is False.
 
     Raises:
       TypeError: a leaf is not an array of numbers, or meta is not JSON.
-      UserError: the directory cannot be written.
+      UserError: the directory is not writable.
     """
     step = int(step)
     leaves = {path: digests.to_host(path, leaf)
@@ -129,20 +139,21 @@ class Checkpoints:
       if not force:
         return False
       manager.delete(step)
-    arrays = {p: x for p, x in leaves.items() if digests.is_stored(x)}
-    # Orbax's own force means: also when a later step exists.
+    # Leaves without elements are only in the manifest.
+    arrays = {p: x for p, x in leaves.items() if getattr(x, "size", 0)}
+    # With force Orbax also saves a step older than the newest one.
     return bool(manager.save(step, force=True, args=ocp.args.Composite(**{
-        _STATE: ocp.args.StandardSave(digests.unflatten(arrays)),
+        _STATE: ocp.args.StandardSave(traverse_util.unflatten_dict(arrays)),
         _META: ocp.args.JsonSave(record),
     })))
 
   def all_steps(self) -> list[int]:
-    """Committed steps in rising order; waits for a save under way."""
+    """Returns committed steps in ascending order; waits for a pending save."""
     self.wait()
     if not self._directory.exists():
       return []
-    # Leftovers of a killed save have a suffix on local disks; object stores
-    # cannot rename, there the marker file tells.
+    # On local disks, an uncommitted step has a suffix in its name. Object
+    # stores cannot rename; there a committed step has a marker file.
     marker = "://" in str(self._directory)
     return sorted(
         int(path.name)
@@ -151,67 +162,75 @@ class Checkpoints:
         and (not marker or (path / "commit_success.txt").exists())
     )
 
-  def latest_step(self) -> int | None:
-    """The newest committed step, or None; nothing is verified."""
-    return max(self.all_steps(), default=None)
-
   def restore(
       self, template: Any, step: int | None = None
   ) -> tuple[int, Any, dict[str, Any]]:
-    """Restores the newest good step, or the one asked for.
+    """Restores the newest good step, or a given step.
 
-    A damaged step is logged as one error line and, once a good older one is
-    found, moved to `<directory>/../damaged/<step>-<n>`. Where none is good
-    nothing moves, so that a restarted job is refused again instead of quietly
-    starting from nothing.
+    A damaged step is logged as one error line. If an older step is good, the
+    damaged one is moved to `<directory>/../damaged/<step>-<n>`. If all steps
+    are damaged they stay in place, so that a restarted job fails again instead
+    of silently starting from scratch.
 
     Args:
       template: pytree of arrays or jax.ShapeDtypeStruct: structure, shapes,
         dtypes and shardings of the result. NumPy leaves stay on the host.
-      step: take this step and no other.
+      step: the step to restore; None is the newest good one.
 
     Returns:
       (step, state like template, meta).
 
     Raises:
-      UserError: no checkpoint, none that is good, not the step asked for, or
-        an intact one that does not fit the template.
+      UserError: no checkpoint, no good checkpoint, no checkpoint of this step,
+        or one that does not fit the template.
     """
     loaded, damaged = self._load(step)
-    want = digests.flatten(template)
-    self._check_fits(want, loaded)
+    expected = digests.flatten(template)
+    self._check_fits(expected, loaded)
     for bad, reason in damaged:
       self.set_aside(bad, f"damaged: {reason}", loaded.step)
     leaves = {path: digests.place(leaf, loaded.leaves[path])
-              for path, leaf in want.items()}
-    state = serialization.from_state_dict(template, digests.unflatten(leaves))
+              for path, leaf in expected.items()}
+    state = serialization.from_state_dict(
+        template, traverse_util.unflatten_dict(leaves)
+    )
     return loaded.step, state, loaded.meta
 
   def read_raw(
-      self, step: int | None = None
+    self, step: int | None = None
   ) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """Like `restore` without a template, and never moves a folder.
+    """Reads a step without a template; never moves a damaged step.
+
+    Args:
+      step: the step to read; None is the newest good one.
 
     Returns:
-      (step, nested dicts of NumPy arrays, meta); lists and tuples come as
-      dicts with keys '0', '1', ..., as flax.serialization writes them.
+      (step, nested dicts of NumPy arrays, meta); lists and tuples are dicts
+      with keys '0', '1', ..., as in flax.serialization.
 
     Raises:
-      UserError: as `restore`.
+      UserError: no checkpoint, no good checkpoint, or no checkpoint of this
+        step.
     """
     loaded, damaged = self._load(step)
     for bad, reason in damaged:
-      logging.error("checkpoint step %d in %s is damaged (%s); using step %d",
-                    bad, self.directory, reason, loaded.step)
-    return loaded.step, digests.unflatten(loaded.leaves), loaded.meta
+      logging.error(
+        "checkpoint step %d in %s is damaged (%s); using step %d",
+        bad,
+        self.directory,
+        reason,
+        loaded.step,
+      )
+    return loaded.step, traverse_util.unflatten_dict(loaded.leaves), loaded.meta
 
   def wait(self) -> None:
-    """Blocks until a save under way is committed; raises its error if any."""
+    """Blocks until a pending save is committed; raises its error, if any."""
     if self._manager is not None:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits and frees Orbax's threads; a later save opens them again."""
+    """Waits for a pending save and ends Orbax's threads; `save` restarts them.
+    """
     if self._manager is not None:
       self._manager.close()
       self._manager = None
@@ -225,37 +244,35 @@ class Checkpoints:
   def _writer(self) -> ocp.CheckpointManager:
     if self._manager is None:
       options = ocp.CheckpointManagerOptions(
-          max_to_keep=self._keep,
-          keep_period=self._keep_every,
-          cleanup_tmp_directories=True,
-          create=False,
-          multiprocessing_options=_alone("write"),
+        max_to_keep=self._keep,
+        keep_period=self._keep_every,
+        cleanup_tmp_directories=True,
+        create=False,
+        multiprocessing_options=_single_process("write"),
       )
       try:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
       except OSError as e:
-        raise UserError(
-            f"cannot write checkpoints to {self.directory}: {_one_line(e)}; "
-            "expected a folder that this job may create and write; choose "
-            "another workdir or mend its permissions"
+        raise errors.UserError(
+          f"--workdir: got {self.directory}, which cannot be written "
+          f"({_one_line(e)}), expected a writable folder; choose another one "
+          "or change its permissions"
         ) from e
     return self._manager
 
-  def _load(
-      self, step: int | None
-  ) -> tuple[_Loaded, list[tuple[int, str]]]:
-    """Returns the newest good step and the newer ones with their damage."""
+  def _load(self, step: int | None) -> tuple[_Loaded, list[tuple[int, str]]]:
+    """Returns (newest good step, newer damaged steps with the reasons)."""
     steps = self.common_steps()
     if not steps:
-      raise UserError(
-          f"no checkpoint in {self.directory}; expected at least one saved "
-          "step; train first or give the folder of another run"
+      raise errors.UserError(
+        f"{self.directory}: got no checkpoint, expected at least one saved "
+        "step; train first or pass the folder of another run"
       )
     if step is not None and step not in steps:
-      raise UserError(
-          f"no checkpoint of step {step} in {self.directory}; expected one "
-          f"of the saved steps {_listed(steps)}; choose one of these"
+      raise errors.UserError(
+        f"{self.directory}: got step {step}, expected one of the saved steps "
+        f"{_listed(steps)}; choose one of these"
       )
     damaged = []
     for candidate in [step] if step is not None else reversed(steps):
@@ -266,92 +283,231 @@ class Checkpoints:
         reason = str(e)
       if multihost.all_agree(loaded is not None):
         return loaded, damaged
-      damaged.append((candidate, reason or "damaged as another host sees it"))
+      damaged.append((candidate, reason or "damage reported by another host"))
     raise self._none_good(damaged, step)
 
   def common_steps(self) -> list[int]:
-    """all_steps() as process 0 sees them, when it has written them."""
+    """Returns `all_steps()` of process 0 on all processes."""
     steps = self.all_steps()
     if jax.process_count() == 1:
       return steps
     count = multihost_utils.broadcast_one_to_all(np.int32(len(steps)))
     padded = np.full(int(count), -1, np.int64)
-    mine = steps[: len(padded)]
-    padded[: len(mine)] = mine
+    padded[: min(len(steps), len(padded))] = steps[: len(padded)]
     return [int(s) for s in multihost_utils.broadcast_one_to_all(padded)]
 
   def _check_fits(
-      self, want: dict[digests.Path, Any], loaded: _Loaded
+    self, expected: dict[digests.Path, Any], loaded: _Loaded
   ) -> None:
-    wrong = digests.differences(want, loaded.leaves)
+    wrong = digests.differences(expected, loaded.leaves)
     if wrong:
       more = len(wrong) - _MAX_LISTED
       listed = ", ".join(wrong[:_MAX_LISTED])
-      raise UserError(
-          f"checkpoint step {loaded.step} in {self.directory} does not fit "
-          f"this state: {listed}{f' and {more} more' if more > 0 else ''}; "
-          "expected the same leaves; use the config the run was made with or "
-          "another workdir"
+      raise errors.UserError(
+        f"{self.directory}: got a checkpoint of step {loaded.step} with other "
+        f"leaves ({listed}{f' and {more} more' if more > 0 else ''}), expected "
+        "those of this config; use the config of the run or another --workdir"
       )
 
-  def _none_good(self, damaged, step: int | None) -> UserError:
+  def _none_good(self, damaged, step: int | None) -> errors.UserError:
     for bad, reason in damaged:
-      logging.error("checkpoint step %d in %s is damaged (%s); left in place",
-                    bad, self.directory, reason)
+      logging.error(
+        "checkpoint step %d in %s is damaged (%s); left in place",
+        bad,
+        self.directory,
+        reason,
+      )
     tried = "; ".join(f"step {bad}: {why}" for bad, why in damaged)
     if step is not None:
       others = [s for s in self.all_steps() if s != step]
-      advice = (f"choose another step ({_listed(others)})" if others
-                else "there is no other step; copy it back from a backup")
+      fix = (
+        f"choose another step ({_listed(others)})"
+        if others
+        else "restore it from a backup, since no other step exists"
+      )
     else:
-      advice = ("copy a good one back from a backup, or move the folder away "
-                "to start afresh")
-    return UserError(
-        f"damaged checkpoints in {self.directory} ({tried}); expected one "
-        f"whose digests agree; {advice}"
+      fix = (
+        "restore one from a backup, or move the folder away to start from "
+        "scratch"
+      )
+    return errors.UserError(
+      f"{self.directory}: got damaged checkpoints ({tried}), expected one "
+      f"with matching digests; {fix}"
     )
 
   def set_aside(
-      self, step: int, reason: str, instead: int | None = None
+    self, step: int, reason: str, instead: int | None = None
   ) -> None:
-    """Moves a step to `<directory>/../damaged/`, where nothing reads it."""
-    home = self._directory.parent / "damaged"
+    """Moves a step to the quarantine folder `<directory>/../damaged/`.
+
+    Args:
+      step: the step to move.
+      reason: for the log.
+      instead: step that is used in its place, for the log.
+    """
+    quarantine = self._directory.parent / "damaged"
     number = 0
-    while (home / f"{step}-{number}").exists():
+    while (quarantine / f"{step}-{number}").exists():
       number += 1
-    target = home / f"{step}-{number}"
+    target = quarantine / f"{step}-{number}"
     if jax.process_index() == 0:
-      home.mkdir(parents=True, exist_ok=True)
+      quarantine.mkdir(parents=True, exist_ok=True)
       (self._directory / str(step)).rename(target)
-      then = "" if instead is None else f"; falling back to step {instead}"
-      logging.error("checkpoint step %d is set aside (%s): moved to %s%s",
-                    step, reason, target, then)
+      fallback = "" if instead is None else f"; falling back to step {instead}"
+      logging.error(
+        "checkpoint step %d is set aside (%s): moved to %s%s",
+        step,
+        reason,
+        target,
+        fallback,
+      )
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"set aside {step}")
     if self._manager is not None:
       self._manager.reload()
 
 
+@dataclasses.dataclass
+class CheckpointSaver:
+  """Saves checkpoints; tolerates a bounded number of consecutive failures.
+
+  Attributes:
+    saved: the checkpoints.
+    meta: metadata of every checkpoint, JSON values.
+    max_failures: number of consecutive failures that stops the run.
+    wait_secs: seconds between retries of the last save.
+    sleep: waits for a number of seconds.
+    failures: number of consecutive failures.
+    newest: newest committed step, None without one.
+    known: committed steps in ascending order.
+  """
+
+  saved: Checkpoints
+  meta: Mapping[str, Any]
+  max_failures: int = 3
+  wait_secs: float = 10.0
+  sleep: Callable[[float], Any] = time.sleep
+  failures: int = 0
+  newest: int | None = None
+  known: list[int] = dataclasses.field(default_factory=list)
+
+  def save(self, step: int, state: Any) -> None:
+    """Saves in the background; the next save detects a failure.
+
+    Args:
+      step: step number.
+      state: see `Checkpoints.save`.
+
+    Raises:
+      MachineError: too many consecutive failures.
+    """
+    fault_injection.point("before_save")
+    self._settle()
+    self._attempt(lambda: self._begin(step, state))
+
+  def steps(self) -> list[int]:
+    """Returns the committed steps in ascending order, equal on all hosts."""
+    self._settle()
+    return self.known
+
+  def finish(self, step: int, state: Any) -> None:
+    """Saves at the end of a run; retries until the step is committed.
+
+    Args:
+      step: step number.
+      state: see `Checkpoints.save`.
+
+    Raises:
+      MachineError: too many consecutive failures.
+    """
+    self._settle()
+    while step not in self.known:
+      started = self._attempt(lambda: self._begin(step, state))
+      if not (self._settle() and started):
+        self.sleep(self.wait_secs)
+
+  def _begin(self, step: int, state: Any) -> None:
+    self.saved.save(step, state, dict(self.meta))
+    fault_injection.point("mid_write")
+
+  def _settle(self) -> bool:
+    """Waits for a pending save, then updates `known` and `newest`.
+
+    A new step resets `failures`. Only process 0 observes the commit of a step;
+    it broadcasts the steps after waiting.
+    """
+    if not self._attempt(self.saved.wait):
+      return False
+    self.known, previous = self.saved.common_steps(), self.newest
+    self.newest = max(self.known, default=None)
+    if self.known and (previous is None or self.newest > previous):
+      fault_injection.point("after_commit")
+      self.failures = 0
+    return True
+
+  def _attempt(self, action: Callable[[], Any]) -> bool:
+    """Returns whether an action succeeded on all hosts; counts failures."""
+    problem = None
+    try:
+      action()
+    except TypeError:  # A bug in the state, not a failure of the disk.
+      raise
+    except Exception as e:  # Orbax raises bare Exceptions.
+      problem = e
+    if multihost.all_agree(problem is None):
+      return True
+    self.failures += 1
+    text = " ".join(str(problem or "on another host").split())
+    if len(text) > 300:  # The cause is at the end, after long paths.
+      text = f"{text[:60]} ... {text[-240:]}"
+    logging.error(
+      "a checkpoint could not be written to %s (%s); failure %d of %d",
+      self.saved.directory,
+      text,
+      self.failures,
+      self.max_failures,
+    )
+    if self.failures >= self.max_failures:
+      raise errors.MachineError(
+        f"{self.saved.directory}: got {self.failures} consecutive failures to "
+        f"write a checkpoint ({text}), expected fewer than "
+        f"checkpoint.max_failures={self.max_failures}; free space or repair "
+        f"the disk, then restart from step {self.newest}"
+      ) from problem
+    return False
+
+
 def _read_step(folder: epath.Path, step: int) -> _Loaded:
   """Reads one step into host memory; raises Damage if it does not verify."""
-  record = _attempt("meta", lambda: _read_item(
-      folder / _META, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()))
+  record = _attempt(
+    "meta",
+    lambda: _read_item(
+      folder / _META, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()
+    ),
+  )
   record = dict(record) if isinstance(record, dict) else {}
   digest = record.pop("sha256", None)
-  if digest != digests.json_digest(record):
+  if digest != hashing.json_digest(record):
     raise digests.Damage("meta: digest differs")
   if record["format"] != digests.FORMAT:
-    raise UserError(
-        f"checkpoint {folder} has format {record['format']}; expected "
-        f"{digests.FORMAT}; use the version of the library that wrote it")
+    raise errors.UserError(
+      f"{folder}: got checkpoint format {record['format']}, expected "
+      f"{digests.FORMAT}; use the version of the library that wrote it"
+    )
   if record["step"] != step:
     raise digests.Damage(f"meta: belongs to step {record['step']}")
   tree: dict[str, Any] = {}
-  if any(e["kind"] == "array" and 0 not in e["shape"]
-         for e in record["leaves"]):
-    tree = _attempt("state", lambda: _read_item(
-        folder / _STATE, ocp.StandardCheckpointHandler(),
-        ocp.args.StandardRestore()))
+  if any(
+    e["kind"] == "array" and 0 not in e["shape"] for e in record["leaves"]
+  ):
+    tree = _attempt(
+      "state",
+      lambda: _read_item(
+        folder / _STATE,
+        ocp.StandardCheckpointHandler(),
+        ocp.args.StandardRestore(),
+      ),
+    )
   leaves = {}
   for entry in record["leaves"]:
     path = tuple(entry["path"])
@@ -360,17 +516,19 @@ def _read_step(folder: epath.Path, step: int) -> _Loaded:
 
 
 def _read_item(folder: epath.Path, handler: Any, args: Any) -> Any:
-  alone = _alone("read")
-  with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+  options = _single_process("read")
+  with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
     return reader.restore(folder, args=args)
 
 
-def _alone(what: str) -> ocp.options.MultiprocessingOptions:
-  # Without barriers: a host that fails must not leave others waiting at one.
+def _single_process(what: str) -> ocp.options.MultiprocessingOptions:
+  # Without barriers, since other hosts would wait at one for a failed host.
   index = jax.process_index()
   return ocp.options.MultiprocessingOptions(
-      primary_host=index, active_processes={index},
-      barrier_sync_key_prefix=f"{what}{index}")
+    primary_host=index,
+    active_processes={index},
+    barrier_sync_key_prefix=f"{what}{index}",
+  )
 
 
 def _attempt(what: str, read: Callable[[], Any]) -> Any:

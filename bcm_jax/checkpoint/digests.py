@@ -1,21 +1,21 @@
-"""The leaves of a checkpoint: paths, host copies, digests, comparison.
+"""Leaves of a checkpoint: paths, host copies, digests, comparison.
 
-The manifest is a JSON record that tells path, dtype, shape and SHA-256 of
-every leaf, and its own digest. Nothing here touches a file.
+The manifest is a JSON record with the path, dtype, shape and SHA-256 of every
+leaf and with a digest of the record itself. This module does no file I/O.
 """
 
-from collections.abc import Iterator
 from concurrent import futures
-import hashlib
 import json
 from typing import Any
 
 from flax import serialization
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax.training import multihost
+from bcm_jax.utils import hashing
 
 FORMAT = 1
 
@@ -23,66 +23,58 @@ Path = tuple[str, ...]
 
 
 class Damage(Exception):
-  """A step that cannot be trusted; the message is the reason."""
+  """Damage of a checkpoint; the message is the reason."""
 
 
 def flatten(tree: Any) -> dict[Path, Any]:
-  """Flattens to {path: leaf}; None and {} count as leaves."""
-  return dict(_walk(serialization.to_state_dict(tree), ()))
+  """Flattens a tree to {path: leaf}; None and {} count as leaves.
 
-
-def _walk(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-  if isinstance(node, dict) and (node or not path):
-    for key, child in node.items():
-      yield from _walk(child, (*path, key))
-  elif not path:
-    raise TypeError(f"a state must be a container, got {type(node).__name__}")
-  else:
-    yield path, node
-
-
-def unflatten(leaves: dict[Path, Any]) -> dict[str, Any]:
-  """Turns {path: leaf} to nested dicts, the inverse of `flatten`."""
-  tree: dict[str, Any] = {}
-  for path, leaf in leaves.items():
-    node = tree
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = leaf
-  return tree
+  Raises:
+    TypeError: the tree is a single leaf.
+  """
+  tree = serialization.to_state_dict(tree)
+  if not isinstance(tree, dict):
+    raise TypeError(
+        f"state: got {type(tree).__name__}, expected a container of arrays; "
+        "wrap it in a dict"
+    )
+  flat = traverse_util.flatten_dict(tree, keep_empty_nodes=True)
+  return {
+      path: {} if leaf is traverse_util.empty_node else leaf
+      for path, leaf in flat.items()
+  }
 
 
 def to_host(path: Path, leaf: Any) -> Any:
-  """Returns a C-ordered host copy of the global array; None and {} as is."""
+  """Returns a C-ordered host copy of a global array; None and {} unchanged.
+
+  Raises:
+    TypeError: the leaf is not an array of numbers.
+  """
   if leaf is None or isinstance(leaf, dict):
     return leaf
   if isinstance(leaf, jax.Array):
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       raise TypeError(
-          f"{'/'.join(path)}: typed PRNG keys are not saved; derive keys from "
-          "seed and step")
+          f"{'/'.join(path)}: got a typed PRNG key, expected an array of "
+          "numbers; derive keys from seed and step")
   host = multihost.to_host(leaf)
   if host.dtype.kind in "OUSMm":
-    raise TypeError(f"{'/'.join(path)}: expected an array of numbers, got "
-                    f"{type(leaf).__name__} of dtype {host.dtype}")
+    raise TypeError(
+        f"{'/'.join(path)}: got {type(leaf).__name__} of dtype {host.dtype}, "
+        "expected an array of numbers; remove it from the state"
+    )
   return host
 
 
-def is_stored(leaf: Any) -> bool:
-  """Whether Orbax holds this leaf; the rest lives in the manifest alone."""
-  return isinstance(leaf, np.ndarray) and leaf.size > 0
-
-
 def _digest(array: np.ndarray) -> str:
-  head = f"{array.dtype.name}{list(array.shape)}:".encode()
-  digest = hashlib.sha256(head)
-  # A byte view: hashlib takes no bfloat16 buffer, and tobytes would copy.
-  digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-  return digest.hexdigest()
+  return hashing.arrays_digest(
+      [(f"{array.dtype.name}{list(array.shape)}:", array)]
+  )
 
 
 def _describe(path: Path, leaf: Any) -> dict[str, Any]:
-  """Manifest entry of a leaf."""
+  """Returns the manifest entry of a leaf."""
   if not isinstance(leaf, np.ndarray):
     return {"path": list(path), "kind": "none" if leaf is None else "empty"}
   return {"path": list(path), "kind": "array", "dtype": leaf.dtype.name,
@@ -92,42 +84,48 @@ def _describe(path: Path, leaf: Any) -> dict[str, Any]:
 def make_record(
     step: int, leaves: dict[Path, Any], meta: dict[str, Any]
 ) -> dict[str, Any]:
-  """Returns the JSON record of a step, with its own digest.
+  """Returns the JSON record of a step, including its digest.
+
+  Args:
+    step: step number.
+    leaves: path -> host leaf, see `to_host`.
+    meta: metadata of the caller, JSON values.
 
   Raises:
-    TypeError: meta is not made of JSON values.
+    TypeError: meta has values that are not JSON.
     ValueError: two leaves would share a file name.
   """
   names = {".".join(path) for path in leaves}
   if len(names) < len(leaves):
-    raise ValueError("two leaves have the same dotted name, which Orbax "
-                     "would mix up; rename a key that holds a dot")
+    raise ValueError(
+        "state: got two leaves with the same dotted name, which Orbax cannot "
+        "distinguish, expected unique names; rename a key that contains a dot"
+    )
   with futures.ThreadPoolExecutor() as pool:  # hashlib releases the GIL.
     described = list(pool.map(_describe, leaves.keys(), leaves.values()))
   record = {
       "format": FORMAT, "step": step, "meta": meta, "leaves": described,
   }
   record = json.loads(json.dumps(record))
-  return {**record, "sha256": json_digest(record)}
+  return {**record, "sha256": hashing.json_digest(record)}
 
 
 def tree_digest(tree: Any) -> str:
-  """Twelve hex digits that name all tensors of a tree."""
+  """Returns a digest of all tensors of a tree, twelve hex digits."""
   leaves = {path: to_host(path, leaf) for path, leaf in flatten(tree).items()}
-  return json_digest(make_record(0, leaves, {}))[:12]
-
-
-def json_digest(record: dict[str, Any]) -> str:
-  """SHA-256 of a record, whatever the order of its keys."""
-  text = json.dumps(record, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
+  return hashing.json_digest(make_record(0, leaves, {}))[:12]
 
 
 def verified(entry: dict[str, Any], tree: Any, path: Path) -> Any:
-  """Returns the leaf of a manifest entry from the tree Orbax read.
+  """Returns a verified leaf.
+
+  Args:
+    entry: entry of the manifest.
+    tree: nested dicts of arrays, as Orbax restores them.
+    path: path of the leaf.
 
   Raises:
-    Damage: the leaf is not there or its digest differs.
+    Damage: the leaf is missing or its digest differs.
   """
   if entry["kind"] != "array":
     return None if entry["kind"] == "none" else {}
@@ -145,14 +143,19 @@ def verified(entry: dict[str, Any], tree: Any, path: Path) -> Any:
 
 
 def differences(
-    want: dict[Path, Any], have: dict[Path, Any]
+    expected: dict[Path, Any], leaves: dict[Path, Any]
 ) -> list[str]:
-  """Says leaf by leaf how a checkpoint differs from a template, if at all."""
-  wrong = [f"{'/'.join(p)} is missing" for p in want if p not in have]
-  wrong += [f"{'/'.join(p)} is extra" for p in have if p not in want]
-  for path, leaf in want.items():
-    if path in have and _kind(leaf) != _kind(have[path]):
-      wrong.append(f"{'/'.join(path)} is {_kind(have[path])}, expected "
+  """Returns a description of each leaf that differs from the template.
+
+  Args:
+    expected: path -> leaf of the template.
+    leaves: path -> leaf of the checkpoint.
+  """
+  wrong = [f"{'/'.join(p)} is missing" for p in expected if p not in leaves]
+  wrong += [f"{'/'.join(p)} is extra" for p in leaves if p not in expected]
+  for path, leaf in expected.items():
+    if path in leaves and _kind(leaf) != _kind(leaves[path]):
+      wrong.append(f"{'/'.join(path)} is {_kind(leaves[path])}, expected "
                    f"{_kind(leaf)}")
   return wrong
 
@@ -168,7 +171,7 @@ def _kind(leaf: Any) -> str:
 
 
 def place(template: Any, host: Any) -> Any:
-  """Puts a host array where the template's leaf lives."""
+  """Places a host leaf with the type and sharding of the template's leaf."""
   if not isinstance(host, np.ndarray):
     return host
   if isinstance(template, (bool, int, float)):
@@ -176,7 +179,7 @@ def place(template: Any, host: Any) -> Any:
   if isinstance(template, (np.ndarray, np.generic)):
     return host
   sharding = getattr(template, "sharding", None)
-  # An uncommitted array must stay so: jit compiles anew for a committed one.
+  # An uncommitted array stays uncommitted: jit recompiles for a committed one.
   if sharding is None or not getattr(template, "committed", True):
     return jnp.array(host)
   return jax.make_array_from_callback(

@@ -1,217 +1,225 @@
-"""What a work directory holds: checkpoints, and parameters out of them."""
+"""Work directories: reads parameters and averages from checkpoints."""
 
 from collections.abc import Mapping
 import os
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from bcm_jax import __version__
 from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.config import build
-from bcm_jax.config import resolve
-from bcm_jax.export import model_folder
-from bcm_jax.interop.families import vgg_names
 from bcm_jax.training import phema
 from bcm_jax.training import train_state
 from bcm_jax.utils import files
 
 Params = Any
 _POSTHOC = "posthoc_"
+# File with the weights of a released model.
+RELEASED = "model.safetensors"
 
 
 def checkpoint_dir(workdir: str) -> str:
-  """Where a run keeps its checkpoints."""
+  """Returns the folder of a run's checkpoints."""
   return os.path.join(workdir, "checkpoints")
 
 
 def split_place(place: str, what: str) -> tuple[str, int | None]:
-  """'DIR@STEP' -> (DIR, STEP), 'DIR' -> (DIR, None).
+  """Splits 'DIR@STEP' into (DIR, STEP) and 'DIR' into (DIR, None).
+
+  Args:
+    place: value of a flag or config key.
+    what: the flag or key, for the error.
 
   Raises:
-    UserError: the step is no number; `what` is the flag or key to name.
+    UserError: the step is not a number.
   """
   folder, at, step = place.rpartition("@")
   if not at:
     return place, None
   if not step.isdigit():
     raise errors.UserError(
-        f"{what}={place}: the step after @ must be a number"
+        f"{what}: got {place}, expected DIR@STEP with a number after @; "
+        "correct the step"
     )
   return folder, int(step)
 
 
-def config_of(
-    workdir: str, overrides: Mapping[str, str] | None = None
-) -> ml_collections.ConfigDict:
-  """The config of the run in a work directory, with 'section.key' -> text.
-
-  Raises:
-    UserError: no run there.
-  """
-  config = resolve.of_run(workdir, overrides)
-  if config is None:
-    raise errors.UserError(
-        f"{workdir} holds no run (no config.json); give the work directory of "
-        "one, trained or converted"
-    )
-  return config
+def is_released(folder: str) -> bool:
+  """Returns whether a folder is a released model (export/model_folder.py)."""
+  return os.path.isfile(os.path.join(folder, RELEASED))
 
 
 def write(
     workdir: str,
-    experiment: build.Experiment,
+    config: Mapping[str, Any],
+    network: str,
     params: Params,
     step: int,
-    facts: dict[str, Any],
+    facts: Mapping[str, Any],
 ) -> None:
-  """Makes a work directory of one network, whole or not at all.
+  """Writes a work directory with one network, atomically.
 
-  It can be sampled, evaluated and started from (training.init_from); a run
-  cannot go on in it, since it has no optimiser's state.
+  The result can be sampled, evaluated and used by training.init_from. It cannot
+  be resumed, since it has no optimizer state.
 
   Args:
-    workdir: must not hold anything yet.
-    experiment: that the network belongs to; its config becomes the run's.
-    params: of the sampled player; there are no averages beside them.
-    step: of the checkpoint.
-    facts: JSON values, where the network comes from.
+    workdir: folder to create; must be empty or absent.
+    config: resolved config of the network, as JSON values.
+    network: name of the sampled network.
+    params: parameters of that network; no averages are written.
+    step: step of the checkpoint.
+    facts: JSON values that describe the source of the network.
 
   Raises:
-    UserError: something is there already.
+    UserError: workdir exists and is not empty.
   """
-  config = experiment.config
-  state = {
-      "players": {experiment.method.sampled: {"params": params}},
-      "averages": {},
-  }
-  meta = {"config": resolve.to_json(config), "version": __version__, **facts}
-  with files.new_folder(workdir) as made:
-    resolve.write(config, made)
-    with checkpoint.Checkpoints(checkpoint_dir(made)) as saved:
+  state = {"networks": {network: {"params": params}}, "averages": {}}
+  meta = {"config": config, "version": __version__, **facts}
+  with files.new_folder(workdir) as folder:
+    files.write_json(os.path.join(folder, "config.json"), config)
+    with checkpoint.Checkpoints(checkpoint_dir(folder)) as saved:
       saved.save(step, state, meta)
 
 
 def choose(
-    player: str, state: Any, average: str | None, what: str
+    network: str, state: Any, average: str | None, what: str
 ) -> tuple[str, Params]:
-  """Parameters of a player or one of its averages, out of a state's dict.
+  """Selects parameters of a network, or one of its averages, from a state.
 
   Args:
-    player: name of the sampled player.
-    state: nested dict as a checkpoint holds it.
-    average: name of an average, 'params' for the parameters themselves, None
-      for the first average (the parameters where there is none).
+    network: name of the sampled network.
+    state: nested dicts, as in a checkpoint.
+    average: name of an average; 'params' selects the parameters; None selects
+      the first average, or the parameters of a state without averages.
     what: the config key, for the error.
 
   Returns:
-    (name of the average, or 'params'; parameters).
+    (name of the average or 'params', parameters).
+
+  Raises:
+    UserError: unknown average.
   """
   averages = dict(state["averages"])
   if average is None:
-    names = [n for n in averages if n.startswith(("ema_", "power_"))]
+    names = [n for n in averages if n.startswith(("ema_", "phema_"))]
     average = names[0] if names else "params"
   if average == "params":
-    return average, state["players"][player]["params"]
+    return average, state["networks"][network]["params"]
   if average not in averages:
     raise errors.unknown_name(what, average, [*averages, "params"])
   return average, averages[average]
 
 
 def load_params(workdir: str, average: str | None) -> Params:
-  """Parameters of the newest good checkpoint of another run, on the host.
+  """Loads parameters from the newest good checkpoint of a run, on the host.
+
+  Args:
+    workdir: work directory of the run.
+    average: see `choose`.
 
   Raises:
-    UserError: no run there, or no good checkpoint.
+    UserError: no good checkpoint, or unknown average.
   """
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   _, state, _ = saved.read_raw()
-  # The sampled player of every method with several.
-  player = "student"
-  return choose(player, state, average, "training.init_average")[1]
+  # All methods with several networks name the sampled one 'student'.
+  network = "student"
+  return choose(network, state, average, "training.init_average")[1]
 
 
 def load_frozen(experiment: build.Experiment) -> dict[str, Params]:
-  """Parameters of the networks that a method does not train, on the host.
+  """Loads the parameters of the frozen networks, on the host.
+
+  Args:
+    experiment: experiment that uses the networks.
+
+  Returns:
+    Name -> parameters.
 
   Raises:
-    UserError: no good checkpoint of the teacher.
+    UserError: a run has no good checkpoint.
   """
-  frozen, method = {}, experiment.config.method
-  if experiment.teacher is not None:
-    _, _, frozen["teacher"] = load_run(
-        experiment.teacher, method.teacher, method.teacher_average
-    )
-  if method.get("metric") == "lpips":
-    frozen["lpips"] = vgg_names.load_lpips(*method.lpips_path)
-  encoder = getattr(experiment.method, "gan_encoder", None)
-  if encoder is not None:
-    images, labels = build.example_batch(experiment)
-    # The same mixing at every start, of any seed: it is not saved.
-    params = encoder.init(jax.random.key(0), images, labels)
-    frozen["gan_encoder"] = jax.tree.map(np.asarray, params)
-  return frozen
+  section = experiment.config.method
+  inputs = build.example_batch(experiment)
+
+  def load(name, part):
+    if isinstance(part, build.Experiment):
+      return load_run(part, section[name], section[f"{name}_average"])[2]
+    # A fixed key: random parameters are not saved, and a restart needs the
+    # same ones.
+    params = part.init(jax.random.key(0), *inputs)
+    return jax.tree.map(np.asarray, params)
+
+  return {k: load(k, v) for k, v in experiment.frozen.items()}
 
 
 def load_run(
-    experiment: build.Experiment,
+    experiment: Any,
     workdir: str,
     average: str | None = None,
     step: int | None = None,
 ) -> tuple[int, str, Params]:
-  """(step, name of the average, parameters) of a good checkpoint of a run.
+  """Loads parameters of the sampled network from a checkpoint, on the host.
 
   Args:
-    experiment: of the run.
-    workdir: where it is.
-    average: which of its averages, 'posthoc_0.15' for one of that sigma_rel
-      made of all checkpoints; None is what section sample says.
-    step: of the checkpoint; None is the newest.
+    experiment: build.Experiment of the run.
+    workdir: work directory of the run.
+    average: name of an average; 'posthoc_0.15' computes the power-function EMA
+      of sigma_rel 0.15 from all checkpoints (EDM2, algorithm 3); None is
+      `sample.average`.
+    step: step of the checkpoint; None is the newest good one.
+
+  Returns:
+    (step, name of the average, parameters).
 
   Raises:
-    UserError: no checkpoint, or a folder to give away in place of a run.
+    UserError: no good checkpoint, unknown average, or a released model instead
+      of a run.
   """
-  if model_folder.is_released(workdir):
+  if is_released(workdir):
     raise errors.UserError(
-        f"{workdir} is a network to give away and no run; make one of it by "
-        f"python -m bcm_jax.release.hub unpack {workdir} WORKDIR"
+        f"--workdir: got {workdir}, a released model, expected a run; convert "
+        f"it by bcm_jax hub unpack {workdir} WORKDIR"
     )
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   average = average or experiment.config.sample.average
   step, state, _ = saved.read_raw(step)
+  name = experiment.method.sampled_network
   if average is not None and average.startswith(_POSTHOC):
-    return step, average, _posthoc(
+    params = _posthoc(
         saved, step, average, experiment.config.training.ema_stds
     )
-  return step, *choose(
-      experiment.method.sampled, state, average, "sample.average"
-  )
+  else:
+    average, params = choose(name, state, average, "sample.average")
+  network = experiment.method.networks[name]
+  return step, average, network.without_heads(params)
 
 
 def _posthoc(saved, step: int, average: str, stds) -> Params:
-  """An average of any length, of the power-function averages on disk."""
+  """Computes a power-function EMA of any sigma_rel; see training/phema.py."""
   try:
     std = float(average.removeprefix(_POSTHOC))
   except ValueError as e:
     raise errors.UserError(
-        f"sample.average={average!r} must end in a sigma_rel: posthoc_0.15"
+        f"sample.average: got {average!r}, expected {_POSTHOC} and a number "
+        "(sigma_rel); write for example posthoc_0.15"
     ) from e
   if not stds:
     raise errors.UserError(
-        f"sample.average={average!r} needs power-function averages; train "
-        "with training.ema_stds=0.05,0.1 and checkpoint.keep=none"
+        f"sample.average: got {average!r}, expected a run with power-function "
+        "EMAs; train with training.ema_stds=0.05,0.1 and checkpoint.keep=none"
     )
-  stored = [(at, s) for at in saved.all_steps() if 0 < at <= step for s in stds]
+  stored = [(t, s) for t in saved.all_steps() if 0 < t <= step for s in stds]
   weights = phema.coefficients(
-      [at for at, _ in stored], [s for _, s in stored], step, std
+      [t for t, _ in stored], [s for _, s in stored], step, std
   )
 
   def trees():
-    for at in sorted({at for at, _ in stored}):
-      _, state, _ = saved.read_raw(at)
-      yield from (state["averages"][train_state.power_name(s)] for s in stds)
+    for time in sorted({t for t, _ in stored}):
+      _, state, _ = saved.read_raw(time)
+      yield from (state["averages"][train_state.phema_name(s)] for s in stds)
 
   return phema.reconstruct(trees(), weights)

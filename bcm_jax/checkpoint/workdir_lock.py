@@ -1,8 +1,9 @@
-"""One writer a work directory: a file that its owner keeps touching.
+"""Exclusive work-directory lock with a heartbeat.
 
-Nothing here compares clocks of two machines. A second writer looks whether
-the owner's count of beats goes on; an owner that is known to be dead (same
-machine, no such process) is not waited for.
+The holder of the lock increments a counter in its file. Another job that finds
+the file waits to see whether the counter increases; clocks of two machines are
+not compared. It does not wait if the holder is a dead process of the same
+machine.
 """
 
 from collections.abc import Callable
@@ -21,22 +22,23 @@ from bcm_jax.utils import files
 
 FILE = "lock.json"
 _BEAT_SECS = 15.0
-# Beats that an owner may miss: a slow disk, a busy machine.
+# Heartbeats that a live holder may miss because of a slow disk or machine.
 _PATIENCE = 3
 
 
 def _start_of(pid: int) -> str | None:
-  """When a process started, in ticks since boot; None if there is none."""
+  """Returns the start of a process in ticks since boot; None if it is dead."""
   try:
     stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
   except OSError:
     return None
-  # The name, field 2, may hold spaces; field 22 is the start.
+  # Field 2, the name in parentheses, may contain spaces; field 22 is the start.
   return stat.rpartition(")")[2].split()[19]
 
 
 def _machine() -> str:
-  """This machine as far as process numbers are comparable: boot, namespace."""
+  """Returns an identifier of the boot and PID namespace: PIDs are unique in it.
+  """
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -44,11 +46,13 @@ def _machine() -> str:
     return f"{socket.gethostname()}/{uuid.uuid4()}"
 
 
-class Lock:
-  """The right to write in a folder.
+class WorkdirLock:
+  """Exclusive lock of a folder; a context manager.
 
-  Raises:
-    UserError: on acquiring, another job has it.
+  Args:
+    folder: folder to lock, must exist.
+    beat_secs: interval of the heartbeat in seconds.
+    sleep: waits for a number of seconds; replaced by tests.
   """
 
   def __init__(
@@ -61,7 +65,7 @@ class Lock:
     self._beat_secs = beat_secs
     self._sleep = sleep
     pid = os.getpid()
-    self._me = {
+    self._own = {
         "token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": pid,
         "started": _start_of(pid), "machine": _machine(),
     }
@@ -72,31 +76,38 @@ class Lock:
 
   @property
   def lost(self) -> bool:
-    """Whether another job has taken the folder over, while this one hung."""
+    """Whether another job has taken over the lock, after this one hung."""
     return self._lost
 
   def look(self) -> bool:
-    """Whether the folder is still this job's; looks into the file.
+    """Reads the file; returns whether this job still holds the lock.
 
-    It is not where the file is gone: a job that took over may have finished.
+    A missing file means that another job took over and has finished.
     """
-    owner = self._read()
-    if owner is None or owner and owner.get("token") != self._me["token"]:
+    record = self._read()
+    if record is None or record and record.get("token") != self._own["token"]:
       self._lost = True
     return not self._lost
 
-  def acquire(self) -> "Lock":
-    """Takes the folder, waiting only where the owner may be dead."""
-    owner = self._read()
-    if owner is None:
+  def acquire(self) -> "WorkdirLock":
+    """Acquires the lock; waits only if its holder may be dead.
+
+    Returns:
+      self.
+
+    Raises:
+      UserError: another job holds the lock.
+    """
+    record = self._read()
+    if record is None:
       self._create()
     else:
-      if not self._dead(owner):
-        self._wait_for(owner)
+      if not self._dead(record):
+        self._wait_for(record)
       self._write()
-    found = self._read()
-    if found is None or found.get("token") != self._me["token"]:
-      raise self._refusal(found or {})
+    record = self._read()
+    if record is None or record.get("token") != self._own["token"]:
+      raise self._held_error(record or {})
     self._thread = threading.Thread(
         target=self._beat, name="lock", daemon=True
     )
@@ -104,70 +115,75 @@ class Lock:
     return self
 
   def release(self) -> None:
-    """Gives the folder back; a second call does nothing."""
+    """Removes the lock; a second call does nothing."""
     self._stop.set()
     if self._thread is not None:
       self._thread.join()
       self._thread = None
-      owner = self._read()
-      if owner is not None and owner.get("token") == self._me["token"]:
+      record = self._read()
+      if record is not None and record.get("token") == self._own["token"]:
         os.remove(self._path)
 
-  def __enter__(self) -> "Lock":
+  def __enter__(self) -> "WorkdirLock":
     return self.acquire()
 
   def __exit__(self, *exc_info) -> None:
     self.release()
 
   def _read(self) -> dict[str, Any] | None:
+    """Returns the record in the file; None without a file, {} if unreadable."""
     try:
-      found = json.loads(pathlib.Path(self._path).read_text())
+      record = json.loads(pathlib.Path(self._path).read_text())
     except FileNotFoundError:
       return None
     except (OSError, ValueError):
-      return {}  # Being written on a file system that shows halves.
-    return found if isinstance(found, dict) else {}
+      return {}  # Half written, on a file system without atomic renames.
+    return record if isinstance(record, dict) else {}
 
-  def _dead(self, owner: dict[str, Any]) -> bool:
-    if owner.get("machine") != self._me["machine"]:
+  def _dead(self, holder: dict[str, Any]) -> bool:
+    if holder.get("machine") != self._own["machine"]:
       return False
-    started = _start_of(owner.get("pid", 0))
-    return started is None or started != owner.get("started")
+    started = _start_of(holder.get("pid", 0))
+    return started is None or started != holder.get("started")
 
-  def _wait_for(self, owner: dict[str, Any]) -> None:
-    """Returns when the owner has been silent for long enough."""
+  def _wait_for(self, holder: dict[str, Any]) -> None:
+    """Returns after the holder has missed _PATIENCE heartbeats.
+
+    Raises:
+      UserError: the holder is alive.
+    """
     logging.warning(
-        "%s: process %s on %s holds this work directory; waiting %.0f s for a "
-        "sign of life", self._path, owner.get("pid"), owner.get("host"),
+        "%s: process %s on %s holds this work directory; waiting %.0f s for "
+        "its heartbeat", self._path, holder.get("pid"), holder.get("host"),
         _PATIENCE * self._beat_secs,
     )
     for _ in range(_PATIENCE * 4):
       self._sleep(self._beat_secs / 4)
-      now = self._read()
-      if now is None:
+      record = self._read()
+      if record is None:
         return
-      if now != owner and now:
-        raise self._refusal(now)
-    logging.warning("%s: no sign of life; taking it over", self._path)
+      if record != holder and record:
+        raise self._held_error(record)
+    logging.warning("%s: no heartbeat; taking over the lock", self._path)
 
-  def _refusal(self, owner: dict[str, Any]) -> errors.UserError:
+  def _held_error(self, holder: dict[str, Any]) -> errors.UserError:
     folder = os.path.dirname(self._path)
     return errors.UserError(
-        f"--workdir={folder} is being written by process "
-        f"{owner.get('pid', '?')} on {owner.get('host', '?')}; one run has one "
-        "writer: stop that job, or use another --workdir"
+        f"--workdir: got {folder}, which process {holder.get('pid', '?')} on "
+        f"{holder.get('host', '?')} is writing, expected no other writer; stop "
+        "that job or use another --workdir"
     )
 
   def _create(self) -> None:
-    """Writes the file; of two that find none, one succeeds."""
+    """Creates the file; of two concurrent jobs only one succeeds."""
     try:
       with open(self._path, "x", encoding="utf-8") as out:
-        json.dump(self._me | {"beats": 0}, out)
+        json.dump(self._own | {"beats": 0}, out)
     except FileExistsError as e:
-      raise self._refusal(self._read() or {}) from e
+      raise self._held_error(self._read() or {}) from e
 
   def _write(self) -> None:
-    files.write_json(self._path, self._me | {"beats": self._beats})
+    files.write_json(self._path, self._own | {"beats": self._beats})
 
   def _beat(self) -> None:
     while not self._stop.wait(self._beat_secs):
@@ -176,5 +192,5 @@ class Lock:
       self._beats += 1
       try:
         self._write()
-      except OSError as e:  # A full disk is the checkpoints' business.
-        logging.warning("%s cannot be written: %s", self._path, e.strerror)
+      except OSError as e:  # A full disk is reported by the checkpoint saver.
+        logging.warning("cannot write %s: %s", self._path, e.strerror)

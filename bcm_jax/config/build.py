@@ -1,6 +1,6 @@
-"""A resolved config as objects: method, sources, optimisers."""
+"""Experiment: the objects that a resolved config describes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, Generic, TypeVar
@@ -19,9 +19,8 @@ from bcm_jax.data import augmentation
 from bcm_jax.data import datasets
 from bcm_jax.data import image_source
 from bcm_jax.data import pairs
-from bcm_jax.interop.families import vgg_names
+from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import base
-from bcm_jax.methods import projected
 from bcm_jax.sampling import sampling_plan
 from bcm_jax.training import optim
 from bcm_jax.training import sharding
@@ -32,7 +31,7 @@ T = TypeVar("T")
 
 
 class _Section(Generic[T]):
-  """A section of the config as its dataclass, read when it is asked for."""
+  """Descriptor that returns a section of the config as its dataclass."""
 
   def __init__(self, cls: type[T]):
     self.cls = cls
@@ -48,26 +47,28 @@ class _Section(Generic[T]):
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """Everything that a command works with.
+  """Method, data, optimizers and settings of a resolved config.
 
   Attributes:
     config: resolved config.
-    method: what is learnt.
+    method: the training method with its network.
     image_shape: (H, W, C).
-    num_classes: classes that the network is conditioned on, or None.
-    teacher: the experiment whose network method.teacher names, or None.
+    num_classes: number of classes that the network is conditioned on, or None.
+    frozen: networks that are not trained, by name: the Experiment of a run, or
+      an object whose init(key, images, labels) returns the parameters.
+    data: config section as schema.Data; the other sections likewise.
   """
 
   config: ml_collections.ConfigDict
   method: base.Method
   image_shape: tuple[int, int, int]
   num_classes: int | None
-  teacher: "Experiment | None" = None
+  frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   data = _Section(schema.Data)
   training = _Section(schema.Training)
   optimizer = _Section(optim.Optimizer)
-  critic = _Section(optim.Optimizer)
+  auxiliary_optimizer = _Section(optim.Optimizer)
   parallel = _Section(schema.Parallel)
   checkpoint = _Section(schema.Checkpoint)
   log = _Section(schema.Log)
@@ -77,31 +78,42 @@ class Experiment:
   eval = _Section(schema.Eval)
   search = _Section(schema.Search)
 
+  def frozen_keys(self) -> dict[str, str]:
+    """Returns frozen network -> its key in config section method."""
+    declared = registry.METHODS[self.config.method.name].cls.frozen
+    return {name: part.paths(name)[0] for name, part in declared.items()}
+
   @property
-  def levels(self) -> sampling_plan.Range:
-    """Noise levels that the network is trained on."""
-    return sampling_plan.Range(self.method.sigma_min, self.method.sigma_max)
+  def levels(self) -> sampling_plan.NoiseRange:
+    """Range of noise levels [sigma_min, sigma_max] of the method."""
+    return sampling_plan.NoiseRange(
+        self.method.sigma_min, self.method.sigma_max
+    )
 
   def source(self, split: str) -> image_source.Source:
-    """The images of a split, 'train' or 'test'."""
+    """Opens the images of a split, 'train' or 'test'.
+
+    Raises:
+      UserError: the data set has no such split, or it cannot be read.
+    """
     return _data_set(self.config).open(split, self.config.data.data_dir)
 
   def training_source(self) -> image_source.Source:
-    """What training reads: the train split, or data.pairs in its place."""
+    """Opens the training images: data.pairs if set, else the train split."""
     data = self.config.data
     if data.pairs is None:
       return self.source("train")
     return pairs.PairSource(data.pairs, self.image_shape, self.num_classes)
 
   def has_split(self, split: str) -> bool:
-    """Whether the data set has a split; nothing is read."""
+    """Returns whether the data set declares a split; reads no images."""
     return split in _data_set(self.config).splits
 
-  def source_if_there(self, split: str) -> image_source.Source | None:
-    """The images of a split; None, and a line why, where they are not at hand.
+  def source_if_available(self, split: str) -> image_source.Source | None:
+    """Opens the images of a split; prints the reason if it returns None.
 
     Raises:
-      UserError: data.path is set, and cannot be read.
+      UserError: data.path is set and cannot be read.
     """
     if not self.has_split(split):
       return None
@@ -114,19 +126,24 @@ class Experiment:
       return None
 
   def optimizers(self) -> dict[str, optax.GradientTransformation]:
-    """An optimiser for every player, of section critic for all but one."""
+    """Returns network -> optimizer.
+
+    The sampled network uses config section optimizer, the other networks
+    auxiliary_optimizer.
+    """
     return {
         name: (
-            self.optimizer if name == self.method.sampled else self.critic
+            self.optimizer if name == self.method.sampled_network
+            else self.auxiliary_optimizer
         ).build()
-        for name in self.method.players
+        for name in self.method.networks
     }
 
   def backend(self) -> sharding.Backend:
-    """The devices that train: jit over a mesh, or pmap.
+    """Returns the backend of training: jit over all devices, or pmap.
 
     Raises:
-      UserError: parallel.sharding asks for what the backend cannot do.
+      UserError: parallel.sharding is invalid, or shards the state under pmap.
     """
     settings = self.parallel
     rules = sharding.parse_rules(settings.sharding)
@@ -134,13 +151,14 @@ class Experiment:
       return self.mesh_backend(jax.devices())
     if any(rule.spec != "replicate" for rule in rules):
       raise errors.UserError(
-          f"parallel.sharding={settings.sharding} needs parallel.backend='jit';"
-          " under pmap every device holds the whole state"
+        f"parallel.sharding: got {settings.sharding} with "
+        "parallel.backend='pmap', expected a replicated state; set "
+        "parallel.backend='jit'"
       )
     return sharding.Pmap(tuple(jax.local_devices()))
 
   def mesh_backend(self, devices: Sequence[jax.Device]) -> sharding.Jit:
-    """Devices under jit, also of machines that are not there."""
+    """Returns the jit backend over devices; for a TPU topology, too."""
     settings = self.parallel
     rules = sharding.parse_rules(settings.sharding)
     mesh = sharding.make_mesh(devices, settings.fsdp)
@@ -152,11 +170,12 @@ class Experiment:
       )
       > 1
     )
-    whole = all(rule.spec == "replicate" for rule in rules)
-    return sharding.Jit(mesh, rules, several and whole and len(devices) > 1)
+    replicated = all(rule.spec == "replicate" for rule in rules)
+    local = several and replicated and len(devices) > 1
+    return sharding.Jit(mesh, rules, local)
 
   def step_options(self, backend: sharding.Backend) -> train_step.StepOptions:
-    """Options of the training step on these devices."""
+    """Returns the options of the training step for a backend."""
     training = self.training
     p = self.config.data.augment
     return train_step.StepOptions(
@@ -177,27 +196,28 @@ class Experiment:
 def build(
   config: ml_collections.ConfigDict, to_train: bool = True
 ) -> Experiment:
-  """Makes an experiment and checks that its parts fit together.
+  """Builds an experiment and validates constraints across config sections.
 
   Args:
-    config: resolved.
-    to_train: False where networks are only used, as by samplers: those that
-      training alone needs (a teacher, a discriminator's encoder) are left
-      out, and may be gone.
+    config: resolved config.
+    to_train: False skips the frozen networks, which only training needs;
+      their files need not exist.
 
   Raises:
-    UserError: for a config whose parts contradict one another.
+    UserError: sections of the config are incompatible.
   """
-  teacher = _teacher(config) if to_train else None
-  method = _method(config, teacher, to_train)
+  frozen = _frozen(config) if to_train else {}
+  method = _method(config, frozen)
   data = _data_set(config)
   config = _described(config, data)
   validate.model(config, data)
   validate.method(config)
-  if to_train:
-    validate.teacher(config, data, teacher)
+  declared = registry.METHODS[config.method.name].cls.frozen
+  for name, part in declared.items():
+    if to_train and isinstance(part, base.FrozenRun):
+      validate.frozen_run(config, data, name, part, frozen.get(name))
   return Experiment(
-    config, method, data.image_shape, config.model.num_classes, teacher
+      config, method, data.image_shape, config.model.num_classes, frozen
   )
 
 
@@ -217,7 +237,7 @@ def _data_set(config: ml_collections.ConfigDict) -> datasets.DataSet:
 
 
 def _described(config, data: datasets.DataSet) -> ml_collections.ConfigDict:
-  """The config with what files under data.path turned out to hold."""
+  """Returns the config with the image shape and classes found in data.path."""
   if config.data.path is None:
     return config
   overrides = {
@@ -227,45 +247,59 @@ def _described(config, data: datasets.DataSet) -> ml_collections.ConfigDict:
   return resolve.resolve(config.to_dict(), overrides)
 
 
-def _teacher(config: ml_collections.ConfigDict) -> Experiment | None:
-  """The experiment of the run that method.teacher names."""
-  workdir = config.method.get("teacher")
+def _frozen(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the frozen networks that the config names, see Experiment."""
+  section, frozen = config.method, {}
+  for name, declared in registry.METHODS[section.name].cls.frozen.items():
+    if isinstance(declared, base.FrozenNetwork):
+      part = declared.build(section)
+    else:
+      part = _run(f"method.{name}", section[name])
+    if part is not None:
+      frozen[name] = part
+  return frozen
+
+
+def _run(key: str, workdir: str | None) -> Experiment | None:
+  """Returns the experiment of the run that a config key names."""
   if workdir is None:
     return None
-  found = resolve.of_run(workdir)
-  if found is None:
+  config = resolve.of_run(workdir)
+  if config is None:
     raise errors.UserError(
-      f"method.teacher={workdir} holds no run (no config.json); train one "
-      "with method.name='edm', or convert published weights"
+        f"{key}: got {workdir}, which has no config.json, expected the work "
+        "directory of a run; train one or convert published weights"
     )
-  return build(found, to_train=False)
+  return build(config, to_train=False)
 
 
 def _method(
-  config: ml_collections.ConfigDict,
-  teacher: Experiment | None,
-  to_train: bool,
+    config: ml_collections.ConfigDict, frozen: Mapping[str, Any]
 ) -> base.Method:
-  model = config.model.to_dict()
-  module, noise, _ = registry.MODELS[model.pop("name")]
-  numbers = config.method.to_dict()
-  cls = registry.METHODS[numbers.pop("name")].cls
-  scalings = registry.PRECONDITIONINGS[numbers.pop("preconditioning")](numbers)
-  if "teacher" in numbers:
-    del numbers["teacher"], numbers["teacher_average"]
-    numbers["teacher"] = None if teacher is None else teacher.method
-  if "gan_encoder" in numbers:
-    name, path = numbers["gan_encoder"], numbers.pop("gan_encoder_path")
-    numbers["gan_encoder"] = (
-      projected.by_name(name, tuple(path))
-      if to_train and name != "teacher"
-      else None
+  """Returns the method, with the options that are fields of its class."""
+  options, section = config.model.to_dict(), config.method.to_dict()
+  model = registry.MODELS[options.pop("name")]
+  cls = registry.METHODS[section["name"]].cls
+  fields = {f.name for f in dataclasses.fields(cls)}
+  objects = {
+      name: part.method if isinstance(part, Experiment) else part
+      for name, part in frozen.items()
+  } | {"network": model.cls(**options)}
+  for name in cls.frozen:
+    objects.setdefault(name, None)
+  if "c_noise" in fields and model.c_noise_scale != 1:
+    objects["c_noise"] = preconditioning.Scaled(
+        cls.c_noise, model.c_noise_scale
     )
-  return cls(network=module(**model), scalings=scalings, noise=noise, **numbers)
+  values = section | objects
+  return cls(**{k: v for k, v in values.items() if k in fields})
 
 
 def example_batch(experiment: Experiment) -> tuple[Any, Any]:
-  """A batch of zeros to initialise networks with: images, labels or None."""
+  """Returns zeros to initialize networks: (images [1, H, W, C], labels [1]).
+
+  Labels are None for an unconditional network.
+  """
   images = np.zeros((1, *experiment.image_shape), np.float32)
   labels = None
   if experiment.num_classes is not None:
@@ -276,7 +310,10 @@ def example_batch(experiment: Experiment) -> tuple[Any, Any]:
 def network_inputs(
   experiment: Experiment, batch: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """What of a batch the step takes: no example ids, labels if conditional."""
+  """Returns the fields of a batch that the training step takes.
+
+  Removes example ids and, for an unconditional network, labels.
+  """
   unused = ["example"]
   if experiment.num_classes is None:
     unused.append("label")
@@ -284,32 +321,33 @@ def network_inputs(
 
 
 def frozen_shapes(experiment: Experiment) -> dict[str, Any]:
-  """Shapes of the networks that are not trained; reads no weights."""
-  frozen, images_and_labels = {}, example_batch(experiment)
-  if experiment.teacher is not None:
-    method = experiment.teacher.method
-    frozen["teacher"] = method.players[method.sampled].init
-  if experiment.config.method.get("metric") == "lpips":
-    frozen["lpips"] = lambda *_: vgg_names.load_lpips(
-      *experiment.config.method.lpips_path
-    )
-  encoder = getattr(experiment.method, "gan_encoder", None)
-  if encoder is not None:
-    frozen["gan_encoder"] = encoder.init
+  """Returns the parameter shapes of the frozen networks; reads no files."""
+  inputs = example_batch(experiment)
+
+  def init(part, key):
+    if not isinstance(part, Experiment):
+      return part.init(key, *inputs)
+    network = part.method.networks[part.method.sampled_network]
+    return network.without_heads(network.init(key, *inputs))
+
   key = jax.random.key(0)
   return {
-    name: jax.eval_shape(functools.partial(init, key, *images_and_labels))
-    for name, init in frozen.items()
+      name: jax.eval_shape(functools.partial(init, part), key)
+      for name, part in experiment.frozen.items()
   }
 
 
 def create_state(
   experiment: Experiment, start_from: Any = None
 ) -> train_state.TrainState:
-  """The state before the first step; pure, so it can be jitted.
+  """Creates the state before the first step; a pure function, can be jitted.
 
   Args:
-    start_from: player -> parameters of another run, or None.
+    experiment: method, optimizers and settings.
+    start_from: network -> parameters to start from, or None.
+
+  Raises:
+    ValueError: parameters in start_from do not fit the network.
   """
   training = experiment.training
   images, labels = example_batch(experiment)

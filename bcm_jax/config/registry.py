@@ -1,12 +1,10 @@
-"""What a name in a config stands for: networks, methods, preconditionings."""
+"""Registries: config name -> network or method."""
 
-from collections.abc import Callable, Mapping
-import types
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-
 from bcm_jax.diffusion import preconditioning
+from bcm_jax.methods import base
 from bcm_jax.methods import bcm
 from bcm_jax.methods import cd
 from bcm_jax.methods import consistency
@@ -17,78 +15,70 @@ from bcm_jax.models import adm
 from bcm_jax.models import edm2
 from bcm_jax.models import song
 
-_NOTHING: Mapping[str, Any] = types.MappingProxyType({})
-
 
 class Model(NamedTuple):
-  """A network by name.
+  """Registry entry of a network.
 
   Attributes:
     cls: Linen module.
-    noise: conditioning value of a noise level that it expects.
-    preset: its options that differ from the class's defaults.
+    preset: options that differ from the defaults of cls.
+    c_noise_scale: factor on the method's c_noise, to match the scale that the
+      network's noise embedding expects.
   """
 
   cls: type
-  noise: Callable[[jax.Array], jax.Array]
-  preset: Mapping[str, Any] = _NOTHING
+  preset: Mapping[str, Any] = base.NOTHING
+  c_noise_scale: float = 1.0
 
 
 class Method(NamedTuple):
-  """A method by name.
+  """Registry entry of a method.
 
   Attributes:
-    cls: its class.
-    preset: its options that differ from the class's defaults.
-    preconditioning: the usual one.
-    critic: whether it trains other networks beside the one that is sampled;
-      section critic is their optimiser.
+    cls: class of the method.
+    preset: options, title and paper that differ from those of cls.
   """
 
-  cls: type
-  preset: Mapping[str, Any] = _NOTHING
-  preconditioning: str = "cm"
-  critic: bool = False
+  cls: type[base.Method]
+  preset: base.Preset = base.Preset()
+
+  @property
+  def title(self) -> str:
+    """Noun phrase for the trained network."""
+    return self.preset.title or self.cls.title
+
+  @property
+  def paper(self) -> str:
+    """Authors and year of the publication."""
+    return self.preset.paper or self.cls.paper
 
 
 MODELS = {
-    "adm": Model(adm.ADM, preconditioning.adm_noise),
-    "dhariwal": Model(adm.ADM, preconditioning.edm_noise, adm.DHARIWAL),
-    "ddpmpp": Model(song.SongUNet, preconditioning.edm_noise),
-    "ncsnpp": Model(song.SongUNet, preconditioning.edm_noise, song.NCSNPP),
-    "edm2": Model(edm2.EDM2, preconditioning.edm_noise),
+    "adm": Model(adm.ADM, c_noise_scale=preconditioning.ADM_SCALE),
+    "dhariwal": Model(adm.ADM, adm.DHARIWAL),
+    "ddpmpp": Model(song.SongUNet),
+    "ncsnpp": Model(song.SongUNet, song.NCSNPP),
+    "edm2": Model(edm2.EDM2),
 }
 
 METHODS = {
-    name: Method(consistency.ConsistencyTraining, preset)
-    for name, preset in consistency.PRESETS.items()
-} | {
-    "bcm": Method(bcm.BidirectionalTraining, preconditioning="bcm"),
-    "edm": Method(edm.Diffusion, preconditioning="edm"),
-    "ctm": Method(
-        ctm.TrajectoryDistillation, preconditioning="ctm", critic=True
-    ),
-    "dmd": Method(
-        dmd.DistributionMatching, dmd.DMD,
-        "edm", critic=True,
-    ),
-    "dmd2": Method(
-        dmd.DistributionMatching, dmd.DMD2,
-        "edm", critic=True,
-    ),
-    "cd": Method(cd.ConsistencyDistillation, cd.PRESET),
+    "ct": Method(consistency.ConsistencyTraining, consistency.CT),
+    "ict": Method(consistency.ConsistencyTraining, consistency.ICT),
+    "ect": Method(consistency.ConsistencyTraining, consistency.ECT),
+    "bcm": Method(bcm.BidirectionalTraining),
+    "edm": Method(edm.Diffusion),
+    "cd": Method(cd.ConsistencyDistillation, cd.CD),
+    "ctm": Method(ctm.TrajectoryDistillation),
+    "dmd": Method(dmd.DistributionMatching, dmd.DMD),
+    "dmd2": Method(dmd.DistributionMatching, dmd.DMD2),
 }
 
-# Methods that are nothing without method.teacher.
-NEED_TEACHER = ("cd", "dmd", "dmd2")
 
-PRECONDITIONINGS = {
-    "edm": lambda m: preconditioning.EDM(m["sigma_data"]),
-    "cm": lambda m: preconditioning.ConsistencyBoundary(
-        m["sigma_data"], m["sigma_min"]
-    ),
-    "bcm": lambda m: preconditioning.Bidirectional(m["sigma_data"]),
-    "ctm": lambda m: preconditioning.Trajectory(
-        preconditioning.EDM(m["sigma_data"])
-    ),
-}
+def methods_with(declaration: str) -> str:
+  """Returns "method.name='a' or 'b'" for the methods with a property.
+
+  Args:
+    declaration: boolean class attribute of base.Method.
+  """
+  names = [k for k, v in METHODS.items() if getattr(v.cls, declaration)]
+  return f"method.name={' or '.join(map(repr, names))}"

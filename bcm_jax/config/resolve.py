@@ -1,15 +1,15 @@
-"""From strings to values; what names stand for is in names.py.
+"""Resolves config files and command-line overrides to a complete config.
 
-A config file is `get_config()` returning a ConfigDict. It is resolved against
-the classes that it names: unknown keys and names are errors that say the
-nearest known one, values are checked by type, defaults are filled in. What
-comes out is complete, and is written to the run's config.json.
+A config file defines `get_config()`, which returns a ConfigDict. It is resolved
+against the classes that it names (config/registry.py): unknown keys and names
+are errors that suggest the nearest match, values are checked by type, and
+defaults are added. The complete result is written to config.json of the run.
 """
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
-import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -17,14 +17,15 @@ import types
 import typing
 from typing import Any
 
+from flax import traverse_util
 import ml_collections
 
 from bcm_jax import errors
-from bcm_jax.config import config_files
 from bcm_jax.config import registry
 from bcm_jax.config import schema
 from bcm_jax.training import optim
 from bcm_jax.utils import files
+from bcm_jax.utils import hashing
 
 SECTIONS = {
     "data": schema.Data,
@@ -39,16 +40,83 @@ SECTIONS = {
     "eval": schema.Eval,
     "search": schema.Search,
 }
-# Keys that span the run unless a config says otherwise.
+# Keys whose default is training.num_steps.
 _SPANS = (("method", "curriculum_steps"), ("optimizer", "schedule_steps"))
-# What may differ between a run and the config that resumes it.
+# Sections and keys that may change when a run resumes.
 _FREE = (
     "parallel", "checkpoint", "log", "sample", "invert", "edit", "eval",
     "search", "training.max_consecutive_nonfinite", "training.max_rollbacks",
     "training.watchdog_timeout_secs", "data.path", "data.data_dir",
-    "data.threads", "data.pairs", "method.teacher", "method.lpips_path",
-    "method.gan_encoder_path",
+    "data.threads", "data.pairs",
 )
+
+
+# Files ---------------------------------------------------------------------
+
+
+def shipped_configs() -> list[pathlib.Path]:
+  """Returns the config files of the package, installed or in a checkout."""
+  package = pathlib.Path(__file__).resolve().parents[1]
+  for folder in (package / "configs", package.parent / "configs"):
+    paths = sorted(p for p in folder.glob("*.py") if p.name[0] != "_")
+    if paths:
+      return paths
+  return []
+
+
+def find_file(path: str) -> pathlib.Path:
+  """Returns the path of a config file.
+
+  Args:
+    path: path of a file, or name of a shipped config.
+
+  Raises:
+    UserError: neither exists.
+  """
+  file = pathlib.Path(path)
+  if file.is_file():
+    return file
+  shipped = {p.name: p for p in shipped_configs()}
+  if file.name in shipped and file.parent.name in ("", "configs"):
+    return shipped[file.name]
+  raise errors.UserError(
+      f"--config: got {path!r}, expected a file or one of "
+      f"{', '.join(shipped)}; correct the path"
+      f"{errors.nearest(file.name, shipped)}"
+  )
+
+
+def run_file(file: pathlib.Path) -> types.ModuleType:
+  """Imports a config file.
+
+  Raises:
+    UserError: the module has no `get_config`.
+  """
+  spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise errors.UserError(
+        f"{file}: got no get_config(), expected a config file; define it"
+    )
+  return module
+
+
+def read_file(path: str) -> ml_collections.ConfigDict:
+  """Returns get_config() of a file, or get_config(arg) for 'file.py:arg'.
+
+  Raises:
+    UserError: no such file, or arg is not in its VARIANTS.
+  """
+  name, _, arg = path.partition(":")
+  file = find_file(name)
+  module = run_file(file)
+  if not arg:
+    return module.get_config()
+  variants = getattr(module, "VARIANTS", None)
+  if variants is not None and arg not in variants:
+    raise errors.unknown_name(f"variant of {file.name}", arg, variants)
+  return module.get_config(arg)
 
 
 # Resolving -----------------------------------------------------------------
@@ -57,10 +125,10 @@ _FREE = (
 def resolve(
   raw: Mapping[str, Any], overrides: Mapping[str, str] | None = None
 ) -> ml_collections.ConfigDict:
-  """Completes and checks a config.
+  """Completes a config with defaults and checks keys and types.
 
   Args:
-    raw: ConfigDict of a file, or the dict of a config.json.
+    raw: ConfigDict of a config file, or the dict of a config.json.
     overrides: 'section.key' -> text, as on the command line.
 
   Returns:
@@ -71,110 +139,99 @@ def resolve(
   """
   if isinstance(raw, ml_collections.ConfigDict):
     raw = raw.to_dict()
-  given = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
+  partial = {
+      k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()
+  }
   for path, text in (overrides or {}).items():
-    _set(given, path, text)
-  known = ["seed", "model", "method", "critic", *SECTIONS]
-  for section in given:
-    if section not in known:
-      raise errors.unknown_name("config section", section, known)
-  full: dict[str, Any] = {"seed": _convert(given.get("seed", 0), int, "seed")}
-  full["training"] = _fill("training", given, schema.Training)
-  name, method = _look_up("method", given, registry.METHODS)
-  given["method"] = {**method.preset, **given["method"]}
+    _set(partial, path, text)
+  sections = ["seed", "model", "method", "auxiliary_optimizer", *SECTIONS]
+  for section in partial:
+    if section not in sections:
+      raise errors.unknown_name("config section", section, sections)
+  full: dict[str, Any] = {"seed": _convert(partial.get("seed", 0), int, "seed")}
+  full["training"] = _fill("training", partial, schema.Training)
+  name, method = _look_up("method", partial, registry.METHODS)
+  partial["method"] = {**method.preset.options, **partial["method"]}
   classes = SECTIONS | {"method": method.cls}
   for section, key in _SPANS:
     if key in _keys(classes[section]):
-      spans = given.setdefault(section, {})
+      spans = partial.setdefault(section, {})
       spans.setdefault(key, full["training"]["num_steps"])
   for section, cls in SECTIONS.items():
-    full[section] = _fill(section, given, cls)
-  if "critic" in given and not method.critic:
+    full[section] = _fill(section, partial, cls)
+  if "auxiliary_optimizer" in partial and not method.cls.auxiliary_networks:
     raise errors.UserError(
-      "config.critic is the optimiser of a method's other networks, and "
-      f"method.name={name!r} has none; leave it out"
+        "config.auxiliary_optimizer: got a section, expected it only for "
+        "methods with a second trained network, unlike "
+        f"method.name={name!r}; remove it"
     )
-  if method.critic:  # What it leaves out is as for the sampled player.
-    own = given.get("critic", {})
-    given["critic"] = {**full["optimizer"], **own}
-    full["critic"] = _fill("critic", given, optim.Optimizer)
-  model_name, model = _look_up("model", given, registry.MODELS)
-  given["model"] = {**model.preset, **given["model"]}
-  full["model"] = {"name": model_name} | _fill("model", given, model.cls)
+  if method.cls.auxiliary_networks:
+    # Its defaults are the values of section optimizer.
+    section = "auxiliary_optimizer"
+    partial[section] = {**full["optimizer"], **partial.get(section, {})}
+    full[section] = _fill(section, partial, optim.Optimizer)
+  model_name, model = _look_up("model", partial, registry.MODELS)
+  partial["model"] = {**model.preset, **partial["model"]}
+  full["model"] = {"name": model_name} | _fill("model", partial, model.cls)
+  frozen_keys: dict[str, tuple[Any, Any]] = {}
+  for part, declared in method.cls.frozen.items():
+    frozen_keys |= declared.keys(part)
   full["method"] = {"name": name} | _fill(
-    "method", given, method.cls, _named(method)
+      "method", partial, method.cls, frozen_keys
   )
-  if full["method"]["preconditioning"] not in registry.PRECONDITIONINGS:
-    raise errors.unknown_name(
-      "preconditioning",
-      full["method"]["preconditioning"],
-      registry.PRECONDITIONINGS,
-    )
   return ml_collections.ConfigDict(full).lock()
 
 
-def _named(method: registry.Method) -> dict[str, tuple[Any, Any]]:
-  """Keys of a method whose values are names of what the method is made of."""
-  keys: dict[str, tuple[Any, Any]] = {
-    "preconditioning": (str, method.preconditioning)
-  }
-  fields = {f.name for f in dataclasses.fields(method.cls)}
-  if "teacher" in fields:
-    keys |= {
-      "teacher": (str | None, None),
-      "teacher_average": (str | None, None),
-    }
-  if "gan_encoder" in fields:
-    keys |= {
-      "gan_encoder": (str, "teacher"),
-      "gan_encoder_path": (tuple[str, ...], ()),
-    }
-  return keys
-
-
-def _set(given: dict[str, Any], path: str, text: str) -> None:
+def _set(partial: dict[str, Any], path: str, text: str) -> None:
   *sections, key = path.split(".")
   if len(sections) > 1:
     raise errors.UserError(
-      f"unknown config key {path!r}; keys are config.section.key"
+      f"config key: got {path!r}, expected section.key; remove a part"
     )
   if not sections:
     if key != "seed":
       raise errors.unknown_name("config key", key, ["seed"])
-    given[key] = text
+    partial[key] = text
     return
-  given.setdefault(sections[0], {})
-  if not isinstance(given[sections[0]], dict):
-    raise errors.UserError(f"config.{sections[0]} has no keys below it")
-  given[sections[0]][key] = text
+  partial.setdefault(sections[0], {})
+  if not isinstance(partial[sections[0]], dict):
+    raise errors.UserError(
+      f"config.{sections[0]}: got key {key!r}, expected a value without keys; "
+      f"write --config.{sections[0]}=VALUE"
+    )
+  partial[sections[0]][key] = text
 
 
-def _look_up(section, given, table) -> tuple[str, Any]:
-  name = given.get(section, {}).get("name")
+def _look_up(section, partial, table) -> tuple[str, Any]:
+  name = partial.get(section, {}).get("name")
   if name not in table:
     raise errors.unknown_name(f"{section}.name", str(name), table)
   return name, table[name]
 
 
 def _keys(cls: type) -> dict[str, tuple[Any, Any]]:
-  """Key -> (type, default) of the fields of a class that a config can set."""
+  """Returns key -> (type, default) for the config keys among a class's fields.
+  """
   hints = typing.get_type_hints(cls)
   keys = {}
   for field in dataclasses.fields(cls):
-    settable = field.default is not dataclasses.MISSING
+    has_default = field.default is not dataclasses.MISSING
     plain = not callable(field.default) and field.name not in ("parent", "name")
     if cls in SECTIONS.values() and field.name == "name":
       plain = True
-    if settable and plain and field.init:
+    if has_default and plain and field.init:
       keys[field.name] = (hints[field.name], field.default)
   return keys
 
 
-def _fill(section, given, cls, extra=None) -> dict[str, Any]:
+def _fill(section, partial, cls, extra=None) -> dict[str, Any]:
   keys = _keys(cls) | (extra or {})
-  values = given.get(section, {})
+  values = partial.get(section, {})
   if not isinstance(values, Mapping):
-    raise errors.UserError(f"config.{section} must be a section, not {values}")
+    raise errors.UserError(
+      f"config.{section}: got {values}, expected a section of keys; write "
+      f"--config.{section}.KEY=VALUE"
+    )
   for key in values:
     if key not in keys and key != "name":
       kind = values.get("name")
@@ -191,7 +248,16 @@ def _fill(section, given, cls, extra=None) -> dict[str, Any]:
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
-  """Checks a value, or parses its text, by a type hint."""
+  """Converts a value or its text to the type of a hint.
+
+  Args:
+    value: value of a config, or text of the command line.
+    hint: type of the field.
+    path: 'section.key', for the error.
+
+  Raises:
+    UserError: the value is not of that type.
+  """
   try:
     return _cast(value, hint)
   except (TypeError, ValueError, SyntaxError) as e:
@@ -200,11 +266,11 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if typing.get_origin(hint) is typing.Literal:
       choices = typing.get_args(hint)
       raise errors.unknown_name(f"config.{path}", str(value), choices) from e
-    want = getattr(hint, "__name__", None) or str(hint)
+    expected = getattr(hint, "__name__", None) or str(hint)
     if typing.get_origin(hint):
-      want = str(hint).replace("typing.", "")
+      expected = str(hint).replace("typing.", "")
     raise errors.UserError(
-      f"config.{path} must be {want}, not {value!r}"
+      f"config.{path}: got {value!r}, expected {expected}; correct the value"
     ) from e
 
 
@@ -252,32 +318,25 @@ def _cast(value: Any, hint: Any) -> Any:
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """A plain nested dict, equal to what reading the JSON file gives."""
+  """Returns the config as nested dicts of JSON values."""
   return json.loads(json.dumps(config.to_dict(), sort_keys=True))
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-  """Twelve hex digits that name a resolved config."""
-  text = json.dumps(to_json(config), sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:12]
+  """Returns a digest of a resolved config, twelve hex digits."""
+  return hashing.json_digest(to_json(config))[:12]
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{'a': {'b': 1}} -> {'a.b': 1}."""
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= flatten(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = value
-  return flat
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns 'section.key' -> value."""
+  return traverse_util.flatten_dict(to_json(config), sep=".")
 
 
 def difference(
   old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
 ) -> dict[str, tuple[Any, Any]]:
-  """Keys that differ: 'section.key' -> (old value, new value)."""
-  a, b = flatten(to_json(old)), flatten(to_json(new))
+  """Returns the differing keys: 'section.key' -> (old value, new value)."""
+  a, b = flatten(old), flatten(new)
   return {
     k: (a.get(k), b.get(k))
     for k in sorted(a.keys() | b.keys())
@@ -288,16 +347,29 @@ def difference(
 def check_resume(
   run: ml_collections.ConfigDict, asked: ml_collections.ConfigDict
 ) -> None:
-  """Raises UserError unless a run may go on under the config asked for.
+  """Checks that a run may resume under a config.
 
-  Sections of logging, saving, sampling and evaluation are free, and so are
-  more steps, as long as curriculum and learning-rate schedule stay.
+  Sections of logging, saving, sampling and evaluation may change.
+  training.num_steps may increase if curriculum and learning-rate schedule stay
+  the same.
+
+  Args:
+    run: config of the run.
+    asked: config of the command line.
+
+  Raises:
+    UserError: another key differs.
   """
+  frozen = registry.METHODS[run.method.name].cls.frozen
+  free = _FREE + tuple(
+      f"method.{path}"
+      for part, declared in frozen.items() for path in declared.paths(part)
+  )
   changed = {
-    k: v
-    for k, v in difference(run, asked).items()
-    if k.split(".")[0] not in _FREE and k not in _FREE
-    and not (k == "training.num_steps" and v[1] > v[0])
+      k: v
+      for k, v in difference(run, asked).items()
+      if k.split(".")[0] not in free and k not in free
+      and not (k == "training.num_steps" and v[1] > v[0])
   }
   if not changed:
     return
@@ -307,24 +379,33 @@ def check_resume(
     if ".".join(k) in changed
   )
   raise errors.UserError(
-    "the work directory holds a run with another config: "
-    + "; ".join(
-      f"{k} is {a!r} there, {b!r} here" for k, (a, b) in changed.items()
+    "--workdir: got a run of another config, expected the same values; "
+    + ", ".join(
+      f"{k}: got {new!r}, expected {old!r}"
+      for k, (old, new) in changed.items()
     )
-    + ". Use another --workdir, or the run's own values"
+    + "; use another --workdir or the values of the run"
     + (f" ({keep})" if keep else "")
   )
 
 
 def write(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Writes workdir/config.json, whole or not at all."""
+  """Writes workdir/config.json atomically."""
   files.write_json(os.path.join(workdir, "config.json"), to_json(config))
 
 
 def of_run(
   workdir: str, overrides: Mapping[str, str] | None = None
 ) -> ml_collections.ConfigDict | None:
-  """The config of the run in a work directory, or None if there is none."""
+  """Returns the config of the run in a work directory, or None.
+
+  Args:
+    workdir: work directory.
+    overrides: 'section.key' -> text.
+
+  Raises:
+    UserError: config.json is damaged or does not resolve.
+  """
   path = pathlib.Path(workdir) / "config.json"
   if not path.is_file():
     return None
@@ -332,62 +413,59 @@ def of_run(
     raw = json.loads(path.read_text())
   except json.JSONDecodeError as e:
     raise errors.UserError(
-      f"{path} is damaged ({e}); restore it, or pass --config"
+      f"{path}: got damaged JSON ({e}), expected a config; restore it from a "
+      "backup or use another --workdir"
     ) from e
   return resolve(raw, overrides)
 
 
-def split_overrides(
-  arguments: Sequence[str],
-) -> tuple[str | None, dict[str, str], list[str]]:
-  """Takes --config and --config.a.b out of a command line.
+def of_existing_run(
+  workdir: str, overrides: Mapping[str, str] | None = None
+) -> ml_collections.ConfigDict:
+  """Returns the config of the run in a work directory.
 
-  Returns:
-    (config file or None, {'a.b': text}, the other arguments).
+  Args:
+    workdir: work directory of the run.
+    overrides: 'section.key' -> text.
+
+  Raises:
+    UserError: no run in workdir.
   """
-  file, overrides, rest = None, {}, []
-  queue = list(arguments)
-  while queue:
-    flag = queue.pop(0)
-    name, equals, value = flag.partition("=")
-    name = name.lstrip("-") if flag.startswith("-") else ""
-    if name != "config" and not name.startswith("config."):
-      rest.append(flag)
-      continue
-    if not equals:
-      if not queue:
-        raise errors.UserError(f"{flag} needs a value: {flag}=...")
-      value = queue.pop(0)
-    if name == "config":
-      file = value
-    else:
-      overrides[name.removeprefix("config.")] = value
-  return file, overrides, rest
+  config = of_run(workdir, overrides)
+  if config is None:
+    raise errors.UserError(
+      f"--workdir: got {workdir}, which has no config.json, expected the work "
+      "directory of a run; train or convert one"
+    )
+  return config
 
 
 def load(
   file: str | None,
   overrides: Mapping[str, str],
-  workdir: str | None,
-  of_run_too: bool,
+  workdir: str | None = None,
+  of_run_too: bool = False,
 ) -> ml_collections.ConfigDict:
-  """The config that a command line asks for: of a file, or of the run.
+  """Returns the config of a command line.
 
   Args:
     file: config file, or None.
     overrides: 'section.key' -> text.
-    workdir: directory of a run, or None.
-    of_run_too: without a file, take the config of the run in workdir.
+    workdir: work directory of a run, or None.
+    of_run_too: whether to use the config of the run in workdir without a file.
+
+  Raises:
+    UserError: neither a file nor a run.
   """
   if file is not None:
-    return resolve(config_files.read_file(file), overrides)
+    return resolve(read_file(file), overrides)
   run = None
   if workdir is not None and of_run_too:
     run = of_run(workdir, overrides)
   if run is None:
-    names = ", ".join(p.name for p in config_files.shipped_configs())
+    names = ", ".join(p.name for p in shipped_configs())
     raise errors.UserError(
-      f"--config is missing, and --workdir={workdir} holds no run to take "
-      f"it from; pass --config=configs/NAME, shipped are {names}"
+      f"--config: got None and --workdir={workdir} without a run, expected a "
+      f"config file; pass --config=configs/NAME, one of {names}"
     )
   return run

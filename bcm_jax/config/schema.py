@@ -1,37 +1,42 @@
-"""Sections of a config that belong to no room of their own.
+"""Config schema: one frozen dataclass per section.
 
-Each is a frozen dataclass; its fields are the keys that a config may set, its
-types are checked, its defaults fill what a config leaves out. Sections model,
-method and optimizer take their keys from the classes that they name.
+The fields are the keys that a config may set; types are checked and missing
+keys take the defaults. The keys of sections model, method and optimizer are the
+arguments of the classes that they name.
 """
 
 import dataclasses
 from typing import Literal
 
+Sampler = Literal[
+    "onestep", "ancestral", "zigzag", "mixture", "cm_multistep", "gamma",
+    "ddim", "heun",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """Where images come from.
+  """Dataset and preprocessing.
 
   Attributes:
-    name: data set (docs/datasets.md); 'none' has no images, for sampling from
+    name: dataset (docs/datasets.md); 'none' has no images, for sampling from
       converted weights.
-    path: of 'folder', 'npz', 'zip' and 'prepared'.
-    data_dir: where TFDS keeps its copy; None is TFDS's own default.
-    size: pixels a side that images are brought to by `crop`; None takes them
-      as they are.
+    path: file or folder of 'folder', 'npz', 'zip' and 'prepared'.
+    data_dir: folder of TFDS's copy; None is TFDS's default.
+    size: image side in pixels that `crop` resizes to; None keeps the images as
+      they are.
     crop: 'adm', 'edm' or 'none', see data.resizing.
-    channels: of a folder's images, 3 or 1.
-    skip_corrupt: leave out images that cannot be read, instead of stopping.
+    channels: channels of a folder's images, 3 or 1.
+    skip_corrupt: skip unreadable images instead of stopping.
     flip: random horizontal flips.
-    augment: p of EDM's augmentation pipe, done on the devices and told the
-      network by labels (model.augment_dim=9); 0 does nothing.
-    threads: that decode images; 0 is one a usable core.
-    pairs: file of (noise, image) pairs of mode pairs, which training reads in
-      place of the data set; evaluation does not.
-    image_shape, num_classes: (height, width, channels), and classes if there
-      are any. Of 'none'; filled in by the data where it is read from
-      data.path, so that a run can be sampled where its data is not.
+    augment: probability p of EDM's augmentation pipe, applied on the devices;
+      its labels condition the network (model.augment_dim=9). 0 disables it.
+    threads: decoding threads; 0 is one per usable core.
+    pairs: file of (noise, image) pairs written by mode pairs, used for training
+      in place of the dataset; not used in evaluation.
+    image_shape, num_classes: (height, width, channels), and the number of
+      classes if any. Set for 'none'; otherwise filled in from data.path, so
+      that a run can be sampled without its dataset.
   """
 
   name: str = "digits"
@@ -51,23 +56,24 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """The loop.
+  """Training loop.
 
   Attributes:
-    num_steps: steps in all.
+    num_steps: total number of steps.
     batch_size: global batch size.
-    ema_rates: rates of the moving averages, kept beside the parameters.
-    ema_warmup: min(rate, (1 + n) / (10 + n)) instead of the rate.
-    ema_stds: lengths sigma_rel of power-function averages (EDM2: 0.05, 0.1);
-      from two of them sample.average='posthoc_0.15' makes any other length.
-    max_consecutive_nonfinite: non-finite steps in a row after which the run
-      rolls back to its last good checkpoint and goes on with other data.
-    max_rollbacks: roll-backs without a new checkpoint after which it stops.
-    watchdog_timeout_secs: seconds without a step, compiling included, after
-      which a process ends with the stacks of its threads; 0 never ends it.
-    init_from: work directory of a run whose average the player starts from;
-      None starts fresh.
-    init_average: which of its averages; None is its first.
+    ema_rates: decay rates of the moving averages of the parameters.
+    ema_warmup: use min(rate, (1 + n) / (10 + n)) instead of the rate.
+    ema_stds: relative widths sigma_rel of power function averages (EDM2: 0.05,
+      0.1); with two of them sample.average='posthoc_0.15' reconstructs any
+      other width.
+    max_consecutive_nonfinite: consecutive non-finite steps after which the run
+      rolls back to its last good checkpoint and continues with other data.
+    max_rollbacks: rollbacks without a new checkpoint after which the run stops.
+    watchdog_timeout_secs: seconds without a step, including compilation, after
+      which a process exits and prints the stacks of its threads; 0 disables it.
+    init_from: work directory of a run whose moving average initializes the
+      network; None initializes randomly.
+    init_average: name of that moving average; None is the first one.
   """
 
   num_steps: int = 400_000
@@ -84,22 +90,23 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-  """How the work is spread over devices; it changes results by rounding only.
+  """Sharding over devices; changes results by rounding only.
 
   Attributes:
-    backend: 'jit' over one mesh, or the 'pmap' adapter (no fsdp).
-    fsdp: devices that share one copy of the state, 0 for all of them; on fewer
-      devices, or a number that it does not divide, the next smaller divisor.
-    sharding: rules, the first that fits a tensor counts: 'replicate', 'fsdp',
-      'PATTERN=fsdp', or 'PATTERN=- - - fsdp' with a word for each dimension.
-    microbatch_size_per_device: most examples that a device takes at a time;
-      the rest of its share follows by gradient accumulation. 0 takes them all
-      at once.
-    substeps: steps that one call runs on the devices, so that small
-      networks do not wait for the host.
-    heartbeat_secs: silence after which a process counts as dead.
-    cpu_devices: devices that JAX makes of the host's cores where it runs on
-      a CPU; 0 is one a usable core, as far as the batch divides evenly.
+    backend: 'jit' over one mesh, or the 'pmap' adapter (without fsdp).
+    fsdp: devices that share one copy of the state, 0 for all. If it does not
+      divide the number of devices, the next smaller divisor is used.
+    sharding: rules, of which the first that matches a tensor applies:
+      'replicate', 'fsdp', 'PATTERN=fsdp', or 'PATTERN=- - - fsdp' with one word
+      per dimension.
+    microbatch_size_per_device: largest number of examples per device and pass;
+      larger batches use gradient accumulation. 0 is unlimited.
+    substeps: training steps per call, so that small networks do not wait for
+      the host.
+    heartbeat_secs: seconds without a heartbeat after which a process is
+      considered dead.
+    cpu_devices: number of devices that JAX simulates on a CPU; 0 is one per
+      usable core, if that divides the batch.
   """
 
   backend: Literal["jit", "pmap"] = "jit"
@@ -113,14 +120,15 @@ class Parallel:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """When the state is saved, and how much is kept.
+  """Checkpointing.
 
   Attributes:
-    every_steps: steps between saves; the last step is always saved.
-    keep: newest checkpoints to keep; None keeps all.
-    keep_every: additionally keep those at multiples of this step.
-    max_failures: saves in a row that may fail before the run stops.
-    retry_secs: between tries of the last save, which must succeed.
+    every_steps: steps between checkpoints; the last step is always saved.
+    keep: number of newest checkpoints to keep; None keeps all.
+    keep_every: also keep checkpoints at multiples of this step.
+    max_failures: consecutive failed saves after which the run stops.
+    retry_secs: seconds between attempts to save the last step, which must
+      succeed.
   """
 
   every_steps: int = 10_000
@@ -132,11 +140,11 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-  """What is written, and when.
+  """Metric logging and profiling.
 
   Attributes:
     every_steps: steps between lines of metrics.
-    progress_secs: seconds between progress lines where there is no terminal.
+    progress_secs: seconds between progress lines if there is no terminal.
     profile: write a profile of a few steps for TensorBoard.
   """
 
@@ -147,41 +155,39 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """Generation. Times are in sigma units.
+  """Sampling. Times are noise levels sigma.
 
   Attributes:
-    sampler: see sampling.plan.
-    nfe: network evaluations. Where `times` and pairs are empty it picks
-      default ones; otherwise it must agree with them, or be None.
+    sampler: see sampling.sampling_plan.
+    nfe: network evaluations. Without `times` and zigzags it selects default
+      times; otherwise it must agree with them, or be None.
     times: intermediate times, descending (ancestral, mixture, cm_multistep,
       gamma).
-    zigzag_noise: noise e added before each zigzag.
-    zigzag_level: level t to which each zigzag amplifies it.
-    gamma: of sampler 'gamma', 0 (ancestral) to 1 (cm_multistep).
-    num_levels: N of samplers 'ddim' (N evaluations) and 'heun' (2 N - 1),
-      where nfe is None.
-    s_churn, s_tmin, s_tmax, s_noise: stochasticity of these two, EDM's; None
-      is no upper bound.
-    guidance: w of D_0 + w (D_1 - D_0), of networks that denoise; 1 is off.
-    guidance_interval: (low, high): levels low < t <= high are guided; empty
-      is all.
-    guidance_network: D_0: work directory of a worse network, as DIR or
-      DIR@STEP; None is the network itself without the class.
-    rejection: share of images that are drawn in addition, to keep those of
-      which a classifier is surest; 0 keeps all.
-    rejection_classifier: folder of it, see bcm_jax.tools.train_classifier.
-    num_samples: images in all.
-    batch_size: images at a time.
-    label: class of all images; None takes all classes in equal shares.
-    seed: of noise.
-    average: moving average to sample from; None is the first, 'params' the
-      parameters themselves.
+    zigzag_noise: noise level e added before each zigzag.
+    zigzag_level: level t of the amplifying jump of each zigzag.
+    gamma: parameter of sampler 'gamma', 0 (ancestral) to 1 (cm_multistep).
+    num_levels: N of samplers 'ddim' (N evaluations) and 'heun' (2 N - 1), if
+      nfe is None.
+    s_churn, s_tmin, s_tmax, s_noise: stochasticity of 'ddim' and 'heun' (EDM,
+      algorithm 2); s_tmax=None has no upper bound.
+    guidance: scale w of D_0 + w (D_1 - D_0), for denoisers; 1 disables it.
+    guidance_interval: (low, high): guidance at levels low < t <= high; empty is
+      all levels.
+    guidance_network: D_0: work directory of a weaker network (autoguidance), as
+      DIR or DIR@STEP; None is the network itself without the class.
+    rejection: fraction of additional samples, of which those with the highest
+      classifier confidence per class are kept; 0 disables rejection sampling.
+    rejection_classifier: folder of the classifier, see
+      bcm_jax.tools.train_classifier.
+    num_samples: total number of images.
+    batch_size: images per batch.
+    label: class of all images; None gives all classes equal shares.
+    seed: seed of the noise.
+    average: moving average to sample from; None is the first one, 'params' the
+      raw parameters.
   """
 
-  sampler: Literal[
-      "onestep", "ancestral", "zigzag", "mixture", "cm_multistep", "gamma",
-      "ddim", "heun",
-  ] = "onestep"
+  sampler: Sampler = "onestep"
   nfe: int | None = None
   times: tuple[float, ...] = ()
   zigzag_noise: tuple[float, ...] = ()
@@ -206,15 +212,15 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Invert:
-  """Inversion of the test split. Times are in sigma units.
+  """Inversion of the test split. Times are noise levels sigma.
 
   Attributes:
-    nfe: network evaluations of the inversion; reconstruction is one more.
-    times: intermediate times, ascending; empty takes default ones.
+    nfe: network evaluations of the inversion; reconstruction takes one more.
+    times: intermediate times, ascending; empty selects default times.
     noise: e, standard deviation of the noise added before inverting.
-    num_images: images to invert, spread over the split; None is all of it.
-    batch_size: images at a time.
-    seed: of the added noise.
+    num_images: number of images, evenly spaced in the split; None is all.
+    batch_size: images per batch.
+    seed: seed of the added noise.
   """
 
   nfe: int | None = None
@@ -230,31 +236,34 @@ class Edit:
   """Editing of real images: mode edit; docs/editing.md has every task.
 
   Attributes:
-    task: what is done, see recipes.TASKS.
-    input: an image file or a folder of them; None takes images of the test
-      split and does to them what the task undoes.
-    end_images: the other ends of 'interpolate', as `input`.
-    mask: of 'inpaint': an image, or a folder of one an image, white in the
-      holes; None is a square in the middle, of half the height and width.
-    reference: the images as they should come out, as `input`; PSNR, SSIM and
-      LPIPS (eval.lpips_path) are measured against them.
-    positive_images, negative_images: folders of images with and without a
-      property, of 'attribute'; None are training images of new_label and of
+    task: see editing.tasks.TASKS.
+    input: an image file or a folder; None takes test images and applies the
+      degradation that the task reverts.
+    end_images: other ends of 'interpolate', like `input`.
+    mask: mask of 'inpaint': an image, or a folder with one per image, white in
+      the region to fill; None is a centered square of half the height and
+      width.
+    reference: ground truth images, like `input`; PSNR, SSIM and LPIPS
+      (eval.lpips_path) are computed against them.
+    positive_images, negative_images: folders of images with and without an
+      attribute, for 'attribute'; None are training images of new_label and of
       label.
-    resize: whether images of other sizes or channels are made to fit.
-    label: classes of the images of `input`, one or as many as images.
-    predict_labels: whether the network finds the classes itself, which takes 20
-      evaluations a class and image.
-    new_label: class to make, of 'relabel'; of the other ends of
+    resize: resize and convert images of other sizes or channels.
+    label: classes of the images of `input`, one for all or one per image.
+    predict_labels: predict the classes with the network, which takes 20 network
+      evaluations per class and image.
+    new_label: target class of 'relabel'; class of the end images of
       'interpolate', None is `label`.
-    noise, sigma, nfe, times: of the recipe; None and () take its defaults.
-    factor: of 'super_resolve'; `input` has that part of the height and width.
-    strength: of 'attribute'; 1 goes all the way from absent to present.
-    quality: of the JPEG files that 'restore' makes of test images.
-    num_images: test images.
-    pairs: pairs of them, of 'interpolate'.
-    num_interpolants: images a row of 'interpolate', both ends included.
-    seed: of the choice of test images and of the added noise.
+    noise, sigma, nfe, times: parameters of the task; None and () take its
+      defaults.
+    factor: downsampling factor of 'super_resolve'.
+    strength: strength of 'attribute'; 1 shifts the latent by the full
+      difference between negative and positive images.
+    quality: JPEG quality of the test images of 'restore'.
+    num_images: number of test images.
+    pairs: number of pairs of test images, for 'interpolate'.
+    num_interpolants: images per row of 'interpolate', both ends included.
+    seed: seed of the choice of test images and of the added noise.
   """
 
   task: Literal[
@@ -286,39 +295,42 @@ class Edit:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  """Numbers at the end of a run and in mode eval; docs/evaluation.md.
+  """Evaluation at the end of training and in mode eval; docs/evaluation.md.
 
   Attributes:
-    at_end: evaluate at the end of training; without it only pictures are made.
+    at_end: evaluate at the end of training; otherwise only images are written.
     samplers: samplers to evaluate: 'ancestral' with the times of section
-      sample, 'ancestral:4' with four evaluations at default times, or
+      sample, 'ancestral:4' with four network evaluations at default times, or
       'mixture@3/0.12>0.4' with these times.
-    averages: moving averages to evaluate; empty is sample.average alone.
-    steps: the 'last' checkpoint, 'all' that are kept, 'follow' the run, or
-      the number of one.
-    seeds: of the noise; results tell every seed, mean and spread.
-    num_samples: generated images, equal shares a class.
-    allow_fewer_samples: fewer samples than the protocol's 50,000 are no error,
-      and the result says so.
+    averages: moving averages to evaluate; empty is sample.average only.
+    steps: the 'last' checkpoint, 'all' that are kept, 'follow' a run in
+      progress, or the number of one.
+    seeds: seeds of the noise; results have every seed, mean and standard
+      deviation.
+    num_samples: number of samples, in equal shares of all classes.
+    allow_fewer_samples: accept fewer samples than the protocol's 50,000; the
+      result is marked.
     features: 'pixels', 'inception', 'classifier', or 'module:function' of
       uint8 images [n, H, W, C] -> [n, D].
     features_path: weights of 'inception', folder of a 'classifier'.
-    resize: Inception's, 'tf1' as EDM and ADM do, 'torch' as pytorch-fid.
-    reference: .npz of statistics (ours, ADM's, EDM's); None takes them of the
-      training split, once a run.
-    num_real_for_prdc: training images that precision, recall, density and
-      coverage compare with; None takes those of the reference file, or all.
-    k: neighbours of precision and recall.
-    lpips_path: weights of LPIPS, of reconstructions; None leaves it out.
-    inversion_nfe: evaluations of each inversion whose error is measured; the
-      times of section invert serve where their number fits, else defaults.
-    inversion_noise: initial noises of the curve; empty is invert.noise alone.
-    likelihood_images: test images whose bits a dimension are measured, of
-      networks that denoise (edm, ctm); 0 measures none.
+    resize: resizing for Inception, 'tf1' as in EDM and ADM, 'torch' as in
+      pytorch-fid.
+    reference: .npz of statistics (ours, ADM's, EDM's); None computes them from
+      the training split, once per run.
+    num_real_for_prdc: number of training images for precision, recall, density
+      and coverage; None takes those of the reference file, or all.
+    k: neighbors of precision and recall.
+    lpips_path: weights of LPIPS, for reconstructions; None skips LPIPS.
+    inversion_nfe: network evaluations of the inversions to measure, at the
+      times of section invert if their number agrees, else at default times.
+    inversion_noise: initial noise levels of the inversion curve; empty is
+      invert.noise only.
+    likelihood_images: number of test images for bits/dim, for denoisers (edm,
+      ctm); 0 disables it.
     ctm_likelihood_compat: reproduce the two errors of CTM's released code.
     inversion_baseline: work directory of a denoiser whose DDIM and Heun
-      inversions are measured beside.
-    inversion_baseline_nfe: evaluations of each of these.
+      inversions are measured for comparison.
+    inversion_baseline_nfe: network evaluations of each baseline inversion.
   """
 
   at_end: bool = True
@@ -345,18 +357,17 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """Search for a sampler's times by the Frechet distance: mode search.
+  """Search for a sampler's times by Frechet distance: mode search.
 
   Attributes:
-    sampler: 'cm_multistep', by ternary search over the grid, one time after
-      another; 'ancestral', 'zigzag' or 'mixture', by a greedy grid.
-    nfe: evaluations of the sampler.
-    steps: points of the Karras grid that ternary search walks on.
-    mid_times: candidates for ancestral's times.
-    noises, levels: candidates for zigzag's e and t.
-    num_samples: of each evaluation; the best is evaluated again as mode eval
-      does.
-    seed: of the noise, the same for all candidates.
+    sampler: 'cm_multistep' by ternary search, one time after another;
+      'ancestral', 'zigzag' or 'mixture' by greedy grid search.
+    nfe: network evaluations of the sampler.
+    steps: number of points of the Karras grid for ternary search.
+    mid_times: candidates for intermediate times.
+    noises, levels: candidates for e and t of a zigzag.
+    num_samples: samples per candidate; evaluate the best one with mode eval.
+    seed: seed of the noise, the same for all candidates.
   """
 
   sampler: Literal[

@@ -1,4 +1,4 @@
-"""Whether the parts of a config fit together; the words where they do not."""
+"""Validates constraints across config sections; names no method."""
 
 from typing import Any
 
@@ -8,8 +8,9 @@ from bcm_jax import errors
 from bcm_jax.config import registry
 from bcm_jax.data import augmentation
 from bcm_jax.data import datasets
+from bcm_jax.methods import base
 
-# Keys that must not be smaller.
+# Config key -> minimum.
 _AT_LEAST = {
     "training.num_steps": 1, "training.batch_size": 1,
     "training.max_consecutive_nonfinite": 1, "training.max_rollbacks": 0,
@@ -19,50 +20,59 @@ _AT_LEAST = {
     "parallel.substeps": 1, "parallel.heartbeat_secs": 1,
     "log.every_steps": 1,
 }
+# Field of an example, other than image and label -> section and key of the file
+# that contains it.
+_EXTRA_FIELDS = {"noise": ("data", "pairs")}
 
 
 def model(
     config: ml_collections.ConfigDict, data: datasets.DataSet
 ) -> None:
-  """Raises UserError for a network that does not fit the images."""
+  """Checks that the network fits the images.
+
+  Raises:
+    UserError: image shape, channels, classes or widths do not match.
+  """
   section, name = config.model, config.data.name
   height, width, channels = data.image_shape
   halvings = 2 ** (len(section.channel_mult) - 1)
   if height % halvings or width % halvings:
     raise errors.UserError(
-        f"images of {name} are {height}x{width} and cannot be halved "
-        f"{len(section.channel_mult) - 1} times, as model.channel_mult="
-        f"{tuple(section.channel_mult)} asks; use at most "
-        f"{_max_levels(height, width)} levels"
+        f"model.channel_mult: got {tuple(section.channel_mult)}, which halves "
+        f"images {len(section.channel_mult) - 1} times, expected at most "
+        f"{_max_levels(height, width)} entries for images of {name} "
+        f"({height}x{width}); remove some"
     )
   if section.out_channels != channels:
     raise errors.UserError(
-        f"model.out_channels={section.out_channels}, but images of {name} have "
-        f"{channels}; set model.out_channels={channels}"
+        f"model.out_channels: got {section.out_channels}, expected {channels} "
+        f"for images of {name}; set model.out_channels={channels}"
     )
   if section.num_classes is not None and data.num_classes is None:
     raise errors.UserError(
-        f"model.num_classes={section.num_classes}, but images of {name} have "
-        "no labels; set model.num_classes=none, or sort the images into one "
-        "folder a class"
+        f"model.num_classes: got {section.num_classes}, expected None, since "
+        f"images of {name} have no labels; set model.num_classes=none, or sort "
+        "the images into one folder per class"
     )
   if section.num_classes is not None and data.num_classes > section.num_classes:
     raise errors.UserError(
-        f"model.num_classes={section.num_classes}, but labels of {name} go up "
-        f"to {data.num_classes}; set model.num_classes={data.num_classes}"
+        f"model.num_classes: got {section.num_classes}, expected at least "
+        f"{data.num_classes} for labels of {name}; set "
+        f"model.num_classes={data.num_classes}"
     )
   labels = augmentation.LABEL_DIM
   if config.data.augment and section.get("augment_dim") != labels:
     raise errors.UserError(
-        f"data.augment={config.data.augment} changes images, and the network "
-        "must be told how, or it will generate such images; set "
-        f"model.augment_dim={labels}, or data.augment=0"
+        f"data.augment: got {config.data.augment} with "
+        f"model.augment_dim={section.get('augment_dim')}, expected a network "
+        "with augmentation labels, without which it generates augmented "
+        f"images; set model.augment_dim={labels} or data.augment=0"
     )
   _check_widths(section)
 
 
 def _check_widths(model) -> None:
-  """Raises UserError for widths that norms or heads cannot divide."""
+  """Checks that groups and heads divide the widths; raises UserError."""
   for mult in model.channel_mult:
     width = model.model_channels * mult
     groups = model.get("num_groups")
@@ -70,15 +80,16 @@ def _check_widths(model) -> None:
       groups = min(groups, width // model.min_group_channels)
     if groups and width % groups:
       raise errors.UserError(
-          f"model.num_groups={model.num_groups} does not divide {width} "
-          "channels; change model_channels, channel_mult or num_groups"
+          f"model.num_groups: got {model.num_groups}, expected a divisor of "
+          f"{width} channels; change model.num_groups, model.model_channels or "
+          "model.channel_mult"
       )
   heads = model.get("num_head_channels")
   if heads and width % heads:
     raise errors.UserError(
-        f"model.num_head_channels={heads} does not divide the {width} channels "
-        "of the lowest level, which attends; choose a divisor, or None and "
-        "model.num_heads"
+        f"model.num_head_channels: got {heads}, expected a divisor of {width}, "
+        "the channels of the coarsest level; choose one, or set it to none and "
+        "set model.num_heads"
     )
 
 
@@ -90,122 +101,99 @@ def _max_levels(height: int, width: int) -> int:
 
 
 def method(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError for sections that contradict one another."""
-  section, two_time = config.method, config.model.get("two_time")
-  if section.name == "bcm":
-    _check_end_levels(section, two_time)
-  if section.name in ("edm", "dmd", "dmd2") and two_time:
-    raise errors.UserError(
-        f"method.name={section.name!r} trains a denoiser, which takes no end "
-        "level; set model.two_time=False"
-    )
-  if section.name == "ctm" and not (
-      two_time and config.model.end_branch == "blocks"
-  ):
-    raise errors.UserError(
-        "method.name='ctm' needs a network with an end level in every block; "
-        "set model.two_time=True and model.end_branch='blocks'"
-    )
-  if section.get("metric") == "lpips" and not section.lpips_path:
-    raise errors.UserError(
-        "method.metric='lpips' needs weights: set method.lpips_path as "
-        "docs/evaluation.md says, or method.metric='features'"
-    )
-  data = config.data
-  if section.get("regression_weight") and not data.pairs:
-    raise errors.UserError(
-        "method.name='dmd' regresses on pairs of the teacher; set data.pairs "
-        "to a file of mode pairs, or method.regression_weight=0"
-    )
+  """Checks the method's own constraints and those of numeric options.
+
+  Raises:
+    UserError: sections of the config are incompatible, or an option is out of
+      range.
+  """
+  section, data = config.method, config.data
+  cls = registry.METHODS[section.name].cls
+  text = cls.constraints(config)
+  if text is not None:
+    raise errors.UserError(text)
+  for field, reader in cls.extra_fields(section).items():
+    if config[_EXTRA_FIELDS[field][0]][_EXTRA_FIELDS[field][1]] is None:
+      key = ".".join(_EXTRA_FIELDS[field])
+      raise errors.UserError(
+          f"{key}: got None, expected a file with the {field!r} of each image, "
+          f"which {reader} needs; write one by mode pairs or change that key"
+      )
   if data.pairs and (data.flip or data.augment):
     raise errors.UserError(
-        "data.pairs brings images with their noise, which data.flip and "
-        "data.augment would tear apart; set both to 0"
+        f"data.pairs: got {data.pairs} with data.flip={data.flip} and "
+        f"data.augment={data.augment}, expected neither, since they change the "
+        "image of a noise; set both to 0"
     )
-  if not 0 < section.sigma_min < section.sigma_max:
+  low, high = section.get("sigma_min"), section.get("sigma_max")
+  if low is not None and not 0 < low < high:
     raise errors.UserError(
-        f"method.sigma_min={section.sigma_min} and sigma_max="
-        f"{section.sigma_max} must satisfy 0 < sigma_min < sigma_max"
-    )
-  if "s0" in section and not 1 <= section.s0 <= section.s1:
-    raise errors.UserError(
-        f"method.s0={section.s0} and s1={section.s1} must satisfy 1 <= s0 <= s1"
+        f"method.sigma_min: got {low} with method.sigma_max={high}, expected "
+        "0 < sigma_min < sigma_max; change one of them"
     )
   for key, least in _AT_LEAST.items():
     part, name = key.split(".")
     value = config[part][name]
     if value is not None and value < least:
-      raise errors.UserError(f"{key}={value} must be at least {least}")
+      raise errors.UserError(
+          f"{key}: got {value}, expected at least {least}; increase it"
+      )
   for rate in config.training.ema_rates:
     if not 0 <= rate < 1:
       raise errors.UserError(
-          f"training.ema_rates holds {rate}; rates lie in [0, 1)"
+          f"training.ema_rates: got {rate}, expected rates in [0, 1); change it"
       )
 
 
-def _check_end_levels(section, two_time: bool) -> None:
-  """Raises UserError where jumps to any level cannot be learnt."""
-  if not two_time:
-    raise errors.UserError(
-        "method.name='bcm' needs a network with an end level; set "
-        "model.two_time=True"
-    )
-  if section.bins == "continuous":
-    raise errors.UserError(
-        "method.bins='continuous' has no grid to draw end levels from; use "
-        "'lognormal' or 'uniform' with method.name='bcm'"
-    )
-  if section.preconditioning not in ("bcm", "ctm"):
-    raise errors.UserError(
-        f"method.preconditioning={section.preconditioning!r} has no end level; "
-        "use 'bcm' with method.name='bcm'"
-    )
-
-
-def teacher(
-    config: ml_collections.ConfigDict, data: datasets.DataSet, found: Any
+def frozen_run(
+    config: ml_collections.ConfigDict,
+    data: datasets.DataSet,
+    name: str,
+    declared: base.FrozenRun,
+    run: Any,
 ) -> None:
-  """Raises UserError unless the teacher denoises images of this data.
+  """Checks a frozen network of another run against the method's declaration.
 
   Args:
-    config: of the student.
-    data: its images.
-    found: the teacher's Experiment, or None.
+    config: config of the student.
+    data: data set of the student.
+    name: name of the frozen network.
+    declared: properties that the method requires of the run.
+    run: Experiment of the run, or None.
+
+  Raises:
+    UserError: the run is missing, is not a denoiser, or differs from the
+      student in a shared property.
   """
-  numbers = config.method
-  if found is None:
-    if numbers.name in registry.NEED_TEACHER:
+  denoiser = registry.methods_with("is_denoiser")
+  if run is None:
+    reader = declared.required_by(config.method)
+    if reader is not None:
       raise errors.UserError(
-          f"method.name={numbers.name!r} learns from a teacher; name the work "
-          "directory of one by method.teacher (train it with "
-          "method.name='edm', or convert published weights)"
-      )
-    if numbers.get("gan") and numbers.gan_encoder == "teacher":
-      raise errors.UserError(
-          "method.gan=True judges by a teacher's features; name the work "
-          "directory of a denoiser by method.teacher, or another network by "
-          "method.gan_encoder"
+          f"method.{name}: got None, expected the work directory of a run, "
+          f"which {reader} needs; train one with {denoiser} or convert "
+          "published weights"
       )
     return
-  what = f"method.teacher={numbers.teacher}"
-  if not found.method.solves:
+  workdir = config.method[name]
+  if declared.is_denoiser and not run.method.is_denoiser:
     raise errors.UserError(
-        f"{what} is no denoiser (method.name={found.config.method.name!r}); "
-        "give a run of method.name='edm', or converted weights of one"
+        f"method.{name}: got {workdir}, a run of "
+        f"method.name={run.config.method.name!r}, expected a denoiser; train "
+        f"one with {denoiser} or convert published weights"
     )
-  for name, mine, its in (
-      ("images", tuple(data.image_shape), found.image_shape),
-      ("classes", config.model.num_classes, found.num_classes),
-      ("sigma_data", numbers.sigma_data, found.method.sigma_data),
+  data_name, run_data_name = config.data.name, run.config.data.name
+  if "none" in (data_name, run_data_name) or config.data.path is not None:
+    run_data_name = data_name  # The names do not identify the data.
+  for part, value, run_value in (
+      ("images", tuple(data.image_shape), run.image_shape),
+      ("classes", config.model.num_classes, run.num_classes),
+      ("sigma_data", config.method.get("sigma_data"),
+       run.config.method.get("sigma_data")),
+      ("data", data_name, run_data_name),
   ):
-    if mine != its:
+    if part in declared.shares and value != run_value:
       raise errors.UserError(
-          f"{what} has {name} {its}, and this config {mine}; a teacher must "
-          "have learnt the same data"
+          f"method.{name}: got {workdir} with {part} {run_value}, expected "
+          f"{value} as in this config; use a run of the same data"
       )
-  mine, its = config.data.name, found.config.data.name
-  if mine != its and "none" not in (mine, its) and config.data.path is None:
-    raise errors.UserError(
-        f"{what} was trained on {its}, and this config names {mine}; a teacher "
-        "must have learnt the same data"
-    )

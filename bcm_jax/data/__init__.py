@@ -1,1 +1,1 @@
-"""Sources of images and the pipeline from them to batches."""
+"""Image datasets and the input pipeline."""

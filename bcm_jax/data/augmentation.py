@@ -1,20 +1,19 @@
-"""Non-leaky augmentation: images are changed, and the network is told how.
+"""Non-leaky augmentation with conditioning on the augmentation parameters.
 
-EDM's pipe (Karras et al., "Elucidating the Design Space of Diffusion-Based
-Generative Models", 2022, appendix F.2), which turns images by six kinds of
-geometric transforms, each with a small probability, and gives the network the
-nine numbers that describe the change. At sampling nine zeros ask for images
-that nothing was done to. The machinery of the resampling is that of Karras et
-al., "Training Generative Adversarial Networks with Limited Data" (2020); see
-`warp`.
+The augmentation pipeline of EDM (Karras et al., "Elucidating the Design Space
+of Diffusion-Based Generative Models", 2022, appendix F.2). Each of six
+geometric transforms is applied with a small probability, and nine augmentation
+labels that describe the transforms condition the network. Sampling uses labels
+of zero, that is, no augmentation. The resampling follows Karras et al.,
+"Training Generative Adversarial Networks with Limited Data" (2020); see `warp`.
 
-`draw` and `apply` are pure, and all of an example's randomness comes from its
-own key. Unlike in the official code an image never depends on the rest of its
-batch: there the reflected margin is as wide as the batch's worst transform
-needs; here it is always the widest, which changes even noise by less than 1e-4.
+`draw` and `apply` are pure, and the randomness of an example depends only on
+its own key. The official code pads by the largest margin that a transform in
+the batch requires, so an image depends on the rest of its batch. Here the
+margin is always the maximum; the outputs differ by less than 1e-4, even for
+noise images.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 import math
@@ -26,11 +25,12 @@ import numpy as np
 
 from bcm_jax.data import warp
 from bcm_jax.errors import UserError
+from bcm_jax.models import dtypes
 
 LABEL_DIM = 9
 
-# A transform, the columns of its labels, and the kinds of its random numbers
-# in the official order. A number is a field of `Draws`, or its gate.
+# Transform -> (its label columns, its random numbers in the order in which the
+# official code draws them). Each number is a field of `Draws` or 'gate'.
 _TRANSFORMS = {
     "xflip": ((0,), ("xflip", "gate")),
     "yflip": ((1,), ("yflip", "gate")),
@@ -44,11 +44,11 @@ _GEOMETRIC = tuple(_TRANSFORMS)[2:]
 
 @dataclasses.dataclass(frozen=True)
 class AugmentPipe:
-  """What may happen to an image; names and defaults are the official ones.
+  """Augmentation settings, with the names and defaults of the official code.
 
-  A transform happens with probability min(1, p * multiplier), which for a flip
-  is the probability of tossing the coin that decides about it. Multipliers
-  default to 0, never; `training_pipe` gives the settings of the paper.
+  A transform is applied with probability min(1, p * multiplier); a flip then
+  also requires a fair coin. Multipliers default to 0 (off); `training_pipe`
+  returns the settings of the paper.
 
   Attributes:
     p: probability of a transform whose multiplier is 1.
@@ -60,14 +60,15 @@ class AugmentPipe:
       other by the inverse.
     translate_frac: multiplier of the translation.
     scale_std: standard deviation of log2 of the scale.
-    rotate_frac_max: largest rotation, 1 is half a turn to either side.
+    rotate_frac_max: largest rotation angle, in units of pi radians.
     aniso_std: standard deviation of log2 of the anisotropic scale.
-    aniso_rotate_prob: probability that its axes point in a random direction,
-      and not along those of the image.
+    aniso_rotate_prob: probability that the anisotropic scaling uses random
+      axes instead of the image axes.
     translate_frac_std: standard deviation of the translation, in image sizes.
 
   Raises:
-    UserError: on making it, for a p outside of [0, 1] or a negative number.
+    UserError: at construction, for a probability outside [0, 1] or a negative
+      number.
   """
 
   p: float = 1.0
@@ -89,48 +90,49 @@ class AugmentPipe:
       if not 0 <= value <= top:
         expected = "0 to 1" if top == 1 else "0 or more"
         raise UserError(
-            f"augmentation: {name} is {value}, expected {expected}; change it"
+            f"augmentation.{name}: got {value}, expected {expected}; change it"
         )
 
   @property
   def label_columns(self) -> tuple[int, ...]:
-    """Columns of the labels whose transforms are on.
+    """Label columns of the transforms with a multiplier above 0.
 
-    The official pipe returns only these; the other columns are always 0 here,
-    so that there are always nine.
+    The official code returns only these columns; `apply` returns all nine and
+    sets the others to 0.
     """
     on = (name for name in _TRANSFORMS if getattr(self, name) > 0)
     return tuple(c for name in on for c in _TRANSFORMS[name][0])
 
 
 def training_pipe(p: float) -> AugmentPipe:
-  """The pipe of EDM's trainings (`--augment=p`, p = 0.12 for CIFAR-10).
+  """Returns the pipeline of EDM's `--augment=p` (p = 0.12 for CIFAR-10).
 
-  Every image tosses the coin for mirroring left to right; the other transforms
-  happen with probability p.
+  The horizontal flip has probability 1/2; the gates of the other transforms
+  open with probability p.
 
   Raises:
     UserError: p is not in [0, 1].
   """
   multipliers = dict.fromkeys(_TRANSFORMS, 1.0)
-  multipliers["xflip"] = 1e8  # Times any p but 0 more than 1: always.
+  multipliers["xflip"] = 1e8  # Above 1 after multiplying by any p > 0.
   return AugmentPipe(p=p, **multipliers)
 
 
 class Draws(NamedTuple):
-  """Random numbers of B examples, before probabilities are looked at.
+  """Random numbers of B examples, before the probabilities are applied.
 
   Attributes:
-    xflip: [B] 0 or 1, the coin.
-    yflip: [B] 0 or 1, the coin.
+    xflip: [B] fair coin, 0 or 1.
+    yflip: [B] fair coin, 0 or 1.
     scale: [B] standard normal.
     angle: [B] uniform in [0, 1).
     aniso: [B] standard normal.
-    aniso_angle: [B] uniform.
-    aniso_coin: [B] uniform; its axes turn where it is < aniso_rotate_prob.
+    aniso_angle: [B] uniform in [0, 1).
+    aniso_coin: [B] uniform in [0, 1); the axes are rotated if it is below
+      aniso_rotate_prob.
     shift: [B, 2] standard normal, x and y.
-    gates: [B, 6] uniform; a transform happens where its gate is below its
-      probability. In the order of the multipliers in `AugmentPipe`.
+    gates: [B, 6] uniform in [0, 1); a transform is applied if its gate is below
+      its probability. In the order of the multipliers in `AugmentPipe`.
   """
 
   xflip: jax.Array
@@ -147,15 +149,15 @@ class Draws(NamedTuple):
 def draw(keys: jax.Array, dtype=jnp.float32) -> Draws:
   """Draws the random numbers of a batch.
 
-  They depend on nothing but each example's key: not on the pipe's settings,
-  the batch or its position in it.
+  The numbers of an example depend only on its key: not on the settings of the
+  pipeline, on the batch or on the position in the batch.
 
   Args:
-    keys: [B].
-    dtype: of the numbers.
+    keys: [B] PRNG keys, one per example.
+    dtype: dtype of the numbers.
 
   Returns:
-    Fields [B, ...].
+    `Draws` with fields of shape [B, ...].
   """
 
   def one(key):
@@ -168,46 +170,14 @@ def draw(keys: jax.Array, dtype=jnp.float32) -> Draws:
   return jax.vmap(one)(keys)
 
 
-def recorded_draws(pipe: AugmentPipe, numbers: Sequence[np.ndarray]) -> Draws:
-  """Draws as the official pipe made them, from a record of its calls.
-
-  Args:
-    pipe: that pipe's settings; it draws nothing for a multiplier of 0.
-    numbers: what its calls returned, in their order; each holds B numbers, or
-      2 x B with x before y.
-
-  Returns:
-    float64 NumPy arrays; numbers not drawn are 0.
-
-  Raises:
-    ValueError: for more or fewer calls than the pipe makes, or none at all.
-  """
-  on = [name for name in _TRANSFORMS if getattr(pipe, name) > 0]
-  calls = [(name, what) for name in on for what in _TRANSFORMS[name][1]]
-  if not calls or len(calls) != len(numbers):
-    raise ValueError(f"{len(numbers)} recorded calls, expected {len(calls)}")
-  batch = numbers[-1].size  # Every transform ends with one number an example.
-  fields = {name: np.zeros(batch) for name in Draws._fields}
-  fields["shift"] = np.zeros((batch, 2))
-  fields["gates"] = np.ones((batch, len(_TRANSFORMS)))
-  for (name, what), values in zip(calls, numbers, strict=True):
-    if what == "gate":
-      fields["gates"][:, list(_TRANSFORMS).index(name)] = values.ravel()
-    elif what == "shift":
-      fields["shift"][:] = values.reshape(2, batch).T
-    else:
-      fields[what][:] = values.ravel()
-  return Draws(**fields)
-
-
 def _parameters(pipe: AugmentPipe, draws: Draws, dtype) -> Draws:
-  """Draws with 0 where a transform does not happen, angles in radians."""
+  """Sets the parameters of skipped transforms to 0, angles to radians."""
   draws = Draws(*(jnp.asarray(v, dtype) for v in draws))
   gate = dict(zip(_TRANSFORMS, draws.gates.T, strict=True))
 
   def gated(name, value):
-    happens = gate[name] < getattr(pipe, name) * pipe.p
-    return jnp.where(happens, value, 0)
+    is_open = gate[name] < getattr(pipe, name) * pipe.p
+    return jnp.where(is_open, value, 0)
 
   turn = (draws.angle * 2 - 1) * (np.pi * pipe.rotate_frac_max)
   axis = (draws.aniso_angle * 2 - 1) * np.pi
@@ -231,9 +201,9 @@ def _labels(params: Draws) -> jax.Array:
 
 
 def _sources(pipe: AugmentPipe, params: Draws, height: int, width: int, x, y):
-  """Where in the image the points (x, y) of the result come from.
+  """Maps output coordinates (x, y) to source coordinates (inverse warp).
 
-  Pixels, with the origin at the image's centre; x and y broadcast to [n, m].
+  In pixels, with the origin at the image center; x and y broadcast to [n, m].
 
   Returns:
     x [B, n, m] and y [B, n, m].
@@ -245,12 +215,12 @@ def _sources(pipe: AugmentPipe, params: Draws, height: int, width: int, x, y):
 
   stretch = jnp.exp2(pipe.aniso_std * params.aniso)
   squeeze = jnp.stack([1 / stretch, stretch], axis=1)[:, :, None]
-  # In the default precision of a TPU this would lose five digits.
-  times = functools.partial(jnp.matmul, precision="highest")
-  aniso = times(
+  # The default matmul precision of a TPU would lose five digits.
+  matmul = functools.partial(jnp.matmul, precision="highest")
+  aniso = matmul(
       rotation(-params.aniso_angle), squeeze * rotation(params.aniso_angle)
   )
-  linear = times(rotation(params.angle), aniso)
+  linear = matmul(rotation(params.angle), aniso)
   linear /= jnp.exp2(pipe.scale_std * params.scale)[:, None, None]
   linear = linear[..., None, None]
   size = jnp.asarray([width, height], linear.dtype)
@@ -262,34 +232,6 @@ def _sources(pipe: AugmentPipe, params: Draws, height: int, width: int, x, y):
   )
 
 
-def exact_margin(
-    pipe: AugmentPipe, draws: Draws, image_shape: Sequence[int]
-) -> warp.Margin:
-  """The margin of the official pipe, as wide as this batch needs; on the host.
-
-  Args:
-    pipe: its settings.
-    draws: of the whole batch.
-    image_shape: (H, W, C).
-
-  Returns:
-    ((top, bottom), (left, right)) in pixels, at most H - 1 and W - 1.
-  """
-  height, width = image_shape[:2]
-  dtype = jnp.result_type(draws.shift)
-  centre = np.array([width - 1, height - 1]) / 2
-  corners = np.array([[-1, 1, 1, -1], [-1, -1, 1, 1]]) * centre[:, None]
-  x, y = jnp.asarray(corners, dtype)[:, None]
-  params = _parameters(pipe, draws, dtype)
-  points = np.stack(_sources(pipe, params, height, width, x, y))
-  points = points.reshape(2, -1)  # (x, y) of all corners in the batch.
-  beyond = np.stack([-points.min(1), points.max(1)], axis=1) - centre[:, None]
-  limit = [[width - 1], [height - 1]]
-  pixels = np.ceil(np.clip(beyond + 2 * warp.REACH, 0, limit))
-  horizontal, vertical = pixels.astype(int).tolist()
-  return tuple(vertical), tuple(horizontal)
-
-
 def apply(
     pipe: AugmentPipe,
     images: jax.Array,
@@ -298,37 +240,34 @@ def apply(
 ) -> tuple[jax.Array, jax.Array]:
   """Augments a batch; jittable for a static pipe and margin.
 
-  With any geometric multiplier above 0 every image goes through the resampling
-  filters, whose double pass changes an image that nothing happens to by less
-  than 4e-6. Results may leave [-1, 1], for the filters ring.
+  If any geometric multiplier is above 0, every image passes through the
+  resampling filters, which change an image without a transform by less than
+  4e-6. The output may exceed [-1, 1], because the filters ring.
 
   Args:
-    pipe: what may happen.
+    pipe: augmentation settings.
     images: [B, H, W, C] in [-1, 1].
-    draws: of the same examples; numbers in any precision.
-    margin: ((top, bottom), (left, right)), the pixels that are reflected
-      around the images, at most H - 1 and W - 1, which is the default. Beyond
-      them is 0. `exact_margin` gives those of the official pipe.
+    draws: random numbers of the same examples, in any precision.
+    margin: ((top, bottom), (left, right)), the width of the reflection padding
+      in pixels; at most (and by default) H - 1 and W - 1. Pixels beyond are 0.
 
   Returns:
-    Images like the input and labels [B, 9], zeros where nothing happened: flip
-    x, flip y, scale, cos - 1 and sin of the rotation, anisotropic scale times
-    cos and sin of its axis, translation x, translation y. In the precision of
-    the images, float32 at least.
+    (images, labels): images like the input and labels [B, 9], 0 for transforms
+    that were skipped: flip x, flip y, scale, cos - 1 and sin of the rotation,
+    anisotropic scale times cos and sin of its axis, translation x, translation
+    y. Both have the dtype of the images, at least float32.
 
   Raises:
-    ValueError: for a margin out of range.
+    ValueError: the margin is out of range.
   """
-  images = jnp.asarray(images)
-  dtype = jnp.promote_types(images.dtype, jnp.float32)
-  images = images.astype(dtype)
-  params = _parameters(pipe, draws, dtype)
+  images = dtypes.at_least_float32(images)
+  params = _parameters(pipe, draws, images.dtype)
 
-  def where(happens, changed):
-    return jnp.where(happens[:, None, None, None] == 1, changed, images)
+  def select(flip, flipped):
+    return jnp.where(flip[:, None, None, None] == 1, flipped, images)
 
-  images = where(params.xflip, images[:, :, ::-1])
-  images = where(params.yflip, images[:, ::-1])
+  images = select(params.xflip, images[:, :, ::-1])
+  images = select(params.yflip, images[:, ::-1])
   if any(getattr(pipe, name) > 0 for name in _GEOMETRIC):
     height, width = images.shape[1:3]
     sources = functools.partial(_sources, pipe, params, height, width)

@@ -1,4 +1,4 @@
-"""What a data set is before its images are read, and where its splits are."""
+"""Dataset specification and the location of its splits."""
 
 from collections.abc import Callable, Iterable
 import os
@@ -7,19 +7,19 @@ from typing import NamedTuple
 from bcm_jax import errors
 from bcm_jax.data import image_source
 
-# What the files and folders of a split may be called; the first that is there.
+# Split -> names of its file or folder; the first that exists is used.
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation")}
 
 
 class DataSet(NamedTuple):
-  """A data set that need not be there to be described.
+  """Dataset specification; images are read only by `open`.
 
   Attributes:
     image_shape: (H, W, C) of every image.
-    num_classes: labels lie in [0, num_classes); None if there are none.
-    open: (split, data_dir) -> source of that split.
-    splits: those that it has.
-    class_names: of the labels 0, 1, ..., where it has names.
+    num_classes: labels are in [0, num_classes); None without labels.
+    open: (split, data_dir) -> image source of the split.
+    splits: names of the available splits.
+    class_names: names of the classes 0, 1, ...; None without names.
   """
 
   image_shape: tuple[int, int, int]
@@ -30,20 +30,24 @@ class DataSet(NamedTuple):
 
 
 def check_split(split: str, splits: Iterable[str], where: str) -> None:
-  """Checks that a data set has a split.
+  """Checks that a dataset has a split.
+
+  Args:
+    split: name of the split, a key of SPLIT_NAMES.
+    splits: the available splits.
+    where: dataset or path, for the error message.
 
   Raises:
-    UserError: unknown split, or a split that is not there.
+    UserError: the split is unknown or not available.
   """
   if split not in SPLIT_NAMES:
     raise errors.unknown_name(f"split of {where}", split, SPLIT_NAMES)
   if split not in splits:
     raise errors.UserError(
-        f"{where} has no split {split!r}, only {', '.join(splits)}; add one"
-        f" named {' or '.join(SPLIT_NAMES[split])}"
+        f"{where}: got split {split!r}, expected {' or '.join(splits)}; add a"
+        f" split named {' or '.join(SPLIT_NAMES[split])}"
         + (
-            ", or take examples out of train: python -m bcm_jax.data.prepare"
-            " with --holdout=N"
+            ", or split train with python -m bcm_jax.data.prepare --holdout=N"
             if split == "test"
             else ""
         )
@@ -54,24 +58,24 @@ def split_files(path: str, suffix: str) -> dict[str, str]:
   """Returns the file of each split.
 
   Args:
-    path: a file, which is the train split, or a folder with train.SUFFIX and
+    path: a file (the train split), or a folder with train.SUFFIX and
       test.SUFFIX (or val, validation).
     suffix: '.npz' or '.zip'.
 
   Raises:
-    UserError: nothing of that kind is there.
+    UserError: no such file exists.
   """
   if os.path.isfile(path):
     return {"train": path}
-  found = {}
+  files = {}
   for split, names in SPLIT_NAMES.items():
-    files = [os.path.join(path, name + suffix) for name in names]
-    there = [file for file in files if os.path.isfile(file)]
-    if there:
-      found[split] = there[0]
-  if not found:
+    candidates = [os.path.join(path, name + suffix) for name in names]
+    existing = [file for file in candidates if os.path.isfile(file)]
+    if existing:
+      files[split] = existing[0]
+  if not files:
     raise errors.UserError(
-        f"data.path={path!r} is no file and no folder with train{suffix};"
-        " correct the path"
+        f"data.path: got {path!r}, expected a {suffix} file or a folder with"
+        f" train{suffix}; correct the path"
     )
-  return found
+  return files

@@ -1,4 +1,4 @@
-"""Data sets by name: what their images are like, and how to open them."""
+"""Dataset registry: maps data.name to a dataset specification."""
 
 from collections.abc import Callable
 import os
@@ -12,9 +12,9 @@ from bcm_jax.data import image_source
 from bcm_jax.data import npz_file
 from bcm_jax.data.dataset_spec import DataSet
 
-# Found by data.path.
+# Datasets read from data.path.
 FILES = ("folder", "npz", "zip", "prepared")
-# Found by TFDS: pixels a side, classes.
+# Datasets read through TFDS: name -> (resolution, number of classes).
 PUBLISHED = {
     "cifar10": (32, 10), "imagenet64": (64, 1000), "imagenet2012": (64, 1000),
 }
@@ -32,24 +32,24 @@ def find(
     channels: int = 3,
     threads: int | None = None,
 ) -> DataSet:
-  """The data set of a name; no more is read than describes it.
+  """Returns the dataset specification without reading all images.
 
   Args:
     name: one of NAMES.
-    image_shape, num_classes: of 'none', which knows neither; of a name in
-      FILES what is expected there, () for anything.
-    path: of a name in FILES, which is described by what is there.
-    size: pixels a side that images are resized to; None keeps theirs (64 for
+    image_shape, num_classes: required for 'none'; for a name in FILES the
+      expected values, checked against the files (() skips the check).
+    path: file or folder of a dataset in FILES.
+    size: height and width to resize to; None keeps the stored size (64 for
       'imagenet2012', whose images differ in size).
-    crop: how, a key of `resizing.BY_NAME`.
-    skip_corrupt: of 'folder' and 'zip': leave out files that cannot be
-      decoded, after decoding every one once.
-    channels: 3 or 1, of images that are decoded (folder, zip, TFDS).
-    threads: that decode and resize; None is one a core.
+    crop: cropping and resizing method, a key of `resizing.BY_NAME`.
+    skip_corrupt: for 'folder' and 'zip': decode all files once and skip those
+      that cannot be decoded.
+    channels: 3 (RGB) or 1 (gray), for encoded images (folder, zip, TFDS).
+    threads: number of decoding and resizing threads; None: one per core.
 
   Raises:
-    UserError: unknown name, a key that does not go with it, files that are not
-      as they should be, or 'none' without a shape.
+    UserError: unknown name, a setting that this dataset does not support, files
+      that do not match the settings, or 'none' without a shape.
   """
   if name not in NAMES:
     raise errors.unknown_name("data.name", name, NAMES)
@@ -60,17 +60,17 @@ def find(
   if name in FILES:
     if image_shape and not os.path.exists(os.path.expanduser(path)):
       return DataSet(
-          tuple(image_shape), num_classes, _not_here(path), splits=()
+          tuple(image_shape), num_classes, _missing_path(path), splits=()
       )
-    found = _in_files(name, path, decoder, skip_corrupt, threads)
-    return _as_described(found, path, tuple(image_shape), num_classes)
+    dataset = _from_files(name, path, decoder, skip_corrupt, threads)
+    return _check_shape(dataset, path, tuple(image_shape), num_classes)
   if name == "digits":
-    found = DataSet((8, 8, 1), digits.NUM_CLASSES, digits.digits)
-    return _of_size(found, name, size)
+    dataset = DataSet((8, 8, 1), digits.NUM_CLASSES, digits.digits)
+    return _check_size(dataset, name, size)
   if len(image_shape) != 3:
     raise errors.UserError(
-        f"data.image_shape={image_shape} must be (height, width, channels) "
-        "with data.name='none'"
+        f"data.image_shape: got {image_shape}, expected (height, width, "
+        "channels); data.name='none' requires it"
     )
   return DataSet(tuple(image_shape), num_classes, _no_images, splits=())
 
@@ -78,45 +78,49 @@ def find(
 def _check_keys(name: str, path: str | None, skip_corrupt: bool) -> None:
   if name in FILES and not path:
     raise errors.UserError(
-        f"data.path is missing; data.name={name!r} needs the path of the images"
+        f"data.path: got {path!r}, expected a path with data.name={name!r}; set"
+        " it to the file or folder of the images"
     )
   if path and name not in FILES:
     raise errors.UserError(
-        f"data.path={path!r} does not go with data.name={name!r}; leave it out,"
-        f" or set data.name to one of {', '.join(FILES)}"
+        f"data.path: got {path!r}, expected None with data.name={name!r}; omit"
+        f" it, or set data.name to one of {', '.join(FILES)}"
     )
   if skip_corrupt and name not in ("folder", "zip"):
     raise errors.UserError(
-        f"data.skip_corrupt=True does not go with data.name={name!r}; leave it"
-        " out, it is for 'folder' and 'zip'"
+        f"data.skip_corrupt: got True, expected False with data.name={name!r};"
+        " omit it, only 'folder' and 'zip' support it"
     )
 
 
-def _not_here(path: str) -> Callable[[str, str | None], image_source.Source]:
+def _missing_path(
+    path: str
+) -> Callable[[str, str | None], image_source.Source]:
   def open_split(split, data_dir=None):
     raise errors.UserError(
-        f"data.path={path!r} is not there, and images of split {split!r} are "
-        "needed; correct the path"
+        f"data.path: {path!r} does not exist, expected images of split "
+        f"{split!r}; correct the path"
     )
 
   return open_split
 
 
-def _as_described(
-    found: DataSet, path: str, image_shape: tuple, num_classes: int | None
+def _check_shape(
+    dataset: DataSet, path: str, image_shape: tuple, num_classes: int | None
 ) -> DataSet:
-  """Checks that files hold what the config says of them, if it does."""
-  there = (tuple(found.image_shape), found.num_classes)
-  if image_shape and there != (image_shape, num_classes):
+  """Checks the files against data.image_shape and data.num_classes, if set."""
+  stored = (tuple(dataset.image_shape), dataset.num_classes)
+  if image_shape and stored != (image_shape, num_classes):
     raise errors.UserError(
-        f"{path} holds images {there[0]} of {there[1] or 'no'} classes, but "
-        f"data.image_shape={image_shape} and data.num_classes={num_classes}; "
-        "correct the path or these (() and none take what is there)"
+        f"{path}: got images of shape {stored[0]} and {stored[1] or 'no'} "
+        f"classes, expected data.image_shape={image_shape} and "
+        f"data.num_classes={num_classes}; correct the path or these keys (() "
+        "and None accept any files)"
     )
-  return found
+  return dataset
 
 
-def _in_files(
+def _from_files(
     name: str,
     path: str,
     decoder: decoding.Decoder,
@@ -125,28 +129,30 @@ def _in_files(
 ) -> DataSet:
   path = os.path.expanduser(path)
   if not os.path.exists(path):
-    raise errors.UserError(f"data.path={path!r} is not there; correct the path")
+    raise errors.UserError(
+        f"data.path: {path!r} does not exist; correct the path"
+    )
   if name == "folder":
     return folder.data_set(path, decoder, skip_corrupt, threads)
   if name == "zip":
     return edm_zip.data_set(path, decoder, skip_corrupt, threads)
   if name == "npz":
     return npz_file.data_set(path, decoder.size, decoder.crop, threads)
-  from bcm_jax.data import prepared  # Only here is array_record needed.
+  from bcm_jax.data import prepared  # The only import of array_record.
 
-  return _of_size(prepared.data_set(path), name, decoder.size)
+  return _check_size(prepared.data_set(path), name, decoder.size)
 
 
-def _of_size(found: DataSet, name: str, size: int | None) -> DataSet:
-  """Checks the size of images that are not resized."""
-  height, width, _ = found.image_shape
+def _check_size(dataset: DataSet, name: str, size: int | None) -> DataSet:
+  """Checks data.size for a dataset whose images are not resized."""
+  height, width, _ = dataset.image_shape
   if size is not None and (height, width) != (size, size):
     raise errors.UserError(
-        f"data.size={size} does not go with data.name={name!r}, whose images"
-        f" are {height}x{width}; leave it out, or prepare the images anew with"
+        f"data.size: got {size}, expected the stored {height}x{width} with"
+        f" data.name={name!r}; omit it, or prepare the images again with"
         f" --size={size}"
     )
-  return found
+  return dataset
 
 
 def _published(
@@ -163,9 +169,8 @@ def _published(
       from bcm_jax.data import published_tfds
     except ImportError as e:
       raise errors.UserError(
-          f"data.name={name!r} is read through TensorFlow Datasets, which is "
-          f"not installed here ({e}); install tensorflow and "
-          "tensorflow-datasets"
+          f"data.name: {name!r} requires TensorFlow Datasets, which cannot be "
+          f"imported ({e}); install tensorflow and tensorflow-datasets"
       ) from e
     return published_tfds.TFDSSource(
         name, split, num_classes, decoder, data_dir, threads
@@ -176,6 +181,6 @@ def _published(
 
 def _no_images(split, data_dir):
   raise errors.UserError(
-      f"data.name='none' has no images of split {split!r}; it serves to sample "
-      "from converted weights. Set data.name to a data set"
+      f"data.name: got 'none', expected a dataset with images of split "
+      f"{split!r}; 'none' is only for sampling from converted weights"
   )

@@ -1,10 +1,7 @@
-"""Image files to pixels, on several cores."""
+"""Decodes image files to pixels."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import io
-import os
 
 import numpy as np
 from PIL import Image
@@ -12,27 +9,26 @@ from PIL import Image
 from bcm_jax import errors
 from bcm_jax.data import resizing
 
-# Modes of PIL by number of channels.
+# Number of channels -> PIL mode.
 _MODES = {1: "L", 3: "RGB"}
 _NPY = b"\x93NUMPY"
 
 
 class CorruptImage(errors.UserError):
-  """An image that is damaged, cut short or no image at all."""
+  """A file that cannot be decoded: corrupt, truncated or not an image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-  """Turns the bytes of an image file into pixels.
+  """Decodes, crops and resizes images.
 
   Attributes:
-    channels: 3 makes every image RGB, 1 makes it grey; transparency is
-      dropped.
-    size: pixels a side; None keeps the image's own height and width.
-    crop: how it becomes that size, a key of `resizing.BY_NAME`.
+    channels: 3 converts every image to RGB, 1 to gray; transparency is dropped.
+    size: height and width of the output; None keeps those of the image.
+    crop: cropping and resizing method, a key of `resizing.BY_NAME`.
 
   Raises:
-    UserError: on making it, for a value that is not among these.
+    UserError: at construction, for an invalid value.
   """
 
   channels: int = 3
@@ -42,32 +38,33 @@ class Decoder:
   def __post_init__(self):
     if self.channels not in _MODES:
       raise errors.UserError(
-          f"channels is {self.channels}, expected 1 (grey) or 3 (RGB)"
+          f"channels: got {self.channels}, expected 1 (gray) or 3 (RGB); change"
+          " it"
       )
     if self.crop not in resizing.BY_NAME:
       raise errors.unknown_name("crop", self.crop, resizing.BY_NAME)
     if self.size is not None and self.size < 1:
       raise errors.UserError(
-          f"size is {self.size}, expected 1 or more pixels a side"
+          f"size: got {self.size}, expected 1 or more pixels; change it"
       )
 
   def __call__(self, content: bytes, file: str) -> np.ndarray:
     """Decodes one image.
 
     Args:
-      content: of a file in any format that PIL reads, or of a .npy file with
-        uint8 [C, H, W], as EDM2's dataset_tool.py lays it out.
-      file: name for error messages.
+      content: bytes of a file in any format that PIL reads, or of a .npy file
+        with uint8 [C, H, W], the layout of EDM2's dataset_tool.py.
+      file: file name for error messages.
 
     Returns:
-      uint8 [H, W, C], or [size, size, C] where a size is set.
+      uint8 [H, W, C], or [size, size, C] if `size` is set.
 
     Raises:
-      CorruptImage: the bytes are not an image, or not all of it.
-      UserError: more than 8 bits a channel, or crop 'none' and another size.
+      CorruptImage: the bytes are not an image, or are truncated.
+      UserError: more than 8 bits per channel, or crop 'none' and another size.
     """
     pixels = self._pixels(content, file)
-    # At the right size every crop returns the same pixels, only later.
+    # Crops return an image of the target size unchanged; skip their cost.
     if self.size is None or pixels.shape[:2] == (self.size, self.size):
       return pixels
     try:
@@ -76,7 +73,7 @@ class Decoder:
       raise errors.UserError(f"{file}: {e}") from e
 
   def shape(self, content: bytes, file: str) -> tuple[int, int, int]:
-    """Returns the (H, W, C) of `__call__`, from the header alone."""
+    """Returns the shape (H, W, C) of `__call__`; reads only the header."""
     if self.size is not None:
       return self.size, self.size, self.channels
     if content.startswith(_NPY):
@@ -84,7 +81,7 @@ class Decoder:
     try:
       with Image.open(io.BytesIO(content)) as image:
         return image.height, image.width, self.channels
-    except Exception as e:  # Whatever PIL raises for a damaged file.
+    except Exception as e:  # PIL raises many types for corrupt files.
       raise corrupt(file, e) from e
 
   def _pixels(self, content: bytes, file: str) -> np.ndarray:
@@ -93,17 +90,17 @@ class Decoder:
     try:
       with Image.open(io.BytesIO(content)) as image:
         image.load()
-    except Exception as e:  # Whatever PIL raises for a damaged file.
+    except Exception as e:  # PIL raises many types for corrupt files.
       raise corrupt(file, e) from e
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
       raise errors.UserError(
-          f"{file} has pixels of PIL's mode {image.mode!r}, expected 8 bits a"
-          " channel; save it as an 8-bit image"
+          f"{file}: got PIL mode {image.mode!r}, expected 8 bits per channel;"
+          " save it as an 8-bit image"
       )
     if "transparency" in image.info:
-      # PIL warns where such a palette goes to RGB without this step.
+      # PIL warns if such a palette is converted to RGB directly.
       image = image.convert("RGBA")
-    if image.mode != _MODES[self.channels]:  # Else it would be copied.
+    if image.mode != _MODES[self.channels]:  # Avoids a copy.
       image = image.convert(_MODES[self.channels])
     pixels = np.array(image)
     return pixels.reshape(*pixels.shape[:2], self.channels)
@@ -112,63 +109,21 @@ class Decoder:
 def _read_npy(content: bytes, file: str, channels: int) -> np.ndarray:
   try:
     array = np.load(io.BytesIO(content), allow_pickle=False)
-  except Exception as e:  # Whatever NumPy raises for a damaged file.
+  except Exception as e:  # NumPy raises many types for corrupt files.
     raise corrupt(file, e) from e
   if array.dtype != np.uint8 or array.ndim != 3 or len(array) != channels:
     raise errors.UserError(
-        f"{file} holds {array.dtype} of shape {array.shape}, expected uint8"
-        f" [{channels}, H, W]; latents of an autoencoder are no images"
+        f"{file}: got {array.dtype} of shape {array.shape}, expected uint8"
+        f" [{channels}, H, W]; latents of an autoencoder are not supported"
     )
   return np.ascontiguousarray(np.moveaxis(array, 0, -1))
 
 
 def corrupt(file: str, error: Exception) -> CorruptImage:
-  """The error for a file that could not be read or decoded."""
+  """Returns the error for a file that cannot be decoded."""
   reason = " ".join(str(error).split())[:160]
   return CorruptImage(
-      f"{file} cannot be decoded ({type(error).__name__}: {reason}), expected"
+      f"{file}: cannot be decoded ({type(error).__name__}: {reason}), expected"
       " an image; delete or replace the file, or set --skip_corrupt /"
       " data.skip_corrupt=True"
   )
-
-
-def cores() -> int:
-  """Returns the number of cores that this process may use."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
-
-
-def for_each(
-    function: Callable[[int], None], n: int, threads: int | None = None
-) -> None:
-  """Calls function(0), ..., function(n - 1), on several threads.
-
-  Each thread takes a contiguous part: handing over single images would cost as
-  much as decoding small ones. PIL decodes and resizes outside of the GIL.
-
-  Args:
-    function: called once for each number.
-    n: how many.
-    threads: at most this many; None is one a core.
-
-  Raises:
-    Exception: what the function raised, for the lowest number that failed.
-  """
-  workers = min(threads or cores(), n)
-  if workers <= 1:
-    return _for_range(function, range(n))
-  ends = [n * k // workers for k in range(workers + 1)]
-  # Made for the call: nothing to close, to pickle or to lose in a fork.
-  with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-    parts = [
-        pool.submit(_for_range, function, range(*ends[k : k + 2]))
-        for k in range(workers)
-    ]
-  for part in parts:
-    part.result()
-
-
-def _for_range(function: Callable[[int], None], numbers: range) -> None:
-  for number in numbers:
-    function(number)

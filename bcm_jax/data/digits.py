@@ -1,10 +1,9 @@
 """The 1,797 handwritten digits that ship with scikit-learn.
 
-8x8 grey images of 10 classes (Alpaydin and Kaynak, "Optical Recognition of
+8x8 gray images of 10 classes (Alpaydin and Kaynak, "Optical Recognition of
 Handwritten Digits", UCI Machine Learning Repository, 1998). Nothing is
-downloaded. `digits` reads them through TFDS where TensorFlow is installed and
-straight from scikit-learn where it is not: the same examples under the same
-indices.
+downloaded. `digits` reads them through TFDS if TensorFlow is installed and
+directly from scikit-learn otherwise, with the same examples in the same order.
 """
 
 import functools
@@ -20,7 +19,7 @@ SPLIT_SIZES = {"train": 1437, "test": 360}
 
 
 def check_split(split: str) -> None:
-  """Raises UserError, naming the nearest split, unless `split` is known."""
+  """Raises UserError for an unknown split and suggests the closest name."""
   if split not in SPLIT_SIZES:
     raise unknown_name("split of digits", split, SPLIT_SIZES)
 
@@ -28,7 +27,7 @@ def check_split(split: str) -> None:
 @functools.cache
 def _split_ids() -> dict[str, np.ndarray]:
   """Returns each split's example ids in scikit-learn's order."""
-  from sklearn import datasets  # Slow to import, and used once.
+  from sklearn import datasets  # Imported late: slow, and used only here.
   from sklearn import model_selection
 
   labels = datasets.load_digits().target
@@ -42,10 +41,10 @@ def _split_ids() -> dict[str, np.ndarray]:
 
 
 def digit_arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
-  """Returns one split as arrays, straight from scikit-learn.
+  """Returns one split as arrays, read from scikit-learn.
 
   The split is train_test_split(test_size=360, stratify=labels,
-  random_state=0). Grey levels 0..16 become round(v * 255 / 16).
+  random_state=0). Gray levels v in 0..16 are mapped to round(v * 255 / 16).
 
   Args:
     split: 'train' (1,437 examples) or 'test' (360).
@@ -65,7 +64,7 @@ def digit_arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_digits(split: str) -> ArraySource:
-  """Returns one split of the digits, straight from scikit-learn.
+  """Returns one split of the digits, read from scikit-learn.
 
   Args:
     split: 'train' (1,437 examples) or 'test' (360).
@@ -78,31 +77,31 @@ def load_digits(split: str) -> ArraySource:
 
 
 def digits(split: str, data_dir: str | None = None) -> ArraySource:
-  """Returns one split of the digits: through TFDS if it is there.
+  """Returns one split of the digits, read through TFDS if it is installed.
 
-  Falls back to scikit-learn where TensorFlow, TFDS or array_record cannot be
-  imported, and (with a warning) where TFDS's default folder cannot be written.
+  Falls back to scikit-learn if TensorFlow, TFDS or array_record cannot be
+  imported, and (with a warning) if TFDS's default folder is not writable.
 
   Args:
     split: 'train' (1,437 examples) or 'test' (360).
-    data_dir: TFDS folder; None means TFDS's default, or TFDS_DATA_DIR.
+    data_dir: TFDS folder; None uses TFDS_DATA_DIR, or TFDS's default.
 
   Raises:
-    UserError: unknown split, a `data_dir` that cannot be used, or a copy there
-      without random access (see `digits_tfds.load_digits_tfds`).
+    UserError: unknown split, a `data_dir` that is not writable, or a prepared
+      copy without random access (see `digits_tfds.load_digits_tfds`).
   """
   check_split(split)
   try:
     from bcm_jax.data import digits_tfds
   except ImportError as error:
-    logging.info("digits come straight from scikit-learn: %s", error)
+    logging.info("digits: read from scikit-learn without TFDS: %s", error)
     return load_digits(split)
   try:
     return digits_tfds.load_digits_tfds(split, data_dir)
   except OSError as error:
     logging.warning(
-        "digits come straight from scikit-learn, for the TFDS folder cannot be"
-        " used (%s); set TFDS_DATA_DIR to a folder that can be written",
+        "digits: read from scikit-learn, because the TFDS folder cannot be used"
+        " (%s); set TFDS_DATA_DIR to a writable folder",
         error,
     )
     return load_digits(split)

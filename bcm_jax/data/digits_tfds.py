@@ -1,16 +1,16 @@
-"""The handwritten digits of `digits` as a TFDS data set.
+"""TFDS builder of the scikit-learn digits.
 
-Importing this module needs TensorFlow, TFDS and array_record; `digits.digits`
-is the way in that works without them. The data set is prepared on first use,
-as array_record, so that examples can be read by index.
+Importing this module requires TensorFlow, TFDS and array_record; use
+`digits.digits` to fall back to scikit-learn without them. The dataset is
+prepared on first use, as array_record, for random access.
 """
 
 import os
 
 from absl import logging
 
-# TFDS imports the other two only when first used; asking for them here turns
-# their absence into an ImportError at a place where it can be caught.
+# TFDS imports the other two lazily; importing them here raises ImportError
+# early, where `digits.digits` catches it.
 import array_record  # noqa: F401
 from google.protobuf import json_format
 import numpy as np
@@ -25,12 +25,12 @@ _FILE_FORMAT = "array_record"
 
 
 class SklearnDigits(tfds.core.GeneratorBasedBuilder):
-  """The digits that ship with scikit-learn, 8x8 grey, 10 classes."""
+  """The scikit-learn digits: 8x8 gray images, 10 classes."""
 
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "Initial release."}
-  # Found by TFDS itself, this would need importlib_resources, which TFDS
-  # 4.9.10 imports without requiring it.
+  # Set explicitly, because TFDS 4.9.10 otherwise imports importlib_resources,
+  # which is not among its dependencies.
   code_path = tfds.core.Path(__file__)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -41,7 +41,7 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder):
             "label": tfds.features.ClassLabel(num_classes=digits.NUM_CLASSES),
         }),
         supervised_keys=("image", "label"),
-        # With integer keys: index i here is index i of `digits.digit_arrays`.
+        # Keeps the order of the integer keys, that of `digits.digit_arrays`.
         disable_shuffling=True,
     )
 
@@ -58,17 +58,17 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder):
 
 
 def _prepared_builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
-  """Returns a builder whose data are on disk, preparing them if need be."""
+  """Returns a builder with prepared files; prepares them on first use."""
   builder = SklearnDigits(data_dir=data_dir)
   if builder.data_path.exists():
     return builder
   try:
-    # No bars for what takes a second.
+    # Preparation takes about a second.
     tfds.disable_progress_bar()
     builder.download_and_prepare(file_format=_FILE_FORMAT)
   except OSError:
-    # TFDS writes to a folder of its own and renames it when complete, which
-    # fails if another process was first: its copy is as good as ours.
+    # TFDS renames a temporary folder when it is complete. The rename fails if
+    # another process finished first; use the copy of that process.
     if not builder.data_path.exists():
       raise
     builder = SklearnDigits(data_dir=data_dir)
@@ -76,22 +76,21 @@ def _prepared_builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 
 def load_digits_tfds(split: str, data_dir: str | None = None) -> ArraySource:
-  """Returns one split of the digits, read through TFDS.
+  """Returns one split of the digits, read through TFDS into memory.
 
-  The split is small and is read into memory at once. Processes may prepare the
-  same folder at the same time.
+  Several processes can prepare the same folder concurrently.
 
   Args:
     split: 'train' (1,437 examples) or 'test' (360).
-    data_dir: TFDS folder; None means TFDS_DATA_DIR, or TFDS's default.
+    data_dir: TFDS folder; None uses TFDS_DATA_DIR, or TFDS's default.
 
   Raises:
-    UserError: unknown split, a `data_dir` that cannot be written, or a copy
-      there that is not array_record or is damaged.
-    OSError: `data_dir` is None and the default folder cannot be written.
+    UserError: unknown split, a `data_dir` that is not writable, or a prepared
+      copy that is corrupt or not in array_record format.
+    OSError: `data_dir` is None and the default folder is not writable.
   """
   digits.check_split(split)
-  # TFDS reads the variable when imported; a later change counts here, too.
+  # TFDS reads the variable only on import; this also honors later changes.
   folder = data_dir or os.environ.get("TFDS_DATA_DIR")
   try:
     builder = _prepared_builder(folder)
@@ -99,17 +98,17 @@ def load_digits_tfds(split: str, data_dir: str | None = None) -> ArraySource:
     if data_dir is None:
       raise
     raise UserError(
-        f"cannot prepare the digits in data_dir {data_dir!r} ({error}),"
-        " expected a folder that can be written; name another one"
+        f"data_dir: cannot prepare the digits in {data_dir!r} ({error}),"
+        " expected a writable folder; choose another one"
     ) from error
   except json_format.ParseError as error:
     raise UserError(
-        f"dataset_info.json of the digits in {folder or 'TFDS default folder'}"
-        f" cannot be read ({error}); delete {SklearnDigits.name} there and run"
-        " again"
+        f"{folder or 'TFDS default folder'}: dataset_info.json of the digits"
+        f" cannot be read ({error}); delete its folder {SklearnDigits.name} and"
+        " run again"
     ) from error
   _check_random_access(builder)
-  # Decoding 8x8 images without OpenCV is no news to anybody.
+  # Silences the warning that images are decoded without OpenCV.
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   try:
@@ -127,10 +126,10 @@ def _check_random_access(builder: tfds.core.DatasetBuilder) -> None:
   formats = {form.value for form in builder.info.available_file_formats()}
   if _FILE_FORMAT not in formats:
     raise UserError(
-        f"{builder.data_dir} holds the digits as"
-        f" {' and '.join(sorted(formats)) or 'unknown files'}, expected"
-        f" {_FILE_FORMAT}, which can be read by index; delete that folder and"
-        " run again (it is prepared anew), or name another data_dir"
+        f"{builder.data_dir}: got file format"
+        f" {' and '.join(sorted(formats)) or 'unknown'}, expected"
+        f" {_FILE_FORMAT} (random access); delete that folder and run again to"
+        " prepare it, or choose another data_dir"
     )
 
 
@@ -140,11 +139,11 @@ def _read(builder: tfds.core.DatasetBuilder, split: str) -> list[dict]:
     data = builder.as_data_source(split, file_format=_FILE_FORMAT)
     examples = [data[index] for index in range(len(data))]
     problem = f"{len(examples)} examples"
-  except Exception as error:  # Whatever a damaged file makes TFDS raise.
+  except Exception as error:  # TFDS raises many types for corrupt files.
     examples, problem = [], f"{type(error).__name__}: {error}"
   if len(examples) != expected:
     raise UserError(
-        f"{builder.data_dir} is damaged: split {split!r} gave {problem},"
-        f" expected {expected} examples; delete that folder and run again"
+        f"{builder.data_dir}: got {problem} in split {split!r}, expected"
+        f" {expected} examples; delete that folder and run again"
     )
   return examples

@@ -1,8 +1,9 @@
-"""The zip files of EDM and EDM2 (dataset_tool.py of NVlabs/edm).
+"""Zip datasets of EDM and EDM2 (dataset_tool.py of NVlabs/edm).
 
-Images with names such as 00000/img00000000.png, and a dataset.json with
-{"labels": [["00000/img00000000.png", 6], ...]}, or null where there are none.
-PATH is a file, the train split, or a folder with train.zip and test.zip.
+An archive has images with names such as 00000/img00000000.png and a
+dataset.json with {"labels": [["00000/img00000000.png", 6], ...]}, or null
+without labels. PATH is a file (the train split) or a folder with train.zip and
+test.zip.
 """
 
 import json
@@ -22,15 +23,15 @@ _EXTENSIONS = (*folder.EXTENSIONS, ".npy")
 
 
 class Archive:
-  """Reads members of a zip file, from several threads if need be.
+  """Thread-safe, picklable reader of a zip file.
 
-  ZipFile itself locks what its open members share, the place in the file.
+  ZipFile locks the file position that its open members share.
 
   Args:
-    path: the file.
+    path: path of the zip file.
 
   Raises:
-    UserError: it cannot be opened.
+    UserError: the file cannot be opened.
   """
 
   def __init__(self, path: str):
@@ -39,22 +40,22 @@ class Archive:
       self._zip = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as e:
       raise errors.UserError(
-          f"{path} cannot be read as a zip file ({type(e).__name__}: {e});"
-          " correct data.path, or copy the file anew"
+          f"{path}: cannot be read as a zip file ({type(e).__name__}: {e});"
+          " correct data.path, or copy the file again"
       ) from e
 
   def __reduce__(self):
     return Archive, (self.path,)
 
   def names(self) -> list[str]:
-    """Returns all members in the order of their names."""
+    """Returns the names of all members, sorted."""
     return sorted(self._zip.namelist())
 
   def read(self, name: str) -> bytes:
     """Returns the bytes of one member.
 
     Raises:
-      CorruptImage: its checksum or its compression is wrong.
+      CorruptImage: the checksum or the compressed data is wrong.
     """
     try:
       return self._zip.read(name)
@@ -68,18 +69,20 @@ def data_set(
     skip_corrupt: bool = False,
     threads: int | None = None,
 ) -> dataset_spec.DataSet:
-  """Describes zip files from their labels and the header of one image.
+  """Returns the dataset specification of EDM zip files.
+
+  Reads only the labels and the header of one image.
 
   Args:
-    path: the file or folder.
-    decoder: says the size, if images are to be resized, and the channels.
-    skip_corrupt: opening a split decodes every image once and leaves out those
-      that cannot be.
-    threads: that decode; None is one a core.
+    path: zip file or folder.
+    decoder: decodes the images.
+    skip_corrupt: decode all images once when a split is opened, and skip those
+      that cannot be decoded.
+    threads: number of decoding threads; None: one per core.
 
   Raises:
-    UserError: no zip file, no images in it, or a dataset.json that does not
-      give each image one class number.
+    UserError: no zip file, no images, or a dataset.json without one class index
+      per image.
   """
   files = dataset_spec.split_files(path, ".zip")
   archive = Archive(next(iter(files.values())))
@@ -91,15 +94,15 @@ def data_set(
   )
 
   def open_split(split, data_dir=None):
-    del data_dir  # Of TFDS.
+    del data_dir  # Used only by TFDS.
     dataset_spec.check_split(split, files, path)
     archive = Archive(files[split])
     images = _images(archive)
     labels = _labels(archive, images)
     if (labels is None) != (num_classes is None):
       raise errors.UserError(
-          f"one split of {path} has labels and the other has not; give both a"
-          f" {_LABELS}, or neither"
+          f"{path}: got labels in only one split, expected both or neither; add"
+          f" or remove a {_LABELS}"
       )
     source = encoded.EncodedSource(
         f"zip/{split}", archive.path, tuple(images),
@@ -112,17 +115,17 @@ def data_set(
 
 
 def _images(archive: Archive) -> list[str]:
-  found = [n for n in archive.names() if n.lower().endswith(_EXTENSIONS)]
-  if not found:
+  images = [n for n in archive.names() if n.lower().endswith(_EXTENSIONS)]
+  if not images:
     raise errors.UserError(
-        f"{archive.path} holds no image, expected {' '.join(_EXTENSIONS)}"
-        " members; make it with EDM's dataset_tool.py"
+        f"{archive.path}: got no images, expected {' '.join(_EXTENSIONS)}"
+        " members; create it with EDM's dataset_tool.py"
     )
-  return found
+  return images
 
 
 def _labels(archive: Archive, images: list[str]) -> list[int] | None:
-  """Returns the class of each image, or None where there are none."""
+  """Returns the class index of each image, or None without labels."""
   if _LABELS not in archive.names():
     return None
   try:
@@ -130,7 +133,7 @@ def _labels(archive: Archive, images: list[str]) -> list[int] | None:
     table = None if table is None else dict(table)
   except (ValueError, KeyError, TypeError) as e:
     raise errors.UserError(
-        f"{_LABELS} of {archive.path} cannot be read ({type(e).__name__}: {e}),"
+        f"{archive.path}: {_LABELS} cannot be read ({type(e).__name__}: {e}),"
         ' expected {"labels": [["00000/img00000000.png", 6], ...]} or null;'
         " correct it"
     ) from e
@@ -140,8 +143,7 @@ def _labels(archive: Archive, images: list[str]) -> list[int] | None:
     label = table.get(name)
     if type(label) is not int or label < 0:
       raise errors.UserError(
-          f"{_LABELS} of {archive.path} gives {name} the label {label!r},"
-          " expected a class number 0, 1, ...; correct it, or set labels to"
-          " null"
+          f"{archive.path}: {_LABELS}: got label {label!r} of {name}, expected"
+          " a class index 0, 1, ...; correct it, or set labels to null"
       )
   return [table[name] for name in images]

@@ -1,4 +1,4 @@
-"""A source of images that are decoded when they are asked for."""
+"""Image source that decodes files on access."""
 
 from collections.abc import Callable, Iterable
 import dataclasses
@@ -10,28 +10,29 @@ import tqdm
 
 from bcm_jax import errors
 from bcm_jax.data import decoding
+from bcm_jax.utils import thread_pool
 
-# Images checked between two movements of the progress bar.
+# Images checked per update of the progress bar.
 _BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedSource:
-  """A `Source` over image files; see data.source.
+  """An `image_source.Source` of encoded image files.
 
   Attributes:
-    name: shown in error messages, for example 'folder/train'.
-    root: folder or archive that the files lie in.
-    files: names within it, in the order of their indices.
-    labels: int32 [n]; zeros if there are no classes.
-    num_classes: labels lie in [0, num_classes), or None.
-    read: file -> its bytes; safe to call from several threads. OSError means
-      that it could not be read now, CorruptImage that it never can.
+    name: name for error messages, for example 'folder/train'.
+    root: folder or archive of the files.
+    files: file names relative to `root`; example i is files[i].
+    labels: int32 [n]; zeros without labels.
+    num_classes: labels are in [0, num_classes); None without labels.
+    read: file name -> bytes; thread-safe. Raises OSError for a temporary
+      failure and CorruptImage for a permanent one.
     decoder: bytes -> pixels.
     image_shape: (H, W, C) that every image must have.
-    example: path of a file that has this shape, for the error message.
-    threads: that decode; None is one a core.
-    skipped: files that `without_corrupt` left out.
+    example: path of a file with this shape, for error messages.
+    threads: number of decoding threads; None: one per core.
+    skipped: files skipped by `without_corrupt`.
   """
 
   name: str
@@ -56,9 +57,9 @@ class EncodedSource:
       indices: integers [n] in [0, len(self)), repeats allowed.
 
     Raises:
-      IndexError: an index outside of that range.
-      CorruptImage: names the first file that cannot be decoded.
-      UserError: images of several sizes, or a file that cannot be read.
+      IndexError: an index is out of range.
+      CorruptImage: a file cannot be decoded; names the first one.
+      UserError: an image has another size, or a file cannot be read.
     """
     indices = np.asarray(indices)
     if indices.size and indices.min() < 0:
@@ -69,14 +70,14 @@ class EncodedSource:
     def decode(k):
       image[k] = self._image(self.files[indices[k]])
 
-    decoding.for_each(decode, len(indices), self.threads)
+    thread_pool.for_each(decode, len(indices), self.threads)
     return dict(image=image, label=label)
 
   def without_corrupt(self) -> "EncodedSource":
-    """Decodes every file once and returns a source of those that can be.
+    """Decodes every file once and returns a source of the intact ones.
 
     Raises:
-      UserError: no file can be decoded, or images of several sizes.
+      UserError: no file can be decoded, or the images differ in size.
     """
     intact = np.ones(len(self), bool)
     with tqdm.tqdm(
@@ -88,21 +89,20 @@ class EncodedSource:
         def check(k, start=start):
           intact[start + k] = self._is_intact(self.files[start + k])
 
-        decoding.for_each(check, n, self.threads)
+        thread_pool.for_each(check, n, self.threads)
         bar.update(n)
-    kept = tuple(f for f, good in zip(self.files, intact, strict=True) if good)
-    skipped = tuple(sorted(set(self.files) - set(kept)))
+    files = tuple(f for f, good in zip(self.files, intact, strict=True) if good)
+    skipped = tuple(sorted(set(self.files) - set(files)))
     self._report(skipped)
     return dataclasses.replace(
-        self, files=kept, labels=self.labels[intact], skipped=skipped
+        self, files=files, labels=self.labels[intact], skipped=skipped
     )
 
   def _report(self, skipped: tuple[str, ...]) -> None:
     if len(skipped) == len(self):
       raise errors.UserError(
-          f"{self.name}: none of {len(self)} files in {self.root} can be"
-          f" decoded ({skipped[0]} is the first), expected images; check the"
-          " path"
+          f"{self.name}: got {len(self)} files in {self.root} that cannot be"
+          f" decoded (first: {skipped[0]}), expected images; check data.path"
       )
     if skipped:
       logging.warning(
@@ -124,9 +124,9 @@ class EncodedSource:
     if pixels.shape != self.image_shape:
       height, width, _ = self.image_shape
       raise errors.UserError(
-          f"{self.name}: {self.example} is {height}x{width} (height x width)"
-          f" and {path} is {pixels.shape[0]}x{pixels.shape[1]}, expected images"
-          " of one size; set --size / data.size to make them so"
+          f"{self.name}: got {path} of {pixels.shape[0]}x{pixels.shape[1]}"
+          f" (height x width), expected {height}x{width} as {self.example}; set"
+          " --size / data.size to resize all images"
       )
     return pixels
 
@@ -138,15 +138,15 @@ def first_shape(
     decoder: decoding.Decoder,
     skip_corrupt: bool,
 ) -> tuple[tuple[int, int, int], str]:
-  """Returns the (H, W, C) of the first image, from its header, and its path.
+  """Returns the shape (H, W, C) of the first image, and its path.
 
   Args:
-    root, read, decoder: as in `EncodedSource`.
-    files: at least one; read up to the first that is an image.
-    skip_corrupt: look further where a header is damaged.
+    root, read, decoder: see `EncodedSource`.
+    files: one or more file names; only the header of an image is decoded.
+    skip_corrupt: continue with the next file if a header is corrupt.
 
   Raises:
-    CorruptImage: the first file (with `skip_corrupt`: every one) is damaged.
+    CorruptImage: the first file (with `skip_corrupt`: every file) is corrupt.
   """
   failure = None
   for file in files:
@@ -165,6 +165,6 @@ def _content(read: Callable[[str], bytes], file: str, path: str) -> bytes:
     return read(file)
   except OSError as e:
     raise errors.UserError(
-        f"{path} cannot be read ({type(e).__name__}: {e.strerror or e}); check"
+        f"{path}: cannot be read ({type(e).__name__}: {e.strerror or e}); check"
         " the file and its permissions, and run again"
     ) from e

@@ -1,11 +1,11 @@
-"""A folder of images, with a sub-folder a class or without classes.
+"""Image folders, with one sub-folder per class or without classes.
 
     PATH/train/cat/1.png  PATH/train/dog/1.png  PATH/test/cat/2.png
 
-PATH without train/ is itself the train split. Labels number the class folders
-of train in the order of their names; images lie at any depth below their
-class. Names that start with a dot are left out. The order of the images is
-that of their names, folder by folder, whatever the file system says.
+PATH without train/ is the train split. Label i is the i-th class folder of the
+train split, sorted by name; images can be nested at any depth below their class
+folder. Names that start with a dot are ignored. Images are sorted by name
+within each folder, so that the order does not depend on the file system.
 """
 
 from collections.abc import Iterator
@@ -28,29 +28,31 @@ def data_set(
     skip_corrupt: bool = False,
     threads: int | None = None,
 ) -> dataset_spec.DataSet:
-  """Describes a folder from its class folders and the header of one image.
+  """Returns the dataset specification of an image folder.
+
+  Reads only the class folders and the header of one image.
 
   Args:
-    path: the folder.
-    decoder: says the size, if images are to be resized, and the channels.
-    skip_corrupt: opening a split decodes every file once and leaves out those
-      that cannot be.
-    threads: that decode; None is one a core.
+    path: path of the folder.
+    decoder: decodes the images.
+    skip_corrupt: decode all files once when a split is opened, and skip those
+      that cannot be decoded.
+    threads: number of decoding threads; None: one per core.
 
   Raises:
-    UserError: no folder, no images, or sub-folders that can be read as splits
-      as well as classes.
+    UserError: no folder, no images, or sub-folders that are a mixture of splits
+      and classes.
   """
   roots = _split_roots(path)
   first = next(iter(roots.values()))
   classes = _classes(first)
   shape, example = encoded.first_shape(
-      first, _found(first), functools.partial(_read, first), decoder,
+      first, _some_images(first), functools.partial(_read, first), decoder,
       skip_corrupt,
   )
 
   def open_split(split, data_dir=None):
-    del data_dir  # Of TFDS.
+    del data_dir  # Used only by TFDS.
     dataset_spec.check_split(split, roots, path)
     root = roots[split]
     files, labels = _listing(root, classes)
@@ -72,14 +74,14 @@ def _read(root: str, file: str) -> bytes:
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
-  """What is in a folder, by name, hidden things left out."""
+  """Returns the entries of a folder, sorted by name, without hidden ones."""
   try:
     with os.scandir(folder) as entries:
       visible = [e for e in entries if not e.name.startswith(".")]
   except OSError as e:
     raise errors.UserError(
-        f"folder {folder!r} cannot be read ({e.strerror}), expected images or"
-        " class folders; correct data.path"
+        f"{folder}: cannot be read ({e.strerror}), expected a folder of images"
+        " or class folders; correct data.path"
     ) from e
   return sorted(visible, key=lambda entry: entry.name)
 
@@ -97,54 +99,50 @@ def images(folder: str) -> Iterator[str]:
       yield entry.name
 
 
-def _found(root: str) -> Iterator[str]:
-  """As `images`, but having none is an error."""
-  found = images(root)
-  first = next(found, None)
+def _some_images(root: str) -> Iterator[str]:
+  """Yields `images(root)`; raises UserError if there are none."""
+  files = images(root)
+  first = next(files, None)
   if first is None:
     raise errors.UserError(
-        f"{root} holds no image, expected {' '.join(EXTENSIONS)} files in it or"
-        " in class folders; correct data.path"
+        f"{root}: got no images, expected {' '.join(EXTENSIONS)} files or class"
+        " folders with such files; correct data.path"
     )
   yield first
-  yield from found
-
-
-def _folders(folder: str) -> tuple[str, ...]:
-  return tuple(e.name for e in _entries(folder) if e.is_dir())
+  yield from files
 
 
 def _split_roots(path: str) -> dict[str, str]:
   """Returns the folder of each split."""
-  folders = _folders(path)
+  folders = tuple(e.name for e in _entries(path) if e.is_dir())
   roots = {}
   for split, names in dataset_spec.SPLIT_NAMES.items():
-    there = [name for name in names if name in folders]
-    if there:
-      roots[split] = os.path.join(path, there[0])
+    existing = [name for name in names if name in folders]
+    if existing:
+      roots[split] = os.path.join(path, existing[0])
   if not roots:
     return {"train": path}
-  known = sum(dataset_spec.SPLIT_NAMES.values(), ())
-  others = [name for name in folders if name not in known]
+  split_names = sum(dataset_spec.SPLIT_NAMES.values(), ())
+  others = [name for name in folders if name not in split_names]
   if others:
     raise errors.UserError(
-        f"{path} holds {os.path.basename(next(iter(roots.values())))!r}, the"
-        f" name of a split, beside {others[0]!r}, expected either splits"
-        f" ({', '.join(known)}) or classes; rename or move one of the two"
+        f"{path}: got split {os.path.basename(next(iter(roots.values())))!r}"
+        f" and {others[0]!r}, expected only splits ({', '.join(split_names)})"
+        " or only class folders; rename or move one of the two"
     )
   return roots
 
 
 def _classes(root: str) -> tuple[str, ...]:
-  """Returns the names of the class folders, or () for images without them."""
+  """Returns the names of the class folders; () for images without classes."""
   entries = _entries(root)
   folders = tuple(e.name for e in entries if e.is_dir())
   loose = next((e.name for e in entries if _is_image(e)), None)
   if folders and loose:
     raise errors.UserError(
-        f"{root} holds the image {loose!r} beside the folder {folders[0]!r},"
-        " expected images or class folders, not both; move the images into a"
-        " class folder, or start the folder's name with a dot to leave it out"
+        f"{root}: got the image {loose!r} and the folder {folders[0]!r},"
+        " expected only images or only class folders; move the images into a"
+        " class folder, or start the folder name with a dot to skip it"
     )
   return folders
 
@@ -156,30 +154,31 @@ def _listing(
 
   Args:
     root: folder of the split.
-    classes: of the train split, which number the labels.
+    classes: class names of the train split; the label is an index into these.
   """
-  mine = _classes(root)
-  if bool(mine) != bool(classes) or set(mine) - set(classes):
-    wrong = next((name for name in mine if name not in classes), None)
+  folders = _classes(root)
+  if bool(folders) != bool(classes) or set(folders) - set(classes):
+    wrong = next((name for name in folders if name not in classes), None)
     raise errors.UserError(
-        f"{root} has "
-        + (f"a class {wrong!r}" if wrong else "no classes")
-        + f", the train split {', '.join(classes[:5]) or 'no classes'}"
+        f"{root}: got "
+        + (f"class {wrong!r}" if wrong else "no classes")
+        + ", expected the classes of train: "
+        + (", ".join(classes[:5]) or "no classes")
         + (", ..." if len(classes) > 5 else "")
-        + "; give both the same class folders"
+        + "; use the same class folders in both splits"
     )
-  if not mine:
-    files = list(_found(root))
+  if not folders:
+    files = list(_some_images(root))
     return files, [0] * len(files)
   files, labels = [], []
-  for name in mine:
-    inside = [f"{name}/{f}" for f in images(os.path.join(root, name))]
-    if not inside:
+  for name in folders:
+    class_files = [f"{name}/{f}" for f in images(os.path.join(root, name))]
+    if not class_files:
       raise errors.UserError(
-          f"class folder {os.path.join(root, name)} holds no image, expected"
-          f" {' '.join(EXTENSIONS)} files; fill or delete it, or start its name"
-          " with a dot to leave it out"
+          f"{os.path.join(root, name)}: got no images, expected"
+          f" {' '.join(EXTENSIONS)} files in a class folder; fill or delete it,"
+          " or start its name with a dot to skip it"
       )
-    files += inside
-    labels += [classes.index(name)] * len(inside)
+    files += class_files
+    labels += [classes.index(name)] * len(class_files)
   return files, labels

@@ -1,24 +1,24 @@
-"""Random-access image sources, and the two roads between uint8 and [-1, 1].
+"""Random-access image sources, and conversion between uint8 and [-1, 1].
 
-A source hands out examples by index, in any order, as often as asked: this is
-what lets a batch be a pure function of (seed, step) (see `pipeline`).
+A source returns examples by index, in any order and any number of times, so
+that a batch is a pure function of (seed, step) (see `pipeline`).
 """
 
-import hashlib
 from typing import Protocol
 
 import numpy as np
 
 from bcm_jax.errors import UserError
+from bcm_jax.utils import hashing
 
 
 class Source(Protocol):
-  """Examples 0 .. len - 1, each a uint8 image with a label.
+  """Random-access source of uint8 images with labels.
 
   Attributes:
-    name: shown in error messages, for example 'digits/train'.
+    name: name for error messages, for example 'digits/train'.
     image_shape: (H, W, C) of every image.
-    num_classes: labels lie in [0, num_classes); None if there are no classes.
+    num_classes: labels are in [0, num_classes); None without labels.
   """
 
   name: str
@@ -31,22 +31,25 @@ class Source(Protocol):
   def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Returns image uint8 [n, H, W, C] and label int32 [n].
 
-    From several threads; the arrays are the caller's to change.
+    Thread-safe. Returns new arrays, which the caller may modify.
+
+    Args:
+      indices: integers [n] in [0, len(self)), repeats allowed.
     """
 
 
 class ArraySource:
-  """A `Source` held in memory.
+  """In-memory image source.
 
   Args:
     images: uint8 [n, H, W, C], n >= 1.
-    labels: integers [n] in [0, num_classes), or None for all zero.
-    num_classes: the number of classes, or None if there are none.
-    name: shown in error messages.
+    labels: integers [n] in [0, num_classes); None sets all labels to 0.
+    num_classes: number of classes; None without labels.
+    name: name for error messages.
 
   Raises:
-    UserError: no example, images that are not uint8 NHWC, labels of the wrong
-      length or type, or a label out of range (the first such one is named).
+    UserError: no images, images that are not uint8 NHWC, labels of the wrong
+      length or dtype, or a label out of range (names the first one).
   """
 
   def __init__(
@@ -60,8 +63,8 @@ class ArraySource:
     if labels is None:
       labels = np.zeros(images.shape[:1], np.int32)
     labels = np.asarray(labels)
-    _check_images(images, name)
-    _check_label_array(labels, len(images), name)
+    check_images(images, name)
+    check_label_array(labels, len(images), name)
     check_labels(labels, np.arange(len(labels)), num_classes, name)
     self.name = name
     self.num_classes = num_classes
@@ -79,39 +82,44 @@ class ArraySource:
       indices: integers [n] in [0, len(self)), repeats allowed.
 
     Raises:
-      IndexError: an index outside of that range.
+      IndexError: an index is out of range.
     """
     indices = np.asarray(indices)
-    # NumPy would read a negative index from the end: a wrong example, silently.
+    # NumPy indexes from the end for negative values: silently a wrong example.
     if indices.size and indices.min() < 0:
       raise IndexError(f"{self.name}: negative index {indices.min()}")
     return dict(image=self._images[indices], label=self._labels[indices])
 
 
-def _check_images(images: np.ndarray, name: str) -> None:
-  if images.dtype != np.uint8:
+def check_images(images: np.ndarray, name: str) -> np.ndarray:
+  """Returns images as an array.
+
+  Raises:
+    UserError: not uint8 [n, H, W, C] with n >= 1.
+  """
+  images = np.asarray(images)
+  if images.dtype != np.uint8 or images.ndim != 4 or images.size == 0:
     raise UserError(
-      f"{name}: images are {images.dtype}, expected uint8 in 0..255; convert"
-      " them, for example with bcm_jax.data.image_source.to_uint8 from [-1, 1]"
+      f"{name}: got {images.dtype} of shape {images.shape}, expected uint8 "
+      "images [n, H, W, C] with n >= 1 (grey images have C = 1); convert them, "
+      "for example with bcm_jax.data.image_source.to_uint8 from [-1, 1]"
     )
-  if images.ndim != 4:
-    raise UserError(
-      f"{name}: images have shape {images.shape}, expected [n, H, W, C]; add"
-      " the missing axis (grey images have C = 1)"
-    )
-  if images.size == 0:
-    raise UserError(
-      f"{name}: shape {images.shape} holds no image, expected at least one;"
-      " check the path and the split"
-    )
+  return images
 
 
-def _check_label_array(labels: np.ndarray, n: int, name: str) -> None:
-  if labels.shape != (n,) or not np.issubdtype(labels.dtype, np.integer):
+def check_label_array(labels: np.ndarray, n: int, name: str) -> np.ndarray:
+  """Returns labels as an array.
+
+  Raises:
+    UserError: not integers [n].
+  """
+  labels = np.asarray(labels)
+  if labels.shape != (n,) or labels.dtype.kind not in "iu":
     raise UserError(
-      f"{name}: labels are {labels.dtype} of shape {labels.shape}, expected"
-      f" integers of shape ({n},), one an image; check the label file"
+      f"{name}: got labels {labels.dtype} of shape {labels.shape}, expected"
+      f" integers of shape ({n},), one per image; check the labels"
     )
+  return labels
 
 
 def check_labels(
@@ -120,16 +128,16 @@ def check_labels(
   num_classes: int | None,
   name: str,
 ) -> None:
-  """Checks that labels lie in [0, num_classes).
+  """Checks that labels are in [0, num_classes).
 
   Args:
     labels: integers [n].
-    examples: integers [n], the example ids to name in the error.
-    num_classes: the number of classes; None allows any label >= 0.
-    name: of the source.
+    examples: integers [n], example ids for the error message.
+    num_classes: number of classes; None accepts any label >= 0.
+    name: name of the source, for the error message.
 
   Raises:
-    UserError: names the first label out of range, its example and the range.
+    UserError: a label is out of range; names the first one and its example.
   """
   limit = np.inf if num_classes is None else num_classes
   wrong = np.flatnonzero((labels < 0) | (labels >= limit))
@@ -137,42 +145,46 @@ def check_labels(
     first = wrong[0]
     expected = "0 or more" if num_classes is None else f"0 to {num_classes - 1}"
     raise UserError(
-      f"{name}: example {examples[first]} has label {labels[first]}, expected"
-      f" {expected} ({wrong.size} of {labels.size} are out of range); correct"
-      " the labels or the number of classes"
+      f"{name}: got label {labels[first]} of example {examples[first]},"
+      f" expected {expected} ({wrong.size} of {labels.size} are out of range);"
+      " correct the labels or data.num_classes"
     )
 
 
-# Examples that a fingerprint reads.
-_WITNESSES = 32
+# Number of examples that `fingerprint` reads.
+_FINGERPRINT_EXAMPLES = 32
 
 
 def fingerprint(source: Source) -> str:
-  """Twelve hex digits that differ between data sets, read in no time.
+  """Computes a fast fingerprint of a dataset.
 
-  Of the number, shape and classes of the images, and of the pixels and labels
-  of a few spread over the set. A data set that was moved keeps it; one image
-  changed elsewhere goes unnoticed.
+  Hashes the number, shape and number of classes of the images, and the pixels
+  and labels of 32 evenly spaced examples. It does not depend on the path, and
+  does not detect changes of other examples.
+
+  Returns:
+    The first 12 hex digits of a SHA-256 digest.
   """
   count = len(source)
-  ids = np.unique(np.linspace(0, count - 1, _WITNESSES).round().astype(int))
+  spaced = np.linspace(0, count - 1, _FINGERPRINT_EXAMPLES)
+  ids = np.unique(spaced.round().astype(int))
   examples = source.fetch(ids)
   facts = (count, tuple(source.image_shape), source.num_classes)
-  sha = hashlib.sha256(repr(facts).encode())
-  sha.update(np.ascontiguousarray(examples["image"]).tobytes())
-  sha.update(np.asarray(examples["label"], np.int32).tobytes())
-  return sha.hexdigest()[:12]
+  return hashing.arrays_digest([
+      (repr(facts), examples["image"]),
+      ("", np.asarray(examples["label"], np.int32)),
+  ])[:12]
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
   """Maps [-1, 1] to uint8 by floor(clip((x + 1) * 127.5, 0, 255)).
 
-  The flooring and the float32 arithmetic are those of the official samplers
-  (consistency_models and BCM, `image_sample.py`), so that saved samples and
-  reconstruction errors are comparable with published ones.
+  Floor and float32 arithmetic match the official samplers (consistency_models
+  and BCM, `image_sample.py`), so that saved samples and reconstruction errors
+  are comparable with published ones.
 
   Args:
-    image: floating point, any shape; values outside of [-1, 1] are clipped.
+    image: floating point, any shape; values outside [-1, 1] are clipped.
 
   Returns:
     uint8 of the same shape.
@@ -181,14 +193,14 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
   return np.floor(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 
-# Plain v / 127.5 - 1 rounds some of v = 1 .. 63 to just below the value that
-# `to_uint8` needs, whose floor would then lose a grey level on every trip. With
-# this much added the result is the same float32 or, for those, the next one.
+# In float32, v / 127.5 - 1 is rounded down for some v in 1 .. 63, and the floor
+# in `to_uint8` would then return v - 1. Adding this constant rounds those
+# values up to the next float32 and does not change the others.
 _NUDGE = np.float32(2**-18)
 
 
 def to_float(image: np.ndarray) -> np.ndarray:
-  """Maps uint8 to float32 in [-1, 1], x / 127.5 - 1; `to_uint8` undoes it.
+  """Maps uint8 to float32 in [-1, 1] by x / 127.5 - 1, inverse of `to_uint8`.
 
   Args:
     image: uint8, any shape.
@@ -197,13 +209,13 @@ def to_float(image: np.ndarray) -> np.ndarray:
     float32 of the same shape.
 
   Raises:
-    UserError: the image is not uint8.
+    UserError: the image does not have dtype uint8.
   """
   image = np.asarray(image)
   if image.dtype != np.uint8:
     raise UserError(
-      f"to_float was given {image.dtype}, expected uint8; images that are"
-      " floats already need no conversion"
+      f"image: got {image.dtype}, expected uint8; do not convert images that"
+      " are already floating point"
     )
   value = image.astype(np.float32)
   return (value + (value > 0) * _NUDGE) / np.float32(127.5) - np.float32(1)

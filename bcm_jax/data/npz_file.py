@@ -1,6 +1,6 @@
-"""Images in a .npz file, as samples of ADM and its relatives are exchanged.
+"""Datasets in .npz files, the sample format of ADM and its successors.
 
-PATH is a file, the train split, or a folder with train.npz and test.npz. All
+PATH is a file (the train split) or a folder with train.npz and test.npz. All
 images are read into memory.
 """
 
@@ -13,9 +13,9 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.data import dataset_spec
-from bcm_jax.data import decoding
 from bcm_jax.data import image_source
 from bcm_jax.data import resizing
+from bcm_jax.utils import thread_pool
 
 IMAGE_KEYS = ("arr_0", "images", "x", "data")
 LABEL_KEYS = ("arr_1", "labels", "y")
@@ -27,13 +27,15 @@ def data_set(
     crop: str = "adm",
     threads: int | None = None,
 ) -> dataset_spec.DataSet:
-  """Describes .npz files from the header of the images and the labels.
+  """Returns the dataset specification of .npz files.
+
+  Reads only the labels and the header of the images.
 
   Args:
-    path: the file or folder.
-    size: pixels a side that images become as they are read; None keeps theirs.
-    crop: how, a key of `resizing.BY_NAME`.
-    threads: that resize; None is one a core.
+    path: .npz file or folder.
+    size: height and width to resize to; None keeps the stored size.
+    crop: cropping and resizing method, a key of `resizing.BY_NAME`.
+    threads: number of resizing threads; None: one per core.
 
   Raises:
     UserError: no file, no images under IMAGE_KEYS, or images in NCHW.
@@ -41,25 +43,27 @@ def data_set(
   files = dataset_spec.split_files(path, ".npz")
   file = next(iter(files.values()))
   stored = _image_shape(file)
-  num_classes = _num_classes(_labels(file))
+  labels = _labels(file)
+  num_classes = None if labels is None else int(labels.max(initial=0)) + 1
   shape = stored if size is None else (size, size, stored[2])
 
   def open_split(split, data_dir=None):
-    del data_dir  # Of TFDS.
+    del data_dir  # Used only by TFDS.
     dataset_spec.check_split(split, files, path)
-    if (here := _image_shape(files[split])) != stored:
+    if (image_shape := _image_shape(files[split])) != stored:
       raise errors.UserError(
-          f"images of {files[split]} have shape {here}, those of {file}"
-          f" {stored}; give both splits the same"
+          f"{files[split]}: got images of shape {image_shape}, expected"
+          f" {stored} as in {file}; use one shape in both splits"
       )
     images = _array(files[split], IMAGE_KEYS)
     labels = _labels(files[split])
     if (labels is None) != (num_classes is None):
       raise errors.UserError(
-          f"of {files[split]} and {file} one has labels and the other has not;"
-          f" store them in both under {' or '.join(LABEL_KEYS)}, or in none"
+          f"{path}: got labels in only one of {files[split]} and {file},"
+          " expected both or neither; store them under"
+          f" {' or '.join(LABEL_KEYS)}"
       )
-    # Checked before resizing, which would say less.
+    # Checked before resizing, which would raise a less specific error.
     source = image_source.ArraySource(images, labels, num_classes, files[split])
     if size is None:
       return source
@@ -71,23 +75,19 @@ def data_set(
   return dataset_spec.DataSet(shape, num_classes, open_split, tuple(files))
 
 
-def _num_classes(labels: np.ndarray | None) -> int | None:
-  return None if labels is None else int(labels.max(initial=0)) + 1
-
-
 def _resized(
     images: np.ndarray,
     shape: tuple[int, int, int],
     crop: str,
     threads: int | None,
 ) -> np.ndarray:
-  out = np.empty((len(images), *shape), np.uint8)
+  resized = np.empty((len(images), *shape), np.uint8)
 
   def resize(k):
-    out[k] = resizing.BY_NAME[crop](images[k], shape[0])
+    resized[k] = resizing.BY_NAME[crop](images[k], shape[0])
 
-  decoding.for_each(resize, len(images), threads)
-  return out
+  thread_pool.for_each(resize, len(images), threads)
+  return resized
 
 
 def _key(archive: np.lib.npyio.NpzFile, keys: tuple[str, ...]) -> str | None:
@@ -96,24 +96,24 @@ def _key(archive: np.lib.npyio.NpzFile, keys: tuple[str, ...]) -> str | None:
 
 @contextlib.contextmanager
 def _archive(file: str) -> Iterator[np.lib.npyio.NpzFile]:
-  """Opens a .npz file; what goes wrong in it names the file."""
+  """Opens a .npz file; converts read errors to UserErrors with its name."""
   try:
     archive = np.load(file, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
-      raise ValueError("it holds a single array")
+      raise ValueError("a single array")
     with archive:
       yield archive
   except errors.UserError:
     raise
   except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
     raise errors.UserError(
-        f"{file} cannot be read as .npz ({type(e).__name__}: {e}); write it"
-        " anew with numpy.savez(file, images, labels)"
+        f"{file}: cannot be read as .npz ({type(e).__name__}: {e}); write it"
+        " again with numpy.savez(file, images, labels)"
     ) from e
 
 
 def _array(file: str, keys: tuple[str, ...]) -> np.ndarray | None:
-  """Reads the first array that has one of these names."""
+  """Returns the array under the first existing key, or None."""
   with _archive(file) as archive:
     key = _key(archive, keys)
     return None if key is None else archive[key]
@@ -123,19 +123,19 @@ def _labels(file: str) -> np.ndarray | None:
   labels = _array(file, LABEL_KEYS)
   if labels is not None and not np.issubdtype(labels.dtype, np.integer):
     raise errors.UserError(
-        f"labels of {file} are {labels.dtype} of shape {labels.shape}, expected"
-        " integers, one an image; store class numbers"
+        f"{file}: got {labels.dtype} labels of shape {labels.shape}, expected"
+        " integers, one per image; store class indices"
     )
   return labels
 
 
 def _image_shape(file: str) -> tuple[int, int, int]:
-  """Returns (H, W, C) from the header of the images."""
+  """Returns the shape (H, W, C); reads only the header of the images."""
   with _archive(file) as archive:
     key = _key(archive, IMAGE_KEYS)
     if key is None:
       raise errors.UserError(
-          f"{file} holds {', '.join(archive.files) or 'nothing'}, expected"
+          f"{file}: got arrays {', '.join(archive.files) or '(none)'}, expected"
           f" images under one of {', '.join(IMAGE_KEYS)}; rename the array"
       )
     with archive.zip.open(f"{key}.npy") as f:
@@ -146,13 +146,13 @@ def _image_shape(file: str) -> tuple[int, int, int]:
         shape, _, _ = np.lib.format.read_array_header_2_0(f)
   if len(shape) != 4:
     raise errors.UserError(
-        f"{key!r} of {file} has shape {shape}, expected [n, H, W, C]; add the"
-        " missing axis (grey images have C = 1)"
+        f"{file}: got {key!r} of shape {shape}, expected [n, H, W, C]; add the"
+        " missing axis (gray images have C = 1)"
     )
   if shape[1] in (1, 3) and shape[3] not in (1, 3):
     raise errors.UserError(
-        f"{key!r} of {file} has shape {shape}, which is [n, C, H, W], expected"
-        " [n, H, W, C]; transpose it: numpy.moveaxis(images, 1, -1)"
+        f"{file}: got {key!r} of shape {shape} (NCHW), expected [n, H, W, C];"
+        " transpose it with numpy.moveaxis(images, 1, -1)"
     )
   return tuple(shape[1:])
 

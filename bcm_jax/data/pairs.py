@@ -1,8 +1,9 @@
-"""Pairs of a noise and the image that a teacher's solver made of it.
+"""Pairs (noise, teacher sample) for DMD's regression loss (Yin et al., 2023).
 
-A file, written by mode pairs: `noise` float16 [n, H, W, C], of deviation 1 and
-exactly what the solver started from (times sigma_max), `image` uint8 of the
-same shape, `label` int32 [n], and `facts`, JSON of how they were made.
+The .npz file is written by --mode=pairs: `noise` float16 [n, H, W, C] with unit
+standard deviation, where sigma_max * noise is the initial state of the
+teacher's solver; `image` uint8 [n, H, W, C]; `label` int32 [n]; and `facts`, a
+JSON string with the provenance of the pairs.
 """
 
 import json
@@ -17,15 +18,15 @@ FIELDS = ("noise", "image", "label", "facts")
 
 
 class PairSource(image_source.ArraySource):
-  """The images of a file of pairs, each with its noise.
+  """Image source of teacher pairs, with the noise of each image.
 
   Args:
-    path: the file.
-    image_shape: (H, W, C) that the images must have.
-    num_classes: classes, or None.
+    path: path of the .npz file.
+    image_shape: expected shape (H, W, C) of the images.
+    num_classes: number of classes; None without labels.
 
   Raises:
-    UserError: no such file, or one of another kind or data set.
+    UserError: the file is missing, has other arrays, or other image shapes.
   """
 
   def __init__(
@@ -36,7 +37,7 @@ class PairSource(image_source.ArraySource):
         arrays = {k: file[k] for k in FIELDS}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
       raise UserError(
-          f"data.pairs={path} is no file of pairs ({e}); make one with "
+          f"data.pairs: {path} is not a file of pairs ({e}); create one with "
           "python -m bcm_jax.main --workdir=TEACHER --mode=pairs"
       ) from e
     self.facts = json.loads(str(arrays["facts"]))
@@ -45,13 +46,13 @@ class PairSource(image_source.ArraySource):
         images.shape != self._noise.shape
     ):
       raise UserError(
-          f"data.pairs={path} holds images {images.shape[1:]} and noise "
-          f"{self._noise.shape[1:]}, expected {tuple(image_shape)}; make pairs "
-          "with a teacher of the same data"
+          f"data.pairs: got images {images.shape[1:]} and noise "
+          f"{self._noise.shape[1:]} in {path}, expected {tuple(image_shape)}; "
+          "create pairs with a teacher of the same dataset"
       )
     labels = arrays["label"] if num_classes is not None else None
     super().__init__(images, labels, num_classes, path)
 
   def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Image, label, and noise float16 [n, H, W, C]."""
+    """Returns image, label, and noise float16 [n, H, W, C]."""
     return super().fetch(indices) | {"noise": self._noise[indices]}

@@ -1,17 +1,15 @@
-"""The command: python -m bcm_jax.data.prepare IN OUT --size=64.
+"""Writes images as raw pixels that are read by index: data.name='prepared'.
 
-Writes images as raw pixels that are read by index (data.name='prepared'). IN
-is a folder of images, a .npz file, a zip file of EDM, a folder with train and
-test files of these kinds, or tfds:cifar10, tfds:imagenet_resized/64x64 or
-tfds:imagenet2012. The same input gives the same bytes, whatever the machine.
-Exit status: 0 done, 65 bad input (one line says what).
+  python -m bcm_jax.data.prepare photos photos64 --size=64
+
+IN is a folder of images, a .npz file, a zip file of EDM, a folder with train
+and test files of these kinds, or tfds:cifar10, tfds:imagenet_resized/64x64 or
+tfds:imagenet2012. The same input gives the same bytes on every machine
+(docs/datasets.md). Exit status: 0 done, 65 bad input.
 """
 
 from collections.abc import Iterator
-import contextlib
 import os
-import shutil
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -27,8 +25,10 @@ from bcm_jax.data import pipeline
 from bcm_jax.data import prepared
 from bcm_jax.data import resizing
 from bcm_jax.utils import cli
+from bcm_jax.utils import files
 
-# Examples decoded at a time, at most; the next while these are written.
+# Maximum number of examples per block; the next block is decoded while one is
+# written.
 _BLOCK = 512
 _BLOCK_BYTES = 64 * 2**20
 _TFDS = {
@@ -51,43 +51,46 @@ def prepare(
     overwrite: bool = False,
     data_dir: str | None = None,
 ) -> str:
-  """Writes a prepared data set, whole or not at all.
+  """Writes a prepared dataset atomically.
 
   Args:
     source: IN of the command.
-    out: folder to make.
-    size: pixels a side; None keeps the images' own, which must be the same.
-    crop: how images become that size, a key of `resizing.BY_NAME`.
-    skip_corrupt: leave out files that cannot be decoded.
-    holdout: examples of train that become the test split, where there is none:
-      the first of a permutation keyed by seed 0.
-    channels: 3 or 1.
-    shard_mb: MiB of pixels in a shard, at most.
-    workers: threads that decode; None is one a core. PIL works outside of the
-      GIL, so that they share memory at the speed of processes.
-    overwrite: replace a prepared data set.
-    data_dir: TFDS folder; None means TFDS's default.
+    out: output folder.
+    size: height and width; None keeps the stored size, which must be the same
+      for all images.
+    crop: cropping and resizing method, a key of `resizing.BY_NAME`.
+    skip_corrupt: skip files that cannot be decoded.
+    holdout: number of train examples to move to the test split if the input has
+      none: the first of a permutation with seed 0.
+    channels: 3 (RGB) or 1 (gray).
+    shard_mb: maximum MiB of pixels per shard.
+    workers: number of decoding threads; None: one per core. Threads are as fast
+      as processes, because PIL releases the GIL.
+    overwrite: replace an existing prepared dataset.
+    data_dir: TFDS folder; None uses TFDS's default.
 
   Returns:
-    What was written, for a terminal.
+    Summary of the written files, for the terminal.
 
   Raises:
-    UserError: bad input, or an `out` that is there already.
+    UserError: bad input, or `out` already exists.
   """
   name, path = kind_of(source)
   _check_free(out, overwrite)
   _check_positive(shard_mb=shard_mb, workers=workers)
-  found = datasets.find(
+  dataset = datasets.find(
       name, path=path, size=size, crop=crop, skip_corrupt=skip_corrupt,
       channels=channels, threads=workers,
   )
-  with _folder_for(out) as made:
-    splits, skipped = _write_splits(found, data_dir, holdout, made, shard_mb)
+  with files.new_folder(out, overwrite=True) as folder:
+    splits, skipped = _write_splits(
+        dataset, data_dir, holdout, folder, shard_mb
+    )
     prepared.write_manifest(
-        made,
-        image_shape=found.image_shape,
-        num_classes=found.num_classes,
-        class_names=found.class_names,
+        folder,
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes,
+        class_names=dataset.class_names,
         splits=splits,
         made=dict(
             source=os.path.basename(os.path.abspath(path)) if path else source,
@@ -95,36 +98,40 @@ def prepare(
             skipped=skipped, bcm_jax=__version__,
         ),
     )
-  return _summary(found, splits, skipped, out)
+  return _summary(dataset, splits, skipped, out)
 
 
 def kind_of(source: str) -> tuple[str, str | None]:
-  """Returns the name in the registry, and the path, of an input.
+  """Returns data.name and data.path of an input.
+
+  Args:
+    source: IN of the command.
 
   Raises:
-    UserError: nothing is there, or nothing that can be read.
+    UserError: the input does not exist or has an unknown format.
   """
   if source.startswith("tfds:"):
     if source not in _TFDS:
-      raise errors.unknown_name("input", source, _TFDS)
+      raise errors.unknown_name("IN", source, _TFDS)
     return _TFDS[source], None
   path = os.path.expanduser(source)
   if os.path.isdir(path):
-    there = os.listdir(path)
+    files = os.listdir(path)
     if prepared.is_prepared(path):
       raise errors.UserError(
-          f"{source} is prepared already; give the images it was made from"
+          f"IN: {source} is already prepared, expected its source images; pass"
+          " those"
       )
     for kind in ("npz", "zip"):
-      if f"train.{kind}" in there:
+      if f"train.{kind}" in files:
         return kind, path
     return "folder", path
   for kind in ("npz", "zip"):
     if path.endswith(f".{kind}"):
       return kind, path
   raise errors.UserError(
-      f"{source} is no folder, .npz or .zip file; correct IN, or name one of"
-      f" {', '.join(_TFDS)}"
+      f"IN: got {source}, expected a folder, a .npz or .zip file, or one of"
+      f" {', '.join(_TFDS)}; correct it"
   )
 
 
@@ -133,57 +140,39 @@ def _check_free(out: str, overwrite: bool) -> None:
     return
   if not prepared.is_prepared(out):
     raise errors.UserError(
-        f"{out} is there already and is no prepared data set; choose another"
-        " OUT"
+        f"OUT: {out} already exists and is not a prepared dataset; choose"
+        " another OUT"
     )
   if not overwrite:
     raise errors.UserError(
-        f"{out} is prepared already; choose another OUT, or replace it with"
-        " --overwrite"
+        f"OUT: {out} is already prepared; choose another OUT, or replace it"
+        " with --overwrite"
     )
 
 
 def _check_positive(**values: int | None) -> None:
   for name, value in values.items():
     if value is not None and value < 1:
-      raise errors.UserError(f"--{name}={value}: expected 1 or more")
-
-
-@contextlib.contextmanager
-def _folder_for(out: str) -> Iterator[str]:
-  """Gives a folder to fill, which becomes `out` once all has gone well."""
-  parent = os.path.dirname(os.path.abspath(out))
-  os.makedirs(parent, exist_ok=True)
-  made = tempfile.mkdtemp(prefix=".preparing-", dir=parent)
-  try:
-    yield made
-    os.chmod(made, 0o755)
-    if os.path.isdir(out) and os.listdir(out):
-      old = tempfile.mkdtemp(prefix=".replaced-", dir=parent)
-      os.replace(out, old)
-      os.replace(made, out)
-      shutil.rmtree(old)
-    else:
-      os.replace(made, out)
-  except BaseException:
-    shutil.rmtree(made, ignore_errors=True)
-    raise
+      raise errors.UserError(
+          f"--{name}: got {value}, expected 1 or more; raise it"
+      )
 
 
 def _write_splits(
-    found: dataset_spec.DataSet,
+    dataset: dataset_spec.DataSet,
     data_dir: str | None,
     holdout: int,
     folder: str,
     shard_mb: int,
 ) -> tuple[dict[str, Any], list[str]]:
-  """Writes the shards; returns their entries and the files left out."""
+  """Writes all shards; returns the manifest entries and the skipped files."""
   splits, skipped = {}, []
-  for split in found.splits:
-    source = found.open(split, data_dir)
+  for split in dataset.splits:
+    source = dataset.open(split, data_dir)
     if isinstance(source, encoded.EncodedSource):
       skipped += [f"{split}/{file}" for file in source.skipped]
-    for name, ids in _parts(split, len(source), holdout, found.splits).items():
+    parts = _parts(split, len(source), holdout, dataset.splits)
+    for name, ids in parts.items():
       splits[name] = _write(source, ids, name, folder, shard_mb)
   return splits, skipped
 
@@ -191,17 +180,18 @@ def _write_splits(
 def _parts(
     split: str, n: int, holdout: int, splits: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
-  """Returns the examples of each split that one split of the input becomes."""
+  """Returns {output split: example ids} of one split of the input."""
   if not holdout:
     return {split: np.arange(n)}
   if "test" in splits:
     raise errors.UserError(
-        f"--holdout={holdout}: the input has a test split; leave it out"
+        f"--holdout: got {holdout}, expected 0, because the input has a test"
+        " split; omit it"
     )
   if not 0 < holdout < n:
     raise errors.UserError(
-        f"--holdout={holdout}: expected 1 to {n - 1}, fewer than the {n}"
-        " examples of train"
+        f"--holdout: got {holdout}, expected 1 to {n - 1}, fewer than the {n}"
+        " examples of train; change it"
     )
   order = pipeline.epoch_permutation(0, 0, n)
   return {
@@ -216,7 +206,7 @@ def _write(
     folder: str,
     shard_mb: int,
 ) -> dict[str, Any]:
-  """Writes examples `ids` as shards of a split; returns its entry."""
+  """Writes the shards of a split; returns its manifest entry."""
   record = prepared.record_bytes(source.image_shape)
   per_shard = max(1, shard_mb * 2**20 // record)
   shards = np.split(ids, range(per_shard, len(ids), per_shard))
@@ -236,7 +226,7 @@ def _write(
 def _batches(
     source: image_source.Source, ids: np.ndarray, block: int
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yields the examples in order; a thread fetches ahead."""
+  """Yields blocks of examples in order, prefetched by a thread."""
 
   def fetch(k):
     examples = ids[k * block : (k + 1) * block]
@@ -249,10 +239,10 @@ def _batches(
   return pipeline.prefetch(fetch, 0, -(-len(ids) // block))
 
 
-def _summary(found, splits, skipped, out) -> str:
+def _summary(dataset, splits, skipped, out) -> str:
   counts = ", ".join(f"{name} {s['count']:,}" for name, s in splits.items())
-  height, width, channels = found.image_shape
-  classes = "no" if found.num_classes is None else f"{found.num_classes:,}"
+  height, width, channels = dataset.image_shape
+  classes = "no" if dataset.num_classes is None else f"{dataset.num_classes:,}"
   return (
       f"{counts} images of {height}x{width}x{channels}, {classes} classes,"
       f" {len(skipped)} files skipped\nwritten: {out}; use it with"
@@ -265,17 +255,21 @@ def _parser() -> cli.Parser:
   add = parser.add_argument
   add("source", metavar="IN", help="images, or tfds:NAME")
   add("out", metavar="OUT", help="folder to make")
-  add("--size", type=int, help="pixels a side; images keep theirs without it")
-  add("--crop", default="adm", help=" or ".join(resizing.BY_NAME))
+  add("--size", type=int, metavar="N", help="side in pixels (the images' own)")
+  add("--crop", default="adm", metavar="NAME",
+      help=f"{', '.join(resizing.BY_NAME)} (%(default)s)")
   add("--skip_corrupt", action="store_true",
-      help="leave out files that cannot be decoded; checks every one first")
+      help="check all files first, skip those that do not decode")
   add("--holdout", type=int, default=0, metavar="N",
-      help="N examples of train become the test split, where there is none")
-  add("--channels", type=int, default=3, help="3 (RGB) or 1 (grey)")
-  add("--shard_mb", type=int, default=256, help="MiB in a file, at most")
-  add("--workers", type=int, help="threads that decode; one a core without it")
+      help="if there is no test split, N train examples become it")
+  add("--channels", type=int, default=3, metavar="N",
+      help="1 (gray) or 3 (RGB) (%(default)s)")
+  add("--shard_mb", type=int, default=256, metavar="N",
+      help="largest size of a file in MiB (%(default)s)")
+  add("--workers", type=int, metavar="N",
+      help="threads that decode (one per core)")
   add("--overwrite", action="store_true", help="replace a prepared OUT")
-  add("--data_dir", help="folder of TFDS")
+  add("--data_dir", metavar="DIR", help="folder of TFDS")
   return parser
 
 
@@ -286,5 +280,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  cli.quiet_tensorflow()
   main()

@@ -1,7 +1,8 @@
-"""Images as the prepare command writes them: raw pixels, read by index.
+"""Prepared datasets: raw pixels with random access.
 
-A folder with array_record shards and a dataset.json. A record is the label as
-a little-endian int32, then the pixels as uint8 [H, W, C]; nothing is decoded.
+`bcm_jax.data.prepare` writes a folder with array_record shards and a
+dataset.json. A record is the label as a little-endian int32, followed by the
+pixels as uint8 [H, W, C], so that reading does not decode images.
 """
 
 import hashlib
@@ -21,21 +22,21 @@ from bcm_jax.utils import files
 MANIFEST = "dataset.json"
 FORMAT = "bcm_jax images"
 VERSION = 1
-# Records one by one and as they are: random access, no decompression.
+# One record per group and no compression, for random access.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-# Reading ahead would read neighbours that a shuffled batch does not want, and
-# handing a record of a few KB to another thread costs more than reading it.
+# Read-ahead would read neighbors that a shuffled batch does not contain, and
+# passing a record of a few KB to another thread is slower than reading it.
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _LABEL = np.dtype("<i4")
 
 
 def record_bytes(image_shape: tuple[int, int, int]) -> int:
-  """Returns the length of a record."""
+  """Returns the length of a record in bytes."""
   return _LABEL.itemsize + math.prod(image_shape)
 
 
 def is_prepared(path: str) -> bool:
-  """Returns whether a folder holds a dataset.json of this format."""
+  """Returns True if a folder has a dataset.json of this format."""
   try:
     with open(os.path.join(path, MANIFEST), encoding="utf-8") as f:
       return json.load(f)["format"] == FORMAT
@@ -47,7 +48,7 @@ def read_manifest(path: str) -> dict[str, Any]:
   """Returns the dataset.json of a prepared folder.
 
   Raises:
-    UserError: there is none, or not of this format and version.
+    UserError: the file is missing or has another format or version.
   """
   file = os.path.join(path, MANIFEST)
   try:
@@ -55,28 +56,28 @@ def read_manifest(path: str) -> dict[str, Any]:
       manifest = json.load(f)
   except FileNotFoundError as e:
     raise errors.UserError(
-        f"{path} holds no {MANIFEST}, expected a folder made by python -m"
-        " bcm_jax.data.prepare; correct data.path, or set data.name to 'folder'"
-        " for images"
+        f"{path}: {MANIFEST} does not exist, expected a folder written by"
+        " python -m bcm_jax.data.prepare; correct data.path, or set data.name"
+        " to 'folder' for images"
     ) from e
   except (OSError, ValueError) as e:
     raise errors.UserError(
-        f"{file} cannot be read ({type(e).__name__}: {e}); prepare the data set"
+        f"{file}: cannot be read ({type(e).__name__}: {e}); prepare the dataset"
         " again"
     ) from e
-  made = (None, None)
+  header = (None, None)
   if isinstance(manifest, dict):
-    made = (manifest.get("format"), manifest.get("version"))
-  if made != (FORMAT, VERSION):
+    header = (manifest.get("format"), manifest.get("version"))
+  if header != (FORMAT, VERSION):
     raise errors.UserError(
-        f"{file} is of format {made[0]!r}, version {made[1]}, expected"
-        f" {FORMAT!r}, version {VERSION}; prepare the data set again"
+        f"{file}: got format {header[0]!r}, version {header[1]}, expected"
+        f" {FORMAT!r}, version {VERSION}; prepare the dataset again"
     )
   return manifest
 
 
 def write_manifest(path: str, **content: Any) -> None:
-  """Writes dataset.json, the last file of a prepared folder."""
+  """Writes dataset.json; call it after all shards are written."""
   files.write_json(
       os.path.join(path, MANIFEST),
       {"format": FORMAT, "version": VERSION} | content,
@@ -84,7 +85,7 @@ def write_manifest(path: str, **content: Any) -> None:
 
 
 def data_set(path: str) -> dataset_spec.DataSet:
-  """Describes a prepared folder from its dataset.json.
+  """Returns the dataset specification in dataset.json.
 
   Raises:
     UserError: see `read_manifest`.
@@ -94,7 +95,7 @@ def data_set(path: str) -> dataset_spec.DataSet:
   names = manifest["class_names"]
 
   def open_split(split, data_dir=None):
-    del data_dir  # Of TFDS.
+    del data_dir  # Used only by TFDS.
     dataset_spec.check_split(split, splits, path)
     return PreparedSource(path, split)
 
@@ -105,10 +106,10 @@ def data_set(path: str) -> dataset_spec.DataSet:
 
 
 class ShardWriter:
-  """Writes one shard.
+  """Writer of one shard.
 
   Args:
-    path: of the file.
+    path: path of the file.
   """
 
   def __init__(self, path: str):
@@ -116,7 +117,7 @@ class ShardWriter:
     self._writer = array_record_module.ArrayRecordWriter(path, _WRITER_OPTIONS)
 
   def write(self, image: np.ndarray, label: np.ndarray) -> None:
-    """Appends examples: image uint8 [n, H, W, C], label int32 [n]."""
+    """Appends examples with image uint8 [n, H, W, C] and label int32 [n]."""
     rows = np.concatenate(
         [
             label.astype(_LABEL)[:, None].view(np.uint8),
@@ -129,7 +130,7 @@ class ShardWriter:
     self._count += len(rows)
 
   def close(self) -> dict[str, Any]:
-    """Finishes the file and returns its entry in dataset.json."""
+    """Closes the file and returns its entry in dataset.json."""
     self._writer.close()
     with open(self._path, "rb") as f:
       digest = hashlib.file_digest(f, "sha256").hexdigest()
@@ -142,14 +143,14 @@ class ShardWriter:
 
 
 class PreparedSource:
-  """A `Source` over one split of a prepared folder; see data.source.
+  """An `image_source.Source` of one split of a prepared dataset.
 
   Args:
-    path: the folder.
-    split: one of those in its dataset.json.
+    path: prepared folder.
+    split: a split in its dataset.json.
 
   Raises:
-    UserError: shards that are missing, or not as long as dataset.json says.
+    UserError: a shard is missing, or its length differs from dataset.json.
   """
 
   def __init__(self, path: str, split: str):
@@ -167,10 +168,12 @@ class PreparedSource:
         self._files, self._readers, counts, strict=True
     ):
       if reader.num_records() != count:
-        raise _damaged(file, f"{reader.num_records()} records of {count}")
+        raise _corrupt_shard(
+            file, f"{reader.num_records()} of {count} records"
+        )
     self._ends = np.cumsum(counts)
     self._starts = self._ends - counts
-    # A reader has a place where it stands.
+    # Readers have a file position, which fetches must not share.
     self._lock = threading.Lock()
 
   def __reduce__(self):
@@ -186,14 +189,14 @@ class PreparedSource:
       indices: integers [n] in [0, len(self)), repeats allowed.
 
     Raises:
-      IndexError: an index outside of that range.
-      UserError: a damaged shard.
+      IndexError: an index is out of range.
+      UserError: a shard is corrupt.
     """
     indices = np.asarray(indices, np.int64)
     if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
       raise IndexError(
-          f"{self.name}: index {indices.min()} or {indices.max()} is not in 0"
-          f" to {len(self) - 1}"
+          f"{self.name}: got indices {indices.min()} to {indices.max()},"
+          f" expected 0 to {len(self) - 1}"
       )
     shard = np.searchsorted(self._ends, indices, side="right")
     position = indices - self._starts[shard]
@@ -217,21 +220,21 @@ class PreparedSource:
       reader.seek(position)
       return reader.read()
     except RuntimeError as e:
-      raise _damaged(self._files[shard], str(e)) from e
+      raise _corrupt_shard(self._files[shard], str(e)) from e
 
 
 def _open(file: str) -> Any:
   try:
     return array_record_module.ArrayRecordReader(file, _READER_OPTIONS)
   except RuntimeError as e:
-    raise _damaged(file, str(e)) from e
+    raise _corrupt_shard(file, str(e)) from e
 
 
-def _damaged(file: str, reason: str) -> errors.UserError:
+def _corrupt_shard(file: str, reason: str) -> errors.UserError:
   reason = " ".join(reason.split())[:160]
   return errors.UserError(
-      f"{file} is damaged ({reason}), expected the file as it was prepared;"
-      " copy it anew or prepare the data set again"
+      f"{file}: corrupt ({reason}), expected an unmodified shard; copy it again"
+      " or prepare the dataset again"
   )
 
 
@@ -239,10 +242,10 @@ def _check_sizes(path: str, shards: list[str], sizes: list[int]) -> None:
   missing = [os.path.basename(f) for f in shards if not os.path.isfile(f)]
   if missing:
     raise errors.UserError(
-        f"{path} lacks {len(missing)} of {len(shards)} shards:"
+        f"{path}: {len(missing)} of {len(shards)} shards are missing:"
         f" {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; copy"
-        " the whole folder, or prepare the data set again"
+        " the whole folder, or prepare the dataset again"
     )
   for file, size in zip(shards, sizes, strict=True):
     if os.path.getsize(file) != size:
-      raise _damaged(file, f"{os.path.getsize(file)} bytes of {size}")
+      raise _corrupt_shard(file, f"{os.path.getsize(file)} of {size} bytes")

@@ -1,8 +1,8 @@
-"""CIFAR-10, ImageNet-64 and ImageNet through TFDS, read by index.
+"""CIFAR-10, ImageNet-64 and ImageNet through TFDS.
 
-Importing this module needs TensorFlow Datasets; opening a set needs its files
-prepared as array_record, which gives random access. Images are decoded here,
-by PIL and in threads, as those of every other source.
+Importing this module requires TensorFlow Datasets; opening a dataset requires
+files prepared as array_record, for random access. Images are decoded by
+`decoding.Decoder`, not by TensorFlow, as for every other source.
 """
 
 import numpy as np
@@ -10,8 +10,9 @@ import tensorflow_datasets as tfds
 
 from bcm_jax import errors
 from bcm_jax.data import decoding
+from bcm_jax.utils import thread_pool
 
-# Our name -> (TFDS name, TFDS split of 'train' and 'test').
+# data.name -> (TFDS name, {split: TFDS split}).
 NAMES = {
     "cifar10": ("cifar10", {"train": "train", "test": "test"}),
     "imagenet64": (
@@ -24,15 +25,15 @@ NAMES = {
 
 
 class TFDSSource:
-  """A `Source` over a prepared TFDS data set; see data.source.
+  """An `image_source.Source` of a prepared TFDS dataset.
 
   Args:
     name: key of NAMES.
     split: 'train' or 'test'.
     num_classes: number of classes.
-    decoder: says the size and the channels.
-    data_dir: TFDS folder; None means TFDS's default.
-    threads: that decode; None is one a core.
+    decoder: decodes the images; `size` must be set.
+    data_dir: TFDS folder; None uses TFDS's default.
+    threads: number of decoding threads; None: one per core.
 
   Raises:
     UserError: unknown split, or no prepared copy with random access.
@@ -47,7 +48,7 @@ class TFDSSource:
       data_dir: str | None = None,
       threads: int | None = None,
   ):
-    there, splits = NAMES[name]
+    tfds_name, splits = NAMES[name]
     if split not in splits:
       raise errors.unknown_name(f"split of {name}", split, splits)
     self.name = f"{name}/{split}"
@@ -55,15 +56,15 @@ class TFDSSource:
     self.num_classes = num_classes
     self._decoder, self._threads = decoder, threads
     try:
-      builder = tfds.builder(there, data_dir=data_dir)
+      builder = tfds.builder(tfds_name, data_dir=data_dir)
       self._data = builder.as_data_source(
           splits[split], decoders={"image": tfds.decode.SkipDecoding()}
       )
-    except Exception as e:  # Whatever TFDS raises for files that are not there.
+    except Exception as e:  # TFDS raises many types for missing files.
       raise errors.UserError(
-          f"{self.name} cannot be read ({type(e).__name__}: "
+          f"{self.name}: cannot be read ({type(e).__name__}: "
           f"{' '.join(str(e).split())[:160]}); prepare it once with: "
-          f"tfds build {there} --file_format=array_record"
+          f"tfds build {tfds_name} --file_format=array_record"
           + (f" --data_dir={data_dir}" if data_dir else "")
       ) from e
 
@@ -77,20 +78,20 @@ class TFDSSource:
       indices: integers [n] in [0, len(self)), repeats allowed.
 
     Raises:
-      IndexError: an index outside of that range.
-      UserError: an image that cannot be decoded.
+      IndexError: an index is out of range.
+      UserError: an image cannot be decoded.
     """
     indices = [int(i) for i in indices]
     if any(not 0 <= i < len(self) for i in indices):
-      raise IndexError(f"{self.name}: an index is not in 0 to {len(self) - 1}")
+      raise IndexError(f"{self.name}: expected indices 0 to {len(self) - 1}")
     examples = self._data.__getitems__(indices) if indices else []
     image = np.empty((len(indices), *self.image_shape), np.uint8)
 
     def decode(k):
-      where = f"{self.name}: example {indices[k]}"
-      image[k] = self._decoder(examples[k]["image"], where)
+      file = f"{self.name}: example {indices[k]}"
+      image[k] = self._decoder(examples[k]["image"], file)
 
-    decoding.for_each(decode, len(indices), self._threads)
+    thread_pool.for_each(decode, len(indices), self._threads)
     return dict(
         image=image, label=np.array([e["label"] for e in examples], np.int32)
     )

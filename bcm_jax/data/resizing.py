@@ -1,7 +1,7 @@
-"""Images to squares, as the published data sets were made.
+"""Center crop and resize methods of the published datasets.
 
-The two crops give different data sets, with different Frechet references:
-a model is compared under the crop that it was trained on.
+The two methods define different datasets with different FID reference
+statistics. Evaluate a model with the method of its training data.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from bcm_jax import errors
 
 
 def _to_pil(image: np.ndarray) -> Image.Image:
-  # PIL knows grey images without their axis of channels only.
+  # PIL represents gray images without a channel axis.
   return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
@@ -23,15 +23,16 @@ def _to_array(image: Image.Image) -> np.ndarray:
 
 
 def adm(image: np.ndarray, size: int) -> np.ndarray:
-  """Halves by boxes, resizes by a bicubic filter, crops the centre.
+  """Resizes with box and bicubic filters, then takes the center crop.
 
-  Halving while the short side is at least twice `size`, then the short side
-  becomes `size`: `center_crop_arr` of guided-diffusion (Dhariwal and Nichol,
-  2021), 'center-crop-dhariwal' of EDM2. BCM, CM, iCT, CTM and EDM2 train on it.
+  Halves the image with a box filter while its shorter side is at least
+  2 * size, resizes the shorter side to `size` with a bicubic filter, and crops:
+  `center_crop_arr` of guided-diffusion (Dhariwal and Nichol, 2021), called
+  'center-crop-dhariwal' in EDM2. Used by BCM, CM, iCT, CTM and EDM2.
 
   Args:
     image: uint8 [H, W, C], C = 1 or 3.
-    size: pixels a side of the result.
+    size: height and width of the result.
 
   Returns:
     uint8 [size, size, C].
@@ -48,14 +49,14 @@ def adm(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def edm(image: np.ndarray, size: int) -> np.ndarray:
-  """Crops the central square, then resizes by a Lanczos filter.
+  """Crops the center square, then resizes it with a Lanczos filter.
 
-  'center-crop' of EDM's dataset_tool.py (Karras et al., 2022), by which its
-  ImageNet-64 was made.
+  'center-crop' of EDM's dataset_tool.py (Karras et al., 2022), used for EDM's
+  ImageNet-64.
 
   Args:
     image: uint8 [H, W, C], C = 1 or 3.
-    size: pixels a side of the result.
+    size: height and width of the result.
 
   Returns:
     uint8 [size, size, C].
@@ -71,17 +72,21 @@ def edm(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def none(image: np.ndarray, size: int) -> np.ndarray:
-  """Returns the image, which must be [size, size, C] already.
+  """Returns the image unchanged.
+
+  Args:
+    image: uint8 [size, size, C].
+    size: required height and width.
 
   Raises:
-    UserError: it is not.
+    UserError: the image has another size.
   """
   height, width = image.shape[:2]
   if (height, width) != (size, size):
     raise errors.UserError(
-        f"the image is {height}x{width} (height x width), expected"
-        f" {size}x{size}, for crop 'none' changes nothing; set --crop /"
-        " data.crop to 'adm' or 'edm'"
+        f"got an image of {height}x{width} (height x width), expected"
+        f" {size}x{size} with crop 'none'; set --crop / data.crop to 'adm' or"
+        " 'edm'"
     )
   return image
 

@@ -1,9 +1,9 @@
-"""Images resampled at any points: doubled, read bilinearly, and halved again.
+"""Image resampling at arbitrary points with wavelet anti-aliasing.
 
-The procedure of Karras et al., "Training Generative Adversarial Networks with
-Limited Data" (2020), appendix B. Both changes of resolution go through the
-low-pass of an orthogonal wavelet, so that an image read at its own pixels
-comes back unchanged.
+Upsamples by 2, interpolates bilinearly and downsamples by 2 (Karras et al.,
+"Training Generative Adversarial Networks with Limited Data", 2020, appendix B).
+Both changes of resolution use the low-pass filter of an orthogonal wavelet, so
+that the identity map reproduces the image.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ import numpy as np
 Margin = tuple[tuple[int, int], tuple[int, int]]
 Sources = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
-# Decomposition low-pass of the symlet with six vanishing moments (Daubechies,
-# "Ten Lectures on Wavelets", 1992, section 8.1), with the digits that
-# PyWavelets prints for Wavelet("sym6").dec_lo. They sum to sqrt(2).
+# Decomposition low-pass filter of the symlet with six vanishing moments
+# (Daubechies, "Ten Lectures on Wavelets", 1992, section 8.1), as printed by
+# PyWavelets for Wavelet("sym6").dec_lo. The taps sum to sqrt(2).
 SYM6 = (
     0.015404109327027373, 0.0034907120842174702, -0.11799011114819057,
     -0.048311742585633, 0.4910559419267466, 0.787641141030194,
@@ -26,20 +26,24 @@ SYM6 = (
     0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
 )
 _TAPS = len(SYM6)
-# Rounded as in the official code, so that float64 agrees with it too.
+# Rounded to float32 as in the official code, to match it in float64 too.
 _FILTER = np.float32(SYM6).astype(np.float64)
-REACH = _TAPS // 4  # Of one pass to either side, in pixels.
+REACH = _TAPS // 4  # Radius of one filter pass, in pixels.
 
 
 @functools.cache
 def _upsampling(size: int, low: int, high: int) -> np.ndarray:
-  """Reflected margins, twofold upsampling and a border of zeros in one matrix.
+  """Returns a matrix for reflection padding, 2x upsampling and a zero border.
+
+  Args:
+    size: number of pixels along the axis.
+    low, high: widths of the reflection padding in pixels.
 
   Returns:
     float64 [2 * (low + size + high) + 2, size].
   """
   if not 0 <= min(low, high) <= max(low, high) < size:
-    raise ValueError(f"margins {low}, {high}, expected 0 to {size - 1}")
+    raise ValueError(f"margin: got {low}, {high}, expected 0 to {size - 1}")
   padded = np.arange(-low, size + high)
   origin = size - 1 - np.abs(size - 1 - np.abs(padded))
   matrix = np.zeros((2 * padded.size + 2, size))
@@ -53,7 +57,7 @@ def _upsampling(size: int, low: int, high: int) -> np.ndarray:
 
 @functools.cache
 def _downsampling(size: int) -> np.ndarray:
-  """Twofold downsampling: float64 [size, 2 * size + 10]."""
+  """Returns the 2x downsampling matrix, float64 [size, 2 * size + 10]."""
   matrix = np.zeros((size, 2 * size + _TAPS - 2))
   for row in range(size):
     matrix[row, 2 * row : 2 * row + _TAPS] = _FILTER
@@ -62,7 +66,7 @@ def _downsampling(size: int) -> np.ndarray:
 
 
 def _along_axes(rows: np.ndarray, columns: np.ndarray, images) -> jax.Array:
-  """Applies a matrix along the height and another along the width."""
+  """Applies one matrix along the height and another along the width."""
   rows = jnp.asarray(rows, images.dtype)
   columns = jnp.asarray(columns, images.dtype)
   images = jnp.einsum("yh,bhwc->bywc", rows, images, precision="highest")
@@ -70,12 +74,16 @@ def _along_axes(rows: np.ndarray, columns: np.ndarray, images) -> jax.Array:
 
 
 def _bilinear(images, x, y) -> jax.Array:
-  """Values [B, n, m, C] at indices x, y [B, n, m]; the border, 0, goes on."""
+  """Interpolates images at indices x, y [B, n, m]; extends the zero border.
 
-  def cell(at, size):
-    at = jnp.clip(at, 0, size - 1)
-    first = jnp.minimum(jnp.floor(at), size - 2)
-    return first.astype(jnp.int32), (at - first)[..., None]
+  Returns:
+    [B, n, m, C].
+  """
+
+  def cell(position, size):
+    position = jnp.clip(position, 0, size - 1)
+    first = jnp.minimum(jnp.floor(position), size - 2)
+    return first.astype(jnp.int32), (position - first)[..., None]
 
   batch, height, width, channels = images.shape
   x, right = cell(x, width)
@@ -96,22 +104,21 @@ def _bilinear(images, x, y) -> jax.Array:
 def resample(
     images: jax.Array, sources: Sources, margin: Margin | None = None
 ) -> jax.Array:
-  """Reads images at the points that `sources` names.
+  """Resamples images at the points returned by `sources`.
 
   Args:
     images: [B, H, W, C], floating point.
-    sources: points (x, y) of the result, broadcasting to [n, m], to the points
-      of the images that they come from, each [B, n, m]. In pixels, with the
-      origin at the centre, x to the right and y down.
-    margin: ((top, bottom), (left, right)), the pixels that are reflected
-      around the images, at most H - 1 and W - 1, which is the default. Beyond
-      them is 0.
+    sources: maps output coordinates (x, y), which broadcast to [n, m], to
+      source coordinates, each [B, n, m]. In pixels, with the origin at the
+      image center, x to the right and y down.
+    margin: ((top, bottom), (left, right)), the width of the reflection padding
+      in pixels; at most (and by default) H - 1 and W - 1. Pixels beyond are 0.
 
   Returns:
-    Like the images.
+    Array with the shape and dtype of `images`.
 
   Raises:
-    ValueError: for a margin out of range.
+    ValueError: the margin is out of range.
   """
   height, width = images.shape[1:3]
   if margin is None:
@@ -119,7 +126,7 @@ def resample(
   (top, bottom), (left, right) = margin
 
   def points(size):
-    # Those of the doubled grid that the downsampling reads.
+    # The points of the 2x grid that the downsampling filter reads.
     half = (np.arange(2 * size + _TAPS - 2) - size - _TAPS // 2 + 2) / 2
     return jnp.asarray(half, images.dtype)
 
@@ -127,7 +134,7 @@ def resample(
   fine = _along_axes(
       _upsampling(height, top, bottom), _upsampling(width, left, right), images
   )
-  # Halves doubled are whole: indices of an untouched image have no rounding.
+  # Points are multiples of 1/2, so the identity map gives exact integers.
   x, y = 2 * x + (width + 2 * left), 2 * y + (height + 2 * top)
   fine = _bilinear(fine, x, y)
   return _along_axes(_downsampling(height), _downsampling(width), fine)

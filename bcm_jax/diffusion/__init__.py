@@ -1,1 +1,1 @@
-"""The mathematics shared by all methods: processes, schedules, solvers."""
+"""Diffusion processes, preconditioning, schedules, distances and solvers."""

@@ -1,24 +1,24 @@
-"""Preconditionings: how a raw network F becomes a denoiser or a flow map.
+"""Preconditioning of denoisers, consistency functions and flow maps.
 
-Every form reads D = c_skip x + c_out F(c_in x, c_noise). Notation of Karras
-et al. (EDM, 2022), table 1; A(t) = t^2 + sigma_data^2 throughout.
-
-Levels are [B] arrays or scalars in sigma units, and so are the results;
-everything is computed in float32 or wider.
+D = c_skip x + c_out F(c_in x, c_noise) for a raw network F, in the notation of
+Karras et al. (EDM, 2022), eq. 7 and table 1. Noise levels t and u are in units
+of sigma. Levels and coefficients are [B] arrays or scalars, computed in at
+least float32.
 """
 
 from collections.abc import Callable
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from bcm_jax.diffusion import process
+from bcm_jax.models import dtypes
 
 
-class Scalings(NamedTuple):
-  """Factors of D = c_skip x + c_out F(c_in x, c_noise), shaped like t."""
+class Coefficients(NamedTuple):
+  """Preconditioning coefficients c_skip, c_out, c_in, each shaped like t."""
 
   c_skip: jax.Array
   c_out: jax.Array
@@ -26,42 +26,48 @@ class Scalings(NamedTuple):
 
 
 class Preconditioning(Protocol):
-  """A form of D: levels in, factors out."""
+  """Maps levels (t, u) to preconditioning coefficients.
 
-  def __call__(self, t: jax.Array, u: jax.Array) -> Scalings: ...
+  Attributes:
+    ends_at_denoiser: whether D at end level 0 is EDM's denoiser.
+  """
 
+  ends_at_denoiser: bool
 
-def _wide(t) -> jax.Array:
-  t = jnp.asarray(t)
-  return t.astype(jnp.promote_types(jnp.float32, t.dtype))
+  def __call__(self, t: jax.Array, u: jax.Array) -> Coefficients: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class EDM:
-  """Denoiser D(x, t) ~ E[x_0 | x_t]; the end level is 0 and u is unused."""
+  """Denoiser D(x, t) ~ E[x_0 | x_t] (Karras et al., 2022, table 1).
+
+  The end level u is ignored.
+  """
 
   sigma_data: float = 0.5
+  ends_at_denoiser = True
 
-  def __call__(self, t, u=None) -> Scalings:
-    t, sd = _wide(t), self.sigma_data
+  def __call__(self, t, u=None) -> Coefficients:
+    t, sd = dtypes.at_least_float32(t), self.sigma_data
     a = t**2 + sd**2
-    return Scalings(sd**2 / a, t * sd / jnp.sqrt(a), 1 / jnp.sqrt(a))
+    return Coefficients(sd**2 / a, t * sd / jnp.sqrt(a), 1 / jnp.sqrt(a))
 
 
 @dataclasses.dataclass(frozen=True)
 class ConsistencyBoundary:
-  """Consistency function f(x, t) with f(x, sigma_min) = x; u is unused.
+  """Consistency function f(x, t) with f(x, sigma_min) = x.
 
-  Song et al. (2023), appendix C.
+  Song et al. (2023), appendix C. The end level u is ignored.
   """
 
   sigma_data: float = 0.5
   sigma_min: float = 0.002
+  ends_at_denoiser = False
 
-  def __call__(self, t, u=None) -> Scalings:
-    t, sd = _wide(t), self.sigma_data
+  def __call__(self, t, u=None) -> Coefficients:
+    t, sd = dtypes.at_least_float32(t), self.sigma_data
     a, s = t**2 + sd**2, t - self.sigma_min
-    return Scalings(
+    return Coefficients(
         sd**2 / (s**2 + sd**2), s * sd / jnp.sqrt(a), 1 / jnp.sqrt(a)
     )
 
@@ -70,77 +76,109 @@ class ConsistencyBoundary:
 class Bidirectional:
   """Flow map f(x, t, u) from level t to level u, in either direction.
 
-  Li & He (BCM, 2024). f(x, t, t) = x holds for every F, and at u = 0 this is
-  EDM's denoiser: the form is one Euler step from t to u of a denoiser whose F
-  may depend on u.
+  Li & He (BCM, 2024). f(x, t, t) = x for every F, and f(x, t, 0) has the form
+  of EDM's denoiser: f is one Euler step from t to u with a denoiser whose F may
+  depend on u.
   """
 
   sigma_data: float = 0.5
+  ends_at_denoiser = True
 
-  def __call__(self, t, u) -> Scalings:
-    t, u, sd = _wide(t), _wide(u), self.sigma_data
+  def __call__(self, t, u) -> Coefficients:
+    t, u = dtypes.at_least_float32(t), dtypes.at_least_float32(u)
+    sd = self.sigma_data
     a = t**2 + sd**2
-    return Scalings(
+    return Coefficients(
         (t * u + sd**2) / a, (t - u) * sd / jnp.sqrt(a), 1 / jnp.sqrt(a)
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-  """CTM's G(x, t, u) = (u/t) x + (1 - u/t) g(x, t, u) for u <= t.
+  """Flow map G(x, t, u) = (u/t) x + (1 - u/t) g(x, t, u) for u <= t.
 
-  Kim et al. (CTM, 2024), eq. 9. With the EDM form inside it equals
-  `Bidirectional`; only the range of u that is trained differs.
+  Kim et al. (CTM, 2024), eq. 9, where `inner` is the preconditioning of g. With
+  EDM's form for g it equals `Bidirectional`; only the trained range of u
+  differs.
   """
 
   inner: Preconditioning = EDM()
+  # Not relied on: u -> 0 is trained, u = 0 is not.
+  ends_at_denoiser = False
 
-  def __call__(self, t, u) -> Scalings:
-    t, u = _wide(t), _wide(u)
+  def __call__(self, t, u) -> Coefficients:
+    t, u = dtypes.at_least_float32(t), dtypes.at_least_float32(u)
     c_skip, c_out, c_in = self.inner(t)
     rest = (t - u) / t
-    return Scalings(u / t + rest * c_skip, rest * c_out, c_in)
+    return Coefficients(u / t + rest * c_skip, rest * c_out, c_in)
+
+
+# Values of config.method.preconditioning.
+Name = Literal["edm", "cm", "bcm", "ctm"]
+
+
+def by_name(
+    name: Name, sigma_data: float = 0.5, sigma_min: float = 0.002
+) -> Preconditioning:
+  """Returns the form of a name."""
+  return {
+      "edm": EDM(sigma_data),
+      "cm": ConsistencyBoundary(sigma_data, sigma_min),
+      "bcm": Bidirectional(sigma_data),
+      "ctm": Trajectory(EDM(sigma_data)),
+  }[name]
 
 
 def edm_weight(t: jax.Array, sigma_data: float) -> jax.Array:
-  """EDM's weight of a denoising loss, 1 / c_out^2: levels [B] -> [B]."""
+  """Returns EDM's weight of a denoising loss, 1 / c_out^2: [B] -> [B]."""
   return (t**2 + sigma_data**2) / (t * sigma_data) ** 2
 
 
-def adm_noise(t: jax.Array) -> jax.Array:
-  """ADM's conditioning value 250 ln t; t is floored at 1e-20, never 0."""
-  return 250 * jnp.log(jnp.maximum(_wide(t), 1e-20))
+def edm_c_noise(t: jax.Array) -> jax.Array:
+  """Returns EDM's ln(t) / 4 (table 1); t is floored at 1e-20, never 0."""
+  return jnp.log(jnp.maximum(dtypes.at_least_float32(t), 1e-20)) / 4
 
 
-def edm_noise(t: jax.Array) -> jax.Array:
-  """EDM's conditioning value ln(t) / 4; t is floored at 1e-20, never 0."""
-  return jnp.log(jnp.maximum(_wide(t), 1e-20)) / 4
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+  """c_noise in the units of a network's embedding: factor c_noise(t)."""
+
+  c_noise: Callable[[jax.Array], jax.Array]
+  factor: float
+
+  def __call__(self, t: jax.Array) -> jax.Array:
+    return self.factor * self.c_noise(t)
+
+
+# ADM's sinusoids are for timesteps 0 .. 1000: 250 ln t.
+ADM_SCALE = 1000.0
+adm_c_noise = Scaled(edm_c_noise, ADM_SCALE)
 
 
 def precondition(
     network: Callable[..., jax.Array],
-    scalings: Preconditioning,
+    coefficients: Preconditioning,
     x: jax.Array,
     t: jax.Array,
     u: jax.Array,
-    noise: Callable[[jax.Array], jax.Array] = adm_noise,
+    c_noise: Callable[[jax.Array], jax.Array] = adm_c_noise,
 ) -> jax.Array:
   """Evaluates D = c_skip x + c_out F(c_in x, c_noise(t), c_noise(u)).
 
   Args:
     network: F(x, c_noise, c_noise_end) -> [B, ...].
-    scalings: one of the forms above.
+    coefficients: one of the forms above.
     x: [B, ...] image at level t.
     t: [B] start level.
     u: [B] end level.
-    noise: conditioning value of a level.
+    c_noise: conditioning value of a level.
 
   Returns:
-    [B, ...], float32 or wider.
+    [B, ...], at least float32.
   """
   c_skip, c_out, c_in = (
       process.expand(jnp.broadcast_to(c, x.shape[:1]), x.ndim)
-      for c in scalings(t, u)
+      for c in coefficients(t, u)
   )
-  f = network(c_in * x, noise(t), noise(u))
+  f = network(c_in * x, c_noise(t), c_noise(u))
   return c_skip * x + c_out * f.astype(jnp.promote_types(f.dtype, c_out.dtype))

@@ -1,7 +1,7 @@
-"""The variance-exploding process x_t = x_0 + t z, z ~ N(0, I).
+"""Variance-exploding diffusion process x_t = x_0 + t z, z ~ N(0, I).
 
-Its noise level sigma(t) is t itself, so times are in units of sigma wherever
-they appear in this package.
+The noise level is sigma(t) = t (Karras et al., 2022, table 1), so all times are
+in units of sigma.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def expand(t: jax.Array, ndim: int) -> jax.Array:
-  """Appends axes to t [B], to broadcast against an ndim-array [B, ...]."""
+  """Appends axes to t [B] to broadcast it against an array [B, ...]."""
   return t.reshape(t.shape + (1,) * (ndim - t.ndim))
 
 
@@ -19,10 +19,28 @@ def add_noise(x0: jax.Array, t: jax.Array, z: jax.Array) -> jax.Array:
 
 
 def ode_velocity(x: jax.Array, t: jax.Array, denoised: jax.Array) -> jax.Array:
-  """Probability-flow ODE dx/dt = (x - D(x, t)) / t (Karras et al., eq. 3)."""
+  """Computes dx/dt = (x - D(x, t)) / t of the probability-flow ODE.
+
+  Karras et al. (2022), eqs. 1 and 3.
+
+  Args:
+    x: [B, ...] at level t.
+    t: [B] or scalar.
+    denoised: D(x, t), [B, ...].
+  """
   return (x - denoised) / expand(jnp.asarray(t), x.ndim)
 
 
-def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
-  """Standard normal noise of the shape of x [B, ...], one key an example."""
+def normal_like(
+    keys: jax.Array, x: jax.Array, number: int | jax.Array | None = None
+) -> jax.Array:
+  """Draws standard normal noise of the shape of x [B, ...].
+
+  Args:
+    keys: one per example, [B].
+    x: gives shape and dtype.
+    number: folded into each key first, for several draws from the same keys.
+  """
+  if number is not None:
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
   return jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)

@@ -1,8 +1,8 @@
 """Solvers of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma.
 
-Each step goes from sigmas[i] to sigmas[i + 1]; a decreasing grid generates, an
-increasing one inverts. With churn every step first raises the noise level a
-little (Karras et al., 2022, algorithm 2).
+Step i integrates from sigmas[i] to sigmas[i + 1]: a decreasing grid generates,
+an increasing grid inverts. With churn, each step first increases the noise
+level (Karras et al., 2022, algorithm 2).
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ Noise = Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Churn:
-  """Stochasticity of Karras et al. (2022), algorithm 2; 0 is deterministic.
+  """Stochasticity parameters of Karras et al. (2022), algorithm 2.
 
   Attributes:
-    s_churn: total amount, spread over the steps.
-    s_tmin, s_tmax: range of sigma in which it acts.
-    s_noise: factor of the added noise's standard deviation.
+    s_churn: total amount of stochasticity; 0 is deterministic.
+    s_tmin, s_tmax: range of sigma with churn.
+    s_noise: scale of the standard deviation of the added noise.
   """
 
   s_churn: float = 0.0
@@ -35,58 +35,26 @@ class Churn:
   s_noise: float = 1.0
 
   def gamma(self, sigma: float, num_steps: int) -> float:
-    """Relative rise of the noise level before a step from sigma."""
+    """Returns gamma, the relative increase of the noise level at sigma."""
     if not self.s_tmin <= sigma <= self.s_tmax:
       return 0.0
     return min(self.s_churn / num_steps, math.sqrt(2) - 1)
 
 
 def euler_step(denoiser: Denoiser, x, s, s_next):
-  """One step of first order: 1 NFE."""
+  """Euler step from s to s_next: 1 NFE."""
   return x + (s_next - s) * process.ode_velocity(x, s, denoiser(x, s))
 
 
 def heun_step(denoiser: Denoiser, x, s, s_next):
-  """One step of the trapezoidal rule: 2 NFE; s_next must not be 0."""
+  """Heun step (trapezoidal rule) from s to s_next > 0: 2 NFE."""
   d = process.ode_velocity(x, s, denoiser(x, s))
   x_next = x + (s_next - s) * d
   d_next = process.ode_velocity(x_next, s_next, denoiser(x_next, s_next))
   return x + (s_next - s) * (d + d_next) / 2
 
 
-def dpm2_step(denoiser: Denoiser, x, s, s_next):
-  """One step of the midpoint rule, the midpoint taken in sigma^(1/3): 2 NFE."""
-  d = process.ode_velocity(x, s, denoiser(x, s))
-  mid = ((s ** (1 / 3) + s_next ** (1 / 3)) / 2) ** 3
-  x_mid = x + (mid - s) * d
-  d_mid = process.ode_velocity(x_mid, mid, denoiser(x_mid, mid))
-  return x + (s_next - s) * d_mid
-
-
-def ancestral_levels(
-    s: np.ndarray | float, s_next: np.ndarray | float
-) -> tuple[np.ndarray, np.ndarray]:
-  """(down, up) with down^2 + up^2 = s_next^2, for a step from s to s_next.
-
-  The step goes down to `down` and adds noise of deviation `up` (DDPM's
-  posterior variance; Song et al., 2021, as in k-diffusion).
-  """
-  dtype = np.result_type(np.asarray(s), np.float32)
-  s, s_next = np.asarray(s, dtype), np.asarray(s_next, dtype)
-  up = np.minimum(s_next, np.sqrt(s_next**2 * (s**2 - s_next**2) / s**2))
-  return np.sqrt(s_next**2 - up**2), up
-
-
-_STEPS = {"euler": (euler_step, 1), "heun": (heun_step, 2),
-          "dpm2": (dpm2_step, 2), "ancestral": (euler_step, 1)}
-SOLVERS = tuple(_STEPS)
-
-
-def nfe(sigmas: np.ndarray, solver: str = "heun") -> int:
-  """Number of denoiser calls that `solve` makes on a grid."""
-  steps = len(sigmas) - 1
-  saved = solver == "heun" and sigmas[-1] == 0
-  return steps * _STEPS[solver][1] - (1 if saved else 0)
+_STEPS = {"euler": euler_step, "heun": heun_step}
 
 
 def solve(
@@ -97,35 +65,33 @@ def solve(
     churn: Churn = Churn(),
     noise: Noise | None = None,
 ) -> jax.Array:
-  """Carries x from level sigmas[0] to level sigmas[-1].
+  """Solves the probability-flow ODE from sigmas[0] to sigmas[-1].
+
+  Karras et al. (2022), algorithms 1 and 2.
 
   Args:
-    denoiser: D(x, sigma) -> like x; sigma is a scalar.
+    denoiser: D(x, sigma) -> array like x, for a scalar sigma.
     x: [B, ...] at level sigmas[0].
     sigmas: [n + 1] levels on the host, monotone; a decreasing grid may end in
-      0, where Heun's step falls back to Euler's (its D at 0 does not exist).
-    solver: 'euler', 'heun', 'dpm2', or 'ancestral': stochastic, Euler's steps
-      that fall short of their level, and noise.
-    churn: stochasticity of the others.
-    noise: step index -> standard normal like x; needed with churn and by
-      'ancestral'.
+      0, where Heun's step is replaced by Euler's (D at 0 does not exist).
+    solver: 'euler' or 'heun'.
+    churn: stochasticity.
+    noise: step index -> standard normal like x; needed with churn.
 
   Returns:
     [B, ...] at level sigmas[-1].
 
   Raises:
-    ValueError: for churn or 'ancestral' without noise.
+    ValueError: churn without noise.
   """
   sigmas = np.asarray(sigmas, np.float64)
   n = len(sigmas) - 1
-  if solver == "ancestral":
-    return _ancestral(denoiser, x, sigmas, noise)
   gammas = np.array([churn.gamma(s, n) for s in sigmas[:-1]])
   if gammas.any() and noise is None:
-    raise ValueError("churn needs a noise function")
+    raise ValueError("noise: got None, expected a function with churn")
   hats = sigmas[:-1] * (1 + gammas)
   extra = churn.s_noise * np.sqrt(np.maximum(hats**2 - sigmas[:-1] ** 2, 0))
-  step = _STEPS[solver][0]
+  step = _STEPS[solver]
 
   def body(x, inputs, step=step):
     i, hat, s_next, added = inputs
@@ -141,16 +107,3 @@ def solve(
     last = jax.tree.map(lambda a: a[-1], inputs)
     return body(x, last, step=euler_step)[0]
   return jax.lax.scan(body, x, inputs)[0]
-
-
-def _ancestral(denoiser, x, sigmas, noise):
-  if noise is None:
-    raise ValueError("solver 'ancestral' needs a noise function")
-  down, up = ancestral_levels(sigmas[:-1], sigmas[1:])
-
-  def body(x, inputs):
-    i, s, s_down, s_up = inputs
-    return euler_step(denoiser, x, s, s_down) + s_up * noise(i), None
-
-  levels = [jnp.asarray(a, x.dtype) for a in (sigmas[:-1], down, up)]
-  return jax.lax.scan(body, x, (jnp.arange(len(sigmas) - 1), *levels))[0]

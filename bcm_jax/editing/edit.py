@@ -1,4 +1,4 @@
-"""Mode edit: images in, images out, beside each other and measured.
+"""Mode edit: edits images, writes comparisons and metrics.
 
   python -m bcm_jax.main --workdir=RUN --mode=edit --config.edit.task=inpaint \\
       --config.edit.input=photo.png --config.edit.mask=mask.png
@@ -14,8 +14,8 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
-from bcm_jax.editing import facade
-from bcm_jax.editing import inputs as pictures
+from bcm_jax.editing import edit_inputs
+from bcm_jax.editing import pretrained
 from bcm_jax.editing import similarity
 from bcm_jax.editing import tasks
 from bcm_jax.generate import batched_sampler
@@ -30,7 +30,7 @@ _GROUP = 200
 
 
 def settings(section: schema.Edit) -> dict[str, Any]:
-  """What section edit says of the recipe."""
+  """Returns the settings of the recipe in config section `edit`."""
   return dict(
       noise=section.noise, level=section.sigma, nfe=section.nfe,
       times=section.times,
@@ -46,11 +46,13 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
   section = experiment.edit
   # Before the checkpoint is read.
   tasks.recipe(experiment, section.task, **settings(section))
-  inputs = pictures.read(experiment)
+  inputs = edit_inputs.read(experiment)
   _, _, params = runs.load_run(experiment, workdir)
   size = experiment.config.sample.batch_size
-  model = facade.Model(
-      batched_sampler.Runner(experiment, params, min(size, len(inputs.images)))
+  model = pretrained.Model(
+    batched_sampler.BatchedSampler(
+      experiment, params, min(size, len(inputs.images))
+    )
   )
   if section.predict_labels:
     _classify(model, inputs)
@@ -59,7 +61,7 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
   return [_edit(model, workdir, inputs)]
 
 
-def _classify(model: facade.Model, inputs: pictures.Inputs) -> None:
+def _classify(model: pretrained.Model, inputs: edit_inputs.Inputs) -> None:
   """Puts the classes that the network finds in place of those given."""
   section = model.experiment.edit
   inputs.labels = model.classify(_shown(section, inputs))
@@ -74,21 +76,27 @@ def _folder(workdir: str, task: str) -> str:
 
 
 def interpolate(
-    model: facade.Model, workdir: str,
-    inputs: pictures.Inputs | None = None,
+  model: pretrained.Model,
+  workdir: str,
+  inputs: edit_inputs.Inputs | None = None,
 ) -> str:
   """Rows between pairs of images, of section edit or these; their folder."""
   section = model.experiment.edit
-  inputs = inputs or pictures.read(model.experiment)
+  inputs = inputs or edit_inputs.read(model.experiment)
   asked = settings(section)
   recipe = model.recipe("interpolate", **asked)
   print(recipe)
   between = model.interpolate(
-      inputs.images, inputs.second, inputs.labels, inputs.second_labels,
-      section.num_interpolants, section.seed, **asked,
+    inputs.images,
+    inputs.second,
+    inputs.labels,
+    inputs.second_labels,
+    section.num_interpolants,
+    section.seed,
+    **asked,
   )
   images = np.concatenate(
-      [inputs.images[:, None], between, inputs.second[:, None]], axis=1
+    [inputs.images[:, None], between, inputs.second[:, None]], axis=1
   )
   arrays = {"images": images}
   if inputs.labels is not None:
@@ -97,22 +105,23 @@ def interpolate(
   _write_record(model, folder, recipe, images, {})
   files.write_npz(os.path.join(folder, "interpolation.npz"), **arrays)
   image_grid.save_png(
-      os.path.join(folder, "grid.png"),
-      image_grid.image_grid(
-          images[:_SHOWN].reshape(-1, *images.shape[2:]), images.shape[1],
-          scale=_scale(model),
-      ),
+    os.path.join(folder, "grid.png"),
+    image_grid.image_grid(
+      images[:_SHOWN].reshape(-1, *images.shape[2:]),
+      images.shape[1],
+      scale=_scale(model),
+    ),
   )
   return folder
 
 
-def _scale(model: facade.Model) -> int:
+def _scale(model: pretrained.Model) -> int:
   """Enlargement that makes small images visible."""
   return max(1, 64 // model.image_shape[0])
 
 
 def _edit(
-    model: facade.Model, workdir: str, inputs: pictures.Inputs
+  model: pretrained.Model, workdir: str, inputs: edit_inputs.Inputs
 ) -> str:
   """Runs a task on images and writes them, a picture and numbers."""
   section = model.experiment.edit
@@ -128,62 +137,76 @@ def _edit(
   if inputs.reference is not None:
     rows.append(("reference", inputs.reference[:_SHOWN]))
   image_grid.save_png(
-      os.path.join(folder, "grid.png"),
-      image_grid.captioned_rows(rows, scale=_scale(model)),
+    os.path.join(folder, "grid.png"),
+    image_grid.captioned_rows(rows, scale=_scale(model)),
   )
   more["seconds_with_compilation"] = seconds
   if inputs.reference is not None:
     measure = similarity.perceptual(model.experiment.config.eval.lpips_path)
     more["numbers"] = {
-        name: similarity.errors(inputs.reference, images, measure)
-        for name, images in (("input", shown), ("result", results))
-        if (images != inputs.reference).any()  # No decibels are infinite.
+      name: similarity.errors(inputs.reference, images, measure)
+      for name, images in (("input", shown), ("result", results))
+      if (images != inputs.reference).any()  # No decibels are infinite.
     }
     for name, numbers in more["numbers"].items():
-      print(f"{name}: PSNR {numbers['psnr']:.2f} dB against the "
-            f"reference ({len(results)} images)")
+      print(
+        f"{name}: PSNR {numbers['psnr']:.2f} dB against the "
+        f"reference ({len(results)} images)"
+      )
   _write_record(model, folder, recipe, results, more)
   return folder
 
 
 def _write_record(
-    model: facade.Model, folder: str, recipe: tasks.Recipe,
-    results: np.ndarray, more: dict[str, Any],
+  model: pretrained.Model,
+  folder: str,
+  recipe: tasks.Recipe,
+  results: np.ndarray,
+  more: dict[str, Any],
 ) -> None:
   """result.json: what was done, by what, and the numbers."""
   if model.experiment.config.edit.predict_labels:
     # Not part of the recipe, and paid for each image all the same.
-    more = {"nfe_to_classify": model.num_classes * len(tasks.CLASS_TIMES)
-            * tasks.CLASS_DRAWS, **more}
-  files.write_json(os.path.join(folder, "result.json"), {
-      "task": recipe.task, "recipe": str(recipe).splitlines(),
-      "nfe": recipe.nfe, "images": len(results), **more,
-      "run": provenance.facts(model.experiment),
-  })
+    more = {
+      "nfe_to_classify": model.num_classes
+      * len(tasks.CLASS_TIMES)
+      * tasks.CLASS_DRAWS,
+      **more,
+    }
+  files.write_json(
+    os.path.join(folder, "result.json"),
+    {
+      "task": recipe.task,
+      "recipe": str(recipe).splitlines(),
+      "nfe": recipe.nfe,
+      "images": len(results),
+      **more,
+      "run": provenance.facts(model.experiment.config),
+    },
+  )
 
 
-def _shown(section: schema.Edit, inputs: pictures.Inputs) -> np.ndarray:
+def _shown(section: schema.Edit, inputs: edit_inputs.Inputs) -> np.ndarray:
   """The images as they are edited: holes grey, small ones enlarged."""
   images = inputs.images
   if section.task.startswith("inpaint"):
-    return pictures.covered(images, inputs.mask)
+    return edit_inputs.covered(images, inputs.mask)
   if section.task == "super_resolve":
     return images.repeat(section.factor, 1).repeat(section.factor, 2)
   return images
 
 
 def perform(
-    model: facade.Model, section: schema.Edit, inputs: pictures.Inputs
+  model: pretrained.Model, section: schema.Edit, inputs: edit_inputs.Inputs
 ) -> tuple[np.ndarray, dict[str, Any]]:
   """A task on images: (uint8 [n, H, W, C], what else came out)."""
-  images, common = inputs.images, dict(
-      labels=inputs.labels, seed=section.seed, **settings(section)
+  images, common = (
+    inputs.images,
+    dict(labels=inputs.labels, seed=section.seed, **settings(section)),
   )
   match section.task:
     case "inpaint" | "inpaint_cm":
-      return model.inpaint(
-          images, inputs.mask, task=section.task, **common
-      ), {}
+      return model.inpaint(images, inputs.mask, task=section.task, **common), {}
     case "super_resolve":
       return model.super_resolve(images, section.factor, **common), {}
     case "denoise":
@@ -201,7 +224,7 @@ def perform(
 def _new_label(section: schema.Edit) -> int:
   if section.new_label is None:
     raise errors.UserError(
-        f"edit.task={section.task!r} needs edit.new_label, the class to make"
+      f"edit.task={section.task!r} needs edit.new_label, the class to make"
     )
   return section.new_label
 
@@ -211,7 +234,7 @@ def _attribute(model, section: schema.Edit, images, common):
   labels = (None, None)
   if None not in (section.positive_images, section.negative_images):
     groups = [
-      pictures.read_folder(model.experiment, path, f"edit.{key}")
+      edit_inputs.read_folder(model.experiment, path, f"edit.{key}")
       for key, path in (
         ("positive_images", section.positive_images),
         ("negative_images", section.negative_images),
@@ -223,7 +246,7 @@ def _attribute(model, section: schema.Edit, images, common):
       labels = (_one_label(section),) * 2
   elif model.num_classes is None and len(section.label) == 1:
     groups = [
-      pictures.of_class(model.experiment, label, _GROUP)
+      edit_inputs.of_class(model.experiment, label, _GROUP)
       for label in (_new_label(section), section.label[0])
     ]
   else:

@@ -1,4 +1,4 @@
-"""How far images are from those they should be: MSE, PSNR, SSIM, LPIPS."""
+"""Similarity of images to their references: MSE, PSNR, SSIM, LPIPS."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from bcm_jax.data import image_source
 from bcm_jax.interop.families import vgg_names
 from bcm_jax.metrics import lpips
 from bcm_jax.metrics import reconstruction
-from bcm_jax.metrics import ssim as structural_similarity
+from bcm_jax.metrics import ssim
 
 Perceptual = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -16,7 +16,7 @@ _LPIPS_BLOCK = 64
 
 
 def perceptual(paths: Sequence[str]) -> Perceptual | None:
-  """LPIPS between uint8 images, by the weights in files; None without files.
+  """Returns LPIPS between uint8 images from weight files; None without files.
 
   Args:
     paths: see vgg_names.load_lpips.
@@ -48,11 +48,11 @@ def perceptual(paths: Sequence[str]) -> Perceptual | None:
 def errors(
   originals: np.ndarray, images: np.ndarray, measure: Perceptual | None
 ) -> dict[str, float]:
-  """Numbers of images beside their originals, uint8 [n, H, W, C].
+  """Compares images with their originals, uint8 [n, H, W, C].
 
   Returns:
-    'mse' on the [0, 1] scale, 'psnr' in dB, 'ssim' where its
-    window fits, 'lpips' where there is a `measure`.
+    'mse' on the [0, 1] scale, 'psnr' in dB, 'ssim' if its window fits, 'lpips'
+    if there is a `measure`.
   """
   mse = reconstruction.per_pixel_mse(originals, images)
   numbers = {
@@ -61,9 +61,9 @@ def errors(
     "mse_worst_image": float(np.max(mse)),
     "psnr": float(reconstruction.psnr(np.mean(mse))),
   }
-  if min(originals.shape[1:3]) >= structural_similarity.WINDOW:
-    ssim = structural_similarity.structural_similarity(originals, images)
-    numbers["ssim"] = float(np.mean(ssim))
+  if min(originals.shape[1:3]) >= ssim.WINDOW:
+    values = ssim.structural_similarity(originals, images)
+    numbers["ssim"] = float(np.mean(values))
   if measure is not None:
     numbers["lpips"] = float(np.mean(measure(originals, images)))
   return numbers

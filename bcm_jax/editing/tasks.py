@@ -13,6 +13,7 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.config import build
+from bcm_jax.config import registry
 from bcm_jax.generate import planning
 from bcm_jax.sampling import sampling_plan
 
@@ -148,12 +149,12 @@ def recipe(
 
 
 def _check(experiment, task: str, known: Task, noise, level) -> None:
-  if known.both_ways and not experiment.method.inverts:
+  if known.both_ways and not experiment.method.supports_inversion:
     others = [k for k, v in TASKS.items() if not v.both_ways]
     raise errors.UserError(
-        f"edit.task={task!r} inverts images, which takes a network trained "
-        f"with method.name='bcm'; this one ({experiment.config.method.name!r}) "
-        f"can do {', '.join(others)}"
+        f"edit.task={task!r} inverts images, which takes a network of "
+        f"{registry.methods_with('supports_inversion')}; this one "
+        f"({experiment.config.method.name!r}) can do {', '.join(others)}"
     )
   if known.colours and experiment.image_shape[-1] != 3:
     raise errors.UserError(
@@ -179,7 +180,7 @@ def _denoising(experiment, level, nfe, times) -> Recipe:
     )
   levels = experiment.levels
   if level is None:
-    estimate = ESTIMATE if experiment.method.inverts else 0
+    estimate = ESTIMATE if experiment.method.supports_inversion else 0
     return Recipe("denoise", (), estimate + 1)
   levels.check((level,), "edit.sigma")
   jump = sampling_plan.Jump(level, levels.sigma_min)

@@ -1,1 +1,1 @@
-"""A checkpoint in, numbers out."""
+"""Evaluation of checkpoints: sample quality, inversion and likelihood."""

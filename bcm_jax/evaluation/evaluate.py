@@ -1,8 +1,9 @@
-"""A checkpoint in, numbers out: mode eval, and the end of training.
+"""Evaluation of checkpoints: mode eval, and the end of training.
 
-The protocol is that of the papers: 50,000 samples, all classes in equal
-shares, as 8-bit images, against statistics of the training set; several seeds
-are told one by one, with mean and spread, never a minimum alone.
+The protocol is that of the papers: 50,000 samples in equal shares of all
+classes, as 8-bit images, against statistics of the training set. Metrics are
+reported per seed, with mean and standard deviation, never as the minimum over
+seeds.
 """
 
 from collections.abc import Iterator
@@ -15,13 +16,13 @@ import jax
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import sample as generate
+from bcm_jax import sample
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import schema
 from bcm_jax.editing import edit
-from bcm_jax.editing import facade
+from bcm_jax.editing import pretrained
 from bcm_jax.evaluation import bits_per_dim
 from bcm_jax.evaluation import inversion
 from bcm_jax.evaluation import references
@@ -38,24 +39,24 @@ from bcm_jax.training import goodput
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 
-# Samples that published numbers are taken of.
+# Number of samples of published FIDs.
 PROTOCOL_SAMPLES = 50_000
-# Data set -> classifier that says which class an image shows.
-JUDGES = {"digits": class_accuracy.DigitJudge}
-# Memorisation looks up every image in pixels; larger sets than this wait.
-_MEMORISATION_IMAGES = 5000
+# Dataset -> classifier for class accuracy, fitted to the training split.
+CLASSIFIERS = {"digits": class_accuracy.DigitsSVC}
+# Largest training set for memorization, whose cost is quadratic, in pixels.
+_MEMORIZATION_IMAGES = 5000
 _STEPS = ("last", "all", "follow")
-# Seconds between two looks for a new checkpoint.
+# Seconds between two checks for a new checkpoint.
 _POLL_SECS = 30.0
 
 
 class Evaluation:
-  """What all checkpoints and averages of a run are measured with.
+  """Metrics of section eval, for all checkpoints and moving averages of a run.
 
   Raises:
-    UserError: on making it, for fewer samples than the protocol's without
-      eval.allow_fewer_samples, features or references that cannot be used, and
-      bad samplers or times.
+    UserError: on construction, for fewer samples than the protocol's without
+      eval.allow_fewer_samples, invalid features or references, and invalid
+      samplers or times.
   """
 
   def __init__(self, experiment: build.Experiment, workdir: str):
@@ -67,39 +68,49 @@ class Evaluation:
     self.target = references.open_target(
         experiment, self.features, os.path.join(workdir, "eval")
     )
-    self.judge, self.judge_accuracy = None, None
-    self.neighbours: tuple[np.ndarray, np.ndarray] | None = None
-    self._open_small()
-    self.facts = provenance.facts(experiment) | self._protocol()
+    self.classifier, self.classifier_accuracy = None, None
+    self.train_test: tuple[np.ndarray, np.ndarray] | None = None
+    self._open_small_dataset()
+    self.facts = provenance.facts(experiment.config) | self._protocol()
 
-  def _open_small(self) -> None:
-    """What only sets of few images are asked."""
+  def _open_small_dataset(self) -> None:
+    """Prepares the metrics that are computed for small datasets only."""
     splits = [
-        self.experiment.source_if_there(split) for split in ("train", "test")
+        self.experiment.source_if_available(split) for split in ("train", "test")
     ]
-    if None in splits or len(splits[0]) > _MEMORISATION_IMAGES:
+    if None in splits or len(splits[0]) > _MEMORIZATION_IMAGES:
       return
     train, test = (s.fetch(np.arange(len(s))) for s in splits)
-    self.neighbours = train["image"], test["image"]
+    self.train_test = train["image"], test["image"]
     name = self.experiment.config.data.name
-    if name in JUDGES:
-      self.judge = JUDGES[name]().fit(train["image"], train["label"])
-      right = self.judge.predict(test["image"]) == test["label"]
-      self.judge_accuracy = float(np.mean(right))
+    if name in CLASSIFIERS:
+      self.classifier = CLASSIFIERS[name]().fit(train["image"], train["label"])
+      correct = self.classifier.predict(test["image"]) == test["label"]
+      self.classifier_accuracy = float(np.mean(correct))
 
   def __call__(
       self, step: int, average: str, params: Any
   ) -> dict[str, Any]:
-    """All numbers of section eval for one set of parameters."""
+    """Computes all metrics of section eval for one set of parameters.
+
+    Args:
+      step: training step of the parameters.
+      average: name of the moving average.
+      params: parameters of the network.
+
+    Returns:
+      The content of a result file, see docs/evaluation.md.
+    """
     experiment, section = self.experiment, self.section
-    sample = experiment.sample
-    runner = batched_sampler.Runner(experiment, params, sample.batch_size)
+    runner = batched_sampler.BatchedSampler(
+        experiment, params, experiment.sample.batch_size
+    )
     result: dict[str, Any] = {"step": step, "average": average}
-    if self.judge is not None:
-      result["judge_test_accuracy"] = self.judge_accuracy
+    if self.classifier is not None:
+      result["classifier_test_accuracy"] = self.classifier_accuracy
     result["samplers"] = {}
     for sampler in section.samplers:
-      plan = planning.sampling_plan(experiment, sampler)
+      plan = planning.plan_of(experiment, sampler)
       key = f"{plan.name}_nfe{plan.nfe}"
       if "@" in sampler:
         key += "@" + sampler.partition("@")[2]
@@ -110,27 +121,27 @@ class Evaluation:
     return result | {"protocol": self.facts}
 
   def _sampler(self, runner, plan) -> dict[str, Any]:
-    """Numbers of one sampler: of every seed, mean and spread."""
-    seeds = {s: self._numbers(runner, plan, s) for s in self.section.seeds}
+    """Metrics of one sampler: per seed, mean and standard deviation."""
+    seeds = {s: self._metrics(runner, plan, s) for s in self.section.seeds}
     names = next(iter(seeds.values()))
     spread = {
-        n: quality.spread([numbers[n] for numbers in seeds.values()])
-        for n in names
+      n: quality.spread([numbers[n] for numbers in seeds.values()])
+      for n in names
     }
     return {
-        "plan": str(plan).splitlines(),
-        "nfe": plan.nfe,
-        **{n: s["mean"] for n, s in spread.items()},
-        "std": {n: s["std"] for n, s in spread.items()},
-        "seeds": {str(s): numbers for s, numbers in seeds.items()},
+      "plan": str(plan).splitlines(),
+      "nfe": plan.nfe,
+      **{n: s["mean"] for n, s in spread.items()},
+      "std": {n: s["std"] for n, s in spread.items()},
+      "seeds": {str(s): numbers for s, numbers in seeds.items()},
     }
 
   def _draw(self, runner, plan, count: int, seed: int):
-    """(images, activations, labels) of samples, all classes equally."""
+    """Returns (images, activations, labels) of samples, balanced classes."""
     labels = None
     if self.experiment.config.sample.rejection:
       images, labels = rejection.generate(
-          self.experiment, runner, plan, count, seed
+        self.experiment, runner, plan, count, seed
       )
       return images, self.features(images), labels
     if self.experiment.num_classes is not None:
@@ -139,51 +150,58 @@ class Evaluation:
 
     def rows(index):
       images = batched_sampler.generate(
-          self.experiment, runner, plan, labels, index, seed
+        self.experiment, runner, plan, labels, index, seed
       )
       return images, self.features(images)
 
     return *batched_sampler.on_all_hosts(count, rows), labels
 
   def distance(self, runner, plan, count: int, seed: int) -> float:
-    """The Frechet distance alone of samples by a plan."""
+    """Computes only the Frechet distance of samples by a plan.
+
+    Args:
+      runner: batched sampler of the network.
+      plan: sampling plan.
+      count: number of samples.
+      seed: seed of the noise.
+    """
     _, activations, _ = self._draw(runner, plan, count, seed)
     return fid.frechet_distance(
-        moments.from_features(activations.pooled).gaussian(),
-        self.target.reference.pooled,
+      moments.from_features(activations.pooled).gaussian(),
+      self.target.reference.pooled,
     )
 
-  def _numbers(self, runner, plan, seed: int) -> dict[str, Any]:
+  def _metrics(self, runner, plan, seed: int) -> dict[str, Any]:
     section = self.section
     images, activations, labels = self._draw(
-        runner, plan, section.num_samples, seed
+      runner, plan, section.num_samples, seed
     )
     numbers = quality.sample_quality(
-        activations, self.features.distance, self.target, section.k
+      activations, self.features.distance, self.target, section.k
     )
     if labels is not None:
-      numbers |= self._recognition(images, activations, labels)
-    if self.neighbours is not None:
-      train, test = self.neighbours
-      numbers |= nearest_neighbors.memorisation(images, train, test)
-    return {k: _plain(v) for k, v in numbers.items()}
+      numbers |= self._class_accuracy(images, activations, labels)
+    if self.train_test is not None:
+      train, test = self.train_test
+      numbers |= nearest_neighbors.memorization(images, train, test)
+    return {k: _as_json(v) for k, v in numbers.items()}
 
-  def _recognition(self, images, activations, labels) -> dict[str, float]:
-    """How often the class is seen that was asked for."""
-    if self.judge is not None:
-      seen = self.judge.predict(images)
+  def _class_accuracy(self, images, activations, labels) -> dict[str, float]:
+    """Fraction of samples classified as the requested class."""
+    if self.classifier is not None:
+      predicted = self.classifier.predict(images)
     elif self.section.features == "classifier":
-      seen = np.argmax(activations.probabilities, axis=1)
+      predicted = np.argmax(activations.probabilities, axis=1)
     else:
       return {}
-    r = class_accuracy.recognition(seen, labels)
+    r = class_accuracy.class_accuracy(predicted, labels)
     return {
-        "class_accuracy": r["accuracy"],
-        "worst_class_accuracy": r["worst_class_accuracy"],
+      "class_accuracy": r["accuracy"],
+      "worst_class_accuracy": r["worst_class_accuracy"],
     }
 
   def _protocol(self) -> dict[str, Any]:
-    """Everything that one must know to compare the numbers."""
+    """Facts that must agree for two results to be comparable."""
     section, reference = self.section, self.target.reference
     real = self.target.real
     facts = {
@@ -194,55 +212,56 @@ class Evaluation:
         "reference": reference.data,
         "reference_digest": reference.digest(),
         "reference_images": reference.count,
-        "compared_one_by_one": 0 if real is None else len(real),
-        "neighbours_k": section.k,
+        "num_real_for_prdc": 0 if real is None else len(real),
+        "neighbors_k": section.k,
     }
-    sample = self.experiment.sample
-    if sample.rejection:
-      facts["rejection"] = f"{sample.rejection:g} more were drawn a class"
-    if sample.guidance != 1:
-      facts["guidance"] = sample.guidance
+    sampling = self.experiment.sample
+    if sampling.rejection:
+      facts["rejection"] = f"{sampling.rejection:g} more samples per class"
+    if sampling.guidance != 1:
+      facts["guidance"] = sampling.guidance
     if section.num_samples < PROTOCOL_SAMPLES:
       facts["few_samples"] = (
-          f"{section.num_samples} of the protocol's {PROTOCOL_SAMPLES}"
+        f"{section.num_samples} of the protocol's {PROTOCOL_SAMPLES}"
       )
     return facts
 
 
-def _plain(v: Any) -> float | None:
-  """A number as JSON knows it; NaN and infinity become null."""
+def _as_json(v: Any) -> float | None:
+  """Converts a number to a JSON value; NaN and infinity become null."""
   v = v.item() if hasattr(v, "item") else v
   return None if isinstance(v, float) and not np.isfinite(v) else v
 
 
 def summary(result: dict[str, Any]) -> str:
-  """The numbers as lines for a terminal."""
+  """Formats a result as lines of text."""
   lines = [f"step {result['step']}, {result['average']}"]
-  if "judge_test_accuracy" in result:
-    lines.append(
-        f"judge: {result['judge_test_accuracy']:.2%} right on real test images"
-    )
+  if "classifier_test_accuracy" in result:
+    accuracy = result["classifier_test_accuracy"]
+    lines.append(f"classifier: {accuracy:.2%} accuracy on real test images")
   for name, r in result["samplers"].items():
-    lines.append(f"{name}: " + "  ".join(_written(r)))
+    lines.append(f"{name}: " + "  ".join(_format_metrics(r)))
   lines += inversion.summary(result["inversion"])
   if "likelihood" in result:
     lines.append(bits_per_dim.summary(result["likelihood"]))
   few = result["protocol"].get("few_samples")
   if few:
-    lines.append(f"few samples: {few}; no number to compare with papers")
+    lines.append(f"few samples: {few}; not comparable with papers")
   return "\n".join(lines)
 
 
 _FORMATS = {
-    "class_accuracy": "{:.1%}", "worst_class_accuracy": "{:.0%}",
-    "KID": "{:.2e}", "IS": "{:.2f}",
+  "class_accuracy": "{:.1%}",
+  "worst_class_accuracy": "{:.0%}",
+  "KID": "{:.2e}",
+  "IS": "{:.2f}",
 }
-_TOLD_ELSEWHERE = ("plan", "nfe", "std", "seeds")
+_OMITTED_COLUMNS = ("plan", "nfe", "std", "seeds")
 
 
-def _written(numbers: dict[str, Any]) -> Iterator[str]:
+def _format_metrics(numbers: dict[str, Any]) -> Iterator[str]:
   for name, value in numbers.items():
-    if name in _TOLD_ELSEWHERE or value is None:
+    if name in _OMITTED_COLUMNS or value is None:
       continue
     decimals = _FORMATS.get(name, "{:.3f}")
     std = numbers["std"][name]
@@ -253,7 +272,11 @@ def _written(numbers: dict[str, Any]) -> Iterator[str]:
 def run(
     experiment: build.Experiment, workdir: str
 ) -> list[dict[str, Any]]:
-  """Mode eval: writes workdir/eval/STEP[_AVERAGE].json, prints the numbers."""
+  """Mode eval: writes workdir/eval/STEP[_AVERAGE].json and prints the metrics.
+
+  Returns:
+    The results, one per checkpoint and moving average.
+  """
   evaluation = Evaluation(experiment, workdir)
   section = evaluation.section
   results = []
@@ -265,7 +288,7 @@ def run(
 
 
 def _steps(experiment, workdir: str, which: str) -> Iterator[int | None]:
-  """Steps of the checkpoints to evaluate, waiting for them to be written."""
+  """Yields the steps of the checkpoints to evaluate; waits for new ones."""
   if which == "last" or which.isdigit():
     yield None if which == "last" else int(which)
     return
@@ -280,7 +303,7 @@ def _steps(experiment, workdir: str, which: str) -> Iterator[int | None]:
       return
     if which == "all":
       raise errors.UserError(
-          f"{workdir} holds no checkpoint; train it first, or use "
+          f"{workdir}: has no checkpoint; train first, or use "
           "eval.steps=follow to wait for one"
       )
     logging.info("waiting for a checkpoint after step %s", max(done, default=0))
@@ -288,24 +311,25 @@ def _steps(experiment, workdir: str, which: str) -> Iterator[int | None]:
 
 
 def _training(experiment, workdir: str, step: int) -> dict[str, Any]:
-  """'images' that a run saw up to a step; 'seconds', if it is the last one.
+  """Training cost up to a step: 'images' seen, and 'seconds' at the last step.
 
-  Seconds are of all starts, but for evaluation. {} for converted weights.
+  Seconds are summed over restarts and exclude evaluation. Returns {} for
+  converted weights.
   """
   account = goodput.total(workdir)
   if account is None:
     return {}
   images = step * experiment.config.training.batch_size
-  found: dict[str, Any] = {"images": images}
+  cost: dict[str, Any] = {"images": images}
   if account["last"] == step:
-    found["seconds"] = account["wall"] - account["seconds"]["eval"]
-  return found
+    cost["seconds"] = account["wall"] - account["seconds"]["eval"]
+  return cost
 
 
 def _evaluate_and_write(evaluation, step, average, params) -> dict[str, Any]:
   result = evaluation(step, average, params)
   result["training"] = _training(
-      evaluation.experiment, evaluation.workdir, step
+    evaluation.experiment, evaluation.workdir, step
   )
   name = f"{step}.json"
   if len(evaluation.section.averages) > 1:
@@ -315,7 +339,7 @@ def _evaluate_and_write(evaluation, step, average, params) -> dict[str, Any]:
     files.write_json(path, result)
     if len({r["noise"] for r in result["inversion"].values()}) > 1:
       draw.inversion(
-          result["inversion"], path.removesuffix(".json") + "_inversion.png"
+        result["inversion"], path.removesuffix(".json") + "_inversion.png"
       )
   print(summary(result))
   print(f"numbers: {path}")
@@ -323,33 +347,41 @@ def _evaluate_and_write(evaluation, step, average, params) -> dict[str, Any]:
 
 
 def finish(
-    experiment: build.Experiment, workdir: str, step: int,
-    average: str, params: Any,
+  experiment: build.Experiment,
+  workdir: str,
+  step: int,
+  average: str,
+  params: Any,
 ) -> dict[str, Any] | None:
-  """The end of training: numbers if they are asked for, and pictures."""
-  sample = experiment.sample
+  """Ends training: metrics if eval.at_end, sample and inversion images.
+
+  Returns:
+    The result of mode eval, or None without eval.at_end.
+  """
   section = experiment.eval
   result = None
   if section.at_end:
     evaluation = Evaluation(experiment, workdir)
     result = _evaluate_and_write(evaluation, step, average, params)
-  runner = batched_sampler.Runner(experiment, params, sample.batch_size)
+  runner = batched_sampler.BatchedSampler(
+      experiment, params, experiment.sample.batch_size
+  )
   folders = []
   for sampler in section.samplers:
-    folders.append(generate.sample(experiment, workdir, runner, sampler))
-  if experiment.method.inverts and experiment.has_split("test"):
+    folders.append(sample.sample(experiment, workdir, runner, sampler))
+  if experiment.method.supports_inversion and experiment.has_split("test"):
     for nfe in section.inversion_nfe:
-      folders.append(generate.invert(experiment, workdir, runner, nfe))
-    folders.append(edit.interpolate(facade.Model(runner), workdir))
-  print("pictures: " + ", ".join(f"{f}/grid.png" for f in folders))
-  print(f"all at a glance: {draw.overview(experiment, workdir)}")
+      folders.append(sample.invert(experiment, workdir, runner, nfe))
+    folders.append(edit.interpolate(pretrained.Model(runner), workdir))
+  print("images: " + ", ".join(f"{f}/grid.png" for f in folders))
+  print(f"overview: {draw.overview(experiment, workdir)}")
   if not section.at_end:
     print(f"numbers: python -m bcm_jax.main --workdir={workdir} --mode=eval")
   return result
 
 
 def check_before_training(experiment: build.Experiment) -> None:
-  """Finds what would stop `finish` before training, not after it."""
+  """Raises UserError before training for errors that `finish` would meet."""
   check_outputs(experiment)
   section = experiment.eval
   if section.at_end:
@@ -358,27 +390,28 @@ def check_before_training(experiment: build.Experiment) -> None:
 
 
 def check_outputs(experiment: build.Experiment) -> None:
-  """Finds bad times and labels before any work is done."""
+  """Raises UserError for invalid times and labels."""
   section = experiment.eval
   for sampler in section.samplers:
-    planning.sampling_plan(experiment, sampler)
-  generate.asked_labels(experiment, experiment.sample)
+    planning.plan_of(experiment, sampler)
+  planning.asked_labels(experiment, experiment.sample)
   inversion.check(experiment)
   bits_per_dim.check(experiment)
   rejection.check(experiment)
 
 
 def check_protocol(section: schema.Eval) -> None:
-  """Raises UserError where numbers would be no measurement of the protocol."""
+  """Raises UserError if section eval deviates from the protocol."""
   if section.steps not in _STEPS and not section.steps.isdigit():
     raise errors.unknown_name(
-        "eval.steps", section.steps, [*_STEPS, "the number of a checkpoint"]
+      "eval.steps", section.steps, [*_STEPS, "the number of a checkpoint"]
     )
   if not section.seeds:
-    raise errors.UserError("eval.seeds is empty; give at least one seed")
+    raise errors.UserError("eval.seeds: got none, expected at least one seed")
   if section.num_samples < PROTOCOL_SAMPLES and not section.allow_fewer_samples:
     raise errors.UserError(
-        f"eval.num_samples={section.num_samples}, but the protocol of "
-        f"published numbers takes {PROTOCOL_SAMPLES}, and fewer give other "
-        "(larger) distances; set eval.allow_fewer_samples=true if that is meant"
+        f"eval.num_samples: got {section.num_samples}, expected "
+        f"{PROTOCOL_SAMPLES} as in publications, because the Frechet distance "
+        "is biased upward for fewer samples; set "
+        "eval.allow_fewer_samples=true to accept this"
     )

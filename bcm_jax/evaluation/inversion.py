@@ -1,9 +1,10 @@
-"""How well real images survive inversion and reconstruction.
+"""Reconstruction error after inversion of real test images.
 
-The protocol of Li & He (BCM, 2024): noise e z is added to test images, they
-are inverted in n evaluations and reconstructed in one; error between 8-bit
-images on the [0, 1] scale. Beside it, DDIM and Heun inversions of a denoiser
-(Karras et al., 2022), reconstructed by the same solver.
+The protocol of Li & He (BCM, 2024, arXiv:2403.18035): noise e z is added to
+test images, which are inverted in n evaluations and reconstructed in one; the
+error is between 8-bit images on the [0, 1] scale. Baselines are DDIM and Heun
+inversions by a denoiser (Karras et al., 2022), reconstructed by the same
+solver.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.data import image_source
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
@@ -24,7 +26,7 @@ from bcm_jax.generate import planning
 from bcm_jax.sampling import samplers
 from bcm_jax.training import rng
 
-# Solver -> evaluations a step.
+# Solver -> evaluations per step.
 _BASELINES = {"euler": 1, "heun": 2}
 _NAMES = {"euler": "DDIM", "heun": "EDM Heun"}
 
@@ -32,43 +34,51 @@ Numbers = dict[str, Any]
 
 
 def curve(
-    experiment: build.Experiment, runner: batched_sampler.Runner
+    experiment: build.Experiment, runner: batched_sampler.BatchedSampler
 ) -> dict[str, Numbers]:
-  """Reconstruction errors by evaluations and initial noise.
+  """Computes reconstruction errors over evaluations and initial noise.
+
+  Args:
+    experiment: the experiment; its test split is inverted.
+    runner: batched sampler of the network.
 
   Returns:
-    'nfe2' -> numbers at invert.noise; 'nfe2_noise0.1' -> those at another
+    'nfe2' -> metrics at invert.noise; 'nfe2_noise0.1' -> metrics at another
     noise of eval.inversion_noise; 'DDIM_nfe4_noise0.002' and
-    'EDM Heun_nfe4_...' -> those of the baseline's denoiser.
+    'EDM Heun_nfe4_...' -> metrics of the baseline's denoiser.
   """
   section = experiment.eval
-  usual = experiment.invert.noise
+  default_noise = experiment.invert.noise
   result = {}
-  if not (experiment.method.inverts or section.inversion_baseline):
+  if not (experiment.method.supports_inversion or section.inversion_baseline):
     return result
-  if experiment.source_if_there("test") is None:
-    print("inversion is not measured: there are no test images; python -m "
-          "bcm_jax.data.prepare with --holdout=N makes a test split")
+  if experiment.source_if_available("test") is None:
+    print("inversion: skipped, no test images; create a test split with "
+          "python -m bcm_jax.data.prepare --holdout=N")
     return result
   batch = batched_sampler.test_images(
       experiment, experiment.invert.num_images
   )
   measure = similarity.perceptual(section.lpips_path)
-  if experiment.method.inverts:
-    points = [(n, usual) for n in section.inversion_nfe] + [
+  if experiment.method.supports_inversion:
+    points = [(n, default_noise) for n in section.inversion_nfe] + [
         (n, e) for e in section.inversion_noise for n in section.inversion_nfe
-        if e != usual
+        if e != default_noise
     ]
     for nfe, noise in points:
-      name = f"nfe{nfe}" + ("" if noise == usual else f"_noise{noise:g}")
-      result[name] = _own(experiment, runner, nfe, noise, batch, measure)
+      suffix = "" if noise == default_noise else f"_noise{noise:g}"
+      result[f"nfe{nfe}{suffix}"] = _network_inversion(
+          experiment, runner, nfe, noise, batch, measure
+      )
   if section.inversion_baseline:
     result |= _baselines(experiment, batch, measure)
   return result
 
 
-def _own(experiment, runner, nfe, noise, batch, measure) -> Numbers:
-  """The network's own inversion in nfe evaluations, back in one."""
+def _network_inversion(
+    experiment, runner, nfe, noise, batch, measure
+) -> Numbers:
+  """Inversion by the network in nfe evaluations, reconstruction in one."""
   plan = planning.inversion_plan(experiment, nfe, noise)
   latents, images = batched_sampler.invert_and_reconstruct(
       experiment, runner, plan, batch, experiment.invert.seed
@@ -88,10 +98,10 @@ def _errors(originals, images, latents, measure) -> Numbers:
 
 
 def denoiser_of(flow_map: Callable, labels) -> solvers.Denoiser:
-  """D(x, sigma) of a network without an end level: f(x, sigma, 0).
+  """Returns D(x, sigma) = f(x, sigma, 0) of a flow map.
 
-  With the scalings of EDM and BCM f(x, t, 0) is the denoiser itself, and f(x,
-  t, u) is DDIM's step with it.
+  With the preconditioning of EDM and BCM f(x, t, 0) is the denoiser itself, and
+  f(x, t, u) is DDIM's step with it.
   """
 
   def denoise(x, sigma):
@@ -105,7 +115,19 @@ def ode_round_trip(
     flow_map: Callable, x, labels, up: np.ndarray, down: np.ndarray,
     solver: str,
 ):
-  """(latents, reconstructions) of x at level up[0], by a solver of the ODE."""
+  """Inverts x and reconstructs it, both with a solver of the ODE.
+
+  Args:
+    flow_map: f(x, t, u, labels).
+    x: [B, H, W, C] at level up[0].
+    labels: classes [B] or None.
+    up: ascending noise levels of the inversion.
+    down: descending noise levels of the reconstruction.
+    solver: 'euler' (DDIM) or 'heun'.
+
+  Returns:
+    (latents, reconstructions), [B, H, W, C] each.
+  """
   denoise = denoiser_of(flow_map, labels)
   latents = solvers.solve(denoise, x, up, solver)
   return latents, solvers.solve(denoise, latents, down, solver)
@@ -114,7 +136,7 @@ def ode_round_trip(
 def _baselines(experiment, batch, measure) -> dict[str, Numbers]:
   section = experiment.eval
   teacher, params = _open_baseline(experiment, section.inversion_baseline)
-  runner = batched_sampler.Runner(
+  runner = batched_sampler.BatchedSampler(
       teacher, params, experiment.sample.batch_size
   )
   low, high = experiment.levels.sigma_min, experiment.levels.sigma_max
@@ -144,7 +166,7 @@ def _baselines(experiment, batch, measure) -> dict[str, Numbers]:
 
 
 def _noisy(experiment, images: np.ndarray, noise: float) -> np.ndarray:
-  """Test images in [-1, 1] with the noise that inversions start from."""
+  """Test images in [-1, 1] plus noise of standard deviation `noise`."""
   x = image_source.to_float(images)
   keys = rng.example_keys(
       experiment.invert.seed, "invert/baseline", 0,
@@ -154,46 +176,45 @@ def _noisy(experiment, images: np.ndarray, noise: float) -> np.ndarray:
 
 
 def _open_baseline(experiment, workdir: str):
-  """The denoiser's own experiment and its parameters."""
-  config = runs.config_of(workdir)
+  """Builds the baseline's experiment and loads its parameters."""
+  config = resolve.of_existing_run(workdir)
   teacher = build.build(config, to_train=False)
-  # The form that BCM shares with EDM makes a denoiser of a one-time network.
-  shared = not teacher.method.two_time and (
-      config.method.preconditioning in ("edm", "bcm")
+  # A one-time network is a denoiser if its preconditioning at u = 0 is EDM's.
+  shared = not teacher.method.takes_end_time and (
+      teacher.method.coefficients.ends_at_denoiser
   )
-  if not (teacher.method.solves or shared):
+  if not (teacher.method.is_denoiser or shared):
     raise errors.UserError(
-        f"eval.inversion_baseline={workdir} is no denoiser (it holds a "
-        f"{config.method.name!r} with preconditioning "
-        f"{config.method.preconditioning!r}); give a run that was converted "
-        "from EDM's weights, or trained as one"
+        f"eval.inversion_baseline: got {workdir} ({config.method.name!r} with "
+        f"preconditioning {config.method.preconditioning!r}), expected a "
+        "denoiser; use a run converted from EDM's weights or trained as one"
     )
   if teacher.image_shape != experiment.image_shape:
     raise errors.UserError(
-        f"eval.inversion_baseline={workdir} makes images "
-        f"{teacher.image_shape}, not "
-        f"{experiment.image_shape}; give a denoiser of the same data"
+        f"eval.inversion_baseline: got {workdir} of image shape "
+        f"{teacher.image_shape}, expected {experiment.image_shape}; use a "
+        "denoiser of the same dataset"
     )
   _, _, params = runs.load_run(teacher, workdir)
   return teacher, params
 
 
 def summary(inversion: dict[str, Numbers]) -> list[str]:
-  """The errors as lines for a terminal."""
+  """Formats the errors as lines of text."""
   lines = []
   for name, r in inversion.items():
-    back = "the same way back" if "solver" in r else "reconstruction in 1"
+    way = "by the same solver" if "solver" in r else "in 1 NFE"
     lines.append(
-        f"inversion {name}, {back}: MSE {r['mse']:.5f} on the [0, 1] scale "
+        f"inversion {name}, reconstruction {way}: MSE {r['mse']:.5f} on [0, 1] "
         f"({r['images']} test images)"
     )
   return lines
 
 
 def check(experiment: build.Experiment) -> None:
-  """Finds bad times and baselines before any work is done."""
+  """Raises UserError for invalid times and baselines."""
   section = experiment.eval
-  if experiment.method.inverts:
+  if experiment.method.supports_inversion:
     for nfe in section.inversion_nfe:
       for noise in (None, *section.inversion_noise):
         planning.inversion_plan(experiment, nfe, noise)

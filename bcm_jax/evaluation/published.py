@@ -1,23 +1,23 @@
-"""Numbers of papers and of official repositories, to stand beside ours.
+"""FIDs from papers and official repositories, for comparison with our results.
 
-Each says where it is from. 'recalled' ones come from memory of a paper whose
-tables were not at hand: they are shown as such and nothing is tested on them.
+Every row names its source. Rows with verified=False are quoted from memory;
+no table shows them and no test uses them.
 """
 
 from typing import NamedTuple
 
 
 class Published(NamedTuple):
-  """One published row.
+  """One published result.
 
   Attributes:
-    data: data set, as results name it.
-    method: as the paper calls it.
+    data: dataset, as in result files.
+    method: name of the method in the paper.
     nfe: network evaluations.
     numbers: metric -> value.
-    source: where it stands.
-    ours: method.name of our run that it compares with; '' if there is none.
-    verified: False for a recalled number.
+    source: paper or repository.
+    ours: method.name of our runs to compare with; '' if not implemented.
+    verified: False for a number quoted from memory.
   """
 
   data: str
@@ -57,7 +57,7 @@ ROWS: tuple[Published, ...] = (
     *_fids("imagenet64", "EDM", {79: 2.44}, _SCM, "edm"),
     *_fids("imagenet64", "CD, LPIPS", {1: 6.20, 2: 4.70}, _SCM, "cd"),
     *_fids("imagenet64", "iCT", {1: 4.02, 2: 3.20}, _SCM, "ict"),
-    *_fids("imagenet64", "iCT, as BCM's authors reproduced it",
+    *_fids("imagenet64", "iCT, reproduced by BCM's authors",
            {1: 4.60, 2: 3.40}, _BCM),
     *_fids("imagenet64", "iCT-deep", {1: 3.25, 2: 2.77}, _SCM),
     *_fids("imagenet64", "ECT-XL", {1: 2.49, 2: 1.67}, _SCM, "ect"),
@@ -70,7 +70,8 @@ ROWS: tuple[Published, ...] = (
            _BCM),
 )
 
-# What was asked of configs/digits.py before it was first run.
+# Targets for configs/digits.py, fixed before its first run: dataset -> NFE ->
+# metric -> value.
 AIMS: dict[str, dict[int, dict[str, float]]] = {
     "digits": {
         1: {"class_accuracy": 0.97, "worst_class_accuracy": 0.90,

@@ -1,4 +1,4 @@
-"""What samples are compared with: features by name, real images in them."""
+"""Features and reference statistics that samples are evaluated with."""
 
 from collections.abc import Iterable, Iterator
 import dataclasses
@@ -24,34 +24,34 @@ from bcm_jax.metrics import quality
 from bcm_jax.metrics import reference_stats
 from bcm_jax.utils import cli
 
-# Images that are read and pushed through a network at a time.
+# Images read and evaluated at a time.
 _BLOCK = 1024
 
 
 def open_features(section: schema.Eval) -> feature_extractors.Features:
-  """The features that section eval names.
+  """Returns the features of section eval.
 
   Raises:
-    UserError: unknown features, or weights that are missing or do not fit.
+    UserError: unknown features, or weights that are missing or do not match.
   """
   name, path = section.features, section.features_path
   if name == "pixels":
     return feature_extractors.Pixels()
   if ":" in name:
-    return _users_function(name)
+    return _user_defined_features(name)
   if name not in ("inception", "classifier"):
     raise errors.unknown_name(
         "eval.features", name,
         ["pixels", "inception", "classifier", "module:function"],
     )
   if path is None:
-    what = {
+    expected = {
         "inception": "the weights file of pytorch-fid "
                      "(pt_inception-2015-12-05-6726825d.pth)",
-        "classifier": "a folder that bcm_jax.tools.train_classifier wrote",
+        "classifier": "a folder written by bcm_jax.tools.train_classifier",
     }
     raise errors.UserError(
-        f"eval.features={name!r} needs eval.features_path: {what[name]}"
+        f"eval.features={name!r} needs eval.features_path: {expected[name]}"
     )
   if name == "classifier":
     return classifier.load_classifier(path)
@@ -59,20 +59,20 @@ def open_features(section: schema.Eval) -> feature_extractors.Features:
   return inception.inception_features(params, section.resize)
 
 
-def _users_function(name: str) -> feature_extractors.Features:
-  found = cli.named_function(
+def _user_defined_features(name: str) -> feature_extractors.Features:
+  function = cli.named_function(
       "eval.features", name, "of uint8 images [n, H, W, C]"
   )
   try:
-    code = inspect.getsource(found)
-  except (OSError, TypeError):  # Compiled, or no plain function.
-    code = repr(found)
+    code = inspect.getsource(function)
+  except (OSError, TypeError):  # Compiled, or not a plain function.
+    code = repr(function)
   digest = hashlib.sha256(code.encode()).hexdigest()[:12]
-  return feature_extractors.FunctionFeatures(found, name, digest)
+  return feature_extractors.FunctionFeatures(function, name, digest)
 
 
 def check(section: schema.Eval) -> None:
-  """Raises UserError for features or a reference that cannot be used."""
+  """Raises UserError for features or a reference that cannot be loaded."""
   open_features(section)
   if section.reference is not None:
     reference_stats.load_reference(section.reference)
@@ -81,7 +81,7 @@ def check(section: schema.Eval) -> None:
 def in_blocks(
     source: image_source.Source, ids: np.ndarray
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yields the examples of a source with these ids, some at a time."""
+  """Yields the examples of a source with these ids, in blocks."""
   for first in range(0, len(ids), _BLOCK):
     yield source.fetch(ids[first : first + _BLOCK])
 
@@ -89,11 +89,11 @@ def in_blocks(
 def compute(
     source: image_source.Source, features: feature_extractors.Features
 ) -> reference_stats.Reference:
-  """Statistics of all images of a source; every host computes its share."""
-  mine = np.array_split(np.arange(len(source)), jax.process_count())
-  mine = mine[jax.process_index()]
-  blocks = (block["image"] for block in in_blocks(source, mine))
-  pooled, spatial = _measure(blocks, len(mine), features, source.name)
+  """Computes statistics of all images of a source, sharded over hosts."""
+  shards = np.array_split(np.arange(len(source)), jax.process_count())
+  ids = shards[jax.process_index()]
+  blocks = (block["image"] for block in in_blocks(source, ids))
+  pooled, spatial = _measure(blocks, len(ids), features, source.name)
   return _reference(
       moments.gather(pooled), spatial and moments.gather(spatial), features,
       describe(source),
@@ -106,7 +106,7 @@ def _measure(
     features: feature_extractors.Features,
     name: str,
 ) -> tuple[moments.Moments, moments.Moments | None]:
-  """Moments, pooled and spatial, of `count` images that come in blocks."""
+  """Computes pooled and spatial moments of `count` images given in blocks."""
   pooled = spatial = None
   with tqdm.tqdm(
       total=count, desc=f"{features.name} of {name}", unit=" images",
@@ -139,7 +139,7 @@ def _add(total: moments.Moments | None, rows: np.ndarray) -> moments.Moments:
 
 
 def describe(source: image_source.Source) -> str:
-  """What statistics say of the images they were taken of."""
+  """Describes the images of a source, for the metadata of its statistics."""
   return (
     f"{source.name}: {len(source)} images {source.image_shape}, "
     f"fingerprint {image_source.fingerprint(source)}"
@@ -151,13 +151,13 @@ def open_target(
   features: feature_extractors.Features,
   folder: str,
 ) -> quality.Target:
-  """What samples of an experiment are compared with.
+  """Returns the real images that samples of an experiment are compared with.
 
-  Statistics come from eval.reference, or are taken of the training split once
-  and kept in `folder`.
+  Statistics are read from eval.reference, or computed from the training split
+  once and cached in `folder`.
 
   Raises:
-    UserError: a reference file that cannot be used, or of other features.
+    UserError: an invalid reference file, or one of other features.
   """
   section = experiment.eval
   if section.reference is not None:
@@ -168,11 +168,11 @@ def open_target(
   if reference.images is not None:
     real = reference.images[: section.num_real_for_prdc]
     return quality.Target(reference, features(real).pooled)
-  source = experiment.source_if_there("train")
+  source = experiment.source_if_available("train")
   if source is None:
     print(
-      "precision, recall, density and coverage are left out: "
-      "eval.reference holds no images, and training's are not there"
+      "precision, recall, density and coverage: skipped; eval.reference has "
+      "no images, and the training images are not available"
     )
     return quality.Target(reference, None)
   parts = [
@@ -183,7 +183,7 @@ def open_target(
 
 
 def chosen(source: image_source.Source, count: int | None) -> np.ndarray:
-  """Ids of the real images that are compared one by one, the same always."""
+  """Returns ids of the real images for KID and PRDC, always the same ones."""
   return np.random.default_rng(0).permutation(len(source))[:count]
 
 
@@ -194,7 +194,7 @@ def _from_file(path: str, features) -> reference_stats.Reference:
     reference = dataclasses.replace(reference, data=name)
   if reference.pooled is not None:
     return reference
-  # A sample file: statistics are taken of its images.
+  # A file of samples: computes statistics of its images.
   images = reference.images
   blocks = (images[i : i + _BLOCK] for i in range(0, len(images), _BLOCK))
   pooled, spatial = _measure(blocks, len(images), features, reference.data)
@@ -210,9 +210,9 @@ def _of_training_split(
     folder,
     f"reference_{features.digest}_{image_source.fingerprint(source)}.npz",
   )
-  # One host answers for all: those that compute wait for one another.
-  there = multihost_utils.broadcast_one_to_all(np.int32(os.path.exists(path)))
-  if there:
+  # Host 0 decides for all hosts, because `compute` is a collective.
+  exists = multihost_utils.broadcast_one_to_all(np.int32(os.path.exists(path)))
+  if exists:
     return reference_stats.load_reference(path)
   reference = compute(source, features)
   if jax.process_index() == 0:
@@ -221,10 +221,13 @@ def _of_training_split(
 
 
 def run(experiment: build.Experiment, workdir: str) -> str:
-  """Mode reference: writes workdir/reference.npz of the training split.
+  """Mode reference: writes statistics of the training split.
 
-  It holds ADM's keys, among them eval.num_real_for_prdc images for precision
-  and recall, so that other evaluators read it too.
+  The file, workdir/reference.npz, has ADM's keys, so that other evaluators can
+  read it, with eval.num_real_for_prdc images for precision and recall.
+
+  Returns:
+    Path of the file.
   """
   section = experiment.eval
   features = open_features(section)

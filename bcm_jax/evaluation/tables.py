@@ -1,7 +1,8 @@
-"""docs/results.md out of result files: mode table.
+"""Renders docs/results.md from result files: mode table.
 
-Each file of FOLDER/results is what mode eval wrote for one run, under the name
-that the run has in the tables. A number that no file holds is 'not run'.
+FOLDER/results has one result file of mode eval per run; the name of the file is
+the name of the run in the tables. Methods without a result file are marked
+'not run'.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,7 +31,7 @@ _NOTES = {
         "with published CIFAR-10 numbers."
     ),
 }
-# Metric -> (head of its column, format); others go by their own name.
+# Metric -> (column head, format); other metrics keep their name.
 _COLUMNS = {
     "FID": ("FID", "{:.2f}"), "sFID": ("sFID", "{:.2f}"),
     "KID": ("KID", "{:.4f}"), "IS": ("IS", "{:.2f}"),
@@ -45,28 +46,28 @@ _INVERSION = ("mse", "psnr", "ssim", "lpips")
 
 
 def read(folder: str) -> dict[str, Result]:
-  """Result files of a folder by name; other JSON files are left out.
+  """Reads the result files of a folder, by name; ignores other JSON files.
 
   Raises:
-    UserError: no folder, or a file that is no JSON.
+    UserError: no JSON files, or a file that is not valid JSON.
   """
   paths = sorted(pathlib.Path(folder).glob("*.json"))
   if not paths:
     raise errors.UserError(
-        f"{folder} holds no .json files; copy there what mode eval wrote "
-        "(WORKDIR/eval/STEP.json), under the name of the run"
+        f"{folder}: has no .json files; copy result files of mode eval "
+        "(WORKDIR/eval/STEP.json) to it, under the name of the run"
     )
-  found = {}
+  results = {}
   for path in paths:
     try:
       content = json.loads(path.read_text())
     except json.JSONDecodeError as e:
       raise errors.UserError(
-          f"{path} is damaged ({e}); write it again with mode eval"
+          f"{path}: not valid JSON ({e}); write it again with mode eval"
       ) from e
     if isinstance(content, dict) and "samplers" in content:
-      found[path.stem] = content
-  return found
+      results[path.stem] = content
+  return results
 
 
 def _cell(metric: str, value: float | None, std: float | None = None) -> str:
@@ -78,37 +79,37 @@ def _cell(metric: str, value: float | None, std: float | None = None) -> str:
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-  """A Markdown table."""
+  """Formats a Markdown table."""
   head = list(head)
   lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
   lines += ["| " + " | ".join(row) + " |" for row in rows]
   return "\n".join(lines)
 
 
-def _metrics(groups: Iterable[Mapping[str, Any]], known) -> list[str]:
-  """Metrics that any group holds: distances first, then the known order."""
-  held = {m for g in groups for m in g}
-  distances = sorted(m for m in held if m.startswith("FD ("))
-  return distances + [m for m in known if m in held]
+def _metrics(groups: Iterable[Mapping[str, Any]], order) -> list[str]:
+  """Metrics of any group: Frechet distances first, then in this order."""
+  metrics = {m for g in groups for m in g}
+  distances = sorted(m for m in metrics if m.startswith("FD ("))
+  return distances + [m for m in order if m in metrics]
 
 
 def samples_table(data: str, results: Mapping[str, Result]) -> str:
-  """Every sampler of every run on one data set, aims below."""
+  """Returns a table of all samplers of all runs on a dataset."""
   rows = [
       (name, sampler, r)
       for name, result in results.items()
       for sampler, r in result["samplers"].items()
   ]
   aims = published.AIMS.get(data, {})
-  known = [m for m in _COLUMNS if m not in _INVERSION]
-  metrics = _metrics([r for *_, r in rows], known)
+  order = [m for m in _COLUMNS if m not in _INVERSION]
+  metrics = _metrics([r for *_, r in rows], order)
   lines = [
       [f"`{name}`", sampler.rpartition("_nfe")[0], str(r["nfe"]),
        *(_cell(m, r.get(m), r["std"].get(m)) for m in metrics)]
       for name, sampler, r in rows
   ]
   lines += [
-      ["aimed at", "", str(nfe), *(_cell(m, aim.get(m)) for m in metrics)]
+      ["target", "", str(nfe), *(_cell(m, aim.get(m)) for m in metrics)]
       for nfe, aim in aims.items()
   ]
   heads = [_COLUMNS.get(m, (m, ""))[0] for m in metrics]
@@ -116,7 +117,7 @@ def samples_table(data: str, results: Mapping[str, Result]) -> str:
 
 
 def inversion_table(data: str, results: Mapping[str, Result]) -> str:
-  """Reconstruction errors of every run on one data set; '' if none has any."""
+  """Returns a table of reconstruction errors, '' if none were measured."""
   rows = [
       (name, r) for name, result in results.items()
       for r in result["inversion"].values()
@@ -125,12 +126,12 @@ def inversion_table(data: str, results: Mapping[str, Result]) -> str:
     return ""
   metrics = _metrics([r for _, r in rows], _INVERSION)
   lines = [
-      [f"`{name}`", r.get("solver", "the network's own"), str(r["nfe"]),
+      [f"`{name}`", r.get("solver", "by the network"), str(r["nfe"]),
        f"{r['noise']:g}", *(_cell(m, r.get(m)) for m in metrics)]
       for name, r in rows
   ]
   lines += [
-      ["aimed at", "", str(nfe), "", *(_cell(m, aim.get(m)) for m in metrics)]
+      ["target", "", str(nfe), "", *(_cell(m, aim.get(m)) for m in metrics)]
       for nfe, aim in published.AIMS.get(data, {}).items()
   ]
   heads = [_COLUMNS[m][0] for m in metrics]
@@ -138,13 +139,15 @@ def inversion_table(data: str, results: Mapping[str, Result]) -> str:
 
 
 def published_table(data: str, results: Mapping[str, Result]) -> str:
-  """Published FIDs beside ours of the same method and NFE; '' if none."""
-  rows = [row for row in published.ROWS if row.data == data]
+  """Returns a table of published FIDs and ours of the same method and NFE.
+
+  Empty ('') if there are no published FIDs for the dataset.
+  """
+  rows = [row for row in published.ROWS if row.data == data and row.verified]
   if not rows:
     return ""
   lines = [
-      [row.method, str(row.nfe), f"{row.numbers['FID']:.2f}"
-       + ("" if row.verified else " (recalled)"), row.source,
+      [row.method, str(row.nfe), f"{row.numbers['FID']:.2f}", row.source,
        _ours(row, results)]
       for row in rows
   ]
@@ -152,8 +155,8 @@ def published_table(data: str, results: Mapping[str, Result]) -> str:
 
 
 def _ours(row: published.Published, results: Mapping[str, Result]) -> str:
-  """Our FIDs of a row's method and NFE, by the full protocol alone."""
-  found = [
+  """Our FIDs of a row's method and NFE, by the full protocol only."""
+  cells = [
       f"{_cell('FID', r['FID'], r['std'].get('FID'))} (`{name}`)"
       for name, result in results.items()
       if result["protocol"]["method"] == row.ours
@@ -161,37 +164,37 @@ def _ours(row: published.Published, results: Mapping[str, Result]) -> str:
       for r in result["samplers"].values()
       if r["nfe"] == row.nfe and r.get("FID") is not None
   ]
-  return "; ".join(found) or NOT_RUN
+  return "; ".join(cells) or NOT_RUN
 
 
 def _count(images: int | None) -> str:
-  """A number of images; files of other tools do not tell theirs."""
+  """Formats a number of images; None if the reference does not record it."""
   return "an unknown number of" if images is None else f"{images:,}"
 
 
-def _made(name: str, result: Result) -> str:
-  """One line: how a run's numbers were made."""
+def _protocol_line(name: str, result: Result) -> str:
+  """One list item with the evaluation protocol of a run."""
   p = result["protocol"]
   seeds = ", ".join(map(str, p["seeds"]))
   facts = [
       f"step {result['step']}", f"average {result['average']}",
-      f"{p['samples']:,} samples a seed (seeds {seeds})",
+      f"{p['samples']:,} samples per seed (seeds {seeds})",
       f"features {p['features']} ({p['features_digest']})",
       f"reference {_count(p['reference_images'])} images "
       f"({p['reference_digest']})",
-      f"one by one against {p['compared_one_by_one']:,} (k = "
-      f"{p['neighbours_k']})",
+      f"{p['num_real_for_prdc']:,} real images for precision and recall (k = "
+      f"{p['neighbors_k']})",
       f"config {p['config_digest']}", f"commit {p['commit']}", p["hardware"],
   ]
-  if "judge_test_accuracy" in result:
-    facts.append(f"judge {result['judge_test_accuracy']:.2%} right on real "
-                 "test images")
-  one = next(iter(result["samplers"].values()))
-  if "median_sample_to_train" in one:
+  if "classifier_test_accuracy" in result:
+    facts.append(f"classifier: {result['classifier_test_accuracy']:.2%} "
+                 "accuracy on real test images")
+  first = next(iter(result["samplers"].values()))
+  if "median_sample_to_train" in first:
     facts.append(
-        "median distance to the nearest training image, pixels 0 to 255: "
-        f"{one['median_sample_to_train']:.0f} from a sample, "
-        f"{one['median_test_to_train']:.0f} from a real test image"
+        "median distance to the nearest training image, pixels in 0..255: "
+        f"{first['median_sample_to_train']:.0f} from a sample, "
+        f"{first['median_test_to_train']:.0f} from a real test image"
     )
   few = p.get("few_samples")
   mark = f" **Few samples: {few}.**" if few else ""
@@ -201,38 +204,45 @@ def _made(name: str, result: Result) -> str:
 _HEAD = """# Results
 
 Rendered by `python -m bcm_jax.main --mode=table --workdir=docs` from the JSON
-files in [results](results), which hold the whole protocol;
-[evaluation.md](evaluation.md) says what each number is. What no file holds is
-'not run'. Numbers marked 'recalled' are from memory of a paper, unverified.
+files in [results](results), which record the complete protocol;
+[evaluation.md](evaluation.md) defines the metrics. Methods without a result
+file are marked 'not run'. Every run is one training run (n = 1); numbers
+without ± are of one sampling seed (n = 1), others mean ± standard deviation
+over sampling seeds.
 """
 
 
 def render(results: Mapping[str, Result]) -> str:
-  """The page."""
+  """Renders the page as Markdown."""
   sets = {r["protocol"]["data"] for r in results.values()}
   sets |= {row.data for row in published.ROWS}
   order = [*_TITLES, *sorted(sets - _TITLES.keys())]
   parts = [_HEAD]
   for data in (d for d in order if d in sets):
-    mine = {
+    runs = {
         name: r for name, r in results.items() if r["protocol"]["data"] == data
     }
     parts.append(f"## {_TITLES.get(data, data)}\n")
     if data in _NOTES:
       parts.append(_NOTES[data] + "\n")
-    tables = [published_table(data, mine)]
-    if mine:
+    tables = [published_table(data, runs)]
+    if runs:
       tables = [
-          samples_table(data, mine), inversion_table(data, mine), *tables
+          samples_table(data, runs), inversion_table(data, runs), *tables
       ]
     parts += [table + "\n" for table in tables if table]
-    if mine:
-      parts.append("\n".join(_made(*item) for item in mine.items()) + "\n")
+    if runs:
+      items = [_protocol_line(*item) for item in runs.items()]
+      parts.append("\n".join(items) + "\n")
   return "\n".join(parts)
 
 
 def run(folder: str) -> str:
-  """Mode table: reads FOLDER/results/*.json, writes FOLDER/results.md."""
+  """Mode table: renders FOLDER/results/*.json to FOLDER/results.md.
+
+  Returns:
+    Path of the page.
+  """
   path = os.path.join(folder, "results.md")
   page = render(read(os.path.join(folder, "results")))
   files.write_bytes(path, page.encode())

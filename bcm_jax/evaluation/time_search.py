@@ -1,10 +1,10 @@
 """Search for a sampler's times: mode search.
 
-Multistep consistency sampling is searched as its authors did (Song et al.,
-2023, appendix C): ternary search over the indices of a Karras grid. Ancestral
-and zigzag sampling take a greedy grid: one time after another, those found
-before kept. Every candidate gets the same noise. What was measured is written
-down at once, so that a search goes on where it was stopped.
+Times of multistep consistency sampling are found as in Song et al. (2023,
+arXiv:2303.01469, appendix C): ternary search over the indices of a Karras grid.
+Ancestral and zigzag sampling use a greedy grid search: one time after another,
+with the earlier ones fixed. All candidates use the same noise. Every measured
+cost is saved at once, so that an interrupted search continues.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,14 +30,14 @@ from bcm_jax.utils import files
 Cost = Callable[[str], float]
 
 
-# Algorithms: pure, over a cost of samplers in planning's notation -----------
+# Algorithms: pure functions of a cost of samplers in planning's notation -----
 
 
 def ternary(cost: Callable[[int], float], low: int, high: int) -> int:
-  """Index in [low, high] of the least cost, taken to have one valley.
+  """Finds the index in [low, high] of least cost, assumed unimodal.
 
-  The interval is cut at its thirds and the worse side dropped until at most
-  three indices remain, which are all looked at.
+  Compares the interval at its thirds and drops the worse side, until at most
+  three indices remain, which are all evaluated.
   """
   while high - low >= 3:
     first = low + (high - low) // 3
@@ -52,25 +52,28 @@ def ternary(cost: Callable[[int], float], low: int, high: int) -> int:
 def ternary_times(
     cost: Cost, grid: Sequence[float], nfe: int
 ) -> tuple[float, ...]:
-  """Times of cm_multistep, one after another.
+  """Finds the times of cm_multistep, one after another.
 
   Args:
-    cost: of a sampler in planning's notation.
-    grid: descending candidates, the first is where sampling starts and the
-      last where it ends.
-    nfe: evaluations; nfe - 1 times are found.
+    cost: cost of a sampler in planning's notation.
+    grid: descending candidates; the first is the initial level, the last the
+      final one.
+    nfe: network evaluations; nfe - 1 times are searched.
+
+  Returns:
+    The nfe - 1 times, descending.
   """
-  found: tuple[float, ...] = ()
+  times: tuple[float, ...] = ()
   start = 1
   for k in range(nfe - 1):
 
-    def cost_at(i, found=found):
-      return cost(planning.write("cm_multistep", (*found, grid[i])))
+    def cost_at(i, times=times):
+      return cost(planning.write("cm_multistep", (*times, grid[i])))
 
-    # Room is left for the times that are still to come.
+    # Leaves at least one grid index for each of the remaining times.
     best = ternary(cost_at, start, len(grid) - 2 - (nfe - 2 - k))
-    found, start = (*found, grid[best]), best + 1
-  return found
+    times, start = (*times, grid[best]), best + 1
+  return times
 
 
 def greedy_times(
@@ -80,14 +83,14 @@ def greedy_times(
     mid_times: Sequence[float],
     pairs: Sequence[tuple[float, float]],
 ) -> str:
-  """The best sampler of a greedy grid, in planning's notation.
+  """Finds the best sampler of a greedy grid search, in planning's notation.
 
   Args:
-    cost: of a sampler in planning's notation.
+    cost: cost of a sampler in planning's notation.
     name: 'ancestral', 'zigzag' or 'mixture'.
-    nfe: evaluations; a mixture has one zigzag.
-    mid_times: candidates of intermediate times.
-    pairs: candidates (e, t) of a zigzag.
+    nfe: network evaluations; a mixture has one zigzag.
+    mid_times: candidates for intermediate times.
+    pairs: candidates (e, t) for a zigzag.
   """
   zigzags = {"ancestral": 0, "zigzag": (nfe - 1) // 2, "mixture": 1}[name]
   times: tuple[float, ...] = ()
@@ -111,11 +114,11 @@ def greedy_times(
 
 
 class Record:
-  """Costs measured so far, in a file of their own.
+  """Measured costs, saved to a JSON file.
 
   Args:
-    path: of the JSON file; read if it is there.
-    facts: what the costs depend on.
+    path: path of the file; read if it exists.
+    facts: settings that the costs depend on.
     measure: sampler -> cost.
   """
 
@@ -135,39 +138,39 @@ class Record:
     return costs[sampler]
 
   def save(self) -> None:
-    """Writes the file, whole or not at all."""
+    """Writes the file atomically."""
     files.write_json(self._path, self.content)
 
 
 def check(experiment: build.Experiment) -> None:
-  """Finds a search that cannot be made before the checkpoint is read."""
+  """Raises UserError for an invalid search, before the checkpoint is loaded."""
   section = experiment.search
-  least = {"ancestral": 2, "cm_multistep": 2, "zigzag": 3, "mixture": 4}
+  minimum = {"ancestral": 2, "cm_multistep": 2, "zigzag": 3, "mixture": 4}
   name, nfe = section.sampler, section.nfe
-  if nfe < least[name] or (name == "zigzag" and nfe % 2 == 0):
+  if nfe < minimum[name] or (name == "zigzag" and nfe % 2 == 0):
     odd = ", odd" if name == "zigzag" else ""
     raise errors.UserError(
-        f"search.nfe={nfe} leaves {name} nothing to search; expected "
-        f"{least[name]} or more{odd}"
+        f"search.nfe: got {nfe} for {name}, expected {minimum[name]} or "
+        f"more{odd}"
     )
   if name == "cm_multistep":
     if section.steps < nfe + 1:
       raise errors.UserError(
-          f"search.steps={section.steps} grid points hold no {nfe - 1} inner "
-          f"times; set search.steps to {nfe + 1} or more"
+          f"search.steps: got {section.steps} grid points for {nfe - 1} inner "
+          f"times, expected {nfe + 1} or more"
       )
     return
-  # The first candidates must make a plan that this network can run.
+  # Candidates must be inside the trained range of noise levels.
   mid, pairs = _candidates(section)
   if len(set(mid)) < nfe - 1 and name == "ancestral":
     raise errors.UserError(
-        f"search.mid_times has {len(set(mid))} values for {nfe - 1} times; "
-        "give more"
+        f"search.mid_times: got {len(set(mid))} values for {nfe - 1} times, "
+        f"expected {nfe - 1} or more"
     )
   for t in mid:
-    planning.sampling_plan(experiment, planning.write("ancestral", (t,)))
+    planning.plan_of(experiment, planning.write("ancestral", (t,)))
   for pair in pairs if name != "ancestral" else ():
-    planning.sampling_plan(experiment, planning.write("zigzag", (), (pair,)))
+    planning.plan_of(experiment, planning.write("zigzag", (), (pair,)))
 
 
 def _candidates(section: schema.Search):
@@ -180,12 +183,16 @@ def _candidates(section: schema.Search):
 
 
 def run(experiment: build.Experiment, workdir: str) -> dict[str, Any]:
-  """Mode search: writes workdir/search/*.json and a plot beside it."""
+  """Mode search: writes workdir/search/*.json and a plot of the costs.
+
+  Returns:
+    The content of the JSON file.
+  """
   check(experiment)
   section = experiment.search
   step, average, params = runs.load_run(experiment, workdir)
   evaluation = evaluate.Evaluation(experiment, workdir)
-  runner = batched_sampler.Runner(
+  runner = batched_sampler.BatchedSampler(
       experiment, params, experiment.sample.batch_size
   )
   facts = {
@@ -197,7 +204,7 @@ def run(experiment: build.Experiment, workdir: str) -> dict[str, Any]:
   record = Record(
       os.path.join(workdir, "search", f"{name}.json"), facts,
       lambda sampler: evaluation.distance(
-          runner, planning.sampling_plan(experiment, sampler),
+          runner, planning.plan_of(experiment, sampler),
           section.num_samples, section.seed,
       ),
   )
@@ -220,7 +227,7 @@ def _search(experiment, section: schema.Search, cost: Cost) -> str:
   grid = schedules.karras_sigmas(
       section.steps, levels.sigma_min, levels.sigma_max, experiment.method.rho
   )[::-1]
-  # Six digits, as the notation writes them.
+  # Rounded to the six digits of planning's notation.
   grid = [float(f"{t:g}") for t in np.asarray(grid)]
   return planning.write(
       "cm_multistep", ternary_times(cost, grid, section.nfe)
@@ -228,7 +235,7 @@ def _search(experiment, section: schema.Search, cost: Cost) -> str:
 
 
 def _digest(facts: dict[str, Any]) -> str:
-  """Names a search by all that its costs depend on, but not by the machine."""
+  """Hash of all settings that the costs depend on, without the machine."""
   keys = ("features_digest", "reference_digest")
   rest = {k: v for k, v in facts.items() if k != "protocol"}
   rest |= {k: facts["protocol"][k] for k in keys}

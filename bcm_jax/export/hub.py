@@ -1,14 +1,13 @@
-"""The command: python -m bcm_jax.release.hub pack|unpack|push|pull FROM TO.
+"""Shares models on the Hugging Face Hub: python -m bcm_jax.release.hub VERB.
 
-  pack WORKDIR FOLDER      a run's network as a folder to give away
-  unpack FOLDER WORKDIR    such a folder as a work directory, for every mode
-  push SOURCE OWNER/NAME   a folder or a work directory to the Hugging Face hub
-  pull OWNER/NAME[@REVISION] FOLDER    and back
+  pack WORKDIR FOLDER      writes a run's network as a folder to share
+  unpack FOLDER WORKDIR    makes it a work directory, for every mode
+  push SOURCE OWNER/NAME   uploads a folder or a work directory
+  pull OWNER/NAME[@REVISION] FOLDER    downloads a folder
 
 A folder holds model.safetensors, config.json, README.md (the model card) and,
-if the weights were evaluated, result.json; no other file travels. pack, push
-and unpack take --config.section.key=value. Exit status: 0 done, 65 bad input
-or no connection. docs/hub.md says more.
+if the weights were evaluated, result.json; no other file is shared
+(docs/hub.md). Exit status: 0 done, 65 bad input or no connection.
 """
 
 from collections.abc import Iterator
@@ -21,9 +20,8 @@ from typing import Any
 
 from bcm_jax import __version__
 from bcm_jax import errors
-from bcm_jax.config import resolve
+from bcm_jax.checkpoint import runs
 from bcm_jax.export import model_folder
-from bcm_jax.export import packing
 from bcm_jax.utils import cli
 from bcm_jax.utils import files
 
@@ -63,7 +61,7 @@ def push(
     hub.upload_folder(
         repo_id=repository, folder_path=folder,
         allow_patterns=list(model_folder.FILES),
-        # Numbers of older weights must not stay beside these.
+        # Results of older weights must not remain.
         delete_patterns=[model_folder.RESULT],
         commit_message=f"Weights and config, by bcm_jax {__version__}",
     )
@@ -74,23 +72,23 @@ def push(
 def _packed(source: str, options: dict[str, Any]) -> Iterator[tuple[str, str]]:
   """A whole folder to send, and what packing it said."""
   asked = {k: v for k, v in options.items() if v not in (None, {})}
-  if model_folder.is_released(source):
+  if runs.is_released(source):
     if asked:
       raise errors.UserError(
           f"{source} is packed already, and {', '.join(asked)} would say how to"
           " pack a work directory; leave it out, or give the work directory"
       )
-    packing.load(source)
+    model_folder.load(source)
     yield source, ""
     return
   with tempfile.TemporaryDirectory() as made:
     folder = os.path.join(made, "model")
-    said = packing.pack(source, folder, **asked)
+    said = model_folder.pack(source, folder, **asked)
     yield folder, said.rpartition("\n")[0] + "\n"
 
 
 def pull(place: str, out: str) -> str:
-  """Brings a network from the hub into a folder, whole or not at all.
+  """Downloads a network from the hub to a folder, atomically.
 
   Args:
     place: OWNER/NAME, or OWNER/NAME@REVISION (a branch, tag or commit).
@@ -107,7 +105,7 @@ def pull(place: str, out: str) -> str:
   _check_repository(repository)
   library = _library()
   with files.new_folder(out) as made:
-    # The library leaves files of its own beside those it brings.
+    # The library leaves its own files next to the downloaded ones.
     with tempfile.TemporaryDirectory(dir=made) as brought:
       with _explained(library, place):
         _open_hub(library).snapshot_download(
@@ -119,7 +117,7 @@ def pull(place: str, out: str) -> str:
         if os.path.isfile(os.path.join(brought, name)):
           os.replace(os.path.join(brought, name), os.path.join(made, name))
     try:
-      _, _, metadata = packing.load(made)
+      _, _, metadata = model_folder.load(made)
     except errors.UserError as e:
       raise errors.UserError(str(e).replace(made, place)) from e
   return (
@@ -187,7 +185,7 @@ def _explained(library: Any, place: str) -> Iterator[None]:
 
 
 def _failures(kinds: Any) -> tuple[type[BaseException], ...]:
-  """What the library raises where the hub or the way to it fails.
+  """Returns the exceptions of the library for hub and network failures.
 
   Errors of the transport, the bases of its own, are no OSError in every
   version; those of uploads are RuntimeErrors.
@@ -201,25 +199,31 @@ def _one_line(error: BaseException, limit: int = 200) -> str:
   return text if len(text) <= limit else text[:limit] + "..."
 
 
-def _parser(verb: str) -> cli.Parser:
-  parser = cli.Parser("bcm_jax.export.hub", __doc__)
-  source, target = _VERBS[verb][1:]
-  parser.add_argument("verb", choices=_VERBS)
-  parser.add_argument("source", metavar=source)
-  parser.add_argument("target", metavar=target)
-  if verb in ("pack", "push"):
-    parser.add_argument("--average", help="which moving average")
-    parser.add_argument("--step", type=int, help="of the checkpoint")
-    parser.add_argument("--dtype", help=", ".join(model_folder.DTYPES))
-    parser.add_argument("--license", dest="license_id", help="as apache-2.0")
-  if verb == "push":
-    parser.add_argument("--private", action="store_true")
+def _parser(verb: str | None) -> cli.Parser:
+  """The flags of a verb; None: of all, for --help."""
+  parser = cli.Parser("bcm_jax.release.hub", __doc__, config="values")
+  source, target = _VERBS[verb][1:] if verb else ("FROM", "TO")
+  add = parser.add_argument
+  add("verb", choices=_VERBS, metavar="VERB", help=", ".join(_VERBS))
+  add("source", metavar=source, help="folder, work directory or repository")
+  add("target", metavar=target, help="folder, work directory or repository")
+  if verb in (None, "pack", "push"):
+    add("--average", metavar="NAME", help="pack, push: the moving average")
+    add("--step", type=int, metavar="N",
+        help="pack, push: step of the checkpoint")
+    add("--dtype", metavar="NAME",
+        help=f"pack, push: {', '.join(model_folder.DTYPES)}")
+    add("--license", dest="license_id", metavar="ID",
+        help="pack, push: license, such as apache-2.0")
+  if verb in (None, "push"):
+    add("--private", action="store_true",
+        help="push: make the repository private")
   return parser
 
 
 _VERBS = {
-    "pack": (packing.pack, "WORKDIR", "FOLDER"),
-    "unpack": (packing.unpack, "FOLDER", "WORKDIR"),
+    "pack": (model_folder.pack, "WORKDIR", "FOLDER"),
+    "unpack": (model_folder.unpack, "FOLDER", "WORKDIR"),
     "push": (push, "SOURCE", "OWNER/NAME"),
     "pull": (pull, "OWNER/NAME[@REVISION]", "FOLDER"),
 }
@@ -229,30 +233,22 @@ def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
   with cli.reporting():
     argv = sys.argv[1:] if argv is None else argv
-    file, overrides, rest = resolve.split_overrides(argv)
-    if file is not None:
-      raise errors.UserError(
-          f"--config={file}: a run and a folder have configs of their own; "
-          "single values are set by --config.section.key=value"
-      )
+    rest = cli.split_overrides(argv)[2]
     words = [word for word in rest if not word.startswith("-")]
     verb = next((w for w in words if w in _VERBS), words[0] if words else None)
-    if verb is None:
-      cli.Parser("bcm_jax.export.hub", __doc__).parse_args(rest)
+    if verb is None and not {"-h", "--help"} & set(rest):
       raise errors.UserError(
           f"the command is missing; give one of {', '.join(_VERBS)}"
       )
-    if verb not in _VERBS:
+    if verb not in (None, *_VERBS):
       raise errors.unknown_name("command", verb, _VERBS)
-    flags = vars(_parser(verb).parse_args(rest))
-    del flags["verb"]
+    flags = vars(_parser(verb).parse_args(argv))
+    del flags["verb"], flags["config"]
     source, target = flags.pop("source"), flags.pop("target")
-    if overrides and verb == "pull":
+    if verb == "pull" and flags.pop("overrides"):
       raise errors.UserError(
-          "pull brings what is there; give --config.* to unpack"
+          "pull downloads the config as it is; give --config.* to unpack"
       )
-    if verb != "pull":
-      flags["overrides"] = overrides
     given = {k: v for k, v in flags.items() if v is not None}
     print(_VERBS[verb][0](source, target, **given))
 

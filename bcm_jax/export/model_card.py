@@ -1,25 +1,16 @@
 """The model card of a released network: README.md with a YAML front matter.
 
-Its numbers are those of the result file; without one it says 'not measured'.
-What the hub reads of the front matter: https://huggingface.co/docs/hub/model-cards
+Its numbers are from the result file; without one they are 'not measured'.
+Fields of the front matter: https://huggingface.co/docs/hub/model-cards
 """
 
 from collections.abc import Mapping
 import json
 from typing import Any
 
-_KINDS = {
-    "bcm": "bidirectional consistency model",
-    "ct": "consistency model",
-    "ict": "consistency model, trained the improved way,",
-    "ect": "consistency model, tuned the easy way,",
-    "cd": "consistency model, distilled from a denoiser,",
-    "ctm": "consistency trajectory model",
-    "edm": "denoising diffusion model",
-    "dmd": "one-step generator, distilled by distribution matching,",
-    "dmd2": "few-step generator, distilled by distribution matching,",
-}
-# Entries of a result that are no number of a table.
+from bcm_jax.config import registry
+
+# Entries of a result that are not rows of a table.
 _NO_ROWS = ("plan", "std", "seeds")
 _UNKNOWN = "not measured"
 
@@ -47,15 +38,15 @@ def text(
     result: Mapping[str, Any] | None = None,
     license_id: str | None = None,
 ) -> str:
-  """The card.
+  """Returns the text of the card.
 
   Args:
     config: of the run, as in its config.json.
-    metadata: of the weights, see `released.write`.
-    parameters: how many numbers the network has.
-    result: what mode eval wrote about these weights, or None.
-    license_id: the hub's name of a license, such as 'apache-2.0'; None leaves
-      it out.
+    metadata: of the weights, see `model_folder.write`.
+    parameters: number of parameters of the network.
+    result: of mode eval for these weights, or None.
+    license_id: identifier of a license on the hub, such as 'apache-2.0'; None
+      omits it.
   """
   parts = [
       _front_matter(config, license_id),
@@ -70,7 +61,7 @@ def text(
 
 
 def _front_matter(config, license_id: str | None) -> str:
-  """YAML; texts are quoted as in JSON, which YAML reads."""
+  """Returns YAML; strings are quoted as in JSON, which is valid YAML."""
   fields = {
       "library_name": "bcm_jax",
       "license": license_id,
@@ -86,7 +77,8 @@ def _front_matter(config, license_id: str | None) -> str:
 
 def _what(config, metadata) -> str:
   name = config["method"]["name"]
-  kind = _KINDS.get(name, f"model of method {name}")
+  method = registry.METHODS.get(name)
+  kind = method.title if method else f"model of method {name}"
   article = "An" if kind[0] in "aeiou" else "A"
   height, width, channels = metadata["image_shape"]
   colours = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
@@ -119,7 +111,7 @@ def _facts(config, metadata, parameters: int, result) -> str:
 
 
 def _numbers(result: Mapping[str, Any]) -> str:
-  """What mode eval measured, and how."""
+  """Formats the result of mode eval and its protocol."""
   parts = [
       "Of `result.json`, as mode eval wrote it; +- is the spread over seeds.\n"
   ]
@@ -145,7 +137,7 @@ def _numbers(result: Mapping[str, Any]) -> str:
 
 
 def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-  """A row a number, a column a sampler; four digits, +- over seeds."""
+  """Formats one row per number and one column per sampler; +- over seeds."""
   names = dict.fromkeys(
       name for column in columns.values() for name, value in column.items()
       if name not in _NO_ROWS and type(value) in (int, float)

@@ -1,15 +1,14 @@
-"""The command: python -m bcm_jax.release.export WORKDIR OUT.zip.
+"""Exports samplers: python -m bcm_jax.release.export WORKDIR OUT.zip.
 
 Writes the samplers of a run as StableHLO, with weights and a loader, into one
-file that jax and flatbuffers alone can run (docs/export.md):
+file that needs only jax and flatbuffers to run (docs/export.md):
 
   python -m bcm_jax.release.export runs/digits digits.zip \\
       --samplers=onestep,ancestral@0.7 --invert
 
 --samplers takes the notation of bcm_jax/generate/planning.py; without it the
-sampler of section sample is exported. Keys of that section and of section
-invert can be set
-too: --config.sample.guidance=2. Exit status: 0 done, 65 bad input.
+sampler of section sample is exported. Sections sample and invert can be set,
+such as --config.sample.guidance=2. Exit status: 0 done, 65 bad input.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ import io
 import json
 import os
 import pathlib
-import sys
 from typing import Any, NamedTuple
 import zipfile
 
@@ -41,7 +39,6 @@ from bcm_jax.export import stablehlo_runtime
 from bcm_jax.generate import guides
 from bcm_jax.generate import planning
 from bcm_jax.sampling import guidance
-from bcm_jax.sampling import rolled
 from bcm_jax.sampling import samplers
 from bcm_jax.sampling import sampling_plan
 from bcm_jax.training import rng
@@ -63,7 +60,7 @@ Weights = dict[str, Any]  # 'network/path/of/tensor' -> array or its shape.
 
 
 class Function(NamedTuple):
-  """What is exported under a name.
+  """An exported function.
 
   Attributes:
     arguments: names of its arguments in order, keys of `specs`.
@@ -93,7 +90,7 @@ def write(
     out: file to make; must not be there yet.
     asked: samplers in the notation of `planning`; none is section sample's.
     invert: also export inversion, by section invert, and the way back.
-    platforms: of PLATFORMS; none of them need be at hand.
+    platforms: of PLATFORMS; their devices need not be available.
     average: which average, as sample.average.
     step: of the checkpoint; None is the newest.
     overrides: 'section.key' -> text.
@@ -104,16 +101,15 @@ def write(
   Raises:
     UserError: a run, sampler or platform that is not there or does not fit.
   """
-  if os.path.lexists(out):
-    raise errors.UserError(f"{out} is there already; choose another OUT")
+  files.check_free(out)
   _check_platforms(platforms)
   if importlib.util.find_spec("flatbuffers") is None:
     raise errors.UserError("needs flatbuffers: pip install 'bcm_jax[export]'")
   experiment = _open(workdir, overrides)
-  planned = {s: planning.sampling_plan(experiment, s) for s in asked}
+  planned = {s: planning.plan_of(experiment, s) for s in asked}
   if not planned:
     own = experiment.config.sample.sampler
-    planned = {own: planning.sampling_plan(experiment)}
+    planned = {own: planning.plan_of(experiment)}
   inversion = planning.inversion_plan(experiment) if invert else None
   guide = guides.open_guide(experiment)
   step, average, params = runs.load_run(experiment, workdir, average, step)
@@ -152,7 +148,7 @@ def _open(
   workdir: str, overrides: Mapping[str, str] | None
 ) -> build.Experiment:
   """The experiment of a run, if a single program can hold its sampler."""
-  config = runs.config_of(workdir, overrides)
+  config = resolve.of_existing_run(workdir, overrides)
   if config.sample.rejection:
     raise errors.UserError(
       f"sample.rejection={config.sample.rejection} picks images by another "
@@ -237,7 +233,9 @@ def sampler(experiment, guide, plan: sampling_plan.Plan) -> Function:
       experiment.method.sigma_max,
     )
     keys = rng.example_keys(seed, "sample/added", 0, index)
-    return _to_uint8(rolled.run(plan, *maps(weights), noise, labels, keys))
+    return _to_uint8(
+        samplers.run_rolled(plan, *maps(weights), noise, labels, keys)
+    )
 
   return Function(_named(experiment, "seed", "index"), sample, plan)
 
@@ -249,7 +247,7 @@ def _inverter(experiment, guide, plan: sampling_plan.Plan) -> Function:
   def invert(weights, seed, index, images, labels=None):
     x = jnp.asarray(_GREY)[images]
     keys = rng.example_keys(seed, "invert/added", 0, index)
-    return rolled.run(plan, *maps(weights), x, labels, keys)
+    return samplers.run_rolled(plan, *maps(weights), x, labels, keys)
 
   return Function(_named(experiment, "seed", "index", "images"), invert, plan)
 
@@ -260,7 +258,9 @@ def _decoder(experiment, guide) -> Function:
   plan = sampling_plan.ancestral((), experiment.levels)
 
   def decode(weights, latents, labels=None):
-    return _to_uint8(rolled.run(plan, *maps(weights), latents, labels, None))
+    return _to_uint8(
+      samplers.run_rolled(plan, *maps(weights), latents, labels, None)
+    )
 
   return Function(_named(experiment, "latents"), decode, plan)
 
@@ -335,8 +335,9 @@ def _members(
   buffer = io.BytesIO()
   np.savez(buffer, **weights)
   contents[stablehlo_runtime.WEIGHTS] = buffer.getvalue()
-  loader = pathlib.Path(stablehlo_runtime.__file__)
-  contents[loader.name] = loader.read_bytes()
+  contents[stablehlo_runtime.LOADER] = pathlib.Path(
+      stablehlo_runtime.__file__
+  ).read_bytes()
   manifest = (
     {"format": stablehlo_runtime.FORMAT}
     | facts
@@ -356,7 +357,7 @@ def _members(
 
 
 def _store(out: str, members: dict[str, bytes]) -> None:
-  """Writes the file, whole or not at all; equal contents give equal bytes."""
+  """Writes the file atomically; equal contents give equal bytes."""
   buffer = io.BytesIO()
   with zipfile.ZipFile(buffer, "w") as file:
     for name, content in members.items():
@@ -375,31 +376,28 @@ def _store(out: str, members: dict[str, bytes]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  parser = cli.Parser("bcm_jax.export.stablehlo", __doc__)
-  parser.add_argument("workdir", help="work directory of the run")
-  parser.add_argument("out", help="file to make, such as digits.zip")
+  parser = cli.Parser("bcm_jax.release.export", __doc__, config="values")
   parser.add_argument(
-    "--samplers", default="", help="such as onestep,ancestral@0.7"
+    "workdir", metavar="WORKDIR", help="work directory of the run"
+  )
+  parser.add_argument("out", metavar="OUT.zip", help="file to make")
+  parser.add_argument(
+    "--samplers", default="", metavar="LIST",
+    help="such as onestep,ancestral@0.7 (the config's)",
   )
   parser.add_argument(
-    "--invert", action="store_true", help="also from images to latents and back"
+    "--invert", action="store_true", help="also export inversion and decoding"
   )
   parser.add_argument(
-    "--platforms",
-    default=",".join(DEFAULT_PLATFORMS),
-    help="of " + ", ".join(PLATFORMS),
+    "--platforms", default=",".join(DEFAULT_PLATFORMS), metavar="LIST",
+    help=f"of {','.join(PLATFORMS)} (%(default)s)",
   )
-  parser.add_argument("--average", help="which moving average")
-  parser.add_argument("--step", type=int, help="of the checkpoint")
+  parser.add_argument("--average", metavar="NAME", help="the moving average")
+  parser.add_argument(
+    "--step", type=int, metavar="N", help="step of the checkpoint"
+  )
   with cli.reporting():
-    argv = sys.argv[1:] if argv is None else argv
-    file, overrides, rest = resolve.split_overrides(argv)
-    args = parser.parse_args(rest)
-    if file is not None:
-      raise errors.UserError(
-        f"--config={file}: the run in {args.workdir} has its own config; "
-        "single values are set by --config.section.key=value"
-      )
+    args = parser.parse_args(argv)
     print(
       write(
         args.workdir,
@@ -409,7 +407,7 @@ def main(argv: list[str] | None = None) -> None:
         args.platforms.split(","),
         args.average,
         args.step,
-        overrides,
+        args.overrides,
       )
     )
 

@@ -1,4 +1,4 @@
-"""Exported samplers, for machines without bcm_jax: jax and flatbuffers alone.
+"""Exported samplers without bcm_jax: needs only jax and flatbuffers.
 
 Copy this file wherever it is needed; every exported file also holds it:
 
@@ -31,6 +31,9 @@ import numpy as np
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.npz"
+# Name of this file inside exported files: `import exported` with the file on
+# PYTHONPATH.
+LOADER = "exported.py"
 # Seeds are uint32, numbers of images int32.
 MAX_SEED = 2**32 - 1
 MAX_INDEX = 2**31 - 1
@@ -99,7 +102,7 @@ def load(path: str, batch_size: int = 256) -> "Model":
 
 
 def record_digest(manifest: dict[str, Any]) -> str:
-  """SHA-256 of a manifest but for its own key 'sha256'."""
+  """Returns the SHA-256 of a manifest without its key 'sha256'."""
   rest = {k: v for k, v in manifest.items() if k != "sha256"}
   return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -172,7 +175,7 @@ class Model:
 
     Args:
       n: how many, the first ones of the seed; or the numbers of those wanted.
-      seed: 0 to MAX_SEED. Image i depends on seed, i and its class alone.
+      seed: 0 to MAX_SEED. Image i depends only on seed, i and its class.
       labels: class of all, or [n] of each; None is i modulo the number of
         classes, as in mode sample.
       sampler: one of `samplers`.

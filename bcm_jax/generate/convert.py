@@ -1,18 +1,18 @@
-"""The command: python -m bcm_jax.interop.convert SOURCE OUT.
+"""Converts published weights: python -m bcm_jax.interop.convert SOURCE OUT.
 
 SOURCE is a published checkpoint (PyTorch .pt or .pth, safetensors, an EDM or
-EDM2 .pkl, a jcm msgpack); OUT becomes a work directory that modes sample,
-invert and eval take and that training can start from. With --reverse SOURCE
-is a work directory and OUT a .safetensors or .pt under PyTorch's names.
+EDM2 .pkl, a jcm msgpack); OUT becomes a work directory for modes sample,
+invert and eval, from which training can start. With --reverse, SOURCE is a
+work directory and OUT a .safetensors under PyTorch's names.
 
-What tensors do not tell is assumed as published, printed, and can be set:
---config.model.num_head_channels=32. Exit status: 0 done, 65 bad input.
+Settings that tensors do not determine are those published; they are printed
+and can be set, such as --config.model.num_head_channels=32
+(docs/checkpoints.md). Exit status: 0 done, 65 bad input.
 """
 
 import os
 import pathlib
 import re
-import sys
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.interop import transfer
 from bcm_jax.interop import weight_files
+from bcm_jax.interop.families import sections
 from bcm_jax.utils import cli
 from bcm_jax.utils import files
 
@@ -36,21 +37,8 @@ _MODELS = {
 _FAMILIES = {model: family for family, model in _MODELS.items()} | {
     "ncsnpp": "edm-song"
 }
-# Which tensors of a file that holds several networks; the first that is there.
+# Tensors to use of a file with several networks; the first that exists.
 _GROUPS = ("ema", "params_ema", "model_ema", "", "params", "model", "net")
-
-
-def method_of(kind: str, model: dict[str, Any]) -> dict[str, Any]:
-  """The sections under which a converted network is sampled."""
-  if model.get("two_time"):
-    name = "ctm" if model["end_branch"] == "blocks" else "bcm"
-    return {"method": {"name": name}}
-  if kind.startswith("edm"):
-    return {
-        "method": {"name": "edm"}, "sample": {"sampler": "heun"},
-        "eval": {"samplers": ("heun",)},
-    }
-  return {"method": {"name": "ict"}}
 
 
 def data_of(model: dict[str, Any], image_size: int) -> dict[str, Any]:
@@ -85,7 +73,9 @@ def _split_model(
   """Applies --config.model.*; returns (model section, the other overrides)."""
   mine = {k: v for k, v in overrides.items() if k.startswith("model.")}
   section = {"name": _MODELS[kind]} | model
-  config = resolve.resolve({"model": section, "method": {"name": "ict"}}, mine)
+  config = resolve.resolve(
+      {"model": section, **sections.of(kind, model)}, mine
+  )
   rest = {k: v for k, v in overrides.items() if k not in mine}
   return config.model.to_dict(), rest
 
@@ -107,8 +97,8 @@ def to_workdir(
     kind: family, or 'auto' to recognise it.
     group: which network of the file; None takes its moving average.
     step: step of the checkpoint; None takes what the file's name says.
-    overrides: 'section.key' -> text, for what tensors do not tell.
-    image_size: pixels a side, where names do not tell; None is the family's.
+    overrides: 'section.key' -> text, for settings tensors do not determine.
+    image_size: pixels per side; None is the family's default.
 
   Returns:
     What was found and assumed, for a terminal.
@@ -122,7 +112,7 @@ def to_workdir(
   metadata = dict(file.metadata)
   if image_size is not None:
     metadata["image_size"] = image_size
-  family, tensors, found = transfer.recognise(
+  family, tensors, found = transfer.recognize(
       file.groups[group], kind, metadata
   )
   size = found.pop("image_size")
@@ -135,15 +125,22 @@ def to_workdir(
   if step is None:
     step = step_of(source)
   facts = {"converted_from": os.path.basename(source), "kind": family.NAME}
-  runs.write(out, experiment, params, step, facts)
+  runs.write(
+    out,
+    resolve.to_json(experiment.config),
+    experiment.method.sampled_network,
+    params,
+    step,
+    facts,
+  )
   count = sum(v.size for v in jax.tree.leaves(params))
   shown = ", ".join(f"{k}={v}" for k, v in sorted(found.items()))
   return (
-      f"{file.kind}, network {group or 'of the file'!r}, kind {family.NAME}: "
-      f"{len(tensors)} tensors, {count:,} parameters, {size}x{size}\n"
-      f"found: {shown}\n"
-      f"sampled as method {config.method.name!r} with preconditioning "
-      f"{config.method.preconditioning!r}\nwritten: {out}"
+    f"{file.kind}, network {group or 'of the file'!r}, kind {family.NAME}: "
+    f"{len(tensors)} tensors, {count:,} parameters, {size}x{size}\n"
+    f"found: {shown}\n"
+    f"sampled as method {config.method.name!r} with preconditioning "
+    f"{config.method.preconditioning!r}\nwritten: {out}"
   )
 
 
@@ -151,13 +148,13 @@ def _config(found, kind, image_size, overrides) -> ml_collections.ConfigDict:
   """The config of a converted network, with what the user sets."""
   model, rest = _split_model(overrides, found, kind)
   return resolve.resolve(
-      {
-          "model": model,
-          **method_of(kind, model),
-          "data": data_of(model, image_size),
-          "training": {"ema_rates": ()},
-      },
-      rest,
+    {
+      "model": model,
+      **sections.of(kind, model),
+      "data": data_of(model, image_size),
+      "training": {"ema_rates": ()},
+    },
+    rest,
   )
 
 
@@ -177,25 +174,25 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
 
   Args:
     workdir: directory of the run.
-    out: .safetensors or .pt file.
+    out: .safetensors file.
     average: which average, as sample.average.
 
   Returns:
     What was written, for a terminal.
   """
-  if os.path.exists(out):
-    raise errors.UserError(f"{out} is there already; choose another OUT")
+  weight_files.check_suffix(out)
+  files.check_free(out)
   config = resolve.of_run(workdir)
   if config is None:
     raise errors.UserError(
-        f"{workdir} holds no run (no config.json); SOURCE must be a work "
-        "directory with --reverse"
+      f"{workdir} holds no run (no config.json); SOURCE must be a work "
+      "directory with --reverse"
     )
   experiment = build.build(config, to_train=False)
   step, _, params = runs.load_run(experiment, workdir, average)
   family = transfer.FAMILIES[_FAMILIES[config.model.name]]
   tensors = transfer.write_tensors(
-      family, experiment.method.network, experiment.image_shape[0], params
+    family, experiment.method.network, experiment.image_shape[0], params
   )
   weight_files.write(out, tensors)
   return f"step {step}, kind {family.NAME}: {len(tensors)} tensors in {out}"
@@ -203,27 +200,37 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  parser = cli.Parser("bcm_jax.generate.convert", __doc__)
-  parser.add_argument("source", help="the file, or with --reverse a workdir")
-  parser.add_argument("out", help="work directory or file to make")
-  parser.add_argument("--kind", default="auto", help="auto, "
-                      + ", ".join(transfer.FAMILIES))
-  parser.add_argument("--group", help="which network of a file with several")
-  parser.add_argument("--step", type=int, help="step of the checkpoint")
-  parser.add_argument("--image-size", type=int, help="pixels a side")
-  parser.add_argument("--average", help="--reverse: which moving average")
-  parser.add_argument("--reverse", action="store_true")
+  parser = cli.Parser("bcm_jax.interop.convert", __doc__, config="values")
+  add = parser.add_argument
+  add("source", metavar="SOURCE", help="file; with --reverse a work directory")
+  add("out", metavar="OUT", help="work directory; with --reverse a file")
+  add(
+    "--kind",
+    default="auto",
+    metavar="NAME",
+    help=", ".join(["auto", *transfer.FAMILIES]),
+  )
+  add("--group", metavar="NAME", help="the network, of a file with several")
+  add("--step", type=int, metavar="N", help="step to write in the checkpoint")
+  add("--image-size", type=int, metavar="N", help="side in pixels")
+  add("--average", metavar="NAME", help="with --reverse: the moving average")
+  add("--reverse", action="store_true", help="from a run to PyTorch's names")
   with cli.reporting():
-    argv = sys.argv[1:] if argv is None else argv
-    _, overrides, rest = resolve.split_overrides(argv)
-    args = parser.parse_args(rest)
+    args = parser.parse_args(argv)
     if args.reverse:
       print(to_file(args.source, args.out, args.average))
     else:
-      print(to_workdir(
-          args.source, args.out, args.kind, args.group, args.step, overrides,
+      print(
+        to_workdir(
+          args.source,
+          args.out,
+          args.kind,
+          args.group,
+          args.step,
+          args.overrides,
           args.image_size,
-      ))
+        )
+      )
 
 
 if __name__ == "__main__":

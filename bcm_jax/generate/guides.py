@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.sampling import guidance
 
 Params = Any
@@ -50,8 +51,8 @@ def open_guide(experiment: build.Experiment) -> Guide | None:
   workdir, step = runs.split_place(
     sample.guidance_network, "sample.guidance_network"
   )
-  other = build.build(runs.config_of(workdir), to_train=False)
-  if not other.method.solves:
+  other = build.build(resolve.of_existing_run(workdir), to_train=False)
+  if not other.method.is_denoiser:
     raise errors.UserError(
       f"sample.guidance_network={workdir} is no denoiser; give a worse "
       f"network of the "

@@ -1,26 +1,29 @@
-"""What a config asks a sampler or an inversion to do: plans with their times.
+"""Plans of a config's sampler and inversion, and the notation of samplers.
 
-A sampler is written 'ancestral' (with the times of section sample),
-'ancestral:4' (four evaluations, at those times if they fit, else at default
-ones) or 'mixture@3/0.12>0.4' (these times, in sigma: intermediate ones, and
-pairs 'e>t' of a zigzag).
+A sampler is written 'ancestral' (with the times of config section `sample`),
+'ancestral:4' (four evaluations, at those times if they match, else at default
+times) or 'mixture@3/0.12>0.4' (times in sigma: intermediate ones, and pairs
+'e>t' of a zigzag).
 """
 
 from collections.abc import Sequence
 import math
+import typing
 from typing import NamedTuple
+
+import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.config import build
+from bcm_jax.config import registry
 from bcm_jax.config import schema
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
-from bcm_jax.sampling import sampling_plan as plans
+from bcm_jax.sampling import sampling_plan
 
-SAMPLERS = ("onestep", "ancestral", "zigzag", "mixture", "cm_multistep",
-            "gamma", "ddim", "heun")
+SAMPLERS = typing.get_args(schema.Sampler)
 _TAKES_TIMES = ("ancestral", "mixture", "cm_multistep", "gamma")
-# Solvers of the ODE, on a grid of their own.
+# ODE solvers, each on its own grid.
 _SOLVERS = ("ddim", "heun")
 _TAKES_PAIRS = ("zigzag", "mixture")
 # Published zigzag of the three-step sampler on ImageNet-64 (Li & He, 2024).
@@ -30,13 +33,13 @@ Pairs = tuple[tuple[float, float], ...]
 
 
 class Request(NamedTuple):
-  """A sampler as it was written.
+  """A parsed sampler.
 
   Attributes:
     name: one of SAMPLERS.
     nfe: number of evaluations, or None.
-    times: intermediate times; None where none were written.
-    pairs: zigzag's (e, t); None where none were written.
+    times: intermediate times; None without '@'.
+    pairs: zigzag's (e, t); None without '@'.
   """
 
   name: str
@@ -46,10 +49,10 @@ class Request(NamedTuple):
 
 
 def parse(text: str) -> Request:
-  """Reads the notation above.
+  """Parses the notation of the module docstring.
 
   Raises:
-    UserError: unknown sampler, or numbers that are none.
+    UserError: unknown sampler or unparsable times.
   """
   head, at, tail = text.partition("@")
   name, colon, count = head.partition(":")
@@ -69,7 +72,7 @@ def parse(text: str) -> Request:
     raise errors.UserError(
         f"sampler {text!r}: {name} takes no "
         f"{'intermediate times' if name not in _TAKES_TIMES else 'pairs e>t'}; "
-        "leave them out or choose 'mixture'"
+        "omit them or choose 'mixture'"
     )
   return Request(name, nfe, times, pairs)
 
@@ -83,7 +86,7 @@ def _parse_times(text: str) -> tuple[tuple[float, ...], Pairs]:
 
 
 def write(name: str, times: Sequence[float], pairs: Pairs = ()) -> str:
-  """The notation of a sampler with these times."""
+  """Returns the notation of a sampler with times."""
   parts = [f"{t:g}" for t in times] + [f"{e:g}>{t:g}" for e, t in pairs]
   return f"{name}@{'/'.join(parts)}" if parts else name
 
@@ -91,7 +94,7 @@ def write(name: str, times: Sequence[float], pairs: Pairs = ()) -> str:
 def _mid_times(
     start: float, end: float, count: int, rho: float
 ) -> tuple[float, ...]:
-  """Interior points of a Karras grid from start to end, either direction."""
+  """Returns interior points of a Karras grid from start to end."""
   low, high = min(start, end), max(start, end)
   inner = schedules.karras_sigmas(count + 2, low, high, rho)[1:-1]
   return tuple(float(t) for t in (inner if start < end else inner[::-1]))
@@ -100,12 +103,12 @@ def _mid_times(
 def times_between(
     given: Sequence[float], nfe: int | None, start, end, rho, section: str
 ) -> tuple[float, ...]:
-  """Intermediate times: those given, or default ones for an NFE."""
+  """Returns the given intermediate times, or default ones for an NFE."""
   if given:
     if nfe is not None and nfe != len(given) + 1:
       raise errors.UserError(
           f"{section}.nfe={nfe} needs {nfe - 1} intermediate times, but "
-          f"{section}.times has {len(given)}; leave one of the two out"
+          f"{section}.times has {len(given)}; omit one of the two"
       )
     return tuple(given)
   if nfe is not None and nfe < 1:
@@ -123,18 +126,40 @@ def _pairs(sample: schema.Sample) -> Pairs:
   return tuple(zip(noise, level, strict=True)) or _ZIGZAG
 
 
-def sampling_plan(
+def asked_labels(
+    experiment: build.Experiment, sample: schema.Sample
+) -> np.ndarray | None:
+  """Returns classes of the images to generate: one, or all equally often."""
+  classes = experiment.num_classes
+  if classes is None:
+    if sample.label is not None:
+      raise errors.UserError(
+          f"sample.label={sample.label}, but the network is unconditional; "
+          "omit it"
+      )
+    return None
+  if sample.label is None:
+    return (np.arange(sample.num_samples) % classes).astype(np.int32)
+  if not 0 <= sample.label < classes:
+    raise errors.UserError(
+        f"sample.label={sample.label} is out of range; this network has "
+        f"classes 0 to {classes - 1}"
+    )
+  return np.full(sample.num_samples, sample.label, np.int32)
+
+
+def plan_of(
     experiment: build.Experiment, sampler: str | None = None
-) -> plans.Plan:
-  """The plan of section sample, or of another sampler.
+) -> sampling_plan.Plan:
+  """Returns the plan of `sample.sampler` or of another sampler.
 
   Args:
-    experiment: whose levels and section sample count.
-    sampler: in the notation above; None is section sample's own.
+    experiment: gives noise levels and config section `sample`.
+    sampler: in the notation of the module; None is `sample.sampler`.
 
   Raises:
-    UserError: unknown sampler, times that do not fit, or a sampler that
-      needs end levels which the network does not take.
+    UserError: unknown sampler, times that do not match, or a sampler that
+      needs end levels of a network without them.
   """
   sample = experiment.sample
   request = parse(sampler or sample.sampler)
@@ -144,7 +169,7 @@ def sampling_plan(
   if name in _SOLVERS:
     return _guided(experiment, _solver_plan(experiment, name, nfe))
   pairs = request.pairs
-  if request.times is not None:  # '@': nothing but what was written.
+  if request.times is not None:  # '@': only the written times.
     nfe, given = None, request.times
   elif pairs is None and name in _TAKES_PAIRS:
     pairs = _pairs(sample)
@@ -165,34 +190,34 @@ def sampling_plan(
   if nfe is not None and plan.nfe != nfe:
     raise errors.UserError(
         f"sample.nfe={nfe}, but {name} with these times makes {plan.nfe} "
-        "evaluations; leave sample.nfe out or change the times"
+        "evaluations; omit sample.nfe or change the times"
     )
   _check_end_levels(experiment, plan)
   return _guided(experiment, plan)
 
 
 def _plan(
-    name: str, mid, pairs: Pairs, gamma: float, levels: plans.Range
-) -> plans.Plan:
+    name: str, mid, pairs: Pairs, gamma: float, levels: sampling_plan.NoiseRange
+) -> sampling_plan.Plan:
   return {
-      "onestep": lambda: plans.ancestral((), levels),
-      "ancestral": lambda: plans.ancestral(mid, levels),
-      "zigzag": lambda: plans.zigzag(pairs, levels),
-      "mixture": lambda: plans.mixture(mid, pairs, levels),
-      "cm_multistep": lambda: plans.cm_multistep(mid, levels),
-      "gamma": lambda: plans.gamma_sampling(mid, gamma, levels),
+      "onestep": lambda: sampling_plan.ancestral((), levels),
+      "ancestral": lambda: sampling_plan.ancestral(mid, levels),
+      "zigzag": lambda: sampling_plan.zigzag(pairs, levels),
+      "mixture": lambda: sampling_plan.mixture(mid, pairs, levels),
+      "cm_multistep": lambda: sampling_plan.cm_multistep(mid, levels),
+      "gamma": lambda: sampling_plan.gamma_sampling(mid, gamma, levels),
   }[name]()
 
 
 def _solver_plan(
     experiment: build.Experiment, name: str, nfe: int | None
-) -> plans.Plan:
-  """A solver's plan; nfe None takes sample.num_levels."""
+) -> sampling_plan.Plan:
+  """Returns the plan of an ODE solver; nfe None is sample.num_levels."""
   sample = experiment.sample
-  if not experiment.method.solves:
+  if not experiment.method.is_denoiser:
     raise errors.UserError(
         f"sampler {name!r} solves the ODE of a denoiser, and this network "
-        "learnt to jump; use 'onestep', 'ancestral' or 'cm_multistep'"
+        "predicts jumps; use 'onestep', 'ancestral' or 'cm_multistep'"
     )
   count = sample.num_levels
   if nfe is not None:
@@ -214,20 +239,20 @@ def _solver_plan(
   )
   sigmas = [float(s) for s in grid[::-1]]
   sigmas[0], sigmas[-1] = levels.sigma_max, levels.sigma_min
-  return plans.ode(sigmas, churn, name == "heun", levels)
+  return sampling_plan.ode(sigmas, churn, name == "heun", levels)
 
 
 def _guided(
-    experiment: build.Experiment, plan: plans.Plan
-) -> plans.Plan:
-  """The plan with the guidance that section sample asks for."""
+    experiment: build.Experiment, plan: sampling_plan.Plan
+) -> sampling_plan.Plan:
+  """Returns the plan with the guidance of config section `sample`."""
   sample = experiment.sample
   if sample.guidance == 1.0:
     return plan
-  if not experiment.method.solves:
+  if not experiment.method.is_denoiser:
     raise errors.UserError(
         f"sample.guidance={sample.guidance} guides denoisers, and this network "
-        "learnt to jump; set sample.guidance=1"
+        "predicts jumps; set sample.guidance=1"
     )
   interval = sample.guidance_interval
   if interval and not (len(interval) == 2 and interval[0] < interval[1]):
@@ -235,7 +260,7 @@ def _guided(
         f"sample.guidance_interval={interval} must be (low, high), levels with "
         "low < high; empty guides all levels"
     )
-  return plans.guide(plan, *interval)
+  return sampling_plan.guide(plan, *interval)
 
 
 def inversion_plan(
@@ -243,11 +268,15 @@ def inversion_plan(
     nfe: int | None = None,
     noise: float | None = None,
     times: tuple[float, ...] = (),
-) -> plans.Plan:
-  """The plan of section invert, or one of another NFE, initial noise or times.
+) -> sampling_plan.Plan:
+  """Returns the plan of an inversion.
 
-  Intermediate times are those given, those of section invert where they fit,
-  or default ones.
+  Args:
+    experiment: gives noise levels and config section `invert`.
+    nfe: network evaluations; None is `invert.nfe`.
+    noise: standard deviation of the initial noise; None is `invert.noise`.
+    times: intermediate times; empty is `invert.times` if their number matches
+      nfe, else default times.
   """
   section = experiment.invert
   given, e = section.times, section.noise if noise is None else noise
@@ -261,23 +290,26 @@ def inversion_plan(
   mid = times_between(
       given, nfe, e, levels.sigma_max, experiment.method.rho, "invert"
   )
-  plan = plans.inversion(e, mid, levels)
+  plan = sampling_plan.inversion(e, mid, levels)
   _check_end_levels(experiment, plan)
-  if not (experiment.method.inverts or experiment.method.solves):
+  method = experiment.method
+  if not (method.supports_inversion or method.is_denoiser):
     raise errors.UserError(
-        "this network learnt to go from noise to images alone; inverting and "
-        "editing take one trained with method.name='bcm', or a denoiser"
+        "this network maps only from noise to images; inversion and editing "
+        f"need one of {registry.methods_with('supports_inversion')}, or a "
+        "denoiser"
     )
   return plan
 
 
 def _check_end_levels(experiment: build.Experiment, plan) -> None:
   low = experiment.levels.sigma_min
-  if experiment.method.two_time:
+  if experiment.method.takes_end_time:
     return
-  if any(isinstance(s, plans.Jump) and s.u != low for s in plan.steps):
+  if any(isinstance(s, sampling_plan.Jump) and s.u != low for s in plan.steps):
     raise errors.UserError(
         f"{plan.name} jumps to other levels than sigma_min, which this "
         "network cannot (model.two_time=False); use sampler 'onestep' or "
-        "'cm_multistep', or fine-tune it with method.name='bcm'"
+        "'cm_multistep', or fine-tune it with "
+        f"{registry.methods_with('supports_inversion')}"
     )

@@ -1,4 +1,4 @@
-"""Rejection by a classifier: of more images than asked for the best of a class.
+"""Classifier rejection sampling: oversample, keep the most confident per class.
 
 Kim et al. (CTM, 2024) draw half as many again and keep those whose class a
 classifier is surest of. Recall pays for it; results tell that it was done.
@@ -16,7 +16,7 @@ from bcm_jax.sampling import sampling_plan
 
 
 def best(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-  """Indices of `count` images, equal shares a class, of the highest scores.
+  """Returns indices of `count` images with the highest scores per class.
 
   Args:
     scores: [n], higher is better.
@@ -38,7 +38,7 @@ def best(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
 
 def generate(
     experiment: build.Experiment,
-    runner: batched_sampler.Runner,
+    runner: batched_sampler.BatchedSampler,
     plan: sampling_plan.Plan,
     count: int,
     seed: int,

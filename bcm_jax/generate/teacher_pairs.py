@@ -1,10 +1,10 @@
-"""Mode pairs: what a teacher's solver makes of noises, for DMD's regression.
+"""Mode pairs: (noise, teacher sample) pairs for DMD's regression loss.
 
   python -m bcm_jax.main --workdir=runs/edm --mode=pairs \\
       --config.sample.num_samples=10000
 
 writes runs/edm/pairs.npz, which --config.data.pairs takes. Sampler, guidance,
-number and seed are those of section sample; classes come in equal shares.
+number and seed are those of section sample; classes are equally frequent.
 """
 
 import json
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax import sample
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.data import image_source
@@ -34,17 +33,19 @@ def run(experiment: build.Experiment, workdir: str) -> str:
     UserError: no deterministic solver, or no checkpoint.
   """
   section = experiment.sample
-  plan = planning.sampling_plan(experiment)
-  if not experiment.method.solves or any(
+  plan = planning.plan_of(experiment)
+  if not experiment.method.is_denoiser or any(
       isinstance(step, sampling_plan.AddNoise) for step in plan.steps
   ):
     raise errors.UserError(
         "mode pairs needs a denoiser and a sampler that adds no noise, so that "
         "an image follows from its noise: sample.sampler=heun, s_churn=0"
     )
-  labels = sample.asked_labels(experiment, section)
+  labels = planning.asked_labels(experiment, section)
   step, average, params = runs.load_run(experiment, workdir)
-  runner = batched_sampler.Runner(experiment, params, section.batch_size)
+  runner = batched_sampler.BatchedSampler(
+    experiment, params, section.batch_size
+  )
   print(plan)
 
   def rows(index):
@@ -56,14 +57,16 @@ def run(experiment: build.Experiment, workdir: str) -> str:
 
   noise, images = batched_sampler.on_all_hosts(section.num_samples, rows)
   path = os.path.join(workdir, "pairs.npz")
-  facts = provenance.facts(experiment) | {
-      "step": step, "average": average, "plan": str(plan).splitlines(),
+  facts = provenance.facts(experiment.config) | {
+    "step": step,
+    "average": average,
+    "plan": str(plan).splitlines(),
   }
   if labels is None:
     labels = np.zeros(len(images), np.int32)
   if jax.process_index() == 0:
     files.write_npz(
-        path, noise=noise, image=images, label=labels, facts=json.dumps(facts)
+      path, noise=noise, image=images, label=labels, facts=json.dumps(facts)
     )
   print(f"written: {path}, {len(images)} pairs")
   return path
@@ -74,6 +77,6 @@ def _keys(seed: int, index: np.ndarray) -> jax.Array:
 
 
 def _noise(experiment, seed: int, index: np.ndarray) -> np.ndarray:
-  """float16 noise of the images number `index`; rounded before it is used."""
+  """Draws float16 noise of images `index`; rounded before it is used."""
   draw = jax.vmap(lambda k: jax.random.normal(k, experiment.image_shape))
   return np.asarray(draw(_keys(seed, index)), np.float16)

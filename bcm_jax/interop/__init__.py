@@ -1,1 +1,1 @@
-"""Foreign weight files in and out, as plain NumPy arrays."""
+"""Conversion of published weights to and from Flax parameters."""

@@ -1,4 +1,4 @@
-"""Runs the converter: python -m bcm_jax.interop.convert SOURCE OUT."""
+"""Converts published weights: python -m bcm_jax.interop.convert SOURCE OUT."""
 
 from bcm_jax.generate import convert
 

@@ -1,4 +1,4 @@
-"""Weights of feature networks: one table of names for both directions."""
+"""Conversion of feature network weights, with one name table per network."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,72 +11,75 @@ from bcm_jax.interop import layouts
 from bcm_jax.interop import weight_files
 
 Tensors = dict[str, np.ndarray]
-# Every parameter of a network, with our shape of it.
+# (entry, Flax shape) of every parameter of a network.
 Table = list[tuple[layouts.Entry, tuple[int, ...]]]
 
 _SHOWN = 8
 
 
 def read_tensors(path: str) -> Tensors:
-  """All tensors of a weight file by name, whatever group they are in.
+  """Returns the tensors of all groups of a weight file by name.
 
   Raises:
-    UserError: see `weight_files.read`; or two groups have a name in common.
+    UserError: see `weight_files.read`; or a name occurs in two groups.
   """
   tensors: Tensors = {}
-  for group, found in weight_files.read(path).groups.items():
-    twice = sorted(tensors.keys() & found.keys())
-    if twice:
+  for group, group_tensors in weight_files.read(path).groups.items():
+    duplicates = sorted(tensors.keys() & group_tensors.keys())
+    if duplicates:
       raise UserError(
-          f"{path}: {group!r} and another group both hold {_shown(twice)}; save"
-          " one state dict"
+          f"{path}: got {_shown(duplicates)} in {group!r} and in another group,"
+          " expected unique names; save one state dict"
       )
-    tensors |= found
+    tensors |= group_tensors
   return tensors
 
 
 def to_tree(table: Table, tensors: Tensors, network: str) -> dict[str, Any]:
-  """Our parameters; every tensor is used exactly once.
+  """Converts published tensors to Flax parameters.
 
   Args:
-    table: of all parameters.
-    tensors: by their foreign names, in their own dtype.
-    network: as errors call it.
+    table: name table of all parameters.
+    tensors: published name -> tensor; the dtype is kept.
+    network: name of the network for error messages.
+
+  Returns:
+    The parameter tree. Every tensor is used exactly once.
 
   Raises:
-    UserError: tensors missing, left over, or of other shapes.
+    UserError: tensors are missing, unexpected or have another shape.
   """
   names = {entry.name for entry, _ in table}
   problems = [
-      f"{what}: {_shown(sorted(those))}"
-      for what, those in (
+      f"{problem}: {_shown(sorted(problem_names))}"
+      for problem, problem_names in (
           ("missing", names - tensors.keys()),
-          ("left over", tensors.keys() - names),
-      ) if those
+          ("unexpected", tensors.keys() - names),
+      ) if problem_names
   ]
   if problems:
     raise UserError(
-        f"these are not the weights of {network}; {'; '.join(problems)}"
+        f"tensors: expected the weights of {network}; {'; '.join(problems)}"
     )
   flat = {}
   for entry, shape in table:
     value = tensors[entry.name]
-    expected = entry.layout.theirs(np.broadcast_to(0, shape)).shape
+    expected = entry.layout.to_torch(np.broadcast_to(0, shape)).shape
     if value.shape != expected:
       raise UserError(
-          f"tensor {entry.name!r} has shape {value.shape}, but {network} has "
-          f"{expected}; use its published weights"
+          f"tensor {entry.name!r}: got shape {value.shape}, expected "
+          f"{expected}; use the published weights of {network}"
       )
-    flat[entry.path] = np.array(entry.layout.ours(value), order="C")
+    flat[entry.path] = np.array(entry.layout.to_flax(value), order="C")
   return traverse_util.unflatten_dict(flat)
 
 
 def to_tensors(table: Table, params: Mapping[str, Any]) -> Tensors:
-  """The tensors of our parameters under their foreign names."""
+  """Converts Flax parameters to tensors under their published names."""
   flat = traverse_util.flatten_dict(params)
   return {
       entry.name: np.array(
-          entry.layout.theirs(np.asarray(flat[entry.path])), order="C"
+          entry.layout.to_torch(np.asarray(flat[entry.path])), order="C"
       )
       for entry, _ in table
   }

@@ -1,4 +1,4 @@
-"""How one tensor is laid out there and here: pairs of inverse functions."""
+"""Tensor layout conversions between PyTorch and Flax."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,14 +9,20 @@ Convert = Callable[[np.ndarray], np.ndarray]
 
 
 class Layout(NamedTuple):
-  """Converts one tensor; `theirs` undoes `ours` to the last bit."""
+  """Pair of exactly inverse layout conversions of one tensor."""
 
-  ours: Convert
-  theirs: Convert
+  to_flax: Convert
+  to_torch: Convert
 
 
 class Entry(NamedTuple):
-  """One parameter: its path in our tree, its foreign name, its layout."""
+  """Mapping of one parameter.
+
+  Attributes:
+    path: path in the Flax parameter tree.
+    name: name of the published tensor.
+    layout: conversion between the two layouts.
+  """
 
   path: tuple[str, ...]
   name: str
@@ -24,49 +30,60 @@ class Entry(NamedTuple):
 
 
 SAME = Layout(lambda v: v, lambda v: v)
-# PyTorch's convolution OIHW is HWIO here.
+# Convolution kernel: OIHW in PyTorch, HWIO in Flax.
 CONV = Layout(
     lambda v: v.transpose(2, 3, 1, 0), lambda v: v.transpose(3, 2, 0, 1)
 )
-# PyTorch's linear [out, in] is [in, out] here.
+# Dense kernel: [out, in] in PyTorch, [in, out] in Flax.
 DENSE = Layout(lambda v: v.T, lambda v: v.T)
-# A 1x1 convolution (of one or two dimensions) there is a dense layer here.
+# A 1x1 convolution (1D or 2D) in PyTorch, a dense layer in Flax.
 POINTWISE = Layout(
     lambda v: v.reshape(v.shape[:2]).T, lambda v: v.T[:, :, None, None]
 )
-# A scalar that has a batch axis there.
+# A scalar, with a leading axis of size 1 in PyTorch.
 SCALAR = Layout(lambda v: v.reshape(()), lambda v: v)
 
 
 def interleaved_qkv(channels: int, heads: int) -> Layout:
-  """Output channels (head, channel, q/k/v) there, thirds [Q | K | V] here.
+  """Returns the layout of QKV output channels that are interleaved per channel.
 
-  Works on the last axis of a kernel or bias, so chain it after another layout.
+  Channels are ordered (head, channel, q/k/v) in the published tensor and
+  [Q | K | V] in Flax. It permutes the last axis of a kernel or bias in Flax
+  layout, so chain it after another layout.
+
+  Args:
+    channels: number of channels of each of q, k and v.
+    heads: number of attention heads.
   """
   order = np.arange(3 * channels).reshape(heads, channels // heads, 3)
-  to_ours = order.transpose(2, 0, 1).ravel()
-  to_theirs = np.argsort(to_ours)
-  return Layout(lambda v: v[..., to_ours], lambda v: v[..., to_theirs])
+  to_flax = order.transpose(2, 0, 1).ravel()
+  to_torch = np.argsort(to_flax)
+  return Layout(lambda v: v[..., to_flax], lambda v: v[..., to_torch])
 
 
 def chain(*layouts: Layout) -> Layout:
-  """One layout after another, in the direction from there to here."""
+  """Composes layouts; `to_flax` applies them in order."""
 
-  def ours(v):
+  def to_flax(v):
     for layout in layouts:
-      v = layout.ours(v)
+      v = layout.to_flax(v)
     return v
 
-  def theirs(v):
+  def to_torch(v):
     for layout in reversed(layouts):
-      v = layout.theirs(v)
+      v = layout.to_torch(v)
     return v
 
-  return Layout(ours, theirs)
+  return Layout(to_flax, to_torch)
 
 
 def torch_leaf(leaf: str, ndim: int) -> tuple[str, Layout]:
-  """PyTorch's leaf name and the layout of a parameter of ours by its rank."""
+  """Returns the PyTorch name and the layout of a Flax parameter.
+
+  Args:
+    leaf: last key of the parameter path, such as 'kernel'.
+    ndim: rank of the parameter.
+  """
   if leaf == "kernel":
     return "weight", CONV if ndim == 4 else DENSE
   return {"scale": "weight", "embedding": "weight"}.get(leaf, leaf), SAME

@@ -1,35 +1,273 @@
-"""PyTorch's containers, new (zip) and legacy, read without torch.
+"""PyTorch's zip and legacy files and EDM's pickles, read without torch.
 
-Formats: `torch.serialization` of torch 2; the legacy one is what torch.save
-wrote before 1.6, and still does for _use_new_zipfile_serialization=False.
+Formats: `torch.serialization` and `torch._utils` of torch 2; the legacy one is
+that of torch.save before 1.6 or with _use_new_zipfile_serialization=False;
+`torch_utils.persistence` of EDM (Karras et al., 2022), version 6, whose source
+code is skipped.
 """
 
+import dataclasses
+import math
+import re
+import struct
 from typing import Any, BinaryIO
 import zipfile
 
+import ml_dtypes
 import numpy as np
 
-from bcm_jax.errors import UserError
-from bcm_jax.interop import pickle_machine
-from bcm_jax.interop.cursor import Cursor
-from bcm_jax.interop.pickle_machine import Known
-from bcm_jax.interop.pickle_machine import shown
-from bcm_jax.interop.torch_pickle import lookup
-from bcm_jax.interop.torch_pickle import Storage
+from bcm_jax import errors
+from bcm_jax.utils import unpickle
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
-# What zipfile raises for archives that are damaged in one way or another.
-_ZIP_ERRORS = (
-    *(zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OSError),
-    OverflowError,
-)
+# An expanded tensor repeats few numbers; no weight repeats this many.
+_MAX_EXPANDED = 1 << 20
+
+# Dtypes of storages by their names in torch.
+STORAGES = {f"{name}Storage": np.dtype(dtype) for name, dtype in dict(
+    Float="f4", Double="f8", Half="f2", BFloat16=ml_dtypes.bfloat16, Char="i1",
+    Short="i2", Int="i4", Long="i8", Byte="u1", Bool="?", ComplexFloat="c8",
+    ComplexDouble="c16",
+).items()}
+
+# Dtypes since torch 2.1, kept in storages of bytes.
+_UNTYPED = {np.dtype(name) for name in (
+    *("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e4m3fnuz"),
+    *("float8_e5m2", "float8_e5m2fnuz"),
+)}
 
 
-def is_legacy(head: bytes) -> bool:
-  """Whether a file that starts with `head` is of torch's legacy format."""
-  return head[:1] == b"\x80" and _MAGIC.to_bytes(10, "little") in head[:40]
+@dataclasses.dataclass(eq=False)
+class Storage:
+  """One-dimensional numbers, of which tensors are views.
+
+  Attributes:
+    key: its name in the file.
+    dtype: of the numbers; uint8 if untyped.
+    numel: number of elements as declared in the pickle.
+    numbers: [numel], read-only; None until the file's record was read.
+  """
+
+  key: str
+  dtype: np.dtype
+  numel: int
+  numbers: np.ndarray | None = None
+
+  def fill(self, content: bytes, big_endian: bool = False) -> None:
+    """Takes the record's bytes; UserError if they are not `numel` numbers."""
+    unpickle.require(
+        len(content) == self.numel * self.dtype.itemsize,
+        f"storage {unpickle.shown(self.key)}: got {len(content)} bytes,"
+        f" expected {self.numel} numbers of {self.dtype}",
+    )
+    raw = np.frombuffer(content, np.uint8)
+    if big_endian:
+      # A complex number is two numbers, each swapped by itself.
+      width = self.dtype.itemsize // (2 if self.dtype.kind == "c" else 1)
+      raw = raw.view(f"u{width}").byteswap().view(np.uint8)
+    # Bytes other than 0 and 1 are no valid NumPy bools.
+    is_bool = self.dtype == np.bool_
+    self.numbers = raw != 0 if is_bool else raw.view(self.dtype)
+    self.numbers.flags.writeable = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor:
+  """A view of a storage: offset and strides in elements of `dtype`."""
+
+  storage: Storage
+  offset: int
+  size: tuple[int, ...]
+  stride: tuple[int, ...]
+  dtype: np.dtype
+
+
+def as_array(tensor: Tensor, name: str) -> np.ndarray:
+  """Returns a tensor's numbers, read-only and not copied.
+
+  Raises:
+    UserError: the tensor is not within its storage, or expands few numbers
+      to very many.
+  """
+  size, stride, flat = tensor.size, tensor.stride, tensor.storage.numbers
+  count, width = math.prod(size), tensor.dtype.itemsize
+  # An empty tensor has no last element.
+  last = sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+  end = tensor.offset + (last + 1) * bool(count)
+  problem = None
+  if flat is None:
+    problem = "has a storage without a record"
+  elif end * width > flat.nbytes:
+    problem = (
+        f"reaches element {unpickle.shown(end)} of a storage of"
+        f" {flat.nbytes // width}"
+    )
+  elif count > max(flat.size, _MAX_EXPANDED) or (
+      math.prod(n for n in size if n) >> 56
+  ):
+    problem = f"expands {flat.size} stored numbers"
+  if problem:
+    raise errors.UserError(
+        f"tensor {unpickle.shown(name)} of size {unpickle.shown(size)} and"
+        f" stride {unpickle.shown(stride)} {problem}; the file is damaged, or"
+        " save a contiguous copy"
+    )
+  if not count:
+    return np.empty(size, tensor.dtype)
+  # A step along an axis of length 1 is never taken and may be any number.
+  steps = [s * width if n > 1 else 0 for n, s in zip(size, stride, strict=True)]
+  raw = flat.view(np.uint8)
+  return np.ndarray(size, tensor.dtype, raw, tensor.offset * width, steps)
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any):
+  """Replaces _rebuild_tensor and _rebuild_tensor_v2."""
+  # A storage that is a view of another one is a tensor here.
+  is_view = isinstance(storage, Tensor)
+  root, start = (storage.storage, storage.offset) if is_view else (storage, 0)
+  # rest: requires_grad, hooks, and marks of lazy conjugation or negation.
+  unpickle.require(isinstance(root, Storage), "a tensor has no storage")
+  unpickle.require(not any(rest[2:3]), "a tensor is conjugated or negated")
+  (offset,) = unpickle.counts((offset,), "offset of a tensor")
+  size = unpickle.counts(size, "size of a tensor")
+  stride = unpickle.counts(stride, "stride of a tensor")
+  unpickle.require(len(size) == len(stride), f"a tensor: {size=}, {stride=}")
+  return Tensor(root, start + offset, size, stride, root.dtype)
+
+
+def _tensor_v3(storage, offset, size, stride, grad, hooks, dtype, *rest):
+  """Replaces _rebuild_tensor_v3, for dtypes without a storage of their own."""
+  tensor = _tensor(storage, offset, size, stride, grad, hooks, *rest)
+  untyped = tensor.dtype == np.uint8 and dtype.value in _UNTYPED
+  unpickle.require(untyped, f"a tensor is of {unpickle.shown(dtype)}")
+  return dataclasses.replace(tensor, dtype=dtype.value)
+
+
+def _parameter(data: Any, *_: Any) -> Tensor:
+  unpickle.require(isinstance(data, Tensor), "a parameter is no tensor")
+  return data
+
+
+def _with_attributes(function: Any, _: Any, args: Any, *__: Any) -> Tensor:
+  """Replaces _rebuild_from_type_v2, without the Python attributes."""
+  rebuilds = (_tensor, _tensor_v3, _parameter)
+  unpickle.require(function.make in rebuilds, "a tensor is of its own class")
+  return function.make(*args)
+
+
+def _persistent(meta: Any) -> unpickle.Object:
+  """Replaces EDM's persistent objects, without their source code."""
+  named = type(meta) is dict and type(meta.get("class_name")) is str
+  unpickle.require(named, "a persistent object has no class")
+  return unpickle.Object(meta["class_name"], meta.get("state"))
+
+
+def _device(*args: Any) -> str:
+  return ":".join(a if type(a) is str else unpickle.shown(a) for a in args)
+
+
+_GLOBALS = unpickle.GLOBALS | {each.name: each for each in (
+    *(unpickle.Global(name, make) for name, make in (
+        ("torch._utils._rebuild_tensor", _tensor),
+        ("torch._utils._rebuild_tensor_v2", _tensor),
+        ("torch._utils._rebuild_tensor_v3", _tensor_v3),
+        ("torch._utils._rebuild_parameter", _parameter),
+        ("torch._utils._rebuild_parameter_with_state", _parameter),
+        ("torch._tensor._rebuild_from_type_v2", _with_attributes),
+        ("torch.nn.parameter.Parameter", _parameter),
+        ("torch.nn.parameter.Buffer", None),
+        ("torch.Tensor", None),
+        ("torch.Size", lambda size=(): unpickle.counts(size, "torch.Size")),
+        ("torch.device", _device),
+        ("torch_utils.persistence._reconstruct_persistent_obj", _persistent),
+        ("dnnlib.EasyDict", unpickle.make_dict),
+        ("dnnlib.util.EasyDict", unpickle.make_dict),
+    )),
+    *(unpickle.Global(f"torch.{name}", None, dtype) for name, dtype in (
+        *STORAGES.items(),
+        *((f"cuda.{name}", dtype) for name, dtype in STORAGES.items()),
+        *((dtype.name, dtype) for dtype in (*STORAGES.values(), *_UNTYPED)),
+        ("UntypedStorage", np.dtype(np.uint8)),
+        ("storage.UntypedStorage", np.dtype(np.uint8)),
+    )),
+)}
+
+
+def _lookup(dotted: str) -> unpickle.Global | None:
+  """Returns the stand-in for a global that weights need."""
+  module, _, name = dotted.rpartition(".")
+  if dotted.startswith("torch.nn.modules."):
+    return unpickle.Global(
+        dotted, lambda: unpickle.Object(name), unpickle.Object
+    )
+  # Functions that are attributes of networks.
+  if module in ("torch.nn.functional", "torch._C._nn"):
+    return unpickle.Global(dotted)
+  return _GLOBALS.get(dotted)
+
+
+def _declared(pid: Any, length: int, storages: dict[str, Storage]) -> Storage:
+  """Returns the storage of a persistent id ('storage', type, key, place, n)."""
+  complete = type(pid) is tuple and len(pid) == length
+  tag, kind, key, _, numel = pid[:5] if complete else (None,) * 5
+  unpickle.require(
+      tag == "storage" and isinstance(kind, unpickle.Global)
+      and isinstance(kind.value, np.dtype)
+      and type(key) is str and type(numel) is int and 0 <= numel < 1 << 60,
+      "the pickle refers to something else than a storage",
+  )
+  new = Storage(unpickle.key(key), kind.value, numel)
+  first = storages.setdefault(key, new)
+  unpickle.require(
+      (first.dtype, first.numel) == (new.dtype, new.numel),
+      f"storage {unpickle.shown(key)} is declared twice and differently",
+  )
+  return first
+
+
+class _Archive:
+  """A zip archive of torch.save and the storages read from it so far."""
+
+  def __init__(self, archive: zipfile.ZipFile, size: int):
+    self.archive, self.bytes_left = archive, size
+    self.infos = {info.filename: info for info in archive.infolist()}
+    self.storages: dict[str, Storage] = {}
+    found = [n for n in self.infos if re.fullmatch(r"[^/]*/data\.pkl", n)]
+    where = f"the zip archive holds {len(found)} records */data.pkl"
+    unpickle.require(len(found) == 1, f"{where}, expected one")
+    self.folder = found[0].removesuffix("data.pkl")
+    if any(name.startswith(self.folder + "code/") for name in self.infos):
+      raise errors.UserError(
+          "the file is TorchScript, which is code; save the model's"
+          " state_dict() with torch.save instead"
+      )
+    # Before torch 2.1 this record was not written.
+    known = self.folder + "byteorder" in self.infos
+    order = self.record("byteorder").strip() if known else b"little"
+    known = order in (b"little", b"big")
+    unpickle.require(known, f"byteorder is {unpickle.shown(order)}")
+    self.big_endian = order == b"big"
+
+  def record(self, name: str) -> bytes:
+    """Returns a record's bytes, whose checksum has been verified."""
+    info = self.infos.get(self.folder + name)
+    where = f"the record {unpickle.shown(name)}"
+    unpickle.require(info, f"the file lacks {where}")
+    plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
+    unpickle.require(plain, f"{where} is compressed or encrypted")
+    # Records that overlap could need far more memory than the file has bytes.
+    self.bytes_left -= info.file_size
+    unpickle.require(self.bytes_left >= 0, f"{where} is longer than the file")
+    return self.archive.read(info)
+
+  def persistent(self, pid: Any) -> Storage:
+    """Returns the storage of a persistent id, after reading its record."""
+    storage = _declared(pid, 5, self.storages)
+    if storage.numbers is None:
+      storage.fill(self.record(f"data/{storage.key}"), self.big_endian)
+    return storage
 
 
 def read_zip(file: BinaryIO) -> Any:
@@ -39,169 +277,30 @@ def read_zip(file: BinaryIO) -> Any:
     file: seekable, a zip archive.
 
   Returns:
-    the saved object: a tree of dicts, lists, `torch_pickle.Tensor` (whose
-    storages are filled), `Module` and plain values.
+    the saved object: a tree of dicts, lists, `Tensor` (whose storages are
+    filled), `unpickle.Object` and plain values.
 
   Raises:
-    UserError: an archive that is damaged, cut short, compressed or no
-      checkpoint, or a pickle that is refused.
+    UserError: an archive that is damaged, cut short, compressed or not of
+      torch.save, or a pickle that is refused.
   """
   try:
-    archive = zipfile.ZipFile(file)
-  except _ZIP_ERRORS as e:
-    raise _damaged(e) from None
-  with archive:
-    return _Archive(archive).load()
+    with zipfile.ZipFile(file) as archive:
+      found = _Archive(archive, file.seek(0, 2))
+      reader = unpickle.Reader(found.record("data.pkl"))
+      return unpickle.Unpickler(reader, _lookup, found.persistent).load()
+  except (errors.UserError, MemoryError):
+    raise
+  except Exception as e:  # zipfile has no common ancestor for its errors.
+    raise errors.UserError(
+        f"the zip archive is damaged or cut short ({unpickle.shown(str(e))});"
+        " copy or download it again"
+    ) from None
 
 
-def _damaged(error: Exception) -> UserError:
-  return UserError(
-      f"the zip archive is damaged or cut short ({error}); copy or download it"
-      " again"
-  )
-
-
-class _Archive:
-  """A zip archive and the storages read from it so far."""
-
-  def __init__(self, archive: zipfile.ZipFile):
-    self.archive = archive
-    self.infos = {info.filename: info for info in archive.infolist()}
-    self.storages: dict[str, Storage] = {}
-    archive.fp.seek(0, 2)
-    self.bytes_left = archive.fp.tell()
-    pickles = [
-        name
-        for name in self.infos
-        if name.count("/") == 1 and name.endswith("/data.pkl")
-    ]
-    if len(pickles) != 1:
-      raise UserError(
-          f"the zip archive holds {len(pickles)} records */data.pkl, expected"
-          " one, as torch.save writes; give a file of torch.save"
-      )
-    self.folder = pickles[0].removesuffix("data.pkl")
-    if any(name.startswith(self.folder + "code/") for name in self.infos):
-      raise UserError(
-          "the file is TorchScript, which is code; save the model's"
-          " state_dict() with torch.save instead"
-      )
-    self.big_endian = self._is_big_endian()
-
-  def _is_big_endian(self) -> bool:
-    if self.folder + "byteorder" not in self.infos:
-      return False  # Before torch 2.1.
-    order = self.record("byteorder").strip()
-    if order not in (b"little", b"big"):
-      raise UserError(
-          f"the record byteorder is {shown(order)}, expected little or big; the"
-          " file is damaged"
-      )
-    return order == b"big"
-
-  def record(self, name: str) -> bytes:
-    """Returns a record's bytes, whose checksum has been verified."""
-    info = self.infos.get(self.folder + name)
-    if info is None:
-      raise UserError(
-          f"the file lacks the record {shown(name)}; copy or download it again"
-      )
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-      raise UserError(
-          f"the record {shown(name)} is compressed or encrypted, which"
-          " torch.save never does; the file is refused"
-      )
-    # Records that overlap could ask for far more memory than the file has.
-    self.bytes_left -= info.file_size
-    if self.bytes_left < 0:
-      raise UserError("the zip archive declares more bytes than it has")
-    try:
-      return self.archive.read(info)
-    except _ZIP_ERRORS as e:
-      raise _damaged(e) from None
-
-  def storage(self, pid: Any) -> Storage:
-    """Returns the storage of a persistent id."""
-    made = _declared(pid, 5)
-    key = made.key
-    if key not in self.storages:
-      made.fill(self.record(f"data/{key}"), self.big_endian)
-      self.storages[key] = made
-    return _same(self.storages[key], made)
-
-  def load(self) -> Any:
-    cursor = Cursor(self.record("data.pkl"))
-    return pickle_machine.load(cursor, lookup(), self.storage)
-
-
-def _declared(pid: Any, length: int) -> Storage:
-  """Returns what a persistent id ('storage', type, key, place, n) declares."""
-  if type(pid) is tuple and len(pid) == length and pid[0] == "storage":
-    _, kind, key, _, numel = pid[:5]
-    if (
-        isinstance(kind, Known)
-        and isinstance(kind.value, np.dtype)
-        and type(key) is str
-        and type(numel) is int
-        and 0 <= numel < 1 << 60
-    ):
-      return Storage(key, kind.value, numel)
-  raise UserError(
-      "the pickle refers to something else than a storage; the file is refused"
-  )
-
-
-def _same(first: Storage, again: Storage) -> Storage:
-  if (first.dtype, first.numel) != (again.dtype, again.numel):
-    raise UserError(
-        f"storage {shown(first.key)} is declared twice and differently; the"
-        " file is damaged"
-    )
-  return first
-
-
-class _Legacy:
-  """The storages that a legacy pickle declares before they come."""
-
-  def __init__(self):
-    self.storages: dict[str, Storage] = {}
-    self.views: dict[tuple[str, str], Storage] = {}
-
-  def persistent(self, pid: Any) -> Any:
-    """Returns the storage, or the class of a whole module."""
-    if type(pid) is tuple and len(pid) == 4 and pid[0] == "module":
-      return pid[1]
-    made = _declared(pid, 6)
-    root = _same(self.storages.setdefault(made.key, made), made)
-    return root if pid[5] is None else self._view(root, pid[5])
-
-  def _view(self, root: Storage, view: Any) -> Storage:
-    # A part of another storage, as torch 0.3 and older wrote it.
-    if type(view) is not tuple or len(view) != 3 or type(view[0]) is not str:
-      raise UserError(f"storage {shown(root.key)} has a malformed view")
-    key, start, numel = view
-    if not all(type(n) is int and 0 <= n < 1 << 60 for n in (start, numel)):
-      raise UserError(f"storage {shown(root.key)} has a malformed view")
-    made = Storage(key, root.dtype, numel, root=root, start=start)
-    return self.views.setdefault((root.key, key), made)
-
-  def fill(self, cursor: Cursor, keys: Any) -> None:
-    """Reads the records of the keys, in their order."""
-    if type(keys) is not list:
-      raise UserError("the file's list of storages is malformed")
-    for key in keys:
-      if type(key) is not str or key not in self.storages:
-        raise UserError(f"the file has a storage {shown(key)} of no tensor")
-      storage = self.storages[key]
-      numel = cursor.unpack("<q")
-      if numel != storage.numel:
-        raise UserError(
-            f"storage {shown(key)} has {numel} numbers, but the pickle"
-            f" declares {storage.numel}; the file is damaged"
-        )
-      # Always little-endian, whatever the machine that wrote them.
-      size = numel * storage.dtype.itemsize
-      storage.fill(bytes(cursor.take(size)))
+def is_legacy(head: bytes) -> bool:
+  """Returns True for the first bytes of a file of torch's legacy format."""
+  return head[:1] == b"\x80" and _MAGIC.to_bytes(10, "little") in head[:40]
 
 
 def read_legacy(content: bytes) -> Any:
@@ -216,34 +315,55 @@ def read_legacy(content: bytes) -> Any:
   Raises:
     UserError: as `read_zip`.
   """
-  cursor = Cursor(content)
-  names = lookup()
+  reader = unpickle.Reader(content)
+  storages: dict[str, Storage] = {}
+
+  def persistent(pid: Any) -> Any:
+    if type(pid) is tuple and len(pid) == 4 and pid[0] == "module":
+      return pid[1]  # The class of a whole module, without its source.
+    storage = _declared(pid, 6, storages)
+    if pid[5] is None:
+      return storage
+    # A part of another storage, as torch 0.3 and older wrote it.
+    _, start, numel = pid[5]
+    start, numel = unpickle.counts((start, numel), "view of a storage")
+    return Tensor(storage, start, (numel,), (1,), storage.dtype)
+
   for what, expected in (("magic number", _MAGIC), ("version", _PROTOCOL)):
-    found = pickle_machine.load(cursor, names)
-    if type(found) is not int or found != expected:
-      raise UserError(
-          f"the {what} is {shown(found)}, expected {expected}; give a file of"
-          " torch.save"
-      )
-  pickle_machine.load(cursor, names)  # Sizes of C's types at that time.
-  legacy = _Legacy()
-  tree = pickle_machine.load(cursor, names, legacy.persistent)
-  legacy.fill(cursor, pickle_machine.load(cursor, names))
+    found = unpickle.Unpickler(reader, _lookup).load()
+    same = type(found) is int and found == expected
+    unpickle.require(same, f"{what} is {unpickle.shown(found)}")
+  # Sizes of C's types on the machine that wrote the file.
+  unpickle.Unpickler(reader, _lookup).load()
+  tree = unpickle.Unpickler(reader, _lookup, persistent).load()
+  keys = unpickle.Unpickler(reader, _lookup).load()
+  for key in keys if type(keys) is list else [None]:
+    where = f"storage {unpickle.shown(key)}"
+    known = type(key) is str and key in storages
+    unpickle.require(known, f"{where} of no tensor")
+    storage = storages[key]
+    (numel,) = struct.unpack("<q", reader.read(8))
+    same = numel == storage.numel and storage.numbers is None
+    unpickle.require(same, f"{where} has {numel} numbers, not {storage.numel}")
+    # Always little-endian, whatever the machine that wrote them.
+    storage.fill(reader.read(numel * storage.dtype.itemsize))
   return tree
 
 
-def read_storage(content: Any) -> Storage:
-  """Reads the storage that a plain pickle nests as a legacy file.
-
-  Args:
-    content: bytes that `torch.storage._load_from_bytes` would be given.
-
-  Raises:
-    UserError: as `read_zip`, or the content is no storage.
-  """
-  if type(content) is not bytes or not is_legacy(content[:64]):
-    raise UserError("the pickle nests something else than a storage; refused")
-  storage = read_legacy(content)
-  if not isinstance(storage, Storage):
-    raise UserError("the pickle nests something else than a storage; refused")
+def _nested_storage(content: Any) -> Storage:
+  """Replaces torch.storage._load_from_bytes."""
+  legacy = type(content) is bytes and is_legacy(content[:64])
+  storage = read_legacy(content) if legacy else None
+  nested = isinstance(storage, Storage)
+  unpickle.require(nested, "the pickle nests something else than a storage")
   return storage
+
+
+def read_pickle(content: bytes) -> Any:
+  """Reads a plain pickle, as EDM writes: returns and raises as `read_zip`."""
+  # Only here storages are nested, each as a legacy file.
+  name = "torch.storage._load_from_bytes"
+  nested = {name: unpickle.Global(name, _nested_storage)}
+  return unpickle.Unpickler(
+      unpickle.Reader(content), lambda name: nested.get(name) or _lookup(name)
+  ).load()

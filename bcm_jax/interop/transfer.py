@@ -1,10 +1,11 @@
-"""Weights of a published network into our parameter tree, and back.
+"""Conversion of published generator weights to Flax parameters, and back.
 
-A family is a module with NAME, NETWORK, PREFIXES, IMAGE_SIZE, `entry` and
-`recognise`; `constants` where buffers follow from the attributes; `join` and
-`split` where several of its tensors are one of ours. Names are made from our
-tree, so that both directions use one table, and no tensor can be forgotten on
-either side.
+A family is a module of `interop.families` with NAME, NETWORK, PREFIXES,
+IMAGE_SIZE, `entry` and `recognize`. Optional functions are `constants`, for
+buffers that are determined by the network attributes, and `join` and `split`,
+for Flax parameters that correspond to several tensors. Published names are
+derived from the Flax parameter tree, so that both directions use one table and
+check that it is complete.
 """
 
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ FAMILIES = {
     for f in (openai_names, edm_names, edm_adm_names, edm2_names, jcm_names)
 }
 
-# Part of a tensor's name -> what in the config decides that it exists.
+# (part of a tensor name, config keys that determine whether it exists).
 _EXPLAINED = (
     ("label", "model.num_classes"),
     ("augment", "model.augment_dim"),
@@ -57,7 +58,7 @@ _EXPLAINED = (
 
 @functools.cache
 def shapes(network, image_size: int) -> dict[tuple[str, ...], tuple[int, ...]]:
-  """Path -> shape of every parameter; nothing is allocated."""
+  """Returns {path: shape} of all parameters, without allocating them."""
   channels = network.out_channels
   inputs = (
       jnp.zeros((1, image_size, image_size, channels)),
@@ -78,7 +79,7 @@ def _takes_size(function) -> bool:
 def entries(
     family: ModuleType, network, image_size: int
 ) -> list[tuple[layouts.Entry, tuple[int, ...]]]:
-  """(entry, our shape) of every parameter of a network."""
+  """Returns (entry, Flax shape) of every parameter of a network."""
   extra = {"image_size": image_size} if _takes_size(family.entry) else {}
   return [
       (family.entry(network, path, shape, **extra), shape)
@@ -87,7 +88,7 @@ def entries(
 
 
 def strip(family: ModuleType, tensors: Tensors) -> Tensors:
-  """Tensors without the prefixes of wrappers: 'module.' and the family's."""
+  """Removes name prefixes: 'module.' and the prefixes of the family."""
   for prefix in ("module.", *family.PREFIXES):
     if prefix and tensors and all(n.startswith(prefix) for n in tensors):
       tensors = {n.removeprefix(prefix): v for n, v in tensors.items()}
@@ -97,18 +98,20 @@ def strip(family: ModuleType, tensors: Tensors) -> Tensors:
 def read_params(
     family: ModuleType, network, image_size: int, tensors: Tensors
 ) -> dict[str, Any]:
-  """Our parameter tree; every tensor is used exactly once.
+  """Converts published tensors to Flax parameters.
 
   Args:
-    family: module that names the tensors.
-    network: Linen module that they belong to.
-    image_size: pixels a side.
-    tensors: name -> array, without prefixes; kept in their own dtype.
+    family: family of the tensors.
+    network: Linen module of the parameters.
+    image_size: image height and width in pixels.
+    tensors: name without prefixes -> array; the dtype is kept.
+
+  Returns:
+    The parameter tree. Every tensor is used exactly once.
 
   Raises:
-    UserError: tensors missing, left over, of other shapes or of other
-      constants than the network's; names all kinds and the config keys that
-      explain them.
+    UserError: tensors are missing, unexpected, or have another shape or other
+      constants; names them and the config keys that determine them.
   """
   if hasattr(family, "join"):
     tensors = family.join(tensors)
@@ -118,33 +121,42 @@ def read_params(
   for name, value in constants.items():
     if not np.allclose(tensors[name], value, atol=1e-6):
       raise errors.UserError(
-          f"tensor {name!r} holds another filter than "
-          f"model.resample_filter={network.resample_filter}"
+          f"model.resample_filter: got {network.resample_filter}, expected the "
+          f"filter in tensor {name!r}; change it"
       )
   flat = {}
   for entry, shape in table:
     value = tensors[entry.name]
-    expected = np.shape(entry.layout.theirs(np.broadcast_to(0, shape)))
+    expected = np.shape(entry.layout.to_torch(np.broadcast_to(0, shape)))
     try:
-      ours = entry.layout.ours(value)
+      converted = entry.layout.to_flax(value)
     except (ValueError, IndexError):
-      ours = None
-    if ours is None or ours.shape != shape:
+      converted = None
+    if converted is None or converted.shape != shape:
       raise errors.UserError(
-          f"tensor {entry.name!r} has shape {value.shape}, but the network "
-          f"wants {expected} ({_explain(entry.name)})"
+          f"tensor {entry.name!r}: got shape {value.shape}, expected "
+          f"{expected}; change {_explain(entry.name)}"
       )
-    flat[entry.path] = np.array(ours, order="C")
+    flat[entry.path] = np.array(converted, order="C")
   return traverse_util.unflatten_dict(flat)
 
 
 def write_tensors(
     family: ModuleType, network, image_size: int, params: Mapping[str, Any]
 ) -> Tensors:
-  """The tensors of our parameters under their foreign names, with prefix.
+  """Converts Flax parameters to tensors under their published names.
+
+  Args:
+    family: family of the tensors.
+    network: Linen module of the parameters.
+    image_size: image height and width in pixels.
+    params: parameter tree.
+
+  Returns:
+    Name with prefix -> array.
 
   Raises:
-    UserError: parameters of another network.
+    UserError: the parameters belong to another network.
   """
   flat = traverse_util.flatten_dict(params)
   table = entries(family, network, image_size)
@@ -153,7 +165,7 @@ def write_tensors(
                                              for p, v in flat.items()}
   )
   tensors = {
-      e.name: np.array(e.layout.theirs(np.asarray(flat[e.path])), order="C")
+      e.name: np.array(e.layout.to_torch(np.asarray(flat[e.path])), order="C")
       for e, _ in table
   }
   tensors |= _constants(family, network, list(tensors))
@@ -163,7 +175,7 @@ def write_tensors(
 
 
 def _constants(family: ModuleType, network, names: list[str]) -> Tensors:
-  """Tensors that follow from the network's attributes alone."""
+  """Returns the buffers that are determined by the network attributes."""
   if not hasattr(family, "constants"):
     return {}
   return family.constants(network, names)
@@ -173,66 +185,67 @@ def _explain(name: str) -> str:
   return next(key for part, key in _EXPLAINED if part in name)
 
 
-def _check_names(expected, found) -> None:
-  missing = sorted(expected - found.keys())
-  extra = sorted(found.keys() - expected)
-  if not missing and not extra:
+def _check_names(expected, tensors) -> None:
+  missing = sorted(expected - tensors.keys())
+  unexpected = sorted(tensors.keys() - expected)
+  if not missing and not unexpected:
     return
-  parts = []
-  for names, what in ((missing, "missing"), (extra, "left over")):
+  problems = []
+  for names, problem in ((missing, "missing"), (unexpected, "unexpected")):
     if names:
       shown = ", ".join(f"{n} ({_explain(n)})" for n in names[:8])
       more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-      parts.append(f"{len(names)} tensors {what}: {shown}{more}")
+      problems.append(f"{len(names)} tensors {problem}: {shown}{more}")
   raise errors.UserError(
-      "the file does not fit the network; " + "; ".join(parts)
+      "tensors: expected those of the configured network; "
+      + "; ".join(problems) + "; change the config keys in parentheses"
   )
 
 
-def recognise(
+def recognize(
     tensors: Tensors, kind: str = "auto", metadata: Mapping[str, Any] | None
     = None,
 ) -> tuple[ModuleType, Tensors, dict[str, Any]]:
-  """Finds the network that tensors belong to.
+  """Detects the family and the network attributes of published tensors.
 
   Args:
-    tensors: name -> array, as in the file.
-    kind: name of a family, or 'auto' to try all.
-    metadata: what the file says beside its tensors.
+    tensors: name in the file -> array.
+    kind: name of a family, or 'auto' to try all families.
+    metadata: metadata of the file.
 
   Returns:
-    (family, tensors without prefixes, attributes of the network and
-    image_size).
+    (family, tensors without prefixes, network attributes and image_size).
 
   Raises:
-    UserError: unknown kind, or no family knows these tensors.
+    UserError: the kind is unknown, or no family matches the tensors.
   """
   if kind != "auto" and kind not in FAMILIES:
-    raise errors.unknown_name("kind", kind, ["auto", *FAMILIES])
+    raise errors.unknown_name("--kind", kind, ["auto", *FAMILIES])
   families = FAMILIES.values() if kind == "auto" else [FAMILIES[kind]]
   for family in families:
     stripped = strip(family, tensors)
     try:
-      found = family.recognise(stripped, dict(metadata or {}))
+      attributes = family.recognize(stripped, dict(metadata or {}))
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as e:
       raise errors.UserError(
-          f"the file looks like kind {family.NAME!r}, but lacks {e}"
+          f"tensors: got incomplete weights of kind {family.NAME!r}, expected "
+          f"{e}; use the original file"
       ) from e
-    if found is not None:
-      asked = (metadata or {}).get("image_size", family.IMAGE_SIZE)
-      found.setdefault("image_size", asked)
-      _levels_to_pixels(found)
-      return family, stripped, found
+    if attributes is not None:
+      image_size = (metadata or {}).get("image_size", family.IMAGE_SIZE)
+      attributes.setdefault("image_size", image_size)
+      _levels_to_pixels(attributes)
+      return family, stripped, attributes
   shown = ", ".join(sorted(tensors)[:4])
   raise errors.UserError(
-      f"no known network among {', '.join(f.NAME for f in families)} has "
-      f"tensors such as {shown} ({len(tensors)} in all)"
+      f"tensors: got {shown} ({len(tensors)} in total), expected a network of "
+      f"kind {', '.join(f.NAME for f in families)}; correct SOURCE or --kind"
   )
 
 
-def _levels_to_pixels(found: dict[str, Any]) -> None:
-  levels = found.pop("attention_levels", None)
+def _levels_to_pixels(attributes: dict[str, Any]) -> None:
+  levels = attributes.pop("attention_levels", None)
   if levels is not None:
-    found["attention_resolutions"] = tuple(
-        found["image_size"] >> level for level in levels
+    attributes["attention_resolutions"] = tuple(
+        attributes["image_size"] >> level for level in levels
     )

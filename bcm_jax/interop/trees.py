@@ -1,163 +1,132 @@
-"""Trees of a weight file, parted into flat tensors and plain values."""
+"""Splits the tree of a weight file into flat tensors and plain values."""
 
 from typing import Any
 
 import numpy as np
 
-from bcm_jax.errors import UserError
-from bcm_jax.interop.numpy_pickle import Array
-from bcm_jax.interop.pickle_machine import Known
-from bcm_jax.interop.pickle_machine import shown
-from bcm_jax.interop.torch_pickle import as_array
-from bcm_jax.interop.torch_pickle import Module
-from bcm_jax.interop.torch_pickle import Storage
-from bcm_jax.interop.torch_pickle import Tensor
+from bcm_jax import errors
+from bcm_jax.interop import torch_files
+from bcm_jax.utils import unpickle
 
 Tensors = dict[str, np.ndarray]
 
-# A few bytes can describe a tree without end, or with endless names.
+# A few bytes can describe an endless tree, or endless names.
 _MAX_DEPTH = 100
 _MAX_NODES = 1_000_000
 _MAX_NAME = 4096
 
-_CONTAINERS = (dict, list, tuple, set, frozenset, Module)
-_LEAVES = (Tensor, Array, np.ndarray)
+_LEAVES = (torch_files.Tensor, unpickle.Array, np.ndarray)
 
-# What is left of a subtree that held tensors alone.
+# Replaces a subtree that held only tensors.
 _GONE = object()
 
 
 class Walker:
-  """Parts trees; one walker a file, since it bounds the work.
+  """Splits trees; one walker per file, since it bounds the work.
 
   Attributes:
-    separator: between the parts of a name.
-    modules: what is known of each module that was met, by dotted name.
+    modules: class and constructor's arguments of each module, by dotted name.
   """
 
   def __init__(self, separator: str = "."):
-    self.separator = separator
     self.modules: dict[str, dict[str, Any]] = {}
-    self._nodes = 0
-    self._depth = 0
+    self._separator, self._nodes = separator, 0
 
-  def part(self, tree: Any) -> tuple[Tensors, Any]:
-    """Returns a subtree's tensors and what is left of it.
-
-    Args:
-      tree: of dicts, lists, modules, tensors and plain values.
-
-    Returns:
-      tensors: by their names, joined by the separator.
-      rest: the tree without its tensors; None if nothing is left.
+  def split(self, tree: Any) -> tuple[Tensors, Any]:
+    """Returns the tensors of a tree by joined names, and the rest or None.
 
     Raises:
       UserError: two tensors of one name, one outside of its storage, a tree
         that contains itself or is too large.
     """
-    out: Tensors = {}
-    rest = self._walk(tree, "", out)
-    return out, None if rest is _GONE else rest
+    tensors: Tensors = {}
+    rest = self._walk(tree, "", tensors)
+    return tensors, None if rest is _GONE else rest
 
-  def plain(self, tree: Any) -> Any:
-    """Returns a tree with tensors and modules described in words."""
-    return self._walk(tree, "", None)
+  def plain(self, tree: Any, depth: int = 0) -> Any:
+    """Returns a tree with its tensors and objects described in words."""
+    return self._walk(tree, "", None, depth)
 
-  def describe(self, module: Module) -> dict[str, Any]:
-    """Returns class_name, and init_args and init_kwargs if they were kept."""
-    found = dict(class_name=module.class_name)
-    for key in ("init_args", "init_kwargs"):
-      if module.state.get("_" + key) is not None:
-        found[key] = self.plain(module.state["_" + key])
-    return found
-
-  def _walk(self, value: Any, name: str, out: Tensors | None) -> Any:
-    self._nodes += 1
-    if self._nodes > _MAX_NODES:
-      raise UserError(
-          f"the file holds more than {_MAX_NODES} values; save a plain state"
-          " dict instead"
+  def _walk(
+      self, value: Any, name: str, out: Tensors | None, depth: int = 0
+  ) -> Any:
+    # Names take memory like values, about 64 characters as much as one.
+    self._nodes += 1 + len(name) // 64
+    self._nodes += len(value) if isinstance(value, set) else 0
+    if self._nodes > _MAX_NODES or depth > _MAX_DEPTH:
+      raise errors.UserError(
+          f"the file holds more than {_MAX_NODES} values, or objects that"
+          f" contain themselves or are nested deeper than {_MAX_DEPTH}; save a"
+          " plain state dict instead"
       )
     if isinstance(value, _LEAVES):
       return self._leaf(value, name, out)
-    if isinstance(value, _CONTAINERS):
-      self._depth += 1
-      if self._depth > _MAX_DEPTH:
-        raise UserError(
-            "the file's objects contain themselves or are nested deeper than"
-            f" {_MAX_DEPTH}; save a plain state dict instead"
-        )
-      rest = self._container(value, name, out)
-      self._depth -= 1
-      return rest
-    if isinstance(value, Known):
+    if isinstance(value, unpickle.Object):
+      return self._object(value, name, out, depth + 1)
+    if isinstance(value, set):
+      return sorted(map(str, value))
+    if isinstance(value, (dict, list, tuple)):
+      items = value.items() if isinstance(value, dict) else enumerate(value)
+      kept = [
+          (k, rest) for k, v in items
+          if (rest := self._walk(v, self._join(name, k), out, depth + 1))
+          is not _GONE
+      ]
+      if value and not kept:
+        return _GONE
+      return dict(kept) if isinstance(value, dict) else [v for _, v in kept]
+    if isinstance(value, unpickle.Global):
       return value.name
     if isinstance(value, np.generic):
       return value.item()
-    return "a storage" if isinstance(value, Storage) else value
+    return "a storage" if isinstance(value, torch_files.Storage) else value
 
   def _leaf(self, value: Any, name: str, out: Tensors | None) -> Any:
-    if isinstance(value, Array):
+    if isinstance(value, unpickle.Array):
       value = value.value
-      if value is None:
-        raise UserError(f"array {shown(name)} has no numbers; refused")
+      unpickle.require(value is not None, "an array has no numbers")
+    is_tensor = isinstance(value, torch_files.Tensor)
     if out is None:
-      shape = value.size if isinstance(value, Tensor) else value.shape
-      return f"{value.dtype} {shape}"
-    if name in out:
-      raise UserError(
-          f"two tensors have the name {shown(name)}; rename one of them"
-      )
-    array = as_array(value, name) if isinstance(value, Tensor) else value
-    out[name] = array
+      return f"{value.dtype} {value.size if is_tensor else value.shape}"
+    where = unpickle.shown(name)
+    unpickle.require(name not in out, f"two tensors have the name {where}")
+    out[name] = torch_files.as_array(value, name) if is_tensor else value
     return _GONE
 
-  def _container(self, value: Any, name: str, out: Tensors | None) -> Any:
-    if isinstance(value, Module):
-      return self._module(value, name, out)
-    if isinstance(value, (set, frozenset)):
-      return sorted(map(str, value))
-    if isinstance(value, dict):
-      rest = {
-          k: self._walk(v, self._join(name, k), out) for k, v in value.items()
-      }
-      rest = {k: v for k, v in rest.items() if v is not _GONE}
-    else:
-      rest = [
-          self._walk(v, self._join(name, i), out) for i, v in enumerate(value)
-      ]
-      rest = [v for v in rest if v is not _GONE]
-    return rest if rest or not value else _GONE
-
-  def _module(self, module: Module, name: str, out: Tensors | None) -> Any:
-    described = self.describe(module)
+  def _object(
+      self, value: unpickle.Object, name: str, out: Tensors | None, depth: int
+  ) -> Any:
+    described = dict(class_name=value.class_name)
+    for key in ("init_args", "init_kwargs"):
+      if value.state.get("_" + key) is not None:
+        described[key] = self.plain(value.state["_" + key], depth)
     if out is None:
       return described
     self.modules[name] = described
     for kind in ("_parameters", "_buffers", "_modules"):
-      for key, value in module.part(kind).items():
-        if value is not None:
-          self._walk(value, self._join(name, key), out)
-    return described if not name else _GONE
+      part = value.state.get(kind) or {}
+      unpickle.require(type(part) is dict, f"{kind} is no dict")
+      for key, child in part.items():
+        if child is not None:
+          self._walk(child, self._join(name, key), out, depth)
+    return _GONE if name else described
 
   def _join(self, name: str, key: Any) -> str:
-    joined = f"{name}{self.separator}{key}" if name else str(key)
-    if len(joined) > _MAX_NAME:
-      raise UserError(f"a tensor's name has more than {_MAX_NAME} characters")
+    joined = f"{name}{self._separator}{key}" if name else str(key)
+    unpickle.require(len(joined) <= _MAX_NAME, "a tensor's name is too long")
     return joined
 
 
 def groups_of(
     tree: Any, separator: str = "."
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
-  """Returns a checkpoint's groups of tensors and its plain values.
+  """Splits a checkpoint into groups of tensors and plain values.
 
   Each entry of the outermost dict that holds tensors is a group; tensors that
-  are entries themselves make up the group ''. A tree that is no dict is the
-  group ''.
+  are entries themselves are the group '', and so is a tree that is no dict.
 
   Args:
-    tree: of dicts, lists, modules, tensors and plain values.
+    tree: of dicts, lists, objects, tensors and plain values.
     separator: between the parts of a name.
 
   Returns:
@@ -165,34 +134,67 @@ def groups_of(
     metadata: the outermost dict without its tensors.
 
   Raises:
-    UserError: as `Walker.part`, or there is no tensor at all.
+    UserError: as `Walker.split`, or there is no tensor at all.
   """
   walker = Walker(separator)
-  if type(tree) is not dict:
-    tensors, rest = walker.part(tree)
-    groups, metadata = {"": tensors}, {"": rest}
-  else:
-    groups, metadata = _entries(tree, walker)
-  groups = {name: group for name, group in groups.items() if group}
-  if not groups:
-    held = ", ".join(map(shown, tree)) if type(tree) is dict else shown(tree)
-    raise UserError(f"the file holds no tensors (it holds: {held[:400]})")
-  return groups, {k: v for k, v in metadata.items() if v is not None}
-
-
-def _entries(
-    tree: dict[Any, Any], walker: Walker
-) -> tuple[dict[str, Tensors], dict[str, Any]]:
-  loose = {k: v for k, v in tree.items() if isinstance(v, _LEAVES)}
-  groups, metadata = {"": walker.part(loose)[0]}, {}
-  for key, value in tree.items():
+  entries = tree if type(tree) is dict else {"": tree}
+  loose = {k: v for k, v in entries.items() if isinstance(v, _LEAVES)}
+  groups, metadata = {"": walker.split(loose)[0]}, {}
+  for key, value in entries.items():
     if key in loose:
       continue
+    tensors, rest = walker.split(value)
     name = str(key)
-    tensors, rest = walker.part(value)
-    if name in metadata or (tensors and groups.get(name)):
-      raise UserError(f"the file has two entries {shown(name)}; rename one")
+    twice = name in metadata or tensors and groups.get(name)
+    where = unpickle.shown(name)
+    unpickle.require(not twice, f"the file has two entries {where}")
     metadata[name] = rest
     if tensors:
       groups[name] = tensors
-  return groups, metadata
+  groups = {name: group for name, group in groups.items() if group}
+  if not groups:
+    raise errors.UserError(f"the file holds no tensors (only {_held(tree)})")
+  return groups, {k: v for k, v in metadata.items() if v is not None}
+
+
+def network_of(tree: Any) -> tuple[dict[str, Tensors], dict[str, Any]]:
+  """Splits an EDM pickle's averaged network, or else the trained one.
+
+  Args:
+    tree: of the pickle.
+
+  Returns:
+    groups: {'ema': {dotted name: array}}, or 'net'; parameters and buffers,
+      in the dtype they were saved in.
+    metadata: of the network class_name, init_args and init_kwargs (its
+      constructor's arguments) and attributes (its plain attributes); modules,
+      {dotted name: the same three of each part}; and the file's other entries
+      under their own names, described.
+
+  Raises:
+    UserError: as `Walker.split`, or a pickle without a network.
+  """
+  entries = tree if type(tree) is dict else {}
+  found = next((name for name in ("ema", "net") if name in entries), None)
+  network, walker = entries.get(found), Walker()
+  tensors, rest = walker.split(network)
+  if not tensors:
+    raise errors.UserError(
+        f"the pickle holds {_held(tree)}, expected a network with tensors under"
+        " 'ema' or 'net'; give a network snapshot of EDM or EDM2"
+    )
+  metadata = {str(k): walker.plain(v) for k, v in entries.items() if k != found}
+  if isinstance(network, unpickle.Object):
+    attributes = {
+        name: walker.plain(value)
+        for name, value in network.state.items()
+        if not str(name).startswith("_")
+        and not isinstance(value, unpickle.Object)
+    }
+    metadata |= rest | dict(attributes=attributes, modules=walker.modules)
+  return {found: tensors}, metadata
+
+
+def _held(tree: Any) -> str:
+  some = list(tree)[:20] if type(tree) is dict else [tree]
+  return ", ".join(map(unpickle.shown, some))[:400]

@@ -5,9 +5,10 @@ One network f(x, t, u) for jumps between any two noise levels. To L_CT of
 
   L_ST = d( f_stopgrad(theta)( f_theta(x_t, t, u), u, eps ), b ) / |t - u|
 
-with b the target of L_CT at the level r next below t, and u any other level
-of the grid, above or below t: wherever f jumps, the way from there to the
-image must end where consistency training says it should.
+(eq. 10) with b the target of L_CT at the level r next below t, and u any other
+level of the grid, above or below t. As in the released code, the target is b
+and not f(x_t, t, eps), and all four passes share one dropout mask. Unlike it,
+t and u may be sigma_max (include_T).
 """
 
 import dataclasses
@@ -29,17 +30,42 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
   Attributes:
     bidirectional_weight: coefficient of L_ST; 1 in the published method, 0
       leaves it out (the negative control).
-    doubled_batch: take both jumps of an example in one pass of twice the batch.
+    concat_jumps: take both jumps of an example in one pass of twice the batch.
       Two passes give the same up to rounding; then all passes of a step have
       one batch size, and XLA has fewer shapes to compile.
   """
 
+  preconditioning: base.PreconditioningName = "bcm"
   bidirectional_weight: float = 1.0
-  doubled_batch: bool = True
+  concat_jumps: bool = True
 
-  inverts = True
+  title = "bidirectional consistency model"
+  paper = "Li & He, 2024"
+  supports_inversion = True
 
-  def adapt(self, source, fresh):
+  @classmethod
+  def constraints(cls, config):
+    """Returns why jumps to any level cannot be learned, or None."""
+    options = config.method
+    if not config.model.get("two_time"):
+      return (
+          f"method.name={options.name!r} needs a network with an end level; "
+          "set model.two_time=True"
+      )
+    if options.time_distribution == "continuous":
+      return (
+          "method.time_distribution='continuous' has no grid to draw end "
+          "levels from; use 'lognormal' or 'uniform' with "
+          f"method.name={options.name!r}"
+      )
+    if options.preconditioning not in ("bcm", "ctm"):
+      return (
+          f"method.preconditioning={options.preconditioning!r} has no end "
+          f"level; use 'bcm' with method.name={options.name!r}"
+      )
+    return super().constraints(config)
+
+  def load_pretrained(self, source, fresh):
     """Starts from a consistency model's parameters, F unchanged.
 
     Parameters that have the second time branch already are taken as they are.
@@ -57,7 +83,7 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     )
     return jnp.asarray(tables.sigmas)[other]
 
-  def two_jumps(
+  def two_jump_outputs(
       self, params, x, t, ends, labels, dropout_keys, augment_labels=None
   ):
     """f(x, t, u) for both of two end levels, under one dropout mask.
@@ -65,7 +91,7 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     In a doubled batch each example is doubled in place, so that a batch cut
     over devices stays where it is, and takes its dropout key along.
     """
-    if not self.doubled_batch:
+    if not self.concat_jumps:
       return tuple(
           self.f(params, x, t, u, labels, dropout_keys, augment_labels)
           for u in ends
@@ -104,7 +130,7 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     # The same keys to each pass: one dropout mask shared by all four.
     keys = ctx.keys("dropout")
     end = jnp.full_like(times.t, self.sigma_min)
-    a, y = self.two_jumps(
+    a, y = self.two_jump_outputs(
         params, x_t, times.t, (end, u), ctx.labels, keys, ctx.augment_labels
     )
     b = self.target(params, ctx, z, times, keys)
@@ -112,5 +138,5 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     soft = self.soft_term(params, ctx, y, times.t, u, b, keys)
     return ct + self.bidirectional_weight * soft, {
         "loss_ct": ct,
-        "loss_soft": soft,
+        "loss_st": soft,
     }

@@ -2,17 +2,21 @@
 
   L_CT = w(t, r) d( f_theta(x_0 + t z, t), stopgrad f_target(x_0 + r z, r) )
 
-for adjacent noise levels r < t of a grid that refines over training (CT: Song
-et al., 2023; iCT: Song & Dhariwal, 2023) or for levels drawn continuously
-whose gap shrinks (ECT: Geng et al., 2024). Both passes share noise and
-dropout mask.
+CT: Song et al. (2023), eq. 10 and algorithm 3: adjacent levels r < t of a grid
+that refines over training, the target network a moving average. iCT: Song &
+Dhariwal (2023), sections 3.1 to 3.5 and table 1: w = 1 / (t - r), the target
+network is the online one, pseudo-Huber distance, N doubles, log-normal t. ECT:
+Geng et al. (2024): t is continuous and the gap t - r shrinks in stages.
+
+Both passes share noise and dropout mask. Differences from released code: iCT's
+mask is shared only where PyTorch's global generator was re-seeded, and ECT's
+evaluation changes to another preconditioning; here f is one function.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -21,27 +25,33 @@ from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.methods import base
-from bcm_jax.methods import flow_map
 
-# Options that make the three published methods of the one loss.
-PRESETS: Mapping[str, dict[str, Any]] = {
-    "ct": dict(
-        scales="sqrt", s0=2, s1=150, bins="uniform", metric="l2",
-        weighting="uniform", target_mu0=0.9,
+CT = base.Preset(
+    dict(
+        discretization="sqrt", s0=2, s1=150, time_distribution="uniform",
+        metric="l2", weighting="uniform", target_mu0=0.9,
     ),
-    "ict": dict(
-        scales="doubling", s0=10, s1=1280, bins="lognormal",
-        metric="pseudo_huber", weighting="inverse_gap", target_mu0=0.0,
+    "consistency model", "Song et al., 2023",
+)
+ICT = base.Preset(
+    dict(
+        discretization="doubling", s0=10, s1=1280,
+        time_distribution="lognormal", metric="pseudo_huber",
+        weighting="inverse_gap", target_mu0=0.0,
     ),
-    "ect": dict(
-        bins="continuous", metric="pseudo_huber", huber_c=0.0,
-        huber_normalise=False, weighting="inverse_gap", target_mu0=0.0,
+    "consistency model, trained the improved way,", "Song & Dhariwal, 2023",
+)
+ECT = base.Preset(
+    dict(
+        time_distribution="continuous", metric="pseudo_huber", huber_c=0.0,
+        huber_normalize=False, weighting="inverse_gap", target_mu0=0.0,
     ),
-}
+    "consistency model, tuned the easy way,", "Geng et al., 2024",
+)
 
 
 class Times(NamedTuple):
-  """Noise levels of a batch, [B] each; index is t's place in the grid."""
+  """Noise levels of a batch, [B] each; index is t's position in the grid."""
 
   t: jax.Array
   r: jax.Array
@@ -49,24 +59,22 @@ class Times(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
+class ConsistencyTraining(
+    base.PreconditionedNetwork, base.SingleNetworkMethod
+):
   """The loss above with its options; the defaults are iCT's.
 
   Attributes:
-    network: F(x, c_noise, c_noise_end, labels, dropout_keys).
-    scalings: preconditioning of f.
-    noise: conditioning value of a level, as the network expects it.
-    sigma_data, sigma_min, sigma_max, rho: data spread and Karras grid.
-    bins: law of (t, r): 'lognormal' or 'uniform' over the intervals of the
-      grid, or 'continuous' (ECT: ln t ~ N(p_mean, p_std^2)).
+    time_distribution: law of (t, r): 'lognormal' or 'uniform' over the
+      intervals of the grid, or 'continuous' (ECT: ln t ~ N(p_mean, p_std^2)).
     p_mean, p_std: of the log-normal laws.
     include_T: train at sigma_max too, see schedules.grid_tables.
-    scales: curriculum of N; s0, s1: its first and last number of intervals;
-      curriculum_steps: K, the steps it spans.
+    discretization: curriculum of N; s0, s1: its first and last number of
+      intervals; curriculum_steps: K, the steps it spans.
     ect_q, ect_stage_steps, ect_k, ect_b: ECT's r(t), see schedules.
     metric: 'pseudo_huber', 'l2' or 'l1'.
     huber_c: width of the pseudo-Huber; None is iCT's 0.00054 sqrt(D).
-    huber_normalise: divide it by sqrt(D), as BCM's and iCT's code does.
+    huber_normalize: divide it by sqrt(D), as BCM's and iCT's code does.
     weighting: 'inverse_gap' 1/(t - r), 'uniform' 1, 'snr' 1/t^2, 'snr+1'
       1/t^2 + 1, 'truncated-snr' max(1/t^2, 1), 'karras' 1/t^2 + 1/sd^2, or
       'edm' (t^2 + sd^2) / (t sd)^2.
@@ -74,18 +82,11 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
       online network, stop-gradiented.
   """
 
-  network: nn.Module
-  scalings: preconditioning.Preconditioning
-  noise: Callable[[jax.Array], jax.Array] = preconditioning.adm_noise
-  sigma_data: float = 0.5
-  sigma_min: float = 0.002
-  sigma_max: float = 80.0
-  rho: float = 7.0
-  bins: Literal["lognormal", "uniform", "continuous"] = "lognormal"
+  time_distribution: Literal["lognormal", "uniform", "continuous"] = "lognormal"
   p_mean: float = -1.1
   p_std: float = 2.0
   include_T: bool = True  # noqa: N815 (the literature's T)
-  scales: Literal["doubling", "sqrt", "linear", "fixed"] = "doubling"
+  discretization: Literal["doubling", "sqrt", "linear", "fixed"] = "doubling"
   s0: int = 10
   s1: int = 1280
   curriculum_steps: int = 400_000
@@ -95,11 +96,19 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
   ect_b: float = 1.0
   metric: Literal["pseudo_huber", "l2", "l1"] = "pseudo_huber"
   huber_c: float | None = None
-  huber_normalise: bool = True
+  huber_normalize: bool = True
   weighting: Literal[
       "inverse_gap", "uniform", "snr", "snr+1", "truncated-snr", "karras", "edm"
   ] = "inverse_gap"
   target_mu0: float = 0.0
+
+  @classmethod
+  def constraints(cls, config):
+    """Returns what is wrong with the curriculum, or None."""
+    s0, s1 = config.method.s0, config.method.s1
+    if not 1 <= s0 <= s1:
+      return f"method.s0={s0} and s1={s1} must satisfy 1 <= s0 <= s1"
+    return None
 
   @property
   def averages(self) -> Mapping[str, base.Average]:
@@ -111,19 +120,19 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
   def num_scales(self, step: int) -> int:
     """N of a step."""
     step = min(step, self.curriculum_steps)
-    return schedules.CURRICULA[self.scales](
+    return schedules.CURRICULA[self.discretization](
         step, self.curriculum_steps, self.s0, self.s1
     )
 
   def curriculum(self, step: int) -> dict[str, Any]:
     """N, its tables and the target's rate; or ECT's gap ratio."""
-    if self.bins == "continuous":
+    if self.time_distribution == "continuous":
       ratio = schedules.ect_gap_ratio(step, self.ect_stage_steps, self.ect_q)
       return {"gap_ratio": jnp.float32(ratio)}
     n = self.num_scales(step)
     tables = schedules.grid_tables(
-        n, self.s1 + 2, self.sigma_min, self.sigma_max, self.rho, self.bins,
-        self.p_mean, self.p_std, self.include_T,
+        n, self.s1 + 2, self.sigma_min, self.sigma_max, self.rho,
+        self.time_distribution, self.p_mean, self.p_std, self.include_T,
     )
     rate = schedules.target_ema_rate(n, self.target_mu0, self.s0)
     return {
@@ -134,7 +143,7 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
 
   def sample_times(self, ctx: base.Context) -> Times:
     """Draws levels r < t for every example."""
-    if self.bins == "continuous":
+    if self.time_distribution == "continuous":
       z = jax.vmap(jax.random.normal)(ctx.keys("t"))
       t = jnp.exp(self.p_mean + self.p_std * z)
       r = schedules.ect_earlier_time(
@@ -151,7 +160,7 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
     """d(a, b) for [B, ...] twice -> [B]."""
     del ctx  # For distances that read frozen networks.
     return distances.by_name(
-        self.metric, a, b, self.huber_c, self.huber_normalise
+        self.metric, a, b, self.huber_c, self.huber_normalize
     )
 
   def weight(self, t, r) -> jax.Array:
@@ -167,7 +176,7 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
         "edm": lambda: preconditioning.edm_weight(t, sd),
     }[self.weighting]()
 
-  def earlier(self, ctx: base.Context, z, times) -> jax.Array:
+  def x_r(self, ctx: base.Context, z, times) -> jax.Array:
     """x_r [B, ...], on the ODE's path through x_t: of the same noise."""
     return process.add_noise(ctx.images, times.r, z)
 
@@ -175,11 +184,11 @@ class ConsistencyTraining(flow_map.NetworkMap, base.OnePlayer):
     """Target b [B, ...] of the consistency term, stop-gradiented."""
     frozen = jax.lax.stop_gradient(ctx.averages.get("target", params))
     end = jnp.full_like(times.r, self.sigma_min)
-    x_r = self.earlier(ctx, z, times)
+    x_r = self.x_r(ctx, z, times)
     b = self.f(
         frozen, x_r, times.r, end, ctx.labels, dropout_keys, ctx.augment_labels
     )
-    if self.bins == "continuous":
+    if self.time_distribution == "continuous":
       # ECT's r may be 0, where the target is the image itself.
       b = jnp.where(process.expand(times.r, b.ndim) > 0, b, ctx.images)
     return jax.lax.stop_gradient(b)

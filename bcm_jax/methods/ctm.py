@@ -1,43 +1,40 @@
-"""Consistency trajectory models (CTM; Kim et al., 2024).
+"""Consistency trajectory models (CTM; Kim et al., 2024, section 3).
 
-G(x, t, s) jumps down the ODE from level t to any lower s, and its inner part
-g(x, t, t) is a denoiser. With theta- a moving average of theta,
+G(x, t, s) = (s/t) x + (1 - s/t) g(x, t, s) jumps down the ODE from level t to
+any lower s, and g(x, t, t) is a denoiser. theta- is a moving average of theta.
 
   estimate = G_theta-( G_theta(x_t, t, s), s, 0 )
   target   = G_theta-( G_sg(theta)(x_u, u, s), s, 0 ),
              x_u = h steps of the teacher's solver down from x_t
-  L_CTM = d(estimate, target)
-  L_DSM = w(sigma) |g_theta(x_sigma, sigma, sigma) - x_0|^2
-  L_GAN = -D(estimate)
+  L_CTM = d(estimate, target)                                  (CTM loss)
+  L_DSM = w(sigma) |g_theta(x_sigma, sigma, sigma) - x_0|^2     (DSM loss)
+  L_GAN = -D(estimate)                                         (GAN loss)
 
 and L = L_CTM + lambda_DSM L_DSM + lambda_GAN L_GAN, the weights such that the
-gradients of all three are as long in one convolution near the output. s = 0 is
-sigma_min throughout.
+gradients of all three have the same norm in one convolution near the output.
+s = 0 is sigma_min throughout, as in the released code.
 
-Unlike the released code, weights are those of the global batch, not of each
-device's, and all devices share one discriminator: there gradients of it were
-not reduced, so that every device trained its own.
+Released code and paper differ in the target's inner jump (target_inner). Unlike
+the released code, weights are computed on the global batch and not on each
+device's microbatch, and all devices share one discriminator.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from bcm_jax.diffusion import distances
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
+from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
 from bcm_jax.methods import base
 from bcm_jax.methods import cd
-from bcm_jax.methods import ctm_levels
 from bcm_jax.methods import edm
-from bcm_jax.methods import flow_map
-from bcm_jax.methods import gan as adversarial
-from bcm_jax.methods import projected
+from bcm_jax.methods import gan
 from bcm_jax.models import discriminator
 from bcm_jax.models import end_time
 
@@ -45,15 +42,35 @@ from bcm_jax.models import end_time
 _EPSILON, _MOST, _GAN_BOUNDS = 1e-4, 1e4, (0.01, 10.0)
 
 
+class Times(NamedTuple):
+  """Levels s <= u < t of a batch, [B] each.
+
+  Attributes:
+    t, u, s: start of the student, start of the target, end of both.
+    index: t's position in the grid, 0 the noisiest.
+    solver_steps: h, grid steps from t to u; a scalar, one for all examples.
+  """
+
+  t: jax.Array
+  u: jax.Array
+  s: jax.Array
+  index: jax.Array
+  solver_steps: jax.Array
+
+
+def _teacher_for(options) -> str | None:
+  if options["gan"] and options["gan_encoder"] == "teacher":
+    return "method.gan=True with method.gan_encoder='teacher'"
+  return None
+
+
 @dataclasses.dataclass(frozen=True)
 class TrajectoryDistillation(
-    ctm_levels.TrajectoryLevels, flow_map.NetworkMap
+    cd.ImageDistance, base.PreconditionedNetwork, base.Method
 ):
   """The losses above; the defaults are the released CIFAR-10 settings.
 
   Attributes:
-    network, scalings, noise: of G; scalings are the 'ctm' form.
-    sigma_data, sigma_min, sigma_max, rho: data spread and Karras grid.
     num_levels: N, levels of the grid.
     max_solver_steps: M, most teacher steps from t to u.
     solver_steps_law: of h in 1 .. M: 'weighted' (P(h) ~ h), 'uniform' or
@@ -64,45 +81,38 @@ class TrajectoryDistillation(
     target_mu: rate of theta-.
     target_inner: the target's first jump by 'online' (released) or 'average'
       parameters (paper), or 'none': one jump of theta- from x_u.
-    metric, huber_c, feature_sigma, lpips_path, lpips_pooling: d, as in
-      distillation.
-    dsm_weight: of L_DSM; 0 leaves it out.
+    dsm_weight: of L_DSM; 0 omits it.
     p_mean, p_std, dsm_high_share: levels of L_DSM: log-normal for one half of
       the batch; the other's are uniform in sigma^(1 / rho), over this share of
       the range, counted from sigma_max.
-    adaptive: weigh terms by their gradients; False takes the plain weights.
-    gan: train a discriminator along.
+    adaptive: weights of terms from their gradients; False takes the plain ones.
+    gan: train a discriminator too.
     gan_weight: of L_GAN.
-    gan_start: step before which it does not play.
-    gan_period: steps of a round: in the last one the discriminator's turn.
+    gan_start: first step of the discriminator.
+    gan_period: steps of a round; the discriminator is updated in its last one.
     gan_own_times: draw new levels for L_GAN (released on ImageNet-64).
     gan_max_solver_steps: M of these.
-    gan_encoder: whose features are judged; None is the teacher's encoder.
+    gan_encoder: features for the discriminator; None is the teacher's encoder.
     gan_sigma_max: of a denoiser's encoder; others see images without noise.
-    gan_levels, gan_features, gan_augment: see adversarial and discriminator.
+    gan_levels, gan_features, gan_augment: see gan and discriminator.
     end_init: the second time branch starts at 'zero' (G starts as the teacher's
       Euler step) or 'random' (released).
   """
 
-  network: nn.Module
-  scalings: preconditioning.Preconditioning
-  noise: Callable[[jax.Array], jax.Array] = preconditioning.edm_noise
-  teacher: edm.Diffusion | None = dataclasses.field(kw_only=True)
-  sigma_data: float = 0.5
-  sigma_min: float = 0.002
-  sigma_max: float = 80.0
-  rho: float = 7.0
+  frozen = {
+      "teacher": base.FrozenRun(_teacher_for), "lpips": cd.LPIPS,
+      "gan_encoder": gan.ENCODER,
+  }
+
+  teacher: edm.Diffusion | None = base.frozen_field()
+  gan_encoder: gan.Projected | None = base.frozen_field()
+  preconditioning: base.PreconditioningName = "ctm"
   num_levels: int = 18
   max_solver_steps: int = 17
   solver_steps_law: Literal["weighted", "uniform", "fixed"] = "weighted"
   end_law: Literal["uniform", "smallest"] = "uniform"
   target_mu: float = 0.999
   target_inner: Literal["online", "average", "none"] = "online"
-  metric: Literal["pseudo_huber", "l2", "l1", "features", "lpips"] = "features"
-  huber_c: float | None = None
-  feature_sigma: float = 0.05
-  lpips_path: tuple[str, ...] = ()
-  lpips_pooling: Literal["max", "average"] = "average"
   dsm_weight: float = 1.0
   p_mean: float = -1.2
   p_std: float = 1.2
@@ -114,66 +124,72 @@ class TrajectoryDistillation(
   gan_period: int = 2
   gan_own_times: bool = False
   gan_max_solver_steps: int = 17
-  gan_encoder: projected.Projected | None = dataclasses.field(
-      default_factory=lambda: None  # No default: no number of a config.
-  )
   gan_sigma_max: float = 80.0
   gan_levels: tuple[int, ...] = ()
   gan_features: int | None = None
   gan_augment: bool = True
   end_init: Literal["zero", "random"] = "zero"
 
-  sampled = "student"
-  inverts = False
-  solves = False
+  title = "consistency trajectory model"
+  paper = "Kim et al., 2024"
+  auxiliary_networks = True
+  @classmethod
+  def constraints(cls, config):
+    """Returns what the network or the distance lacks, or None."""
+    if not config.model.get("two_time") or config.model.end_branch != "blocks":
+      return (
+          f"method.name={config.method.name!r} needs a network with an end "
+          "level in every block; set model.two_time=True and "
+          "model.end_branch='blocks'"
+      )
+    return cls.distance_constraints(config)
 
-  # What it declares -----------------------------------------------------------
+  # Networks -------------------------------------------------------------------
 
   @property
-  def terms(self) -> tuple[str, ...]:
-    """Names of the student's terms."""
-    names = ["ctm"]
-    names += ["dsm"] if self.dsm_weight else []
-    names += ["gan"] if self.gan else []
-    return tuple(names)
-
-  @property
-  def players(self) -> Mapping[str, base.Player]:
+  def networks(self) -> Mapping[str, base.TrainableNetwork]:
     """The student, and the discriminator if there is one."""
-    players = {"student": base.Player(
-        self.network, self.init, self.adapt,
-        starts_from=None if self.teacher is None else "teacher",
-        balance=base.Balance(self.terms, self.network.probe, self.weigh)
-        if self.adaptive else None,
+    terms = (
+        "ctm", *(["dsm"] if self.dsm_weight else []),
+        *(["gan"] if self.gan else []),
+    )
+    networks = {"student": base.TrainableNetwork(
+        self.network, self.init, self.load_pretrained,
+        init_from=None if self.teacher is None else "teacher",
+        adaptive_weight=base.AdaptiveWeight(
+            terms, self.network.last_layer, self.loss_weights
+        ) if self.adaptive else None,
     )}
     if self.gan:
-      players["discriminator"] = base.Player(
-          self.critic.heads, self.critic.init
+      networks["discriminator"] = base.TrainableNetwork(
+          self.discriminator.heads, self.discriminator.init
       )
-    return players
+    return networks
+
+  def load_pretrained(self, source, fresh):
+    """Starts from the teacher; parameters that have s already stay."""
+    return end_time.add_end(source, fresh, self.end_init == "zero")
 
   @property
-  def critic(self) -> adversarial.Critic:
-    """The discriminator."""
+  def discriminator(self) -> "gan.Discriminator":
+    """Heads on the teacher's encoder, or on the user's network."""
     heads = discriminator.Heads(self.gan_levels, self.gan_features)
     if self.gan_encoder is not None:
-      return adversarial.Critic(
-          self.gan_encoder, heads, None, self.gan_augment
-      )
-    return adversarial.Critic(
+      return gan.Discriminator(self.gan_encoder, heads, None, self.gan_augment)
+    return gan.Discriminator(
         self.teacher, heads, self.gan_sigma_max, self.gan_augment
     )
 
-  def judge(self, params, images, ctx: base.Context, stream: str) -> jax.Array:
-    """Logits [B, heads] of images by the discriminator's parameters."""
+  def discriminate(self, params, images, ctx: base.Context, stream: str):
+    """Returns logits [B, heads] of images by the discriminator's parameters."""
     encoder = "teacher" if self.gan_encoder is None else "gan_encoder"
-    return self.critic(
+    return self.discriminator(
         params, ctx.frozen[encoder], images, ctx.labels, ctx, stream
     )
 
   @property
   def losses(self) -> Mapping[str, base.Loss]:
-    """By player."""
+    """By network."""
     losses = {"student": self.student_loss}
     if self.gan:
       losses["discriminator"] = self.discriminator_loss
@@ -185,29 +201,25 @@ class TrajectoryDistillation(
     return {"target": base.Average("student", "target_ema_rate")}
 
   def phase(self, step: int) -> tuple[str, ...]:
-    """The student's turn, and the discriminator's once a round."""
-    if self.gan and step >= self.gan_start:
-      if step % self.gan_period == self.gan_period - 1:
-        return ("discriminator",)
+    """The student's turn, or the discriminator's, once per round."""
+    turn = step % self.gan_period == self.gan_period - 1
+    if self.gan and step >= self.gan_start and turn:
+      return ("discriminator",)
     return ("student",)
 
   def phases(self) -> tuple[tuple[str, ...], ...]:
     """Both turns."""
-    return tuple((name,) for name in self.players)
+    return tuple((name,) for name in self.networks)
 
   def curriculum(self, step: int) -> dict[str, Any]:
-    """theta-'s rate, and whether the discriminator plays."""
+    """theta-'s rate, and whether L_GAN counts."""
     return {
         "target_ema_rate": jnp.float32(self.target_mu),
         "gan": jnp.float32(self.gan and step >= self.gan_start),
     }
 
-  def adapt(self, source, fresh):
-    """Starts from the teacher; parameters that have s already stay."""
-    return end_time.add_end(source, fresh, self.end_init == "zero")
-
-  def weigh(self, norms: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """lambda by term, from the gradients' norms: VQGAN's rule."""
+  def loss_weights(self, norms) -> dict[str, jax.Array]:
+    """lambda by term, from the norms of the gradients: VQGAN's rule."""
     weights = {"ctm": jnp.ones(()), "dsm": self.dsm_weight,
                "gan": self.gan_weight}
     bounds = {"dsm": (0.0, _MOST), "gan": _GAN_BOUNDS}
@@ -218,35 +230,78 @@ class TrajectoryDistillation(
           weights[name] *= jnp.clip(ratio, *bounds[name])
     return {name: jnp.asarray(weights[name]) for name in norms}
 
+  # Levels ---------------------------------------------------------------------
+
+  @property
+  def grid(self) -> jax.Array:
+    """[N] levels, the noisiest first."""
+    ascending = schedules.karras_sigmas(
+        self.num_levels, self.sigma_min, self.sigma_max, self.rho
+    )
+    return jnp.asarray(ascending[::-1])
+
+  def sample_times(self, ctx: base.Context, gan: bool = False) -> Times:
+    """Draws h for all, and t, u, s for every example."""
+    stream = "gan/" if gan else ""
+    law = "uniform" if gan else self.solver_steps_law
+    most = self.gan_max_solver_steps if gan else self.max_solver_steps
+    n = self.num_levels
+    most = min(most, n - 1)
+    v = jax.random.uniform(ctx.shared_key(f"{stream}solver_steps"))
+    if law == "weighted":  # Inverts h (h + 1) / (M (M + 1)).
+      h = jnp.ceil((jnp.sqrt(1 + 4 * v * most * (most + 1)) - 1) / 2)
+    else:
+      h = jnp.ceil(v * most) if law == "uniform" else jnp.asarray(most)
+    h = jnp.clip(h, 1, most).astype(jnp.int32)
+    draw = jax.vmap(jax.random.uniform)
+    i = _uniform_index(draw(ctx.keys(f"{stream}t")), 0, n - 1 - h)
+    j = jnp.full_like(i, n - 1)
+    if self.end_law == "uniform":
+      j = _uniform_index(draw(ctx.keys(f"{stream}s")), i + h, n - 1)
+    grid = self.grid.astype(ctx.images.dtype)
+    return Times(grid[i], grid[i + h], grid[j], i, h)
+
+  def dsm_levels(self, ctx: base.Context) -> jax.Array:
+    """Draws levels of L_DSM: two laws, in turns along the global batch."""
+    z = jax.vmap(jax.random.normal)(ctx.keys("dsm/normal"))
+    v = self.dsm_high_share * jax.vmap(jax.random.uniform)(
+        ctx.keys("dsm/uniform")
+    )
+    high, low = (s ** (1 / self.rho) for s in (self.sigma_max, self.sigma_min))
+    return jnp.where(
+        ctx.index % 2 == 0, jnp.exp(self.p_mean + self.p_std * z),
+        (high + v * (low - high)) ** self.rho,
+    )
+
+  def sampled_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
+    """Draws the levels that mode inspect shows."""
+    times = self.sample_times(ctx)
+    return {
+        "t, start of the student": times.t,
+        "u, end of the teacher": times.u,
+        "s, end of both jumps": times.s,
+        "sigma of L_DSM": self.dsm_levels(ctx),
+    }
+
   # Jumps ----------------------------------------------------------------------
 
   def denoise(self, params, x, sigma, labels, dropout_keys=None) -> jax.Array:
-    """g(x, sigma, sigma), the denoiser inside G."""
-
-    def network(x, c_noise, c_noise_end):
-      del c_noise_end
-      return self.network.apply(
-          {"params": params}, x, c_noise, c_noise, labels, dropout_keys
-      )
-
+    """Returns g(x, sigma, sigma), the denoiser inside G."""
+    network = self.apply_network(params, labels, dropout_keys)
     return preconditioning.precondition(
-        network, preconditioning.EDM(self.sigma_data), x, sigma, sigma,
-        self.noise,
+        lambda x, c_noise, _: network(x, c_noise, c_noise),
+        preconditioning.EDM(self.sigma_data), x, sigma, sigma, self.c_noise,
     )
 
   def solve(self, ctx: base.Context, x_t, times) -> jax.Array:
-    """x_u [B, ...]: h Heun steps of the teacher, or theta-'s own jump."""
+    """Returns x_u [B, ...]: h Heun steps of the teacher, or theta-'s jump."""
     if self.teacher is None:
       return self.f(
           ctx.averages["target"], x_t, times.t, times.u, ctx.labels,
           ctx.keys("dropout/solver"),
       )
     grid = self.grid.astype(x_t.dtype)
-
-    def denoiser(x, s):
-      return self.teacher.denoise(
-          ctx.frozen["teacher"], x, s.reshape(-1), ctx.labels
-      )
+    denoiser = self.teacher.solver_denoiser(ctx.frozen["teacher"], ctx.labels)
 
     def step(k, x):
       t, after = (
@@ -256,89 +311,90 @@ class TrajectoryDistillation(
 
     return jax.lax.fori_loop(0, times.solver_steps, step, x_t)
 
-  def to_end(self, ctx: base.Context, x, s, stream: str) -> jax.Array:
-    """G_theta-(x, s, 0); gradients flow to x alone."""
+  def jump_to_zero(self, ctx: base.Context, x, s, stream: str) -> jax.Array:
+    """Returns G_theta-(x, s, 0); gradients flow only to x."""
     return self.f(
         ctx.averages["target"], x, s, jnp.full_like(s, self.sigma_min),
         ctx.labels, ctx.keys(f"dropout/{stream}"),
     )
 
+  def sample_x_t(self, ctx: base.Context, t, stream="noise") -> jax.Array:
+    """Returns x_0 + t z."""
+    z = process.normal_like(ctx.keys(stream), ctx.images)
+    return process.add_noise(ctx.images, t, z)
+
+  # Losses ---------------------------------------------------------------------
+
   def estimate(self, params, ctx: base.Context, x_t, times) -> jax.Array:
-    """G_theta-(G_theta(x_t, t, s), s, 0)."""
+    """Returns G_theta-(G_theta(x_t, t, s), s, 0)."""
     y = self.f(
         params, x_t, times.t, times.s, ctx.labels, ctx.keys("dropout/student")
     )
-    return self.to_end(ctx, y, times.s, "estimate")
+    return self.jump_to_zero(ctx, y, times.s, "estimate")
 
   def target(self, params, ctx: base.Context, x_t, times) -> jax.Array:
-    """G_theta-(G(x_u, u, s), s, 0), stop-gradiented."""
+    """Returns G_theta-(G(x_u, u, s), s, 0), stop-gradiented."""
     x_u = jax.lax.stop_gradient(self.solve(ctx, x_t, times))
     if self.target_inner == "none":
-      return self.to_end(ctx, x_u, times.u, "target_end")
+      return self.jump_to_zero(ctx, x_u, times.u, "target_end")
     inner = params if self.target_inner == "online" else ctx.averages["target"]
     y = self.f(
         jax.lax.stop_gradient(inner), x_u, times.u, times.s, ctx.labels,
         ctx.keys("dropout/target"),
     )
-    return jax.lax.stop_gradient(self.to_end(ctx, y, times.s, "target_end"))
-
-  def distance(self, a, b, ctx: base.Context) -> jax.Array:
-    """d(a, b) for [B, ...] twice -> [B]."""
-    return cd.distance(self, a, b, ctx)
-
-  # Losses ---------------------------------------------------------------------
-
-  def noisy(self, ctx: base.Context, t, stream: str = "noise") -> jax.Array:
-    """x_t."""
-    z = process.normal_like(ctx.keys(stream), ctx.images)
-    return process.add_noise(ctx.images, t, z)
+    y = self.jump_to_zero(ctx, y, times.s, "target_end")
+    return jax.lax.stop_gradient(y)
 
   def dsm_term(self, params, ctx: base.Context) -> jax.Array:
-    """L_DSM [B]."""
+    """Returns L_DSM [B]."""
     sigma = self.dsm_levels(ctx).astype(ctx.images.dtype)
     d = self.denoise(
-        params, self.noisy(ctx, sigma, "dsm/noise"), sigma, ctx.labels,
+        params, self.sample_x_t(ctx, sigma, "dsm/noise"), sigma, ctx.labels,
         ctx.keys("dropout/dsm"),
     )
     weight = preconditioning.edm_weight(sigma, self.sigma_data)
     return weight * distances.l2(d, ctx.images)
 
   def student_loss(self, params, ctx: base.Context):
-    """The student's terms, [B] each, or their sum where nothing adapts."""
+    """Returns the terms, [B] each; their sum if the weights are fixed."""
     times = self.sample_times(ctx)
-    x_t = self.noisy(ctx, times.t)
+    x_t = self.sample_x_t(ctx, times.t)
     estimate = self.estimate(params, ctx, x_t, times)
     target = self.target(params, ctx, x_t, times)
     terms = {"ctm": self.distance(estimate, target, ctx)}
     if self.dsm_weight:
       terms["dsm"] = self.dsm_term(params, ctx)
     if self.gan:
-      fake = estimate
-      if self.gan_own_times:
-        fake = self._fake(params, ctx)
-      logits = self.judge(
-          ctx.players["discriminator"], fake, ctx, "generator"
+      fake = self.fake(params, ctx) if self.gan_own_times else estimate
+      logits = self.discriminate(
+          ctx.networks["discriminator"], fake, ctx, "generator"
       )
-      terms["gan"] = (
-          ctx.curriculum["gan"] * adversarial.hinge_generator(logits)
-      )
+      terms["gan"] = ctx.curriculum["gan"] * gan.hinge_generator(logits)
     if self.adaptive:
       return terms, {}
-    weights = self.weigh(terms)
+    weights = self.loss_weights(terms)
     loss = sum(weights[name] * term for name, term in terms.items())
     return loss, {f"loss_{name}": term for name, term in terms.items()}
 
-  def _fake(self, params, ctx: base.Context) -> jax.Array:
-    """A generated image: the estimate, at the levels that L_GAN draws."""
+  def fake(self, params, ctx: base.Context) -> jax.Array:
+    """Returns generated images: the estimate at the levels of L_GAN."""
     times = self.sample_times(ctx, gan=self.gan_own_times)
-    return self.estimate(params, ctx, self.noisy(ctx, times.t), times)
+    return self.estimate(params, ctx, self.sample_x_t(ctx, times.t), times)
 
   def discriminator_loss(self, params, ctx: base.Context):
-    """Hinge loss [B] of the discriminator, and its logits."""
-    fake = jax.lax.stop_gradient(self._fake(ctx.players["student"], ctx))
-    judged = {
-        name: self.judge(params, images, ctx, name)
+    """Returns the hinge loss [B] of the discriminator, and its logits."""
+    fake = jax.lax.stop_gradient(self.fake(ctx.networks["student"], ctx))
+    logits = {
+        name: self.discriminate(params, images, ctx, name)
         for name, images in (("fake", fake), ("real", ctx.images))
     }
-    loss = adversarial.hinge_discriminator(**judged)
-    return loss, {f"logit_{k}": v.mean(axis=-1) for k, v in judged.items()}
+    loss = gan.hinge_discriminator(**logits)
+    return loss, {f"logit_{k}": v.mean(axis=-1) for k, v in logits.items()}
+
+
+def _uniform_index(uniform, low, high) -> jax.Array:
+  """Returns integers low .. high [B] from draws in [0, 1)."""
+  count = high - low + 1
+  return low + jnp.minimum(jnp.floor(uniform * count), count - 1).astype(
+      jnp.int32
+  )

@@ -1,1 +1,1 @@
-"""Numbers that say how good images are."""
+"""Metrics of sample quality and of reconstructions."""

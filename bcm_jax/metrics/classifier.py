@@ -1,9 +1,9 @@
-"""A classifier trained here as features, where FID's weights cannot be had.
+"""Classifier features for the Frechet distance, in place of Inception.
 
-`python -m bcm_jax.train_classifier` makes a folder with classifier.safetensors
-and classifier.json; `load_classifier` turns it into features. Distances on
-them are called 'FD (digits ResNet)', never FID, and compare only with others
-on the same weights, which the digest names.
+`python -m bcm_jax.train_classifier` writes a folder with classifier.safetensors
+and classifier.json; `load_classifier` returns its feature extractor. Distances
+on these features are named 'FD (digits ResNet)', never FID, and are comparable
+only between results of the same weights (same digest).
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from flax import traverse_util
 import jax
 import numpy as np
 
+from bcm_jax.data import image_source
 from bcm_jax.errors import UserError
 from bcm_jax.interop import weight_files
 from bcm_jax.metrics import feature_extractors
@@ -29,14 +30,14 @@ _ATTRIBUTES = ("num_classes", "widths", "blocks", "stem_stride")
 
 
 class Classifier(feature_extractors.NetworkFeatures):
-  """Features of a classifier, and the classes that it sees.
+  """Pooled features and class probabilities of a trained classifier.
 
   Args:
-    name: of the features.
-    network: what `params` belong to.
-    params: of the network.
-    image_shape: (H, W, C) of the images that it was trained on.
-    batch_size: images at a time.
+    name: name of the features.
+    network: ResNet that `params` belong to.
+    params: parameters of the network.
+    image_shape: (H, W, C) of the training images.
+    batch_size: images per batch.
   """
 
   def __init__(
@@ -47,7 +48,7 @@ class Classifier(feature_extractors.NetworkFeatures):
       image_shape: tuple[int, int, int],
       batch_size: int = 64,
   ):
-    # The digest depends on all that turns an image into features.
+    # The digest covers the preprocessing and the architecture too.
     preprocessing = (
         f"x / 127.5 - 1 of {tuple(image_shape)}, {_attributes(network)}"
     )
@@ -65,46 +66,50 @@ class Classifier(feature_extractors.NetworkFeatures):
     self.image_shape = tuple(image_shape)
 
   def __call__(self, images: np.ndarray) -> feature_extractors.Activations:
-    """Pooled features and class probabilities of uint8 images [n, H, W, C].
+    """Computes pooled features and class probabilities.
+
+    Args:
+      images: uint8 [n, H, W, C].
 
     Raises:
-      UserError: images of another type or shape than it was trained on.
+      UserError: dtype or shape differ from those of the training images.
     """
-    feature_extractors.check_images(images)
+    image_source.check_images(images, "classifier")
     if images.shape[1:] != self.image_shape:
       raise UserError(
-          f"{self.name} got images of shape {images.shape[1:]}, expected "
-          f"{self.image_shape}, those it was trained on; train a classifier "
-          "on images like these"
+          f"{self.name}: got images of shape {images.shape[1:]}, expected "
+          f"{self.image_shape} as in training; train a classifier on images "
+          "of this shape"
       )
     return super().__call__(images)
 
   def classify(self, images: np.ndarray) -> np.ndarray:
-    """Most probable classes, int [n], of uint8 images [n, H, W, C].
+    """Returns the most probable classes, int [n], of uint8 images [n, H, W, C].
 
     Raises:
-      UserError: images of another type or shape than it was trained on.
+      UserError: dtype or shape differ from those of the training images.
     """
     return np.argmax(self(images).probabilities, axis=-1)
 
 
 def _attributes(network: resnet.ResNet) -> dict[str, Any]:
-  """Attributes as JSON knows them."""
-  found = {name: getattr(network, name) for name in _ATTRIBUTES}
-  return found | {"widths": list(network.widths)}
+  """Returns the network's attributes as JSON values."""
+  attributes = {name: getattr(network, name) for name in _ATTRIBUTES}
+  return attributes | {"widths": list(network.widths)}
 
 
 def save_classifier(
     path: str, classifier: Classifier, facts: Mapping[str, Any]
 ) -> None:
-  """Writes a classifier's folder; at no time does it hold two halves.
+  """Writes a classifier's folder, so that an interrupted write is detected.
 
   Args:
-    path: folder; made where it is missing. A classifier there is replaced.
-    facts: what else classifier.json tells, as JSON values.
+    path: folder; created if missing. A classifier in it is replaced.
+    classifier: classifier to save.
+    facts: further entries of classifier.json, as JSON values.
   """
-  # Without its facts a folder holds no classifier, so they go first and come
-  # last.
+  # A folder without classifier.json is not loaded, so the file is removed
+  # before the weights are replaced and written after them.
   with contextlib.suppress(FileNotFoundError):
     os.remove(os.path.join(path, FACTS))
   flat = traverse_util.flatten_dict(classifier.params, sep=".")
@@ -124,30 +129,32 @@ def save_classifier(
 
 
 def load_classifier(path: str, batch_size: int = 64) -> Classifier:
-  """Features of the classifier in a folder.
+  """Loads the feature extractor of a classifier.
 
   Args:
-    path: folder that bcm_jax.tools.train_classifier wrote.
-    batch_size: images at a time.
+    path: folder written by bcm_jax.tools.train_classifier.
+    batch_size: images per batch.
 
   Returns:
-    Features whose `pooled` are the pooled activations [n, D], whose
-    `probabilities` are those of the classes [n, K] and whose `spatial` is None.
+    Features with `pooled` [n, D], class `probabilities` [n, K] and `spatial`
+    None.
 
   Raises:
-    UserError: no classifier there, or a damaged one.
+    UserError: the folder has no classifier, or a corrupt one.
   """
   name, digest, network, shape = _read_facts(path)
   weights = weight_files.read(os.path.join(path, WEIGHTS))
   params = traverse_util.unflatten_dict(weights.groups[""], sep=".")
-  found = Classifier(name, network, params, shape, batch_size)
-  if found.digest != digest:
-    raise _damaged(path, f"weights of digest {found.digest}, not {digest}")
-  return found
+  classifier = Classifier(name, network, params, shape, batch_size)
+  if classifier.digest != digest:
+    raise _corrupt_file_error(
+        path, f"weights of digest {classifier.digest}, not {digest}"
+    )
+  return classifier
 
 
 def _read_facts(path: str) -> tuple[str, str, resnet.ResNet, tuple]:
-  """Name, digest, network and image shape out of classifier.json."""
+  """Reads name, digest, network and image shape from classifier.json."""
   try:
     with open(os.path.join(path, FACTS), encoding="utf-8") as file:
       facts = json.load(file)
@@ -157,15 +164,17 @@ def _read_facts(path: str) -> tuple[str, str, resnet.ResNet, tuple]:
     return facts["name"], facts["digest"], network, tuple(facts["image_shape"])
   except (FileNotFoundError, NotADirectoryError) as e:
     raise UserError(
-        f"{path} holds no classifier (no {FACTS}); make one with: "
-        "python -m bcm_jax.train_classifier --config=CONFIG --out=DIR"
+        f"{path}: has no classifier (no {FACTS}); train one with python -m "
+        "bcm_jax.train_classifier --config=CONFIG --out=DIR"
     ) from e
   except (ValueError, TypeError, KeyError) as e:
-    raise _damaged(path, f"{FACTS}: {type(e).__name__}: {e}") from e
+    raise _corrupt_file_error(
+        path, f"{FACTS}: {type(e).__name__}: {e}"
+    ) from e
 
 
-def _damaged(path: str, why: str) -> UserError:
+def _corrupt_file_error(path: str, reason: str) -> UserError:
   return UserError(
-      f"the classifier in {path} is damaged ({why}); restore the folder, or "
+      f"{path}: the classifier is corrupt ({reason}); restore the folder, or "
       "train it again with --overwrite"
   )

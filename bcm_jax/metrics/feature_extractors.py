@@ -1,31 +1,34 @@
-"""What images are turned into before two sets of them are compared.
+"""Feature extractors for FID-like metrics.
 
-A distance says as much about the features as about the images, so features
-carry a name and a digest, and every result tells them. Only the network and
-the preprocessing of the FID's authors may be called FID; any other distance is
-'FD (name of the features)'.
+A Frechet distance depends on the features as much as on the images, so every
+extractor has a name and a digest, which are written to every result. Only the
+network and preprocessing of Heusel et al. (2017, arXiv:1706.08500) give a FID;
+distances on other features are named 'FD (name of the features)'.
 """
 
-from collections.abc import Callable, Iterator
-import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bcm_jax.data import image_source
 from bcm_jax.errors import UserError
+from bcm_jax.utils import batching
+from bcm_jax.utils import hashing
 
 Params = Any
 
 
 class Activations(NamedTuple):
-  """What features say of n images.
+  """Features of n images.
 
   Attributes:
-    pooled: float [n, D], for every distance.
-    spatial: float [n, S], for sFID; None where features have none.
-    probabilities: float [n, K] of classes, for the Inception score; or None.
+    pooled: float [n, D], for Frechet and kernel distances.
+    spatial: float [n, S], for sFID; None where not available.
+    probabilities: float [n, K], class probabilities for the Inception score;
+      None where not available.
   """
 
   pooled: np.ndarray
@@ -34,12 +37,12 @@ class Activations(NamedTuple):
 
 
 class Features(Protocol):
-  """Features of uint8 images.
+  """Interface of a feature extractor for uint8 images.
 
   Attributes:
-    name: as results and tables print it.
-    digest: twelve hex digits of weights and preprocessing.
-    distance: what the Frechet distance between such features is called.
+    name: name in results and tables.
+    digest: twelve hex digits of a hash of weights and preprocessing.
+    distance: name of the Frechet distance on these features.
   """
 
   name: str
@@ -47,35 +50,36 @@ class Features(Protocol):
   distance: str
 
   def __call__(self, images: np.ndarray) -> Activations:
-    """Activations of uint8 images [n, H, W, C]."""
+    """Computes the activations of uint8 images [n, H, W, C]."""
 
 
 def params_digest(preprocessing: str, params: Params) -> str:
-  """Twelve hex digits of a preprocessing's name and all parameters."""
-  sha = hashlib.sha256(preprocessing.encode())
+  """Returns twelve hex digits of a hash of preprocessing and parameters."""
+  parts = [(preprocessing, np.empty(0, np.uint8))]
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     leaf = np.asarray(leaf)
-    sha.update(f"{jax.tree_util.keystr(path)}{leaf.dtype}{leaf.shape}".encode())
-    sha.update(np.ascontiguousarray(leaf).tobytes())
-  return sha.hexdigest()[:12]
+    name = jax.tree_util.keystr(path)
+    parts.append((f"{name}{leaf.dtype}{leaf.shape}", leaf))
+  return hashing.arrays_digest(parts)[:12]
 
 
 def frechet_name(name: str) -> str:
-  """What the Frechet distance on features of this name is called."""
+  """Returns the name of the Frechet distance on the named features."""
   return f"FD ({name})"
 
 
 class NetworkFeatures:
-  """Features of a network, computed on all devices of this host.
+  """Features of a network, computed on all local devices.
 
   Args:
-    name: of the features.
-    apply: (params, images float32 [b, H, W, C] in 0..255) -> Activations;
-      jitted here, an example at a time.
-    params: of the network.
-    preprocessing: what `apply` does to the images first, for the digest.
-    distance: what its Frechet distance is called; by default 'FD (name)'.
-    batch_size: images at a time.
+    name: name of the features.
+    apply: (params, images float32 [b, H, W, C] in 0..255) -> Activations; must
+      treat the images independently; jitted here.
+    params: parameters of the network.
+    preprocessing: description of what `apply` does to the images first; part
+      of the digest.
+    distance: name of the Frechet distance; 'FD (name)' by default.
+    batch_size: images per batch, rounded up to a multiple of the devices.
   """
 
   def __init__(
@@ -101,51 +105,45 @@ class NetworkFeatures:
     )
 
   def __call__(self, images: np.ndarray) -> Activations:
-    """Activations of uint8 images [n, H, W, C].
+    """Computes the activations of uint8 images [n, H, W, C].
 
     Raises:
-      UserError: images that are not such.
+      UserError: images of another dtype or rank.
     """
-    check_images(images)
-    parts = [jax.tree.map(np.asarray, p) for p in self._parts(images)]
+    image_source.check_images(images, "features")
+    parts = []
+    for batch, count in batching.padded_batches(images, self._batch):
+      result = self._apply(self._params, jax.device_put(batch, self._split))
+      parts.append(
+          jax.tree.map(lambda a, count=count: np.asarray(a[:count]), result)
+      )
     return Activations(*(
         None if field[0] is None else np.concatenate(field)
         for field in zip(*parts, strict=True)
     ))
 
-  def _parts(self, images: np.ndarray) -> Iterator[Activations]:
-    for first in range(0, len(images), self._batch):
-      part = images[first : first + self._batch]
-      count = len(part)
-      # The last batch is filled up, so that nothing compiles twice.
-      part = np.pad(
-          part, [(0, self._batch - count)] + [(0, 0)] * 3, mode="edge"
-      )
-      result = self._apply(self._params, jax.device_put(part, self._split))
-      yield jax.tree.map(lambda a, count=count: a[:count], result)
-
 
 class Pixels:
-  """Raw pixels as features: for tiny images, and for tests."""
+  """Raw pixels as features, for tiny images and for tests."""
 
   name = "raw pixels"
   digest = "pixels"
   distance = frechet_name(name)
 
   def __call__(self, images: np.ndarray) -> Activations:
-    """Pixels in [0, 1] of uint8 images [n, H, W, C]: pooled [n, H W C]."""
-    check_images(images)
+    """Scales uint8 images [n, H, W, C] to pooled [n, H W C] in [0, 1]."""
+    image_source.check_images(images, "features")
     flat = images.reshape(len(images), -1)
     return Activations(flat / np.float32(255))
 
 
 class FunctionFeatures:
-  """A user's function of uint8 images [n, H, W, C] -> [n, D].
+  """User-defined features: a function of uint8 images [n, H, W, C].
 
   Args:
-    function: from images to an array or to Activations.
-    name: of the features.
-    digest: that changes when the function does; its owner's business.
+    function: images -> array [n, D] or Activations.
+    name: name of the features.
+    digest: identifier that the user changes whenever the function changes.
   """
 
   def __init__(self, function: Callable, name: str, digest: str):
@@ -154,28 +152,19 @@ class FunctionFeatures:
     self._function = function
 
   def __call__(self, images: np.ndarray) -> Activations:
-    """Activations of uint8 images.
+    """Computes the activations of uint8 images [n, H, W, C].
 
     Raises:
-      UserError: the function returned something else than one row an image.
+      UserError: the function does not return one row per image.
     """
-    check_images(images)
+    image_source.check_images(images, "features")
     result = self._function(images)
     if not isinstance(result, Activations):
       result = Activations(np.asarray(result))
     if result.pooled.ndim != 2 or len(result.pooled) != len(images):
       raise UserError(
-          f"features {self.name} returned shape {result.pooled.shape} for "
+          f"features {self.name}: got shape {result.pooled.shape} for "
           f"{len(images)} images, expected ({len(images)}, D); return one row "
-          "an image"
+          "per image"
       )
     return result
-
-
-def check_images(images: np.ndarray) -> None:
-  """Raises UserError unless images are uint8 [n, H, W, C], n >= 1."""
-  if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-    raise UserError(
-        f"features got {images.dtype} of shape {images.shape}, expected uint8 "
-        "[n, H, W, C] with n >= 1; quantise to 0..255 first"
-    )

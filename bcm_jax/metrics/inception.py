@@ -1,12 +1,13 @@
-"""Inception features of images: FID, sFID and Inception score.
+"""Inception features for FID, sFID and the Inception score.
 
-Two ways to 299x299 are both called FID in the literature, and differ:
+Two resizings to 299x299 are in use; their FIDs are not comparable:
 
-- 'tf1': TensorFlow 1's bilinear resizing, then (x - 128) / 128, as in the
-  original graph, ADM's evaluator and EDM's and StyleGAN3's detector.
-- 'torch': PyTorch's bilinear resizing, then x / 127.5 - 1, as in pytorch-fid.
+- 'tf1': bilinear resizing of TensorFlow 1, then (x - 128) / 128, as in the
+  original graph, ADM's evaluator and the detector of StyleGAN3 and EDM.
+- 'torch': bilinear resizing of PyTorch, then x / 127.5 - 1, as in pytorch-fid.
 
-Neither looks at more than two neighbours a side, however large the image is.
+Neither filters before downsampling: each output pixel interpolates between two
+input pixels per axis at any image size (Parmar et al., 2022, arXiv:2104.11222).
 """
 
 import functools
@@ -20,8 +21,8 @@ from bcm_jax import errors
 from bcm_jax.errors import UserError
 from bcm_jax.metrics.feature_extractors import Activations
 from bcm_jax.metrics.feature_extractors import NetworkFeatures
+from bcm_jax.models import dtypes
 from bcm_jax.models import inception
-from bcm_jax.models import layers
 
 Params = Any
 Resize = Literal["tf1", "torch"]
@@ -35,58 +36,59 @@ NAMES = {
 def resize_matrix(
     size: int, resize: Resize, dtype: Any = np.float32
 ) -> np.ndarray:
-  """Weights of `size` pixels in each of 299, linear between two neighbours.
+  """Returns the interpolation matrix of linear resizing to 299 pixels.
 
-  Pixel i comes from the place i s ('tf1': align_corners=False,
-  half_pixel_centers=False) or (i + 1/2) s - 1/2 ('torch': align_corners=False),
-  s = size / 299, kept inside the image.
+  Output pixel i samples the input at i s ('tf1': align_corners=False,
+  half_pixel_centers=False) or (i + 1/2) s - 1/2 ('torch': align_corners=False)
+  with s = size / 299, clipped to the image.
 
   Args:
-    size: pixels of a side.
+    size: input pixels per side.
     resize: 'tf1' or 'torch'.
-    dtype: of the images. Places are rounded as there, which decides between
-      neighbours: TensorFlow always takes float32, PyTorch the images' dtype.
+    dtype: dtype of the images. Positions are rounded as in the original
+      implementation, which can change the neighbors that are used: TensorFlow
+      computes positions in float32, PyTorch in the dtype of the images.
 
   Returns:
     float64 [299, size], rows sum to 1.
   """
   number = np.float32 if resize == "tf1" else np.dtype(dtype).type
   scale = number(size) / number(inception.IMAGE_SIZE)
-  places = np.arange(inception.IMAGE_SIZE, dtype=number)
+  positions = np.arange(inception.IMAGE_SIZE, dtype=number)
   if resize == "tf1":
-    places = places * scale
+    positions = positions * scale
   else:
-    places = (places + number(0.5)) * scale - number(0.5)
-  places = np.clip(places, 0, size - 1).astype(np.float64)
-  lower = np.floor(places).astype(int)
-  matrix = np.zeros((len(places), size))
-  rows = np.arange(len(places))
-  matrix[rows, lower] += 1 - (places - lower)
-  matrix[rows, np.minimum(lower + 1, size - 1)] += places - lower
+    positions = (positions + number(0.5)) * scale - number(0.5)
+  positions = np.clip(positions, 0, size - 1).astype(np.float64)
+  lower = np.floor(positions).astype(int)
+  matrix = np.zeros((len(positions), size))
+  rows = np.arange(len(positions))
+  matrix[rows, lower] += 1 - (positions - lower)
+  matrix[rows, np.minimum(lower + 1, size - 1)] += positions - lower
   return matrix
 
 
 def preprocess(images: jax.Array, resize: Resize) -> jax.Array:
-  """What the network sees of images.
+  """Resizes and normalizes images for the Inception network.
 
   Args:
-    images: [B, H, W, C] in 0..255, C = 3, or 1 for grey; any real dtype.
+    images: [B, H, W, C] in 0..255 with C = 3, or 1 for gray; any real dtype.
     resize: 'tf1' or 'torch'.
 
   Returns:
-    [B, 299, 299, 3] in [-1, 1], float32 or wider.
+    [B, 299, 299, 3] in [-1, 1], at least float32.
 
   Raises:
     UserError: another number of channels, or an unknown resizing.
   """
   if images.shape[-1] not in (1, 3):
     raise UserError(
-        f"Inception got images of shape {images.shape}, expected "
-        "[n, H, W, C] with 3 channels, or 1 for grey; drop or add channels"
+        f"Inception: got images of shape {images.shape}, expected "
+        "[n, H, W, C] with 3 channels, or 1 for gray; drop or add channels"
     )
   if resize not in NAMES:
     raise errors.unknown_name("resizing", resize, NAMES)
-  images = images.astype(layers.at_least_float32(images.dtype))
+  images = dtypes.at_least_float32(images)
   height, width = (
       jnp.asarray(resize_matrix(size, resize, images.dtype), images.dtype)
       for size in images.shape[1:3]
@@ -105,12 +107,13 @@ def preprocess(images: jax.Array, resize: Resize) -> jax.Array:
 def activations(
     params: Params, images: jax.Array, resize: Resize = "tf1"
 ) -> Activations:
-  """Pooled features, sFID's, and class probabilities of images.
+  """Computes pooled and spatial features and class probabilities of images.
 
-  Probabilities leave the classifier's bias out, as ADM's evaluator does.
+  Class probabilities are computed without the classifier's bias, as in ADM's
+  evaluator.
 
   Args:
-    params: of `InceptionV3`, see `interop.inception_names`.
+    params: parameters of `InceptionV3`, see `interop.inception_names`.
     images: [B, H, W, C] in 0..255, see `preprocess`.
     resize: 'tf1' or 'torch'.
   """
@@ -124,12 +127,12 @@ def activations(
 def inception_features(
     params: Params, resize: Resize = "tf1", batch_size: int = 32
 ) -> NetworkFeatures:
-  """Inception features of uint8 images; their Frechet distance is the FID.
+  """Returns the Inception feature extractor, whose Frechet distance is the FID.
 
   Args:
-    params: as `interop.inception_names.load_inception` reads them.
-    resize: 'tf1' is that of ADM and EDM, 'torch' that of pytorch-fid.
-    batch_size: images at a time.
+    params: parameters read by `interop.inception_names.load_inception`.
+    resize: 'tf1' as in ADM and EDM, or 'torch' as in pytorch-fid.
+    batch_size: images per batch.
 
   Raises:
     UserError: unknown resizing.

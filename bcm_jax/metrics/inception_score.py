@@ -11,13 +11,14 @@ import scipy.special
 
 from bcm_jax.errors import UserError
 
-# Far above what float32 or half precision softmax is off by, far below what
-# logits sum to.
+# Larger than the rounding error of a half precision softmax, small enough to
+# detect logits.
 _SUM_TOLERANCE = 1e-2
 
 
 class Score(NamedTuple):
-  """Mean and standard deviation over splits, in [1, K] for K classes."""
+  """Mean and standard deviation over splits; scores are in [1, K] for K
+  classes."""
 
   mean: float
   std: float
@@ -26,23 +27,23 @@ class Score(NamedTuple):
 def inception_score(
   probabilities: np.ndarray, split_size: int = 5000
 ) -> Score:
-  """exp of the mean divergence of p(y|x) from the mean p(y), over splits.
+  """Computes exp(E_x KL(p(y|x) || p(y))) over splits of the samples.
 
-  A small split has a small score, as its mean p(y) is near each p(y|x):
-  compare only numbers of one split size, and take a multiple of it as n, or
-  the images that are left over count as a split of their own.
+  A smaller split gives a lower score, because its mean p(y) is nearer to each
+  p(y|x): compare only scores of the same split size. If n is not a multiple of
+  `split_size`, the remaining samples form a smaller split of their own.
 
   Args:
-    probabilities: [n, K] of the classes given each image, in file order.
-    split_size: images a split.
+    probabilities: [n, K], p(y|x) of each sample.
+    split_size: samples per split.
 
   Raises:
-    UserError: no rows, rows that are no probabilities, or no split size.
+    UserError: no rows, rows that are not probabilities, or split_size < 1.
   """
   p = _checked(probabilities)
   if split_size < 1:
     raise UserError(
-      f"split_size is {split_size}, expected 1 or more: 5000 is usual"
+      f"split_size: got {split_size}, expected 1 or more; 5000 is usual"
     )
   splits = (p[i : i + split_size] for i in range(0, len(p), split_size))
   scores = [
@@ -56,15 +57,15 @@ def _checked(probabilities: np.ndarray) -> np.ndarray:
   p = np.asarray(probabilities, np.float64)
   if p.ndim != 2 or p.size == 0:
     raise UserError(
-      f"probabilities have shape {p.shape}, expected [n, K] with n >= 1: "
-      "pass one row an image"
+      f"probabilities: got shape {p.shape}, expected [n, K] with n >= 1; "
+      "pass one row per image"
     )
   good = np.abs(p.sum(axis=1) - 1.0) <= _SUM_TOLERANCE
   good &= (p >= 0).all(axis=1)
   if not good.all():
     row = int(np.argmin(good))
     raise UserError(
-      f"row {row} of the probabilities has least value {p[row].min():.3g} and "
-      f"sum {p[row].sum():.3g}, expected >= 0 and 1: pass a softmax, not logits"
+      f"probabilities: row {row} has minimum {p[row].min():.3g} and sum "
+      f"{p[row].sum():.3g}, expected >= 0 and 1; pass a softmax, not logits"
     )
   return p

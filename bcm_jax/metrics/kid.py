@@ -1,6 +1,6 @@
-"""Kernel Inception distance.
+"""Kernel Inception distance (KID).
 
-Binkowski et al. 2018, "Demystifying MMD GANs" (arXiv:1801.01401), section 4:
+Binkowski et al. (2018), "Demystifying MMD GANs" (arXiv:1801.01401), section 4:
 the unbiased estimate of the squared maximum mean discrepancy under the kernel
 (x.y / D + 1)^3. Unlike FID it has no bias that depends on the number of
 images. Often reported times 1000.
@@ -28,30 +28,31 @@ def kernel_distance(
   subset_size: int = 1000,
   seed: int = 0,
 ) -> Distance:
-  """Mean and spread of the estimate over random subsets of both sets.
+  """Computes mean and standard deviation of MMD^2 over random subsets.
 
   Args:
     real: [N, ...] features, flattened to rows.
-    fake: [M, ...], on the same scale.
-    subsets: how many pairs of subsets.
-    subset_size: rows of each set a subset, drawn without replacement,
+    fake: [M, ...] features on the same scale.
+    subsets: number of subset pairs.
+    subset_size: rows per subset, drawn without replacement,
       2 <= subset_size <= min(N, M).
-    seed: of the draws; the same seed gives the same numbers.
+    seed: seed of the draws.
 
   Returns:
-    For samples of one distribution a mean near 0, also below.
+    Mean and standard deviation. The estimate is unbiased, so for two samples of
+    one distribution the mean is near 0 and may be negative.
 
   Raises:
-    UserError: shapes or scales that do not fit, too few rows or subsets, or
-      values not finite.
+    UserError: shapes or scales differ, too few rows or subsets, or values that
+      are not finite.
   """
   real, fake = nearest_neighbors.comparable("real", real, "fake", fake)
-  most = min(len(real), len(fake))
-  if not 2 <= subset_size <= most or subsets < 1:
+  largest = min(len(real), len(fake))
+  if not 2 <= subset_size <= largest or subsets < 1:
     raise UserError(
-      f"{subsets} subsets of {subset_size} of {len(real)} real and "
-      f"{len(fake)} fake rows, expected 1 or more of 2 to {most}: use more "
-      "images or smaller subsets"
+      f"KID: got {subsets} subsets of {subset_size} rows of {len(real)} real "
+      f"and {len(fake)} fake rows, expected 1 or more subsets of 2 to "
+      f"{largest} rows; use more images or smaller subsets"
     )
   rng = np.random.default_rng(seed)
   estimates = []
@@ -69,26 +70,26 @@ def mmd_squared(
   fake: np.ndarray,
   block_size: int = nearest_neighbors.BLOCK_SIZE,
 ) -> float:
-  """The unbiased estimate from all rows of both sets.
+  """Computes the unbiased estimate of MMD^2 from all rows.
 
   Args:
     real: [N, ...] features, flattened to rows, N >= 2.
-    fake: [M, ...], on the same scale, M >= 2.
-    block_size: rows of each side held as float64 at a time.
+    fake: [M, ...] features on the same scale, M >= 2.
+    block_size: rows of each set converted to float64 at a time.
 
   Returns:
-    The mean kernel within each set, of different rows, less twice the mean
-    between them; below 0 where the sets are nearer than chance.
+    Mean kernel between different rows of the same set, summed over both sets,
+    minus twice the mean kernel between the sets; may be negative.
 
   Raises:
-    UserError: shapes or scales that do not fit, fewer than two rows, or
-      values not finite.
+    UserError: shapes or scales differ, fewer than two rows, or values that are
+      not finite.
   """
   real, fake = nearest_neighbors.comparable("real", real, "fake", fake)
   if min(len(real), len(fake)) < 2:
     raise UserError(
-      f"there are {len(real)} real and {len(fake)} fake rows, expected 2 or "
-      "more of each: use more images"
+      f"MMD: got {len(real)} real and {len(fake)} fake rows, expected 2 or "
+      "more of each; use more images"
     )
   between = sum(
     np.sum(_kernel(x, y))
@@ -103,7 +104,7 @@ def mmd_squared(
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """[n, D] and [m, D] to [n, m]."""
+  """Polynomial kernel (x.y / D + 1)^3 of [n, D] and [m, D], [n, m]."""
   kernel = x @ y.T
   kernel /= x.shape[1]
   kernel += 1.0
@@ -111,12 +112,13 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _mean_within(points: np.ndarray, block_size: int) -> float:
-  """The mean kernel of all pairs of different rows."""
+  """Mean kernel over all pairs of different rows."""
   total = 0.0
   for rows, x in nearest_neighbors.blocks(points, block_size):
-    own = _kernel(x, x)
-    total += np.sum(own) - np.trace(own)
-    # The kernel is symmetric: pairs with earlier rows have been counted.
+    diagonal = _kernel(x, x)
+    total += np.sum(diagonal) - np.trace(diagonal)
+    # The kernel is symmetric: off-diagonal blocks are computed once and count
+    # twice.
     for _, y in nearest_neighbors.blocks(points[rows.stop :], block_size):
       total += 2.0 * np.sum(_kernel(x, y))
   return total / (len(points) * (len(points) - 1))

@@ -1,9 +1,9 @@
-"""Mean and covariance of features that come in blocks, in float64.
+"""Streaming mean and covariance of features in float64.
 
-Kept as the mean and the scatter around it, and merged by the formula of Chan,
-Golub and LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for
-Computing Sample Variances". Raw sums of squares, which most evaluators add up,
-lose the digits that the mean and the covariance share.
+Stored as the mean and the scatter matrix around it, and merged by the update of
+Chan, Golub and LeVeque (1979), "Updating Formulae and a Pairwise Algorithm for
+Computing Sample Variances". Raw sums of squares, as in most evaluators, lose
+precision when the mean is large compared with the standard deviation.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ import numpy as np
 
 from bcm_jax.errors import UserError
 
-# Rows as float64 at a time: 64 MiB at 2048 features. Adding two D x D matrices
-# is what a block costs besides its product, so small blocks are slow.
+# Rows converted to float64 at a time: 64 MiB at 2048 features. Every block adds
+# a D x D matrix, so small blocks are slow.
 BLOCK_SIZE = 4096
 
 
 class Gaussian(NamedTuple):
-  """What a Frechet distance is taken between.
+  """Mean and covariance of features, the arguments of a Frechet distance.
 
   Attributes:
     mean: float64 [D].
@@ -35,10 +35,10 @@ class Gaussian(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
-  """Of the rows seen so far; updates return new ones.
+  """Count, mean and scatter of the rows seen so far; immutable.
 
   Attributes:
-    count: rows seen.
+    count: number of rows.
     mean: float64 [D].
     scatter: float64 [D, D], the sum of (x - mean) (x - mean)^T.
   """
@@ -48,23 +48,23 @@ class Moments:
   scatter: np.ndarray
 
   def update(self, block: np.ndarray) -> "Moments":
-    """Adds rows.
+    """Returns the moments with the rows of a block added.
 
     Args:
       block: float32 or float64 [n, D], n >= 0.
 
     Returns:
-      The moments of all rows, the same in any order and any cut into blocks,
-      to rounding.
+      Moments of all rows; up to rounding independent of the order of the rows
+      and of the block size.
 
     Raises:
-      UserError: another dtype or D, or NaN or infinity: the row is named.
+      UserError: another dtype or D, or non-finite values; the row is named.
     """
     block = self._checked(block)
     if not len(block):
       return self
     mean = np.mean(block, axis=0, dtype=np.float64)
-    # The shift of the mean rides along as one more row: one product for all.
+    # The term for the shift of the mean is one more row of the same product.
     rows = np.empty((len(block) + 1, len(mean)))
     np.subtract(block, mean, out=rows[:-1])
     rows[-1] = _shift(self.count, self.mean, len(block), mean)
@@ -74,15 +74,15 @@ class Moments:
     return Moments(self.count + len(block), mean, scatter)
 
   def gaussian(self) -> Gaussian:
-    """The mean and the unbiased covariance, scatter / (count - 1).
+    """Returns the mean and the unbiased covariance, scatter / (count - 1).
 
     Raises:
       UserError: fewer than two rows.
     """
     if self.count < 2:
       raise UserError(
-        f"there are features of {self.count} images, expected 2 or more for "
-        "a covariance: use more images"
+        f"features: got {self.count} images, expected 2 or more for a "
+        "covariance; use more images"
       )
     return Gaussian(self.mean, self.scatter / (self.count - 1))
 
@@ -92,43 +92,43 @@ class Moments:
     good = block.ndim == 2 and block.shape[1] == dimension
     if not good or block.dtype not in (np.float32, np.float64):
       raise UserError(
-        f"features are {block.dtype} of shape {block.shape}, expected float32 "
-        f"or float64 [n, {dimension}]: pass one row an image, of the features "
-        "that these moments began with"
+        f"features: got {block.dtype} of shape {block.shape}, expected float32 "
+        f"or float64 [n, {dimension}]; pass one row per image, of the same "
+        "features in every block"
       )
     finite = np.isfinite(block).all(axis=1)
     if not finite.all():
       row = int(np.argmin(finite))
       raise UserError(
-        f"row {self.count + row} of the features holds NaN or infinity "
+        f"features: row {self.count + row} has NaN or infinity "
         f"({np.sum(~finite)} such rows of {len(block)} in this block), "
-        "expected finite numbers: look at that image and at the network"
+        "expected finite numbers; check that image and the network"
       )
     return block
 
 
 def empty(dimension: int) -> Moments:
-  """Moments of no rows yet, of `dimension` features."""
+  """Returns moments of no rows, for `dimension` features."""
   return Moments(0, np.zeros(dimension), np.zeros((dimension, dimension)))
 
 
 def from_features(
   features: np.ndarray, block_size: int = BLOCK_SIZE
 ) -> Moments:
-  """Moments of features [n, D] that are all there.
+  """Computes the moments of features [n, D].
 
   Args:
     features: float32 or float64 [n, D].
-    block_size: rows held as float64 at a time.
+    block_size: rows converted to float64 at a time.
 
   Raises:
-    UserError: no such array, or NaN or infinity: the row is named.
+    UserError: wrong dtype or rank, or non-finite values; the row is named.
   """
   features = np.asarray(features)
   if features.ndim != 2:
     raise UserError(
-      f"features have shape {features.shape}, expected [n, D]: pass one row "
-      "an image"
+      f"features: got shape {features.shape}, expected [n, D]; pass one row "
+      "per image"
     )
   starts = range(0, len(features), block_size)
   blocks = (features[start : start + block_size] for start in starts)
@@ -136,15 +136,15 @@ def from_features(
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-  """Moments of the rows of both; the same bits with a and b swapped.
+  """Merges two moments; the result is bitwise symmetric in a and b.
 
   Raises:
-    UserError: they have different numbers of features.
+    UserError: different numbers of features.
   """
   if a.mean.shape != b.mean.shape:
     raise UserError(
-      f"moments of {len(a.mean)} and of {len(b.mean)} features, expected the "
-      "same: merge only what one network made"
+      f"moments: got {len(a.mean)} and {len(b.mean)} features, expected the "
+      "same number; merge only moments of the same features"
     )
   if not (a.count and b.count):
     return a if a.count else b
@@ -156,39 +156,39 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def _mean(n: int, a: np.ndarray, m: int, b: np.ndarray) -> np.ndarray:
-  """The mean of n rows of mean a and m rows of mean b."""
+  """Mean of n rows of mean a and m rows of mean b."""
   return (n / (n + m)) * a + (m / (n + m)) * b
 
 
 def _shift(n: int, a: np.ndarray, m: int, b: np.ndarray) -> np.ndarray:
-  """Its outer square is what the two means being apart adds to the scatter."""
+  """Vector whose outer square is the between-group term of the scatter."""
   return np.sqrt(n / (n + m) * m) * (b - a)
 
 
 def gather(moments: Moments) -> Moments:
-  """Merges the moments of all hosts; every host gets the same bits.
+  """Merges the moments of all hosts; every host gets bitwise the same result.
 
-  Every host has to call it, also one that has seen no rows. On one host it
-  returns what it was given.
+  A collective: every host must call it, also one without rows. Returns its
+  argument on a single host.
 
   Args:
-    moments: of this host's rows, of as many features on every host.
+    moments: moments of this host's rows, with the same D on every host.
   """
   if jax.process_count() == 1:
     return moments
-  words = multihost_utils.process_allgather(_pack(moments))
+  packed = multihost_utils.process_allgather(_pack(moments))
   dimension = len(moments.mean)
-  every = [_unpack(np.asarray(each), dimension) for each in words]
-  return functools.reduce(merge, every)
+  hosts = [_unpack(np.asarray(words), dimension) for words in packed]
+  return functools.reduce(merge, hosts)
 
 
 def _pack(moments: Moments) -> np.ndarray:
-  """As uint32 [2 (1 + D + D D)]: JAX would round float64 to float32."""
+  """Packs into uint32 [2 (1 + D + D^2)]: JAX would round float64 to float32."""
   parts = [[float(moments.count)], moments.mean, moments.scatter.ravel()]
   return np.concatenate(parts).view(np.uint32)
 
 
 def _unpack(words: np.ndarray, dimension: int) -> Moments:
-  """Undoes `_pack`, bit by bit."""
+  """Inverts `_pack` exactly."""
   count, mean, scatter = np.split(words.view(np.float64), [1, 1 + dimension])
   return Moments(int(count[0]), mean, scatter.reshape(dimension, dimension))

@@ -1,8 +1,8 @@
-"""Nearest neighbours in feature or pixel space, and the memorisation check.
+"""Nearest neighbors in feature or pixel space, and the memorization check.
 
-Distances are Euclidean, in the units of the arrays given (pass both sides on
-one scale), computed in float64 block by block: memory grows with the block
-size, never with the number of pairs.
+Distances are Euclidean, in the units of the arrays (both arrays must be on the
+same scale), and computed in float64 by blocks, so memory depends on the block
+size and not on the number of pairs.
 """
 
 from collections.abc import Iterator
@@ -11,35 +11,35 @@ import numpy as np
 
 from bcm_jax.errors import UserError
 
-# 2048 x 2048 float64 distances are 32 MiB; larger blocks gain no speed.
+# 2048 x 2048 float64 distances are 32 MiB; larger blocks are not faster.
 BLOCK_SIZE = 2048
 
 
 def as_features(name: str, points: np.ndarray) -> np.ndarray:
-  """Flattens [N, ...] to [N, D] and checks it.
+  """Flattens [N, ...] to [N, D] and checks that all values are finite.
 
   Args:
-    name: what to call the array in an error.
-    points: [N, ...], any real dtype; kept as it is, blocks are cast later.
+    name: name of the array in error messages.
+    points: [N, ...], any real dtype.
 
   Returns:
-    [N, D], same dtype.
+    [N, D] of the same dtype; blocks are converted to float64 later.
 
   Raises:
-    UserError: no points, no axis of features, or values that are not finite.
+    UserError: no points, no feature axis, or values that are not finite.
   """
   points = np.asarray(points)
   if points.ndim < 2 or points.size == 0:
     raise UserError(
-      f"{name} has shape {points.shape}, expected [N, D] or [N, H, W, C] "
-      "with N >= 1: pass at least one point, one row each"
+      f"{name}: got shape {points.shape}, expected [N, D] or [N, H, W, C] "
+      "with N >= 1; pass one row per point"
     )
   points = points.reshape(len(points), -1)
-  # By blocks: np.isfinite of a whole array would be a copy of its size / 4.
+  # By blocks, because np.isfinite allocates a mask of the whole array.
   if not all(np.isfinite(block).all() for _, block in blocks(points)):
     raise UserError(
-      f"{name} holds NaN or infinity, expected finite numbers: leave out "
-      "or repair those rows first"
+      f"{name}: got NaN or infinity, expected finite numbers; remove or "
+      "repair those rows first"
     )
   return points
 
@@ -47,23 +47,23 @@ def as_features(name: str, points: np.ndarray) -> np.ndarray:
 def comparable(
   name_a: str, a: np.ndarray, name_b: str, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """`as_features` of both, after checking that they can share one space.
+  """Applies `as_features` to both arrays and checks that they are comparable.
 
   Raises:
-    UserError: other numbers of features, or integers (0..255) against floats
-      (a scale of 1 or 2), between which a distance means nothing.
+    UserError: different numbers of features, or one integer array (0..255) and
+      one float array (a range of 1 or 2), which are on different scales.
   """
   a, b = as_features(name_a, a), as_features(name_b, b)
   if a.shape[1] != b.shape[1]:
     raise UserError(
-      f"{name_a} has {a.shape[1]} numbers a row and {name_b} has "
-      f"{b.shape[1]}, expected the same: use the same image size and "
-      "features for both"
+      f"{name_a} and {name_b}: got {a.shape[1]} and {b.shape[1]} values per "
+      "row, expected the same number; use the same image size and features "
+      "for both"
     )
   if (a.dtype.kind in "iub") != (b.dtype.kind in "iub"):
     raise UserError(
-      f"{name_a} is {a.dtype} and {name_b} is {b.dtype}, expected both "
-      "integer or both floating: bring them to one scale"
+      f"{name_a} and {name_b}: got {a.dtype} and {b.dtype}, expected both "
+      "integer or both floating; convert them to the same scale"
     )
   return a, b
 
@@ -80,15 +80,15 @@ def blocks(
 def squared_distances(
   a: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Squared distances of every pair as one matrix product, and their error.
+  """Computes all squared distances as one matrix product, and their tolerance.
 
-  |a|^2 + |b|^2 - 2 ab is the only affordable form at 50,000 x 50,000 x 2,048,
-  but it cancels for near points: ties and copies come out unequal in the last
-  bits. The second result bounds how far apart two equal distances can come
-  out: the dot product of D terms is off by at most D eps/2 |a||b| (Higham,
-  Accuracy and Stability of Numerical Algorithms, section 3.1), the same again
-  for the distance from a that is compared with this one, whose other end is
-  no longer than 2|a| + |b| when the two are equal.
+  The form |a|^2 + |b|^2 - 2 ab is the only affordable one at 50,000 x 50,000 x
+  2,048, but it cancels for near points: equal distances differ in the last
+  bits. The tolerance bounds the difference between two computed values of equal
+  distances. The dot product of D terms has an error of at most D eps/2 |a||b|
+  (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), and so
+  has the distance from a to the other point, whose norm is at most 2|a| + |b|
+  when the two distances are equal.
 
   Args:
     a: float64 [n, D].
@@ -98,7 +98,7 @@ def squared_distances(
     (squared distances >= 0, tolerance), float64 [n, m] each.
   """
   norms = np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1)[None, :]
-  # In place: new n x m arrays would cost as much as the product.
+  # In place, because allocating n x m arrays takes as long as the product.
   squared = a @ b.T
   squared *= -2.0
   squared += norms
@@ -112,18 +112,18 @@ def nearest_distance(
   references: np.ndarray,
   block_size: int = BLOCK_SIZE,
 ) -> np.ndarray:
-  """Distance from each query to its nearest reference.
+  """Computes the distance from each query to its nearest reference.
 
   Args:
     queries: [Q, ...], flattened to rows.
-    references: [R, ...], on the same scale.
-    block_size: rows of each side held as float64 at a time.
+    references: [R, ...] on the same scale.
+    block_size: rows of each array converted to float64 at a time.
 
   Returns:
     float64 [Q], in the units of the input; exactly 0 for exact copies.
 
   Raises:
-    UserError: shapes or scales that do not fit, or values not finite.
+    UserError: shapes or scales differ, or values that are not finite.
   """
   queries, references = comparable("queries", queries, "references", references)
   distances = np.empty(len(queries))
@@ -136,36 +136,39 @@ def nearest_distance(
       value = squared[np.arange(len(query)), column]
       nearest = np.where(value < best, columns.start + column, nearest)
       best = np.minimum(value, best)
-    # The product form is only good for ranking: a copy would be at 1e-7, not
-    # at 0, so the distance of the winner is taken from the difference.
+    # The product form is exact enough for ranking only (a copy would be at
+    # 1e-7, not 0), so the distance itself is computed from the difference.
     gap = query - references[nearest].astype(np.float64)
     distances[rows] = np.sqrt(np.sum(gap * gap, axis=1))
   return distances
 
 
-def memorisation(
+def memorization(
   samples: np.ndarray, train: np.ndarray, test: np.ndarray
 ) -> dict[str, float]:
-  """Are samples nearer to the training images than fresh real images are?
+  """Compares the distances of samples and of test images to the training
+  images.
 
   Args:
     samples: [S, ...] generated images or features.
-    train: [N, ...] what the model was trained on, same scale.
-    test: [T, ...] real ones it has not seen, same scale.
+    train: [N, ...] training images on the same scale.
+    test: [T, ...] held-out real images on the same scale.
 
   Returns:
-    median_sample_to_train and median_test_to_train: medians of the distance
-    to the nearest training row, in the units of the input. ratio: the first
-    over the second; near 1 is as new as real data, near 0 is copying. It is
-    NaN where the test images are themselves copies (median 0).
+    median_sample_to_train, median_test_to_train: median distances to the
+    nearest training image, in the units of the input. memorization_ratio: the
+    first divided by the second; about 1 if samples are as far from the training
+    images as held-out images are, about 0 if they are copies. NaN if the test
+    images are copies themselves (median 0).
 
   Raises:
     UserError: as `nearest_distance`.
   """
-  sample = float(np.median(nearest_distance(samples, train)))
-  fresh = float(np.median(nearest_distance(test, train)))
+  from_samples = float(np.median(nearest_distance(samples, train)))
+  from_test = float(np.median(nearest_distance(test, train)))
+  ratio = from_samples / from_test if from_test > 0 else float("nan")
   return {
-    "median_sample_to_train": sample,
-    "median_test_to_train": fresh,
-    "ratio": sample / fresh if fresh > 0 else float("nan"),
+    "median_sample_to_train": from_samples,
+    "median_test_to_train": from_test,
+    "memorization_ratio": ratio,
   }

@@ -1,14 +1,14 @@
 """Precision, recall, density and coverage of generated samples.
 
-Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing
+Kynkaanniemi et al. (2019), "Improved Precision and Recall Metric for Assessing
 Generative Models" (arXiv:1904.06991), equations 1-2, with the conventions of
-the ADM evaluator: a ball around each point out to its k-th nearest other point
-of its own set (k = 3); a point on the boundary is inside. The ADM evaluator
-rounds distances to half precision, here they are float64.
+the ADM evaluator: the radius of each ball is the distance to the k-th nearest
+other point of the same set (k = 3); a point on the boundary is inside. The ADM
+evaluator rounds distances to half precision, here they are float64.
 
-Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative
-Models" (arXiv:2002.09797), equations 4-5: density and coverage of the same
-balls, of the real set alone, with k = 5. There a point on the boundary is
+Naeem et al. (2020), "Reliable Fidelity and Diversity Metrics for Generative
+Models" (arXiv:2002.09797), equations 4-5: density and coverage use the balls
+of the real set only, with k = 5. In the paper a point on the boundary is
 outside, here it is inside for all four.
 """
 
@@ -22,53 +22,20 @@ from bcm_jax.metrics import nearest_neighbors
 
 
 class Prdc(NamedTuple):
-  """How two sets overlap.
+  """Precision, recall, density and coverage.
 
   Attributes:
-    precision: share of fake points inside at least one ball of the real set
-      (quality).
-    recall: share of real points inside at least one ball of the fake set.
-    density: real balls that a fake point is inside of, on average, over k;
-      about 1 for samples of one distribution, and not bounded by 1.
-    coverage: share of real points with a fake point inside their ball.
+    precision: fraction of fake points inside at least one ball of the real set.
+    recall: fraction of real points inside at least one ball of the fake set.
+    density: mean number of real balls that contain a fake point, divided by k;
+      about 1 for two samples of one distribution, and not bounded by 1.
+    coverage: fraction of real points whose ball contains a fake point.
   """
 
   precision: float
   recall: float
   density: float
   coverage: float
-
-
-def manifold_radii(
-  points: np.ndarray, k: int = 3, block_size: int = nearest_neighbors.BLOCK_SIZE
-) -> np.ndarray:
-  """Distance from each point to its k-th nearest other point of the set.
-
-  Args:
-    points: [N, ...], flattened to rows. Copies of a point count as others.
-    k: which neighbour, 1 <= k < N.
-    block_size: rows of each side held as float64 at a time.
-
-  Returns:
-    float64 [N], in the units of the input.
-
-  Raises:
-    UserError: fewer than k + 1 points, k below 1, or values not finite.
-  """
-  points = nearest_neighbors.as_features("points", points)
-  _check_k(k, points)
-  return np.sqrt(_squared_to_nearest(points, k, block_size)[:, k - 1])
-
-
-def precision_recall(
-  real: np.ndarray,
-  fake: np.ndarray,
-  k: int = 3,
-  block_size: int = nearest_neighbors.BLOCK_SIZE,
-) -> tuple[float, float]:
-  """The first two of `prdc`, with the same arguments."""
-  found = prdc(real, fake, k, k, block_size)
-  return found.precision, found.recall
 
 
 def prdc(
@@ -78,28 +45,27 @@ def prdc(
   density_k: int = 5,
   block_size: int = nearest_neighbors.BLOCK_SIZE,
 ) -> Prdc:
-  """All four from one pass over the distances.
+  """Computes all four metrics in one pass over the distances.
 
-  All depend on the sizes of the sets: compare only numbers that were taken
-  with the same N, M and k. Equal distances count as equal: what rounding
-  could have made of a tie counts as inside.
+  All depend on the sizes of the sets: compare only numbers with equal N, M and
+  k. A distance that could be a tie up to rounding counts as inside.
 
   Args:
     real: [N, ...] features or pixels, flattened to rows.
-    fake: [M, ...], on the same scale.
-    k: the neighbour that sets the radius for precision and recall,
+    fake: [M, ...] on the same scale.
+    k: neighbor whose distance is the radius for precision and recall,
       1 <= k < min(N, M).
     density_k: the same for density and coverage.
-    block_size: rows of each side held as float64 at a time.
+    block_size: rows of each set converted to float64 at a time.
 
   Raises:
-    UserError: shapes or scales that do not fit, too few points for k, or
-      values not finite.
+    UserError: incompatible shapes or scales, too few points for k, or
+      non-finite values.
   """
   real, fake = nearest_neighbors.comparable("real", real, "fake", fake)
-  for neighbour in (k, density_k):
-    _check_k(neighbour, real)
-    _check_k(neighbour, fake)
+  for number in (k, density_k):
+    _check_k(number, real)
+    _check_k(number, fake)
   nearest = _squared_to_nearest(real, max(k, density_k), block_size)
   fake_radii = _squared_to_nearest(fake, k, block_size)[:, k - 1]
   precise = np.zeros(len(fake), bool)
@@ -128,17 +94,17 @@ def prdc(
 def _check_k(k: int, points: np.ndarray) -> None:
   if not 1 <= k < len(points):
     raise UserError(
-      f"k is {k} for a set of {len(points)} points, expected "
-      f"1 <= k < {len(points)}: use more points or another k"
+      f"k: got {k} for a set of {len(points)} points, expected "
+      f"1 <= k < {len(points)}; use more points or another k"
     )
 
 
 def _pairs(
   points: np.ndarray, block_size: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
-  """Yields (rows, squared distances to others), each distance once.
+  """Yields (rows, squared distances to other points), each pair in both orders.
 
-  A block that is not on the diagonal comes twice, the second time transposed.
+  Off-diagonal blocks are yielded twice, the second time transposed.
   """
   for rows, block in nearest_neighbors.blocks(points, block_size):
     for part, other in nearest_neighbors.blocks(
@@ -157,11 +123,11 @@ def _pairs(
 def _squared_to_nearest(
   points: np.ndarray, k: int, block_size: int
 ) -> np.ndarray:
-  """Squared distances to the k nearest others, float64 [N, k], ascending."""
+  """Returns squared distances to the k nearest others, float64 [N, k]."""
   nearest = np.full((len(points), k), np.inf)
   for rows, squared in _pairs(points, block_size):
-    few = min(k, squared.shape[1])
-    candidates = np.partition(squared, few - 1, axis=1)[:, :few]
-    both = np.concatenate([nearest[rows], candidates], axis=1)
-    nearest[rows] = np.sort(both, axis=1)[:, :k]
+    count = min(k, squared.shape[1])
+    candidates = np.partition(squared, count - 1, axis=1)[:, :count]
+    candidates = np.concatenate([nearest[rows], candidates], axis=1)
+    nearest[rows] = np.sort(candidates, axis=1)[:, :k]
   return nearest

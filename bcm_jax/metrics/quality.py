@@ -1,4 +1,4 @@
-"""How good a set of samples is: every number that its features allow."""
+"""All metrics of a set of samples, computed from its features."""
 
 from typing import NamedTuple
 
@@ -12,17 +12,17 @@ from bcm_jax.metrics import moments
 from bcm_jax.metrics import precision_recall
 from bcm_jax.metrics import reference_stats
 
-# Subsets of the kernel distance (Binkowski et al., 2018).
+# Subset size of KID (Binkowski et al., 2018).
 _SUBSET = 1000
 
 
 class Target(NamedTuple):
-  """What samples are compared with.
+  """Real images that samples are compared with.
 
   Attributes:
     reference: statistics of the real images.
-    real: pooled features [m, D] of real images, for the numbers that compare
-      images one by one; None where there are statistics alone.
+    real: pooled features [m, D] of real images, for KID, precision, recall,
+      density and coverage; None if only statistics are available.
   """
 
   reference: reference_stats.Reference
@@ -35,18 +35,19 @@ def sample_quality(
     target: Target,
     k: int = 3,
 ) -> dict[str, float]:
-  """Numbers of a set of samples.
+  """Computes all metrics of a set of samples that its features allow.
 
   Args:
-    activations: of the samples, pooled [n, D].
+    activations: features of the samples, pooled [n, D].
     distance: name of the Frechet distance on these features.
     target: real images, in the same features.
-    k: neighbours of precision, recall, density and coverage.
+    k: neighbors of precision and recall.
 
   Returns:
-    The Frechet distance under its name; sFID where both sides have spatial
-    features; KID, precision, recall, density and coverage where there are real
-    images; the Inception score (IS) where the features give probabilities.
+    The Frechet distance under its name; sFID if both sides have spatial
+    features; KID, precision, recall, density and coverage if features of real
+    images are given; the Inception score (IS) if the features have class
+    probabilities.
   """
   reference = target.reference
   numbers = {
@@ -76,9 +77,9 @@ def sample_quality(
 
 
 def spread(values: list[float | None]) -> dict[str, float | None]:
-  """Mean of a number over seeds, and its standard deviation (n - 1).
+  """Returns the mean over seeds and the sample standard deviation (n - 1).
 
-  None, which stands for a number that is not finite, makes both None.
+  None means a value that is not finite; both results are then None.
   """
   if None in values:
     return {"mean": None, "std": None}

@@ -1,13 +1,12 @@
-"""Statistics of real images on disk: what a set of samples is compared with.
+"""Reference statistics files for FID, compatible with ADM and EDM.
 
 The keys are those of the ADM evaluator (arr_0, mu, sigma, mu_s, sigma_s), so
-that it reads our files and we read its; `meta`, which it passes over, is a
-JSON text that says which features they are of. EDM's files hold mu and sigma
-alone, a file of samples arr_0 alone.
+that either program reads the other's files. `meta`, which ADM ignores, is JSON
+with the features of the statistics. EDM's files have mu and sigma only, files
+of samples arr_0 only.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -21,9 +20,10 @@ import numpy as np
 from bcm_jax.errors import UserError
 from bcm_jax.metrics.moments import Gaussian
 from bcm_jax.utils import files
+from bcm_jax.utils import hashing
 
 _STATISTICS = (("mu", "sigma"), ("mu_s", "sigma_s"))
-_MAKE_ANEW = "make the file anew or take another one"
+_RECREATE = "recreate the file or use another one"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,13 +31,12 @@ class Reference:
   """Statistics of a set of images, the images, or both.
 
   Attributes:
-    pooled: mean and covariance of the features; None in a file of images
-      alone.
-    spatial: the same of the spatial features of sFID, or None.
-    count: images that the statistics are of; None where a file does not say.
-    features_name: which features; None where a file does not say.
-    features_digest: of the weights that made them; None likewise.
-    data: what the images are, in free text.
+    pooled: mean and covariance of the features; None in a file of images only.
+    spatial: mean and covariance of the spatial features of sFID, or None.
+    count: number of images of the statistics; None if not recorded.
+    features_name: name of the features; None if not recorded.
+    features_digest: digest of the features' weights; None if not recorded.
+    data: description of the images, free text.
     images: uint8 [n, H, W, C] for precision and recall, or None; often fewer
       than `count`.
   """
@@ -51,22 +50,22 @@ class Reference:
   images: np.ndarray | None = None
 
   def digest(self) -> str:
-    """12 hex digits of the SHA-256 of the mean and covariance of `pooled`."""
-    parts = (np.ascontiguousarray(p, "<f8").tobytes() for p in self.pooled)
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+    """Returns 12 hex digits of the mean and covariance of `pooled`."""
+    parts = [("", np.asarray(p, "<f8")) for p in self.pooled]
+    return hashing.arrays_digest(parts)[:12]
 
 
 def save_reference(
   path: str | os.PathLike[str], reference: Reference
 ) -> None:
-  """Writes an .npz, whole or not at all, over what was there.
+  """Writes statistics to an .npz file atomically; replaces an existing file.
 
   Args:
-    path: the file; its folder is made where there is none.
-    reference: what `load_reference` gives back bit by bit.
+    path: file to write; its folder is created if missing.
+    reference: statistics to write; `load_reference` restores them exactly.
 
   Raises:
-    UserError: arrays that `load_reference` would refuse.
+    UserError: arrays that `load_reference` would not accept.
   """
   arrays = {}
   for keys, gaussian in zip(
@@ -88,14 +87,15 @@ def save_reference(
 
 
 def load_reference(path: str | os.PathLike[str]) -> Reference:
-  """Reads our files, those of ADM and EDM, and plain samples.
+  """Reads statistics written by this package, ADM or EDM, or plain samples.
 
   Returns:
-    What the file holds; statistics as float64, whatever they were.
+    Contents of the file; statistics as float64.
 
   Raises:
-    UserError: no such file, no .npz, pickled arrays, neither statistics nor
-      images, half of a pair, shapes that do not fit, or NaN.
+    UserError: the file is missing or no .npz, has pickled arrays, has neither
+      statistics nor images, or only one of a mean and its covariance, has wrong
+      shapes, or values that are not finite.
   """
   path = os.fspath(path)
   arrays = _read(path)
@@ -111,62 +111,62 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
 
 
 def check_features(reference: Reference, name: str, digest: str) -> None:
-  """Checks that there are statistics and that they are of these features.
+  """Checks that the reference has statistics of the given features.
 
-  A file of another tool does not say; that is a warning in the log.
+  Logs a warning for files of other programs, which do not record the features.
 
   Args:
     reference: the statistics.
-    name: the features that samples are going to be given.
-    digest: of the weights that make those.
+    name: name of the features that samples are evaluated with.
+    digest: digest of those features.
 
   Raises:
-    UserError: the reference holds images alone, or was made with other
-      features; both are named.
+    UserError: the reference has images only, or statistics of other features;
+      both features are named.
   """
   if reference.pooled is None:
     raise UserError(
-      "the reference holds images and no statistics, expected mu and sigma: "
-      "make statistics of these images first"
+      "reference: got images and no statistics, expected mu and sigma; "
+      "compute statistics of these images first"
     )
-  theirs = reference.features_name, reference.features_digest
-  if None in theirs:
+  features = reference.features_name, reference.features_digest
+  if None in features:
     logging.warning(
-      "the reference statistics do not say with which features they were "
-      "made; they are taken as %s %s", name, digest,
+      "the reference statistics do not record their features; assuming %s %s",
+      name, digest,
     )
-  elif theirs != (name, digest):
+  elif features != (name, digest):
     raise UserError(
-      f"the reference statistics are of the features {' '.join(theirs)}, "
-      f"expected {name} {digest} as for the samples: use the same features, "
-      "or make the statistics anew with these"
+      f"reference: got statistics of the features {' '.join(features)}, "
+      f"expected {name} {digest} as for the samples; use the same features, "
+      "or recompute the statistics with these"
     )
 
 
 def _read(path: str) -> dict[str, np.ndarray]:
-  """The arrays of an .npz that concern us."""
+  """Reads the arrays of an .npz that have known keys."""
   if not pathlib.Path(path).is_file():
     raise UserError(
-      f"there is no file {path}, expected reference statistics or samples as "
-      ".npz: check the path"
+      f"{path}: file does not exist, expected reference statistics or samples "
+      "as .npz; check the path"
     )
-  known = {key for pair in _STATISTICS for key in pair} | {"arr_0", "meta"}
+  keys = {key for pair in _STATISTICS for key in pair} | {"arr_0", "meta"}
   try:
     with np.load(path, allow_pickle=False) as file:
-      return {key: file[key] for key in known & set(file)}
-  # An .npy opens as an array, which cannot be entered.
+      return {key: file[key] for key in keys & set(file)}
+  # AttributeError: np.load returns an array, not a context, for an .npy.
   except (
     *(ValueError, OSError, EOFError, TypeError, AttributeError),
     *(zipfile.BadZipFile, zlib.error),
   ) as error:
     raise UserError(
-      f"{path} cannot be read ({error}), expected a whole .npz without "
-      f"pickled objects: {_MAKE_ANEW}"
+      f"{path}: cannot be read ({error}), expected a complete .npz without "
+      f"pickled objects; {_RECREATE}"
     ) from error
 
 
 def _meta(path: str, text: np.ndarray | None) -> dict[str, Any]:
-  """What a file says about itself, as fields of a `Reference`."""
+  """Parses the metadata of a file into fields of a `Reference`."""
   if text is None:
     return {}
   try:
@@ -175,31 +175,31 @@ def _meta(path: str, text: np.ndarray | None) -> dict[str, Any]:
     return {name: meta[name] for name in names}
   except (ValueError, TypeError, KeyError) as error:
     raise UserError(
-      f"meta of {path} is damaged ({error!r}), expected JSON with count, "
-      f"features_name, features_digest and data: {_MAKE_ANEW}"
+      f"{path}: meta is corrupt ({error!r}), expected JSON with count, "
+      f"features_name, features_digest and data; {_RECREATE}"
     ) from error
 
 
 def _check(path: str, arrays: dict[str, np.ndarray]) -> None:
-  """Checks statistics and images that are going to or come from a file."""
+  """Checks statistics and images before writing or after reading."""
   if not {"mu", "arr_0"} & set(arrays):
     raise UserError(
-      f"{path} has neither mu nor arr_0, expected statistics or images: "
-      f"{_MAKE_ANEW}"
+      f"{path}: got neither mu nor arr_0, expected statistics or images; "
+      f"{_RECREATE}"
     )
   for mean, covariance in _STATISTICS:
     if (mean in arrays) != (covariance in arrays):
       raise UserError(
-        f"{path} has one of {mean} and {covariance}, expected both: "
-        f"{_MAKE_ANEW}"
+        f"{path}: got one of {mean} and {covariance}, expected both; "
+        f"{_RECREATE}"
       )
     if mean in arrays:
       _check_gaussian(path, mean, arrays[mean], covariance, arrays[covariance])
   images = arrays.get("arr_0")
   if images is not None and (images.dtype != np.uint8 or images.ndim != 4):
     raise UserError(
-      f"arr_0 of {path} is {images.dtype} of shape {images.shape}, expected "
-      f"uint8 images [n, H, W, C]: {_MAKE_ANEW}"
+      f"{path}: arr_0 is {images.dtype} of shape {images.shape}, expected "
+      f"uint8 images [n, H, W, C]; {_RECREATE}"
     )
 
 
@@ -209,12 +209,12 @@ def _check_gaussian(
   good = mean.ndim == 1 and mean.size and covariance.shape == 2 * mean.shape
   if not good or {mean.dtype.kind, covariance.dtype.kind} != {"f"}:
     raise UserError(
-      f"{mu} and {sigma} of {path} are {mean.dtype} {mean.shape} and "
+      f"{path}: {mu} and {sigma} are {mean.dtype} {mean.shape} and "
       f"{covariance.dtype} {covariance.shape}, expected floating point [D] "
-      f"and [D, D]: {_MAKE_ANEW}"
+      f"and [D, D]; {_RECREATE}"
     )
   if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
     raise UserError(
-      f"{mu} or {sigma} of {path} holds NaN or infinity, expected finite "
-      f"numbers: {_MAKE_ANEW}"
+      f"{path}: {mu} or {sigma} has NaN or infinity, expected finite numbers; "
+      f"{_RECREATE}"
     )

@@ -1,11 +1,11 @@
 """Structural similarity (SSIM) of pairs of images.
 
-Wang et al. 2004, "Image Quality Assessment: From Error Visibility to
+Wang et al. (2004), "Image Quality Assessment: From Error Visibility to
 Structural Similarity", equations 13-17: local means, variances and covariance
 under an 11 x 11 Gaussian window of standard deviation 1.5, K1 = 0.01,
-K2 = 0.03, range 255; the mean over windows that lie inside of the image. Each
-channel is taken by itself and the channels are averaged, as image libraries
-do; the paper is about grey images.
+K2 = 0.03, range 255, averaged over all windows inside the image. The paper is
+for gray images; for RGB the SSIM of the channels is averaged, as in
+scikit-image.
 """
 
 import numpy as np
@@ -19,14 +19,14 @@ _RADIUS = WINDOW // 2
 _SIGMA = 1.5
 _C1 = (0.01 * 255) ** 2
 _C2 = (0.03 * 255) ** 2
-# Images as float64 at a time; five maps of each are held.
+# Images converted to float64 at a time; each needs five maps of its size.
 _BLOCK_SIZE = 64
 
 
 def structural_similarity(
   original_uint8: np.ndarray, reconstruction_uint8: np.ndarray
 ) -> np.ndarray:
-  """Mean structural similarity of each pair.
+  """Computes the mean SSIM of each pair of images.
 
   Args:
     original_uint8: uint8 [n, H, W, C], n >= 1, H and W of 11 or more.
@@ -36,18 +36,18 @@ def structural_similarity(
     float64 [n] in [-1, 1]; 1 for equal images.
 
   Raises:
-    UserError: other dtypes or shapes, or images smaller than the window.
+    UserError: wrong dtypes or shapes, or images smaller than the window.
   """
   original, reconstruction = pairs(original_uint8, reconstruction_uint8)
   if original.ndim != 4:
     raise UserError(
-      f"images have shape {original.shape}, expected [n, H, W, C]: pass a batch"
+      f"images: got shape {original.shape}, expected [n, H, W, C]; pass a batch"
     )
   _, height, width, _ = original.shape
   if min(height, width) < WINDOW:
     raise UserError(
-      f"images are {height} x {width}, expected {WINDOW} x {WINDOW} or more "
-      "for the window of SSIM: use the error per pixel for such small images"
+      f"images: got {height} x {width} pixels, expected {WINDOW} x {WINDOW} or "
+      "more for the window of SSIM; use the MSE for smaller images"
     )
   starts = range(0, len(original), _BLOCK_SIZE)
   parts = (slice(start, start + _BLOCK_SIZE) for start in starts)
@@ -58,7 +58,7 @@ def structural_similarity(
 
 
 def _local_mean(images: np.ndarray) -> np.ndarray:
-  """Weighted means of all whole windows, [n, H - 10, W - 10, C]."""
+  """Gaussian-weighted means of all complete windows, [n, H - 10, W - 10, C]."""
   for axis in (1, 2):
     images = scipy.ndimage.gaussian_filter1d(
       images, _SIGMA, axis, radius=_RADIUS
@@ -68,7 +68,7 @@ def _local_mean(images: np.ndarray) -> np.ndarray:
 
 
 def _similarity(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Equation 13, averaged over windows and channels."""
+  """SSIM (equation 13), averaged over windows and channels, [n]."""
   x, y = x.astype(np.float64), y.astype(np.float64)
   mean_x, mean_y = _local_mean(x), _local_mean(y)
   variance_x = _local_mean(x * x) - mean_x**2

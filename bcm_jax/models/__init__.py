@@ -1,1 +1,1 @@
-"""Networks as Flax Linen modules. Imports nothing of ours but models."""
+"""Generators, discriminators and feature networks as Flax modules."""

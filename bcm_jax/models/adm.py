@@ -1,15 +1,15 @@
-"""The ADM U-Net in the forms that consistency methods train on ImageNet-64.
+"""ADM U-Net (Dhariwal & Nichol, 2021) with a time embedding of the end level.
 
-Dhariwal & Nichol (2021), with the changes of Li & He (BCM, 2024): additive or
-scale-shift conditioning, normalised QKV, dropout at low resolutions only and a
-second time branch for the end level u; and CTM's end level in every block
-(Kim et al., 2024). Sub-modules carry the names of the published state dicts
-(`input_blocks.4.0.in_layers.2` is `input_blocks_4_0/in_layers_2` here), so that
-weights convert by renaming.
+Includes the variants of BCM (Li & He, 2024): additive or scale-shift
+conditioning, QKV normalization, dropout only at low resolutions, and a second
+time embedding for the end level u; and of CTM (Kim et al., 2024): the embedding
+of u enters every residual block. Sub-module names follow the published state
+dicts (`input_blocks.4.0.in_layers.2` is `input_blocks_4_0/in_layers_2`), so
+that weights are converted by renaming.
 
-EDM's DhariwalUNet (Karras et al., 2022) is the same function under other
-names, `DHARIWAL` its settings: 250 ln t becomes ln(t) / 4, groups have at least
-four channels, and labels of the augmentation come in beside the noise level.
+EDM's DhariwalUNet (Karras et al., 2022) computes the same function with the
+settings `DHARIWAL`: c_noise is ln(t) / 4 instead of 250 ln t, groups have at
+least four channels, and augmentation labels are added to the noise embedding.
 """
 
 from typing import Any, Literal
@@ -27,13 +27,18 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class ResBlock(nn.Module):
-  """GN-SiLU-conv, embedding, GN-SiLU-dropout-conv(0), plus the skip.
+  """Residual block of ADM (BigGAN residual block).
+
+  GN, SiLU, conv; the embedding; GN, SiLU, dropout, zero-initialized conv; skip.
 
   Attributes:
-    features: output channels.
-    resample: None, 'down' (2x2 mean) or 'up' (nearest x2) of both paths.
-    scale_shift: condition by GN(h) * (1 + scale) + shift instead of by adding.
-    groups: most groups of a norm, fewest channels of a group.
+    features: number of output channels.
+    dropout: dropout rate.
+    resample: None, 'down' (2x2 mean) or 'up' (nearest neighbor), in both paths.
+    scale_shift: condition by GN(h) * (1 + scale) + shift; False adds the
+      embedding.
+    groups: (maximum number of groups, minimum channels per group).
+    dtype: dtype of the convolutions; None follows input and parameters.
   """
 
   features: int
@@ -73,7 +78,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-  """3x3 convolution of stride 2, where resblock_updown is off."""
+  """Downsampling without resblock_updown: 3x3 convolution with stride 2."""
 
   dtype: Dtype | None = None
 
@@ -85,7 +90,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-  """Nearest x2, then a 3x3 convolution, where resblock_updown is off."""
+  """Upsampling without resblock_updown: nearest neighbor, 3x3 convolution."""
 
   dtype: Dtype | None = None
 
@@ -97,37 +102,39 @@ class Upsample(nn.Module):
 
 
 class ADM(nn.Module):
-  """The ADM U-Net F(x, c_noise, c_noise_end, labels).
+  """ADM U-Net F(x, c_noise, c_noise_end, labels).
 
   Attributes:
-    model_channels: channels at full resolution; 192 on ImageNet-64.
-    out_channels: channels of the output, those of the image.
-    channel_mult: width of each level, in model_channels.
-    num_res_blocks: residual blocks a level (the decoder has one more).
-    attention_resolutions: resolutions (pixels a side) that get attention.
-    num_head_channels: channels a head; None takes num_heads heads instead.
-    num_classes: classes of the label embedding; None is unconditional.
-    two_time: second time branch for the end level. False is the plain
-      consistency model or denoiser.
-    end_branch: where that branch goes: 'align' mixes it with the first by a
-      bias-free layer (BCM), 'blocks' adds it in every residual block (CTM).
-    augment_dim: width of EDM's augmentation labels; 0 for none.
-    resblock_updown: resample inside residual blocks, not by convolutions.
-    use_scale_shift_norm: scale-shift conditioning (OpenAI's CM) instead of
-      additive (iCT and BCM).
-    qkv_norm: normalise q, k, v (stabilises consistency training).
-    dropout: dropout above `dropout_resolution`.
-    low_res_dropout: dropout at and below it; None is `dropout` everywhere. A
-      resampling block counts to the level it leaves.
-    num_groups: groups of every GroupNorm; 32 in the published networks.
-      A width of num_groups leaves one channel a group, whose norm wipes out
-      an additive embedding: small networks need fewer groups.
-    min_group_channels: fewest channels of a group, at the cost of groups.
+    model_channels: base width; 192 for ImageNet-64.
+    out_channels: number of output channels.
+    channel_mult: width of each level, in units of model_channels.
+    num_res_blocks: residual blocks per level (one more in the decoder).
+    attention_resolutions: resolutions in pixels with attention.
+    num_head_channels: channels per attention head; None uses num_heads.
+    num_heads: number of attention heads if num_head_channels is None.
+    num_classes: number of classes; None is unconditional.
+    two_time: add a time embedding for the end level u (BCM, CTM). False for a
+      denoiser or a consistency model.
+    end_branch: how the embedding of u is combined: 'align' by a bias-free dense
+      layer with that of t (BCM), 'blocks' in every residual block (CTM).
+    augment_dim: size of EDM's augmentation labels; 0 disables them.
+    resblock_updown: resample inside residual blocks; False uses convolutions.
+    use_scale_shift_norm: scale-shift conditioning (OpenAI's CM); False is
+      additive (iCT, BCM).
+    qkv_norm: normalize q, k and v, which stabilizes consistency training.
+    dropout: dropout rate above `dropout_resolution`.
+    low_res_dropout: dropout rate at and below `dropout_resolution`; None uses
+      `dropout` everywhere. Resampling blocks belong to their input level.
+    dropout_resolution: resolution in pixels, see `low_res_dropout`.
+    num_groups: groups of every GroupNorm; 32 in the published networks. With
+      one channel per group, GroupNorm removes an additive embedding, so small
+      networks need fewer groups.
+    min_group_channels: minimum channels per group; reduces the groups.
     dtype: dtype of the convolutions in the torso (bfloat16 on accelerators);
-      None follows input and parameters. Embeddings, norms' statistics,
-      softmax and the head stay in float32 or wider.
-    attention: implementation of attention in bfloat16.
-    remat: recompute residual blocks in the backward pass, to save memory.
+      None follows input and parameters. Embeddings, norm statistics, softmax
+      and the head use at least float32.
+    attention: attention implementation for bfloat16.
+    remat: recompute residual blocks in the backward pass to save memory.
   """
 
   model_channels: int = 192
@@ -153,13 +160,17 @@ class ADM(nn.Module):
   attention: layers.Attention = "xla"
   remat: bool = False
 
-  # The second branch's layers by those of the first, and the align layer.
+  # {layer of the end-level embedding: layer of the first}, and the align layer.
   SECOND_TIME = {f"time_embed_end_{k}": f"time_embed_{k}" for k in "02"}
   ALIGN = "time_embed_align"
 
   @staticmethod
-  def probe(tree):
-    """Of a tree like its parameters, the last block's second convolution."""
+  def last_layer(tree):
+    """Returns the last-layer kernel for CTM's adaptive weights.
+
+    The second convolution of the last residual block, from parameters or
+    gradients.
+    """
     blocks = [k for k in tree if k.startswith("output_blocks_")]
     last = max(int(k.split("_")[2]) for k in blocks)
     return tree[f"output_blocks_{last}_0"]["out_layers_3"]["kernel"]
@@ -174,28 +185,17 @@ class ADM(nn.Module):
       dropout_keys: jax.Array | None = None,
       augment_labels: jax.Array | None = None,
   ) -> jax.Array:
-    """Evaluates the raw network.
-
-    Args:
-      x: [B, H, W, C] scaled image c_in(t) x_t.
-      c_noise: [B] conditioning value of the start level t.
-      c_noise_end: [B] that of the end level u; needed iff two_time.
-      labels: [B] int classes, -1 for none; needed iff num_classes.
-      dropout_keys: [B] keys, one an example; None switches dropout off.
-      augment_labels: [B, augment_dim]; None is all zero, no augmentation.
+    """Evaluates the raw network; arguments as in layers.check_inputs.
 
     Returns:
       [B, H, W, out_channels], float32 or wider.
-
-    Raises:
-      ValueError: for an input that does not fit the attributes.
     """
     layers.check_inputs(self, x, c_noise_end, labels, augment_labels)
     emb = self._embedding(c_noise, c_noise_end, labels, augment_labels)
-    wide = layers.at_least_float32(x.dtype)
+    dtype = jnp.promote_types(jnp.float32, x.dtype)
     h = x if self.dtype is None else x.astype(self.dtype)
     h = self._torso(h, emb, dropout_keys)
-    h = nn.silu(layers.group_norm(h.astype(wide), *self._groups, name="out_0"))
+    h = nn.silu(layers.group_norm(h.astype(dtype), *self._groups, name="out_0"))
     return layers.conv(h, self.out_channels, 3, name="out_2", zero=True)
 
   @property
@@ -203,9 +203,9 @@ class ADM(nn.Module):
     return self.num_groups, self.min_group_channels
 
   def _embedding(self, c_noise, c_noise_end, labels, augment_labels):
-    """(emb, emb_end) [B, 4 model_channels], float32 or wider.
+    """Returns (emb, emb_end) [B, 4 model_channels], at least float32.
 
-    emb_end is None unless the end level goes into the blocks on its own.
+    emb_end is None unless end_branch is 'blocks'.
     """
     width = 4 * self.model_channels
 
@@ -226,7 +226,7 @@ class ADM(nn.Module):
       emb_end = branch(c_noise_end, "time_embed_s")
     elif self.two_time:
       both = jnp.concatenate([emb, branch(c_noise_end, "time_embed_end")], -1)
-      # In full precision, so that the start [I | 0] of fine-tuning is exact.
+      # Full precision, so that the initialization [I | 0] is exact.
       emb = layers.linear(
           both, width, name="time_embed_align", use_bias=False,
           precision=_HIGHEST,
@@ -248,7 +248,7 @@ class ADM(nn.Module):
     heads = self.num_heads
     if self.num_head_channels is not None:
       heads = h.shape[-1] // self.num_head_channels
-    if not heads:  # Narrower than a head: no attention, as in EDM.
+    if not heads:  # Narrower than one head: no attention, as in EDM.
       return h
     return layers.AttentionBlock(
         heads, self._groups, self.qkv_norm, self.dtype, self.attention,
@@ -256,20 +256,23 @@ class ADM(nn.Module):
     )(h)
 
   def _torso(self, h, emb, dropout_keys):
-    """Encoder, middle and decoder: [B,H,W,C] -> [B,H,W,model_channels]."""
+    """Applies encoder, middle block and decoder.
+
+    [B, H, W, C] -> [B, H, W, model_channels].
+    """
     skips = self._encoder(h, emb, dropout_keys)
     h = skips[-1]
     size = h.shape[1]
-    for part in ("0", "1", "2"):
-      name = f"middle_block_{part}"
-      if part == "1":
+    for index in ("0", "1", "2"):
+      name = f"middle_block_{index}"
+      if index == "1":
         h = self._attend(h, name)
       else:
         h = self._res(h, emb, dropout_keys, h.shape[-1], size, name)
     return self._decoder(h, skips, emb, dropout_keys)
 
   def _encoder(self, h, emb, dropout_keys):
-    """Outputs of all input blocks, first to last."""
+    """Returns the outputs of all input blocks, first to last."""
     size = h.shape[1]
     h = layers.conv(
         h, self.model_channels * self.channel_mult[0], 3,
@@ -299,7 +302,7 @@ class ADM(nn.Module):
     return skips
 
   def _decoder(self, h, skips, emb, dropout_keys):
-    """Consumes the encoder's outputs last to first."""
+    """Applies the decoder; skips are used from last to first."""
     size, skips, index = h.shape[1], list(skips), 0
     for level, mult in reversed(list(enumerate(self.channel_mult))):
       for block in range(self.num_res_blocks + 1):
@@ -326,7 +329,7 @@ class ADM(nn.Module):
     return self.low_res_dropout if low else self.dropout
 
 
-# EDM's DhariwalUNet on ImageNet-64; its conditioning value is ln(t) / 4.
+# Settings of EDM's DhariwalUNet for ImageNet-64, with c_noise = ln(t) / 4.
 DHARIWAL = dict(
     attention_resolutions=(32, 16, 8), use_scale_shift_norm=True,
     qkv_norm=False, min_group_channels=4, dropout=0.1,

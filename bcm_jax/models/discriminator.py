@@ -1,8 +1,9 @@
-"""Heads that tell real features of a U-Net's encoder from generated ones.
+"""GAN discriminator heads on the encoder features of a U-Net.
 
-A head a level: 4x4 convolutions of stride 2 with norm and SiLU down to 4x4, one
-of 4x4 without padding, and a last 1x1 to a logit; the head of DMD2 (Yin et al.,
-2024, appendix F). On small features, fewer halvings and a smaller last kernel.
+One head per level, as in DMD2 (Yin et al., 2024, appendix F): 4x4 convolutions
+with stride 2, norm and SiLU down to 4x4, a 4x4 convolution without padding, and
+a 1x1 convolution to one logit. Small features use fewer strided convolutions
+and a smaller last kernel.
 """
 
 from collections.abc import Sequence
@@ -11,50 +12,51 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bcm_jax.models import dtypes
 from bcm_jax.models import layers
 
-# Sides of the features that the last convolution takes at a time.
+# Maximum kernel size of the last convolution.
 _LAST = 4
 _GROUPS = 32
 _MIN_GROUP_CHANNELS = 4
 
 
 class Head(nn.Module):
-  """One logit an image, of features of one level.
+  """Discriminator head on the features of one level.
 
   Attributes:
-    features: channels inside; None is those of the input.
+    features: hidden channels; None uses those of the input.
   """
 
   features: int | None = None
 
   @nn.compact
   def __call__(self, h: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B]."""
+    """Computes logits [B] of features [B, H, W, C]."""
     width = self.features or h.shape[-1]
-    h = h.astype(layers.at_least_float32(h.dtype))
+    h = dtypes.at_least_float32(h)
 
     def norm(h, name):
       return nn.silu(layers.group_norm(
           h, _GROUPS, _MIN_GROUP_CHANNELS, name=name
       ))
 
-    number = 0
+    index = 0
     while min(h.shape[1:3]) > _LAST:
-      h = nn.Conv(width, (4, 4), 2, ((1, 1), (1, 1)), name=f"conv{number}")(h)
-      h = norm(h, f"norm{number}")
-      number += 1
+      h = nn.Conv(width, (4, 4), 2, ((1, 1), (1, 1)), name=f"conv{index}")(h)
+      h = norm(h, f"norm{index}")
+      index += 1
     h = nn.Conv(width, h.shape[1:3], padding="VALID", name="last")(h)
     h = norm(h, "last_norm")
     return nn.Conv(1, (1, 1), name="logit")(h)[:, 0, 0, 0]
 
 
 class Heads(nn.Module):
-  """Heads on several levels.
+  """Discriminator heads on several levels.
 
   Attributes:
-    levels: which of an encoder's levels, 0 the finest; empty is all.
-    features: see Head.
+    levels: indices of encoder levels, 0 is the finest; empty selects all.
+    features: hidden channels, see `Head`.
   """
 
   levels: tuple[int, ...] = ()
@@ -62,8 +64,12 @@ class Heads(nn.Module):
 
   @nn.compact
   def __call__(self, encoder: Sequence[jax.Array]) -> jax.Array:
-    """Features [B, H, W, C] of all levels, fine to coarse -> [B, levels]."""
-    chosen = self.levels or range(len(encoder))
+    """Computes logits [B, levels] of encoder features.
+
+    Args:
+      encoder: features [B, H, W, C] of all levels, fine to coarse.
+    """
+    levels = self.levels or range(len(encoder))
     return jnp.stack([
-        Head(self.features, name=f"level{i}")(encoder[i]) for i in chosen
+        Head(self.features, name=f"level{i}")(encoder[i]) for i in levels
     ], axis=-1)

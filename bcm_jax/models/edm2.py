@@ -1,15 +1,15 @@
-"""The magnitude-preserving U-Net of EDM2 (configuration G).
+"""Magnitude-preserving U-Net of EDM2 (configuration G).
 
 Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
-Models" (2024), section 2 and appendix B. No layer has a bias, no norm has
-statistics over positions: every operation keeps the expected magnitude of what
-passes, and kernels are normalised as they are used. Sub-modules carry the names
-of the published state dicts (`unet.enc.64x64_block0.conv_res0.weight` is
-`enc_64x64_block0/conv_res0/kernel` here), so that weights convert by renaming;
-queries, keys and values alone change places, see `Block`.
+Models" (2024), section 2 and appendix B. Every operation preserves the expected
+magnitude of its input, kernels are normalized in the forward pass, and there
+are no biases and no group norms. Sub-module names follow the published state
+dicts (`unet.enc.64x64_block0.conv_res0.weight` is
+`enc_64x64_block0/conv_res0/kernel`), so that weights are converted by renaming;
+only the order of queries, keys and values differs, see `Block`.
 
-Training has one duty that a loss cannot see: `normalize_weights` after every
-step of the optimiser. Without it kernels grow and the effective learning rate
+Training must call `normalize_weights` after every optimizer step (forced weight
+normalization). Otherwise the kernels grow and the effective learning rate
 decays.
 """
 
@@ -26,20 +26,19 @@ from bcm_jax.models import resampling
 
 
 def normalize_weights(params: Any) -> Any:
-  """Forced weight normalisation: every kernel back to unit RMS an output.
+  """Forced weight normalization: scales kernels to unit RMS per output channel.
 
-  To be applied after every step of the optimiser, never to averages of
-  parameters (eq. 66). It hardly changes the network, which normalises
-  its kernels anyway (up to 1e-4 of them), but keeps kernels where a step of the
-  optimiser has the size it is meant to have.
+  Apply it after every optimizer step, never to averaged parameters (eq. 66).
+  The network output hardly changes (about 1e-4), because the forward pass
+  normalizes kernels too; it prevents a decay of the effective learning rate.
 
   Args:
-    params: parameters of an `EDM2`, or any tree that holds them. Kernels are
-      the leaves named 'kernel'; gains (emb_gain, out_gain) and the constants
-      of the Fourier features have other names and pass.
+    params: parameters of an `EDM2`, or a tree that contains them. Normalizes
+      the leaves named 'kernel'; gains (emb_gain, out_gain) and the constants of
+      the Fourier features are unchanged.
 
   Returns:
-    A tree of the same structure, shapes and dtypes.
+    A tree with the same structure, shapes and dtypes.
   """
 
   def one(path, leaf):
@@ -54,23 +53,23 @@ def normalize_weights(params: Any) -> Any:
 
 
 class Block(nn.Module):
-  """Encoder or decoder block: residual branch, then attention.
+  """Encoder or decoder block: residual branch, then self-attention.
 
-  The encoder's block widens its input first and normalises every pixel; the
-  decoder's widens the skip alone. Channels of attn_qkv are thirds [Q | K | V],
-  head-major inside each. In the published checkpoints they are
-  (head, channel, qkv): the triple lies innermost.
+  An encoder block applies conv_skip to its input and normalizes every pixel
+  (pixel norm); a decoder block applies conv_skip only to the skip path. The
+  channels of attn_qkv are thirds [Q | K | V], head-major within each; in the
+  published checkpoints their order is (head, channel, qkv).
 
   Attributes:
-    features: output channels.
-    decoder: the decoder's flavour.
-    resample: None, 'down' (2x2 mean) or 'up' (nearest x2) of the input.
-    num_heads: heads of attention over positions; 0 is none.
-    dropout: rate, in the middle of the residual branch.
-    res_balance: share of the residual branch.
-    attn_balance: share of attention.
-    clip_act: bound of the output's absolute value; None does not clip.
-    attention: implementation of attention in bfloat16.
+    features: number of output channels.
+    decoder: decoder block; False is an encoder block.
+    resample: None, 'down' (2x2 mean) or 'up' (nearest neighbor) of the input.
+    num_heads: number of attention heads; 0 disables attention.
+    dropout: dropout rate in the residual branch.
+    res_balance: weight of the residual branch, in [0, 1].
+    attn_balance: weight of attention, in [0, 1].
+    clip_act: bound of the absolute output; None does not clip.
+    attention: attention implementation for bfloat16.
   """
 
   features: int
@@ -112,40 +111,40 @@ class Block(nn.Module):
     b, h, w, c = x.shape
     qkv = mp_layers.MPConv(3 * c, 1, name="attn_qkv")(x)
     qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
-    qkv = layers.unit_rms(qkv)  # The values too.
+    qkv = layers.unit_rms(qkv)  # EDM2 normalizes v as well.
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     y = layers.attention(q, k, v, self.attention)
     return mp_layers.MPConv(c, 1, name="attn_proj")(y.reshape(x.shape))
 
 
 class EDM2(nn.Module):
-  """EDM2's U-Net F(x, c_noise, labels) and its log-variance head.
+  """EDM2 U-Net F(x, c_noise, labels) with a log-variance head.
 
-  The published sizes have model_channels of 64 (XXS), 128 (XS), 192 (S),
-  256 (M), 320 (L), 384 (XL) and 448 (XXL) with all else as by default.
+  The published sizes use model_channels of 64 (XXS), 128 (XS), 192 (S),
+  256 (M), 320 (L), 384 (XL) and 448 (XXL), and the defaults otherwise.
 
   Attributes:
-    model_channels: channels at full resolution; 192 is EDM2-S.
-    out_channels: channels of the output, those of the image.
-    channel_mult: width of each level, in model_channels.
-    num_res_blocks: blocks a level (the decoder has one more).
-    attention_resolutions: resolutions (pixels a side) that get attention, as
-      the first block of the decoder always does.
-    num_head_channels: channels a head, rounded to a whole number of heads;
-      levels narrower than one head go without attention.
-    num_classes: classes of the label embedding; None is unconditional.
-    label_balance: share of the label in the embedding.
-    concat_balance: share of the skip connections in the decoder's inputs.
-    res_balance: share of the residual branches.
-    attn_balance: share of attention.
-    clip_act: bound of activations; None does not clip.
-    dropout: rate in every block.
+    model_channels: base width; 192 is EDM2-S.
+    out_channels: number of output channels.
+    channel_mult: width of each level, in units of model_channels.
+    num_res_blocks: blocks per level (one more in the decoder).
+    attention_resolutions: resolutions in pixels with attention; the first
+      decoder block always has it.
+    num_head_channels: channels per attention head, rounded to an integer number
+      of heads; levels narrower than one head have no attention.
+    num_classes: number of classes; None is unconditional.
+    label_balance: weight of the label in the embedding.
+    concat_balance: weight of the skip connections in the decoder inputs.
+    res_balance: weight of the residual branches.
+    attn_balance: weight of attention.
+    clip_act: bound of the activations; None does not clip.
+    dropout: dropout rate of every block.
     logvar_channels: Fourier features of the log-variance head.
     dtype: dtype of the torso (bfloat16 on accelerators); None follows the
-      input. Embeddings, the norms of kernels and pixels, softmax and the last
-      convolution stay in float32 or wider.
-    attention: implementation of attention in bfloat16.
-    remat: recompute blocks in the backward pass, to save memory.
+      input. Embeddings, kernel and pixel norms, softmax and the last
+      convolution use at least float32.
+    attention: attention implementation for bfloat16.
+    remat: recompute blocks in the backward pass to save memory.
   """
 
   model_channels: int = 192
@@ -166,11 +165,11 @@ class EDM2(nn.Module):
   attention: layers.Attention = "xla"
   remat: bool = False
 
-  two_time = False  # One noise level: not for jumps to any end level.
+  two_time = False  # One noise level only: not a flow map.
 
   @staticmethod
   def project(params: Any) -> Any:
-    """What must follow every update: `normalize_weights`."""
+    """Projects updated parameters, see `normalize_weights`."""
     return normalize_weights(params)
 
   def setup(self):
@@ -178,15 +177,16 @@ class EDM2(nn.Module):
     self.logvar_linear = mp_layers.MPConv(1)
 
   def logvar(self, c_noise: jax.Array) -> jax.Array:
-    """Log-variance u(sigma) of the loss, for training only (eq. 21).
+    """Computes the log-variance u(sigma) of the loss, for training (eq. 21).
 
-    The loss of a pixel is weight / exp(u) * error^2 + u.
+    The loss per pixel is weight / exp(u) * error^2 + u. Call it with
+    `apply(..., method='logvar')`.
 
     Args:
-      c_noise: [B] conditioning value ln(sigma) / 4.
+      c_noise: [B] noise conditioning ln(sigma) / 4.
 
     Returns:
-      [B], float32 or wider. `apply` it by method='logvar'.
+      [B], at least float32.
     """
     return self.logvar_linear(self.logvar_fourier(c_noise))[:, 0]
 
@@ -203,44 +203,44 @@ class EDM2(nn.Module):
 
     Args:
       x: [B, H, W, C] scaled image c_in(t) x_t.
-      c_noise: [B] conditioning value ln(sigma) / 4 of the level t.
-      c_noise_end: None; the network has one level.
-      labels: needed iff num_classes. [B] int classes, of which -1 (and any
-        other outside 0 .. num_classes - 1) is no class; or [B, num_classes]
-        weights of classes, one-hot as a rule.
-      dropout_keys: [B] keys, one an example; None switches dropout off.
+      c_noise: [B] noise conditioning ln(t) / 4.
+      c_noise_end: must be None; the network has one noise level.
+      labels: required iff num_classes. [B] int class labels, where -1 (or any
+        value outside 0 .. num_classes - 1) is no class; or class weights
+        [B, num_classes], usually one-hot.
+      dropout_keys: [B] PRNG keys, one per example; None disables dropout.
 
     Returns:
-      [B, H, W, out_channels], float32 or wider; 0 at the start.
+      [B, H, W, out_channels], at least float32; 0 at initialization.
 
     Raises:
-      ValueError: for an input that does not fit the attributes, or widths
-        that do not divide into heads.
+      ValueError: the inputs do not match the attributes, or a width is not a
+        multiple of the number of heads.
     """
     self._check(x, c_noise_end, labels)
     if self.is_initializing():
-      self.logvar(c_noise)  # So that `init` makes its parameters too.
+      self.logvar(c_noise)  # Creates its parameters in `init`.
     emb = self._embedding(c_noise, labels)
-    wide = layers.at_least_float32(x.dtype)
+    dtype = jnp.promote_types(jnp.float32, x.dtype)
     h = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-    h = h.astype(wide if self.dtype is None else self.dtype)
+    h = h.astype(dtype if self.dtype is None else self.dtype)
     skips = self._encoder(h, emb, dropout_keys)
-    h = self._decoder(skips, emb, dropout_keys).astype(wide)
+    h = self._decoder(skips, emb, dropout_keys).astype(dtype)
     gain = self.param("out_gain", nn.initializers.zeros_init(), ())
     return mp_layers.MPConv(self.out_channels, 3, name="out_conv")(h, gain)
 
   def _check(self, x, c_noise_end, labels):
     if c_noise_end is not None:
-      raise ValueError("EDM2 has one noise level; c_noise_end must be None")
+      raise ValueError("c_noise_end: got an array, expected None with EDM2")
     layers.check_inputs(self, x, c_noise_end, labels)
     if labels is not None and labels.shape[1:] not in ((), (self.num_classes,)):
       raise ValueError(
-        f"labels of shape {labels.shape}; expected [B] classes or "
-        f"[B, {self.num_classes}] weights"
+        f"labels: got shape {labels.shape}, expected [B] class labels or "
+        f"[B, {self.num_classes}] class weights"
       )
 
   def _embedding(self, c_noise, labels):
-    """Embedding [B, widest level] of level and class, float32 or wider."""
+    """Returns the embedding [B, maximum width] of noise level and class."""
     width = self.model_channels * max(self.channel_mult)
     features = self.model_channels * self.channel_mult[0]
     emb = mp_layers.MPFourier(features, name="emb_fourier")(c_noise)
@@ -254,7 +254,7 @@ class EDM2(nn.Module):
     return mp_layers.silu(emb)
 
   def _block(self, h, emb, keys, part, features, attend=False, resample=None):
-    """One block of 'enc' or 'dec', named by the resolution it works at."""
+    """Applies one block, named by its output resolution."""
     size = h.shape[1]
     if resample:
       size = size // 2 if resample == "down" else size * 2
@@ -265,8 +265,9 @@ class EDM2(nn.Module):
     heads = features // self.num_head_channels if attend else 0
     if heads and features % heads:
       raise ValueError(
-        f"{features} channels at {size}x{size} do not divide into {heads} "
-        f"heads, as num_head_channels={self.num_head_channels} asks"
+        f"num_head_channels: got {self.num_head_channels} ({heads} heads), "
+        f"expected heads that divide the {features} channels at {size}x{size}; "
+        "change it"
       )
     block = nn.remat(Block) if self.remat else Block
     return block(
@@ -283,7 +284,7 @@ class EDM2(nn.Module):
     )(h, emb, keys)
 
   def _encoder(self, h, emb, keys):
-    """Outputs of all blocks of the encoder, first to last."""
+    """Returns the outputs of all encoder blocks, first to last."""
     size = h.shape[1]
     width = self.model_channels * self.channel_mult[0]
     skips = [mp_layers.MPConv(width, 3, name=f"enc_{size}x{size}_conv")(h)]
@@ -303,7 +304,7 @@ class EDM2(nn.Module):
     return skips
 
   def _decoder(self, skips, emb, keys):
-    """Consumes the encoder's outputs last to first."""
+    """Applies the decoder; skips are used from last to first."""
     h, skips = skips[-1], list(skips)
     for level, mult in reversed(list(enumerate(self.channel_mult))):
       width = h.shape[-1]

@@ -1,10 +1,12 @@
-"""Embeddings of noise levels."""
+"""Noise level embeddings."""
 
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from bcm_jax.models import dtypes
 
 
 def sinusoidal_embedding(
@@ -13,39 +15,40 @@ def sinusoidal_embedding(
     max_period: float = 10_000.0,
     endpoint: bool = False,
 ) -> jax.Array:
-  """Sinusoidal embedding in ADM's order: cosines first, then sines.
+  """Computes the sinusoidal embedding in ADM's order: cosines, then sines.
 
-  Frequencies are max_period^(-k / (dim // 2)), k = 0 .. dim // 2 - 1. The
-  arguments reach about 1500 radians, so this is never computed below float32.
+  The frequencies are max_period^(-k / (dim // 2)), k = 0 .. dim // 2 - 1. The
+  angles reach about 1500 radians and need at least float32.
 
   Args:
-    c_noise: [B] conditioning value of the noise level.
-    dim: width; an odd width gets one zero column.
+    c_noise: [B] noise conditioning.
+    dim: embedding size; an odd size is padded with one zero.
+    max_period: inverse of the lowest frequency.
     endpoint: divide k by dim // 2 - 1, so that the last frequency is exactly
       1 / max_period (DDPM++).
 
   Returns:
-    [B, dim], float32 or wider.
+    [B, dim], at least float32.
   """
-  dtype = jnp.promote_types(jnp.float32, c_noise.dtype)
+  c_noise = dtypes.at_least_float32(c_noise)
   half = dim // 2
-  last = half - 1 if endpoint else half
+  divisor = half - 1 if endpoint else half
   frequencies = jnp.exp(
-      -math.log(max_period) * jnp.arange(half, dtype=dtype) / last
+      -math.log(max_period) * jnp.arange(half, dtype=c_noise.dtype) / divisor
   )
-  angles = c_noise.astype(dtype)[:, None] * frequencies[None]
+  angles = c_noise[:, None] * frequencies[None]
   embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
   return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
 class Fourier(nn.Module):
-  """Random Fourier features [B, dim]: cosines first, then sines.
+  """Random Fourier features [B, dim]: cosines, then sines.
 
-  The frequencies are drawn once and never trained; they are parameters only so
-  that a checkpoint carries them.
+  The frequencies are constant; they are parameters so that checkpoints contain
+  them.
 
   Attributes:
-    dim: width, even.
+    dim: embedding size, even.
     scale: standard deviation of the frequencies.
   """
 
@@ -59,6 +62,6 @@ class Fourier(nn.Module):
             "freqs", nn.initializers.normal(self.scale), (self.dim // 2,)
         )
     )
-    dtype = jnp.promote_types(jnp.float32, c_noise.dtype)
-    angles = 2 * math.pi * c_noise.astype(dtype)[:, None] * frequencies[None]
+    c_noise = dtypes.at_least_float32(c_noise)
+    angles = 2 * math.pi * c_noise[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

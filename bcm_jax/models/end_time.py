@@ -1,32 +1,35 @@
-"""Starts a two-time network from a one-time network."""
+"""Initialization of flow-map networks from one-time networks."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 
 def add_second_time(network: nn.Module, one_time: dict, fresh: dict) -> dict:
-  """Parameters of a two-time network that start as a one-time network.
+  """Initializes BCM's two-time network from a one-time network.
 
-  The second branch starts as a copy of the first and the align layer as
-  [I | 0], so that the network output does not change and does not depend on
-  the end level (Li & He, cm_train.py).
+  The end-level embedding is a copy of the first and the align layer is [I | 0],
+  so that the network output is unchanged and does not depend on the end level
+  (Li & He, 2024, cm_train.py).
 
   Args:
-    network: names its layers: SECOND_TIME, {layer of the second branch: layer
-      of the first}, and ALIGN.
+    network: module with SECOND_TIME, {layer of the end-level embedding: layer
+      of the first}, and ALIGN, the align layer.
     one_time: parameters of the same network with two_time=False.
-    fresh: parameters of the network with two_time=True; gives the align
-      layer's size and dtype.
+    fresh: initialized parameters with two_time=True; defines shape and dtype of
+      the align layer.
+
+  Returns:
+    Parameters of the two-time network.
 
   Raises:
-    ValueError: if one_time lacks the first branch.
+    ValueError: `one_time` has no time embedding of this network.
   """
   params = dict(one_time)
   for second, first in network.SECOND_TIME.items():
     if first not in one_time:
       raise ValueError(
-          f"the parameters have no {first!r}: they are of another network "
-          f"than {type(network).__name__}"
+          f"one_time: {first!r} is missing, expected parameters of "
+          f"{type(network).__name__}"
       )
     params[second] = one_time[first]
   align = fresh[network.ALIGN]["kernel"]
@@ -35,22 +38,26 @@ def add_second_time(network: nn.Module, one_time: dict, fresh: dict) -> dict:
   return params
 
 
-# Last layers of CTM's branch, one in every block.
+# Last layer of CTM's end-level embedding in every block.
 _END_PROJECTIONS = ("affine_s", "emb_layers_s_1")
 
 
 def add_end(one_time: dict, fresh: dict, zero: bool) -> dict:
-  """Parameters of a network with end levels in its blocks, from one without.
+  """Initializes CTM's two-time network from a one-time network.
 
-  What both have is taken over, the branch of the end level stays fresh (Kim et
-  al., CTM, cm_train.py); labels of an augmentation are left out. A network that
-  has the branch is taken as it is.
+  Copies the shared parameters and keeps the initialization of the end-level
+  embedding (Kim et al., 2024, cm_train.py); the layer of the augmentation
+  labels is dropped. Parameters that include the embedding are returned
+  unchanged.
 
   Args:
     one_time: parameters of the same network with two_time=False.
-    fresh: parameters of the network with end_branch='blocks'.
-    zero: start the branch's last layers at 0, so that the network output does
-      not change and does not depend on the end level.
+    fresh: initialized parameters with end_branch='blocks'.
+    zero: set the last layers of the end-level embedding to 0, so that the
+      network output is unchanged and does not depend on the end level.
+
+  Returns:
+    Parameters of the two-time network.
   """
   if _has_end(one_time):
     return one_time

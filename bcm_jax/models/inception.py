@@ -1,12 +1,12 @@
-"""Inception-v3 as the Frechet inception distance uses it.
+"""Inception-v3 for the Frechet inception distance (FID).
 
-Szegedy et al. (2016), with the weights and the quirks of TensorFlow's graph
-inception-2015-12-05: averages leave the padding out, the last block takes the
-maximum, batch normalisation has an epsilon of 1e-3, and there are 1008
-classes. Sub-modules carry torchvision's names, as pytorch-fid's weights do.
+Szegedy et al. (2016), with the differences of TensorFlow's graph
+inception-2015-12-05: average pooling excludes the padding, the last block uses
+max pooling, batch normalization has an epsilon of 1e-3, and there are 1008
+classes. Sub-module names follow torchvision and pytorch-fid's weights.
 
-Convolutions and pools are written for XLA on CPUs, where the plain forms are
-two to five times slower: see `_convolve` and `_windows`.
+Convolutions and pooling are written for XLA on CPUs, where the standard
+operations are two to five times slower: see `_convolve` and `_windows`.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bcm_jax.models import layers
+from bcm_jax.models import dtypes
 
 IMAGE_SIZE = 299
 CLASSES = 1008
@@ -29,15 +29,15 @@ _SPATIAL_CHANNELS = 7
 
 
 class Outputs(NamedTuple):
-  """What the network says of B images.
+  """Features and logits of B images.
 
   Attributes:
-    pooled: [B, 2048], TensorFlow's pool_3: features of the FID.
-    spatial: [B, 2023], features of the sFID: the first 7 channels of
-      TensorFlow's mixed_6/conv, 17 x 17 positions, channels fastest.
+    pooled: [B, 2048], FID features (TensorFlow's pool_3).
+    spatial: [B, 2023], sFID features: the first 7 channels of TensorFlow's
+      mixed_6/conv at 17 x 17 positions, channels last.
     logits: [B, 1008].
-    unbiased_logits: [B, 1008], without the classifier's bias; of the
-      Inception score.
+    unbiased_logits: [B, 1008], logits without the bias of the classifier, for
+      the Inception score.
   """
 
   pooled: jax.Array
@@ -49,7 +49,7 @@ class Outputs(NamedTuple):
 def _convolve(
     x: jax.Array, kernel: jax.Array, stride: int, padding: str
 ) -> jax.Array:
-  """Convolves x [B, H, W, C] with a kernel HWIO."""
+  """Convolves x [B, H, W, C] with a kernel in HWIO layout."""
   if kernel.shape[:2] == (1, 1):
     return jnp.dot(x, kernel[0, 0], precision=_HIGHEST)
   convolve = functools.partial(
@@ -58,18 +58,23 @@ def _convolve(
   )
   if padding == "SAME":
     return convolve(x, padding="SAME")
-  # One more column, dropped at once: XLA's convolution on CPUs takes up to four
-  # times as long without any padding.
+  # Pads one column and drops it: without padding, XLA's convolution on CPUs
+  # takes up to four times as long.
   return convolve(x, padding=((0, 0), (0, stride)))[:, :, :-1]
 
 
 def _windows(
     x: jax.Array, stride: int, padding: float | None = None
 ) -> Iterator[jax.Array]:
-  """The nine shifted images of a 3x3 pool, framed by a value or not at all.
+  """Yields the nine shifted images of 3x3 pooling.
 
-  Element by element over these, a pool is one vectorised loop on CPUs, while
-  lax.reduce_window is none.
+  A pool is an elementwise reduction over these, which XLA vectorizes on CPUs,
+  unlike lax.reduce_window.
+
+  Args:
+    x: [B, H, W, C].
+    stride: stride of the pool.
+    padding: value of a border of one pixel; None for no padding.
   """
   if padding is not None:
     frame = ((0, 0), (1, 1), (1, 1), (0, 0))
@@ -87,7 +92,7 @@ def _max_pool(
 
 
 def _average_pool(x: jax.Array) -> jax.Array:
-  """Means of x over the part of each 3x3 window that lies in the image."""
+  """Applies 3x3 average pooling with stride 1 that excludes the padding."""
   rows, columns = (
       np.convolve(np.ones(size), np.ones(3), "same") for size in x.shape[1:3]
   )
@@ -96,15 +101,15 @@ def _average_pool(x: jax.Array) -> jax.Array:
 
 
 class ConvNorm(nn.Module):
-  """Convolution, batch normalisation by stored statistics, ReLU.
+  """Convolution, batch normalization with stored statistics, ReLU.
 
   Attributes:
-    features: output channels.
-    kernel_size: rows and columns.
-    stride: of both.
+    features: number of output channels.
+    kernel_size: (height, width).
+    stride: stride along both axes.
     padding: 'SAME' or 'VALID'.
-    average: takes 3x3 means first; they come after the convolution, which
-      must be 1x1 and commutes with them, since that has fewer channels.
+    average: precede a 1x1 convolution by 3x3 average pooling. The two commute;
+      pooling is applied to the output, which has fewer channels.
   """
 
   features: int
@@ -134,14 +139,14 @@ class ConvNorm(nn.Module):
 
 
 def _chain(x: jax.Array, prefix: str, *branch) -> jax.Array:
-  """ConvNorms one after another, named prefix_1, prefix_2 ..."""
+  """Applies a sequence of ConvNorms, named prefix_1, prefix_2, ..."""
   for i, (features, *kernel_size) in enumerate(branch, 1):
     x = ConvNorm(features, tuple(kernel_size), name=f"{prefix}_{i}")(x)
   return x
 
 
 class BlockA(nn.Module):
-  """35x35: towers of 1x1, 5x5, two 3x3 and a pool of some features."""
+  """Block at 35x35: 1x1, 5x5 and double 3x3 convolutions, and a pool."""
 
   pool_features: int
 
@@ -156,7 +161,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-  """35x35 to 17x17."""
+  """Downsampling block from 35x35 to 17x17."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -171,13 +176,13 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-  """17x17: 7x7 as rows and columns, of some width inside."""
+  """Block at 17x17: 7x7 convolutions factorized into 1x7 and 7x1."""
 
   width: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the block's output, and its first branch alone."""
+    """Returns (output of the block, output of its first branch)."""
     width = self.width
     first = ConvNorm(192, name="branch1x1")(x)
     return jnp.concatenate([
@@ -190,7 +195,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-  """17x17 to 8x8."""
+  """Downsampling block from 17x17 to 8x8."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -206,7 +211,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-  """8x8: 3x3 as a row beside a column; pools by mean or by maximum."""
+  """Block at 8x8: 3x3 convolutions as parallel 1x3 and 3x1, and a pool."""
 
   pool: Literal["mean", "max"]
 
@@ -226,25 +231,24 @@ class BlockE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-  """The network.
+  """Inception-v3.
 
-  TensorFlow numbers blocks from `mixed` (Mixed_5b here) to `mixed_10`
-  (Mixed_7c), so that `mixed_6/conv` is the first branch of Mixed_6d. The names
-  of the graph's weights say so (torch-fidelity's table of them), and that the
-  features come after the ReLU was shown by a port to PyTorch that takes them
-  there: on ADM's own samples of ImageNet-256 its sFID is 6.14049, where ADM's
-  evaluator gives 6.14043 (README of ADM-evaluation-suite-pytorch; the graph
-  itself was not run against this network).
+  TensorFlow numbers the blocks from `mixed` (Mixed_5b here) to `mixed_10`
+  (Mixed_7c), so `mixed_6/conv` is the first branch of Mixed_6d (see
+  torch-fidelity's table of weight names). The sFID features are taken after the
+  ReLU, as in ADM-evaluation-suite-pytorch, whose README reports sFID 6.14049 on
+  ADM's samples of ImageNet-256 against 6.14043 of ADM's evaluator. The
+  TensorFlow graph was not compared with this network.
   """
 
   @nn.compact
   def __call__(self, x: jax.Array) -> Outputs:
-    """Evaluates the network.
+    """Computes features and logits, in at least float32.
 
     Args:
-      x: [B, 299, 299, 3] in [-1, 1]; computed in float32 or wider.
+      x: [B, 299, 299, 3] in [-1, 1].
     """
-    x = x.astype(layers.at_least_float32(x.dtype))
+    x = dtypes.at_least_float32(x)
     valid = functools.partial(ConvNorm, padding="VALID")
     x = valid(32, (3, 3), stride=2, name="Conv2d_1a_3x3")(x)
     x = valid(32, (3, 3), name="Conv2d_2a_3x3")(x)
@@ -273,7 +277,7 @@ class InceptionV3(nn.Module):
 
 
 class Classifier(nn.Module):
-  """Logits of x [B, C], with and without the bias."""
+  """Dense layer that returns logits of x [B, C] with and without the bias."""
 
   classes: int
 

@@ -1,4 +1,4 @@
-"""Layers shared by the U-Nets: PyTorch's initialisation, norms, attention."""
+"""Layers of the U-Nets: PyTorch initialization, norms, attention, dropout."""
 
 import math
 from typing import Any, Literal
@@ -8,11 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bcm_jax.models import dtypes
+
 Dtype = Any
 Precision = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["xla", "cudnn"]
 
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of torch.nn.Conv2d and Linear.
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as torch.nn.Conv2d and torch.nn.Linear.
 _torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -32,11 +34,6 @@ def _inits(fan_in: int, zero: bool) -> dict[str, Any]:
   return {"kernel_init": _torch_kernel, "bias_init": _torch_bias(fan_in)}
 
 
-def at_least_float32(dtype: Dtype) -> Dtype:
-  """Promotes a dtype to float32 or wider; never casts float64 down."""
-  return jnp.promote_types(jnp.float32, dtype)
-
-
 def conv(
     x: jax.Array,
     features: int,
@@ -47,7 +44,7 @@ def conv(
     zero: bool = False,
     dtype: Dtype | None = None,
 ) -> jax.Array:
-  """Applies an odd-sized convolution with symmetric padding to x [B,H,W,C]."""
+  """Applies a convolution with padding kernel_size // 2 to x [B, H, W, C]."""
   pad = kernel_size // 2
   return nn.Conv(
       features,
@@ -82,15 +79,15 @@ def linear(
 
 
 class GroupNorm(nn.Module):
-  """Group normalisation, statistics in float32 or wider.
+  """Group normalization of x [B, H, W, C] with at least float32 statistics.
 
-  Sums run over positions first and over a group's channels after, so that the
-  long sums stay vectorised over channels.
-  The variance is the two-pass form: E[x^2] - E[x]^2 loses digits where a
-  channel's mean is large against its spread.
+  Reduces over positions first and over the channels of a group second, so that
+  the long sums are vectorized over channels. The variance is computed in two
+  passes, because E[x^2] - E[x]^2 cancels if the mean is large compared with the
+  standard deviation.
 
   Attributes:
-    num_groups: must divide the channels of x [B, H, W, C].
+    num_groups: number of groups, a divisor of the channels.
     epsilon: added to the variance.
   """
 
@@ -102,16 +99,16 @@ class GroupNorm(nn.Module):
     channels = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones_init(), (channels,))
     bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
-    wide = x.astype(at_least_float32(x.dtype))
+    inputs = dtypes.at_least_float32(x)
 
     def group_mean(v):
       v = v.mean(axis=(1, 2)).reshape(len(v), self.num_groups, -1)
       v = jnp.broadcast_to(v.mean(axis=-1, keepdims=True), v.shape)
       return v.reshape(-1, 1, 1, channels)
 
-    centred = wide - group_mean(wide)
-    gain = scale * jax.lax.rsqrt(group_mean(centred**2) + self.epsilon)
-    return (centred * gain + bias).astype(x.dtype)
+    centered = inputs - group_mean(inputs)
+    gain = scale * jax.lax.rsqrt(group_mean(centered**2) + self.epsilon)
+    return (centered * gain + bias).astype(x.dtype)
 
 
 def group_norm(
@@ -125,9 +122,11 @@ def group_norm(
   """Applies `GroupNorm` to x [B, H, W, C].
 
   Args:
-    num_groups: number of groups, fewer where a group would get less than
-      min_channels channels.
-    epsilon: PyTorch's by default.
+    x: [B, H, W, C].
+    num_groups: maximum number of groups.
+    min_channels: minimum channels per group; reduces the number of groups.
+    name: module name.
+    epsilon: added to the variance; the default is PyTorch's.
   """
   groups = min(num_groups, x.shape[-1] // min_channels)
   return GroupNorm(groups, epsilon, name=name)(x)
@@ -136,7 +135,7 @@ def group_norm(
 def label_embedding(
     labels: jax.Array, num_classes: int, width: int, *, name: str
 ) -> jax.Array:
-  """Rows [B, width] of a table; a label below 0 is no class and gives 0."""
+  """Looks up label embeddings [B, width]; 0 for negative labels (no class)."""
   table = nn.Embed(
       num_classes, width, name=name,
       embedding_init=nn.initializers.normal(1.0),
@@ -148,7 +147,7 @@ def label_embedding(
 def augment_embedding(
     labels: jax.Array | None, dim: int, width: int, *, name: str, kernel_init
 ) -> jax.Array:
-  """Projects augmentation labels [B, dim] without a bias; None is all zero."""
+  """Projects augmentation labels [B, dim] without bias; None is all zeros."""
   if labels is None:
     labels = jnp.zeros((1, dim))
   return nn.Dense(
@@ -159,30 +158,47 @@ def augment_embedding(
 def check_inputs(
     network, x, c_noise_end, labels, augment_labels=None
 ) -> None:
-  """Raises ValueError for inputs that contradict a U-Net's attributes."""
+  """Checks the inputs of a U-Net against its attributes.
+
+  Args:
+    network: the U-Net, called as network(x, c_noise, c_noise_end, labels,
+      dropout_keys, augment_labels) with c_noise [B], the conditioning value of
+      the start level t, and dropout_keys, [B] keys, one per example; None
+      disables dropout.
+    x: [B, H, W, C] scaled image c_in(t) x_t.
+    c_noise_end: [B] conditioning value of the end level u; needed iff two_time.
+    labels: [B] int classes, -1 for none; needed iff num_classes.
+    augment_labels: [B, augment_dim]; None is zeros, no augmentation.
+
+  Raises:
+    ValueError: the inputs contradict the attributes.
+  """
   count = len(network.channel_mult) - 1
   if x.shape[1] % 2**count or x.shape[2] % 2**count:
     raise ValueError(
-        f"image of {x.shape[1]}x{x.shape[2]} cannot be halved {count} times; "
-        f"its sides must be multiples of {2**count}, or channel_mult shorter"
+        f"x: got {x.shape[1]}x{x.shape[2]} pixels, which cannot be halved "
+        f"{count} times, expected multiples of {2**count}; shorten channel_mult"
     )
   if network.two_time != (c_noise_end is not None):
-    raise ValueError(f"two_time={network.two_time} contradicts c_noise_end")
+    raise ValueError(
+        "c_noise_end: expected an array if and only if two_time is True, got "
+        f"two_time={network.two_time}"
+    )
   if (network.num_classes is None) != (labels is None):
     raise ValueError(
-        f"num_classes={network.num_classes} contradicts labels={labels}; "
-        "no class is -1 in a network with classes"
+        f"labels: got {labels} with num_classes={network.num_classes}, "
+        "expected labels if and only if there are classes; use -1 for no class"
     )
   if augment_labels is not None and not network.augment_dim:
-    raise ValueError("augment_labels given, but augment_dim=0")
+    raise ValueError("augment_labels: expected None with augment_dim=0")
 
 
 class Dropout(nn.Module):
-  """Dropout with one key an example.
+  """Dropout with one PRNG key per example.
 
-  The mask of an example depends on its own key and on the layer's place in
-  the network alone, so it is the same on one device and on eight, and two
-  passes given the same keys share their masks. `keys` None means evaluation.
+  The mask of an example depends only on its key and on the module path, so it
+  does not depend on the number of devices, and two passes with the same keys
+  share their masks. `keys=None` disables dropout.
   """
 
   rate: float
@@ -203,25 +219,27 @@ class Dropout(nn.Module):
 def unit_rms(x: jax.Array) -> jax.Array:
   """Divides x by 1e-4 + its root mean square over the last axis.
 
-  The 'QKV normalisation' that keeps consistency training on ADM stable: the
-  norm is taken in float32, so that bfloat16 does not round it.
+  The QKV normalization that stabilizes consistency training of ADM (BCM code).
+  The norm is computed in at least float32.
   """
-  wide = x.astype(at_least_float32(x.dtype))
-  norm = jnp.linalg.norm(wide, axis=-1, keepdims=True)
-  return (wide / (1e-4 + norm / math.sqrt(x.shape[-1]))).astype(x.dtype)
+  inputs = dtypes.at_least_float32(x)
+  norm = jnp.linalg.norm(inputs, axis=-1, keepdims=True)
+  return (inputs / (1e-4 + norm / math.sqrt(x.shape[-1]))).astype(x.dtype)
 
 
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, implementation: Attention = "xla"
 ) -> jax.Array:
-  """Softmax attention over positions; logits and softmax in float32 or wider.
+  """Computes softmax attention over positions.
 
-  bfloat16 goes through jax.nn.dot_product_attention, which has fused kernels.
-  It would cut float64 to float32, and takes float16 on GPUs alone.
+  Logits and softmax use at least float32. bfloat16 uses the fused kernels of
+  jax.nn.dot_product_attention, which reduces float64 to float32 and supports
+  float16 only on GPUs.
 
   Args:
     q, k, v: [B, N, heads, head_dim].
-    implementation: of bfloat16; 'cudnn' wants a recent NVIDIA GPU.
+    implementation: implementation for bfloat16; 'cudnn' requires a recent
+      NVIDIA GPU.
 
   Returns:
     [B, N, heads, head_dim].
@@ -233,7 +251,7 @@ def attention(
   scale = q.shape[-1] ** -0.25
   logits = jnp.einsum(
       "bqhd,bkhd->bhqk", q * scale, k * scale,
-      preferred_element_type=at_least_float32(q.dtype),
+      preferred_element_type=jnp.promote_types(jnp.float32, q.dtype),
   )
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
@@ -242,14 +260,14 @@ def attention(
 class AttentionBlock(nn.Module):
   """x + proj(attention(qkv(GroupNorm(x)))) over all positions.
 
-  The channels of qkv are thirds [Q | K | V], head-major inside each.
+  The channels of qkv are thirds [Q | K | V], head-major within each.
 
   Attributes:
-    num_heads: number of heads; must divide the channels.
-    groups: most groups of the norm, fewest channels of a group.
-    qkv_norm: normalise q, k and v to unit RMS a head and position.
+    num_heads: number of heads, a divisor of the channels.
+    groups: (maximum number of groups, minimum channels per group) of the norm.
+    qkv_norm: normalize q, k and v to unit RMS per head and position.
     dtype: dtype of the two projections; None follows the input.
-    implementation: of attention in bfloat16.
+    implementation: attention implementation for bfloat16.
   """
 
   num_heads: int
@@ -272,18 +290,20 @@ class AttentionBlock(nn.Module):
     return x + out.reshape(b, h, w, c)
 
 
-# Collection of a U-Net's features, one tensor a level, fine to coarse.
+# Flax collection of the encoder features, one tensor per level.
 FEATURES = "intermediates"
 
 
 def sow_level(module: nn.Module, level: int, h: jax.Array) -> None:
-  """Hands out the encoder's last activations of a level, if they are asked for.
-  """
+  """Sows the last encoder activations [B, H, W, C] of a level."""
   module.sow(FEATURES, f"level{level}", h)
 
 
 def sown_levels(variables: Any) -> list[jax.Array]:
-  """What `apply(..., mutable=FEATURES)` handed out: [B, H, W, C], fine first.
+  """Returns the sown features [B, H, W, C] of all levels, fine to coarse.
+
+  Args:
+    variables: the variables returned by `apply(..., mutable=FEATURES)`.
   """
   sown = variables[FEATURES]
   return [sown[f"level{i}"][0] for i in range(len(sown))]

@@ -1,9 +1,9 @@
-"""A small residual network that classifies images and gives features of them.
+"""Small residual network for classification and image features.
 
 Pre-activation blocks (He et al., "Identity Mappings in Deep Residual
-Networks", 2016, figure 4e) with group normalisation (Wu and He, "Group
-Normalization", 2018) in place of batch normalisation: an image's features then
-depend on no other image, and there is no state but the parameters.
+Networks", 2016, figure 4e) with group normalization (Wu and He, "Group
+Normalization", 2018) instead of batch normalization, so that the features of an
+image do not depend on the batch and the only state is the parameters.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,18 @@ import jax
 
 from bcm_jax.models import layers
 
-# Most groups of a norm, fewest channels of a group.
+# (Maximum number of groups, minimum channels per group).
 _GROUPS = (8, 4)
 
 
 class Block(nn.Module):
-  """shortcut(x) + conv1(relu(norm1(conv0(relu(norm0(x)))))); conv1 from zero.
+  """Pre-activation residual block with a zero-initialized last convolution.
+
+  shortcut(x) + conv1(relu(norm1(conv0(relu(norm0(x)))))).
 
   Attributes:
-    features: output channels, a multiple of 8 from 32 on.
-    stride: of conv0 and the shortcut.
+    features: output channels; a multiple of 8, at least 32.
+    stride: stride of conv0 and of the shortcut.
   """
 
   features: int
@@ -39,14 +41,14 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-  """Stages of residual blocks, each at half the resolution of the one before.
+  """Residual network; each stage halves the resolution.
 
   Attributes:
     num_classes: number of logits.
-    widths: channels of each stage, multiples of 8 from 32 on; the last is the
-      number of features.
-    blocks: residual blocks a stage.
-    stem_stride: of the first convolution.
+    widths: channels of each stage, multiples of 8 and at least 32; the last one
+      is the number of features.
+    blocks: residual blocks per stage.
+    stem_stride: stride of the first convolution.
   """
 
   num_classes: int
@@ -56,12 +58,12 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Features [B, widths[-1]] and logits [B, num_classes].
+    """Computes features [B, widths[-1]] and logits [B, num_classes].
 
     Args:
       x: float [B, H, W, C] in 0..255.
     """
-    # Wide enough that every pixel is seen, at the edges too.
+    # Covers every pixel, including the edges.
     kernel = max(3, 2 * self.stem_stride - 1)
     x = layers.conv(
         x / 127.5 - 1, self.widths[0], kernel, stride=self.stem_stride,
@@ -79,10 +81,14 @@ class ResNet(nn.Module):
 def for_images(
     image_shape: tuple[int, int, int], num_classes: int
 ) -> ResNet:
-  """A network that suits images [H, W, C] of 8x8 or more, and a few cores.
+  """Returns a network for images of at least 8x8 pixels and a few CPU cores.
 
-  The stem brings larger images to about 16x16: at 32x32 a step would cost four
-  times as much. Images below 16x16 start at the second stage's width.
+  The stem reduces larger images to about 16x16, because a step at 32x32 costs
+  four times as much. Images below 16x16 omit the first stage.
+
+  Args:
+    image_shape: (H, W, C).
+    num_classes: number of logits.
   """
   side = min(image_shape[:2])
   widths = ResNet.widths if side >= 16 else ResNet.widths[1:]

@@ -1,14 +1,14 @@
-"""SongUNet: DDPM++, NCSN++ and what lies between, at 32x32.
+"""SongUNet: the DDPM++ and NCSN++ architectures (Song et al., 2021).
 
-Song et al. (2021) in the form of EDM (Karras et al., 2022, networks.py). With
-`NCSNPP` it is also the network of OpenAI's CIFAR-10 consistency models (jcm):
-the two differ in names and in the order of a Fourier feature, not in what they
-compute. Sub-modules carry EDM's names (`enc.16x16_block0.conv0` is
-`enc_16x16_block0/conv0` here), so that weights convert by renaming.
+As implemented in EDM (Karras et al., 2022, networks.py). With the settings
+`NCSNPP` it is also the network of OpenAI's CIFAR-10 consistency models (jcm),
+which differs only in names and in the order of the Fourier features. Sub-module
+names follow EDM (`enc.16x16_block0.conv0` is `enc_16x16_block0/conv0`), so that
+weights are converted by renaming.
 
-The end level u comes in two ways. 'blocks' is CTM's (Kim et al., 2024): an
-`affine_s` in every block. 'align' is how BCM mixes it in on ImageNet-64; BCM's
-authors released no CIFAR-10 code, so that its use here is our own design.
+The end level u is embedded in one of two ways. 'blocks' adds an `affine_s` in
+every block (CTM; Kim et al., 2024). 'align' follows BCM's ImageNet-64 network;
+BCM has no official CIFAR-10 code, so its use here is our own design.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 _ROOT_HALF = math.sqrt(0.5)
 _EPSILON = 1e-6
 _GROUPS = (32, 4)
-# 'Zero' layers start at 1e-5 of the usual weights.
+# Variance of layers whose weights are initialized at 1e-5 of the usual scale.
 _NEARLY_ZERO = 1e-10
 
 
@@ -43,10 +43,20 @@ def _dense(x, features, *, name, variance=1.0, use_bias=True, dtype=None):
 
 
 class Conv(nn.Module):
-  """k x k convolution that may halve or double its input by a filter.
+  """k x k convolution with optional 2x resampling.
 
-  The filter comes before the convolution; `fused` halving takes it after, on
-  a convolution with wider padding, which is the same but at the edges.
+  The resampling filter precedes the convolution. With `fused`, downsampling
+  follows a convolution with wider padding; the results differ only at the
+  edges.
+
+  Attributes:
+    features: number of output channels.
+    kernel_size: kernel size k.
+    resample: None, 'down' or 'up'.
+    taps: taps of the resampling filter.
+    fused: downsample after the convolution.
+    variance: scale of the kernel initialization.
+    dtype: dtype of the computation; None follows input and parameters.
   """
 
   features: int
@@ -84,12 +94,16 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-  """Residual block with attention at its end (EDM's UNetBlock).
+  """Residual block with optional self-attention (EDM's UNetBlock).
 
   Attributes:
-    features: output channels.
-    resample: None, 'down' or 'up', of both paths.
-    attend: single-head attention after the residual sum.
+    features: number of output channels.
+    dropout: dropout rate.
+    resample: None, 'down' or 'up', in both paths.
+    attend: apply single-head attention after the residual sum.
+    taps: taps of the resampling filter.
+    dtype: dtype of the convolutions; None follows input and parameters.
+    attention: attention implementation for bfloat16.
   """
 
   features: int
@@ -131,7 +145,7 @@ class Block(nn.Module):
   def _attend(self, h):
     b, height, width, c = h.shape
     h = h.reshape(b, height * width, 1, c)
-    # Thirds of 3 c channels; 0.2 of the joint fan is 0.1 of each one's.
+    # Scale 0.2 with the fan of 3c channels equals 0.1 with the fan of c each.
     qkv = _dense(h, 3 * c, name="qkv", variance=0.2, dtype=self.dtype)
     h = layers.attention(*jnp.split(qkv, 3, axis=-1), self.attention)
     h = _dense(h, c, name="proj", variance=_NEARLY_ZERO, dtype=self.dtype)
@@ -139,29 +153,31 @@ class Block(nn.Module):
 
 
 class SongUNet(nn.Module):
-  """The U-Net F(x, c_noise, c_noise_end, labels); c_noise is ln(t) / 4.
+  """SongUNet F(x, c_noise, c_noise_end, labels) with c_noise = ln(t) / 4.
 
   Attributes:
-    model_channels: channels of the first convolution; 128 on CIFAR-10.
-    out_channels: channels of the output, those of the image.
-    channel_mult: width of each level, in model_channels.
-    num_res_blocks: residual blocks a level (the decoder has one more).
-    attention_resolutions: resolutions (pixels a side) that get attention.
-    num_classes: classes of the label embedding; None is unconditional.
-    two_time: second time branch for the end level.
-    end_branch: where it goes: 'align' (BCM) or 'blocks' (CTM).
-    augment_dim: width of EDM's augmentation labels; 0 for none.
-    dropout: dropout of every block.
-    embedding: of noise levels, 'positional' (DDPM++) or 'fourier' (NCSN++).
-    embedding_mult: width of that embedding, in model_channels.
+    model_channels: base width; 128 for CIFAR-10.
+    out_channels: number of output channels.
+    channel_mult: width of each level, in units of model_channels.
+    num_res_blocks: residual blocks per level (one more in the decoder).
+    attention_resolutions: resolutions in pixels with attention.
+    num_classes: number of classes; None is unconditional.
+    two_time: add a time embedding for the end level u (BCM, CTM).
+    end_branch: how the embedding of u is combined: 'align' by a bias-free dense
+      layer with that of t (BCM), 'blocks' in every residual block (CTM).
+    augment_dim: size of EDM's augmentation labels; 0 disables them.
+    dropout: dropout rate of every block.
+    embedding: noise level embedding, 'positional' (DDPM++) or 'fourier'
+      (NCSN++).
+    embedding_mult: size of that embedding, in units of model_channels.
     fourier_scale: standard deviation of the Fourier frequencies.
-    encoder: 'standard', or an image pyramid beside it: 'skip' or 'residual'.
+    encoder: 'standard', or with an input pyramid: 'skip' or 'residual'.
     decoder: 'standard', or 'skip': the output is a sum over levels.
-    resample_filter: taps of halving and doubling.
-    dtype: dtype of the convolutions between the first and the last one; None
-      follows input and parameters.
-    attention: implementation of attention in bfloat16.
-    remat: recompute blocks in the backward pass, to save memory.
+    resample_filter: taps of the resampling filter.
+    dtype: dtype of the convolutions except the last; None follows input and
+      parameters.
+    attention: attention implementation for bfloat16.
+    remat: recompute blocks in the backward pass to save memory.
   """
 
   model_channels: int = 128
@@ -184,13 +200,16 @@ class SongUNet(nn.Module):
   attention: layers.Attention = "xla"
   remat: bool = False
 
-  # The second branch's layers by those of the first, and the align layer.
+  # {layer of the end-level embedding: layer of the first}, and the align layer.
   SECOND_TIME = {f"map_layer{k}_end": f"map_layer{k}" for k in "01"}
   ALIGN = "map_align"
 
   @staticmethod
-  def probe(tree):
-    """Of a tree like its parameters, the last convolution."""
+  def last_layer(tree):
+    """Returns the last-layer kernel for CTM's adaptive weights.
+
+    The output convolution, from parameters or gradients.
+    """
     heads = [k for k in tree if k.endswith("_aux_conv")]
     sizes = {int(k.split("x")[-1].split("_")[0]): k for k in heads}
     return tree[sizes[max(sizes)]]["kernel"]
@@ -205,31 +224,20 @@ class SongUNet(nn.Module):
       dropout_keys: jax.Array | None = None,
       augment_labels: jax.Array | None = None,
   ) -> jax.Array:
-    """Evaluates the raw network.
-
-    Args:
-      x: [B, H, W, C] scaled image c_in(t) x_t.
-      c_noise: [B] conditioning value of the start level t.
-      c_noise_end: [B] that of the end level u; needed iff two_time.
-      labels: [B] int classes, -1 for none; needed iff num_classes.
-      dropout_keys: [B] keys, one an example; None switches dropout off.
-      augment_labels: [B, augment_dim]; None is all zero, no augmentation.
+    """Evaluates the raw network; arguments as in layers.check_inputs.
 
     Returns:
       [B, H, W, out_channels], float32 or wider.
-
-    Raises:
-      ValueError: for an input that does not fit the attributes.
     """
     layers.check_inputs(self, x, c_noise_end, labels, augment_labels)
     emb = self._embedding(c_noise, c_noise_end, labels, augment_labels)
-    wide = layers.at_least_float32(x.dtype)
+    head_dtype = jnp.promote_types(jnp.float32, x.dtype)
     h = x if self.dtype is None else x.astype(self.dtype)
     skips = self._encode(h, emb, dropout_keys)
-    return self._decode(skips, emb, dropout_keys, wide)
+    return self._decode(skips, emb, dropout_keys, head_dtype)
 
   def _embedding(self, c_noise, c_noise_end, labels, augment_labels):
-    """(emb, emb_end) after the last SiLU, float32 or wider."""
+    """Returns (emb, emb_end) after the last SiLU, at least float32."""
     noise = self.model_channels * self.embedding_mult
     width = 4 * self.model_channels
 
@@ -238,11 +246,11 @@ class SongUNet(nn.Module):
         if self.embedding == "fourier"
         else lambda v: embeddings.sinusoidal_embedding(v, noise, endpoint=True)
     )
-    beside = jnp.zeros(())
+    label = jnp.zeros(())
     if self.num_classes is not None:
       table = nn.Dense(noise, kernel_init=_xavier(), name="map_label")
       one_hot = jax.nn.one_hot(labels, self.num_classes, dtype=c_noise.dtype)
-      beside = table(one_hot * math.sqrt(self.num_classes))
+      label = table(one_hot * math.sqrt(self.num_classes))
     augment = jnp.zeros(())
     if self.augment_dim:
       augment = layers.augment_embedding(
@@ -250,15 +258,15 @@ class SongUNet(nn.Module):
           kernel_init=_xavier(),
       )
 
-    def branch(value, beside, suffix=""):
-      # Sines first, cosines after.
-      e = jnp.roll(features(value), noise // 2, axis=-1) + beside
+    def branch(value, label, suffix=""):
+      # EDM's order: sines, then cosines.
+      e = jnp.roll(features(value), noise // 2, axis=-1) + label
       e = nn.silu(_dense(e, width, name=f"map_layer0{suffix}"))
       return _dense(e, width, name=f"map_layer1{suffix}")
 
-    emb = branch(c_noise, beside + augment)
+    emb = branch(c_noise, label + augment)
     if self.two_time and self.end_branch == "blocks":
-      return nn.silu(emb), nn.silu(branch(c_noise_end, beside, "_s"))
+      return nn.silu(emb), nn.silu(branch(c_noise_end, label, "_s"))
     if self.two_time:
       both = jnp.concatenate([emb, branch(c_noise_end, 0, "_end")], axis=-1)
       emb = _dense(both, width, name=self.ALIGN, use_bias=False)
@@ -273,7 +281,7 @@ class SongUNet(nn.Module):
     )(h, *emb, dropout_keys)
 
   def _pyramid(self, name, features, h, aux):
-    """Adds the pyramid of halved inputs at a level: (h, pyramid)."""
+    """Adds the input pyramid at a level; returns (h, pyramid)."""
     down = dict(resample="down", taps=self.resample_filter, dtype=self.dtype)
     if self.encoder == "skip":
       aux = resampling.halve(aux, self.resample_filter)
@@ -284,7 +292,7 @@ class SongUNet(nn.Module):
     return h, aux
 
   def _encode(self, x, emb, dropout_keys):
-    """Outputs that the decoder takes, first to last."""
+    """Returns the skip connections, first to last."""
     size, skips, aux = x.shape[1], [], x
     for level, mult in enumerate(self.channel_mult):
       name = f"enc_{size}x{size}"
@@ -308,8 +316,8 @@ class SongUNet(nn.Module):
       size //= 2
     return skips
 
-  def _decode(self, skips, emb, dropout_keys, wide):
-    """Consumes the encoder's outputs last to first."""
+  def _decode(self, skips, emb, dropout_keys, head_dtype):
+    """Applies the decoder; skips are used from last to first."""
     h, skips, out = skips[-1], list(skips), None
     for level, mult in reversed(list(enumerate(self.channel_mult))):
       lowest = level == len(self.channel_mult) - 1
@@ -332,22 +340,22 @@ class SongUNet(nn.Module):
             attend=last and size in self.attention_resolutions,
         )
       if self.decoder == "skip" or level == 0:
-        head = self._head(h, name, wide)
+        head = self._head(h, name, head_dtype)
         if out is not None:
           head += resampling.double(out, self.resample_filter)
         out = head
     return out
 
-  def _head(self, h, name, wide):
+  def _head(self, h, name, dtype):
     h = layers.group_norm(
-        h.astype(wide), *_GROUPS, name=f"{name}_aux_norm", epsilon=_EPSILON
+        h.astype(dtype), *_GROUPS, name=f"{name}_aux_norm", epsilon=_EPSILON
     )
     return Conv(
         self.out_channels, variance=_NEARLY_ZERO, name=f"{name}_aux_conv"
     )(nn.silu(h))
 
 
-# EDM's and jcm's NCSN++ on CIFAR-10; the defaults above are DDPM++.
+# Settings of EDM's and jcm's NCSN++ for CIFAR-10; the defaults are DDPM++.
 NCSNPP = dict(
     embedding="fourier", embedding_mult=2, encoder="residual",
     resample_filter=(1, 3, 3, 1),

@@ -1,7 +1,8 @@
-"""VGG16 up to its last ReLU: the features that LPIPS compares.
+"""VGG16 features for LPIPS.
 
-Simonyan and Zisserman (2015), configuration D. Sub-modules carry torchvision's
-numbers (`features.28` is `features_28` here); its classifier is left out.
+Simonyan and Zisserman (2015), configuration D, up to the last ReLU and without
+the classifier. Sub-module names follow torchvision (`features.28` is
+`features_28`).
 """
 
 import functools
@@ -11,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bcm_jax.models import layers
+from bcm_jax.models import dtypes
 
-# Torchvision's numbers of the convolutions, and their channels, by block.
+# For each block: (torchvision's indices of the convolutions, channels).
 BLOCKS = (
     ((0, 2), 64),
     ((5, 7), 128),
@@ -22,7 +23,7 @@ BLOCKS = (
     ((24, 26, 28), 512),
 )
 _HIGHEST = jax.lax.Precision.HIGHEST
-# What four poolings leave at least one position of.
+# Minimum image size: at least one position remains after four pools.
 SMALLEST = 2 ** (len(BLOCKS) - 1)
 
 
@@ -30,7 +31,7 @@ Pooling = Literal["max", "average"]
 
 
 def _halve(x: jax.Array, pooling: Pooling) -> jax.Array:
-  """Maxima or means of 2x2; an odd last row or column is dropped."""
+  """Applies 2x2 max or average pooling; drops an odd last row or column."""
   rows, columns = (size // 2 * 2 for size in x.shape[1:3])
   corners = [
       x[:, i:rows:2, j:columns:2] for i in range(2) for j in range(2)
@@ -41,7 +42,7 @@ def _halve(x: jax.Array, pooling: Pooling) -> jax.Array:
 
 
 def _products(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Convolves by one matrix product of all 3x3 windows."""
+  """Computes a 3x3 convolution as one matrix product over all windows."""
   rows, columns = x.shape[1:3]
   x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   windows = [
@@ -55,7 +56,7 @@ def _products(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class Conv(nn.Module):
-  """3x3 convolution that keeps the size."""
+  """3x3 convolution with SAME padding."""
 
   features: int
 
@@ -65,8 +66,8 @@ class Conv(nn.Module):
     kernel = self.param("kernel", nn.initializers.he_normal(), shape)
     bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
-    # XLA's convolution on CPUs falls to a plain loop on so few positions,
-    # thirty times as slow as the product. Images of 32x32 end at 2x2.
+    # For few positions, XLA's convolution on CPUs is a scalar loop, which is
+    # thirty times as slow as a matrix product. 32x32 images end at 2x2.
     if x.shape[1] * x.shape[2] < 9:
       return _products(x, kernel) + bias
     return jax.lax.conv_general_dilated(
@@ -76,28 +77,28 @@ class Conv(nn.Module):
 
 
 class VGG16(nn.Module):
-  """The five blocks of convolutions.
+  """The five convolutional blocks of VGG16.
 
   Attributes:
-    pooling: between blocks; the weights were trained with 'max', consistency
-      models' released LPIPS takes the 'average'.
+    pooling: pooling between blocks. The weights were trained with 'max'; the
+      LPIPS of the official consistency models uses 'average'.
   """
 
   pooling: Pooling = "max"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> list[jax.Array]:
-    """Evaluates the network.
+    """Computes the features of all blocks, in at least float32.
 
     Args:
-      x: [B, H, W, 3], scaled as the weights want it; H and W at least
-        SMALLEST. Computed in float32 or wider.
+      x: [B, H, W, 3] with the input normalization of the weights; H and W at
+        least SMALLEST.
 
     Returns:
-      Features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3:
-      [B, H / 2**i, W / 2**i, channels] of block i from 0, rounded down.
+      Features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3: for block
+      i = 0 .. 4 an array [B, H // 2**i, W // 2**i, channels].
     """
-    x = x.astype(layers.at_least_float32(x.dtype))
+    x = dtypes.at_least_float32(x)
     features = []
     for numbers, channels in BLOCKS:
       x = _halve(x, self.pooling) if features else x

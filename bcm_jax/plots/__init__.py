@@ -1,1 +1,1 @@
-"""Figures of what runs wrote: python -m bcm_jax.plots RUN..."""
+"""Figures of training runs: python -m bcm_jax.plots RUN..."""

@@ -1,9 +1,9 @@
-"""Figures of what runs wrote: python -m bcm_jax.plots RUN [RUN ...].
+"""Plots figures of runs: python -m bcm_jax.plots RUN [RUN ...].
 
 Training curves, quality over NFE, inversion error over the initial noise,
-reconstructions, interpolations and trajectories: each that there is something
-for, as a PNG (docs/plots.md). Exit status: 0 for one figure or more, 65 for
-none and for bad input.
+reconstructions, interpolations and trajectories, as PNG files (docs/plots.md).
+Figures without data are skipped. Exit status: 0 for one figure or more, 65 for
+none and for invalid input.
 """
 
 import collections
@@ -27,10 +27,13 @@ _COLUMNS = 20
 
 
 def overview(experiment: build.Experiment, workdir: str) -> str:
-  """Stacks samples, inversions and interpolations of a run; returns the path.
+  """Writes an image of samples, inversions and interpolations of a run.
 
-  Shows what the files below workdir hold, so that the picture and the numbers
-  speak of the same images.
+  The images are read from the files in workdir, so that they are those of the
+  metrics.
+
+  Returns:
+    Path of the PNG.
   """
   rows = []
   for name in sorted(os.listdir(os.path.join(workdir, "samples"))):
@@ -59,10 +62,14 @@ def overview(experiment: build.Experiment, workdir: str) -> str:
 
 
 def search(record: dict[str, Any], path: str) -> None:
-  """Plots what a search measured: the distance of every candidate.
+  """Plots the distances of all candidates of a search.
 
-  Candidates that differ from the best one in their last time alone are drawn
-  as a curve over that time, one panel a time.
+  Candidates that differ from the best one only in their last time are a curve
+  over that time, one panel per time.
+
+  Args:
+    record: content of the search's JSON file.
+    path: path of the PNG.
   """
   stages = collections.defaultdict(list)
   for sampler, cost in record["costs"].items():
@@ -70,8 +77,8 @@ def search(record: dict[str, Any], path: str) -> None:
     e, _, t = last.rpartition(">")
     varied = sampler.removesuffix(last) + ("e>t" if e else "t")
     stages[varied].append((float(e) if e else None, float(t), cost))
-  picture = figures.blank(4 * len(stages), 3)
-  axes = picture.subplots(1, len(stages), squeeze=False)[0]
+  figure = figures.blank(4 * len(stages), 3)
+  axes = figure.subplots(1, len(stages), squeeze=False)[0]
   for axis, (varied, points) in zip(axes, stages.items(), strict=True):
     for e in sorted({p[0] for p in points}, key=lambda e: e or 0):
       curve = sorted(p[1:] for p in points if p[0] == e)
@@ -82,16 +89,16 @@ def search(record: dict[str, Any], path: str) -> None:
     axis.set(xscale="log", xlabel="t (sigma)", title=varied)
     figures.mark(axis, {p[1] for p in points})
   axes[0].set_ylabel(record["distance"])
-  picture.suptitle(f"best: {record['best']}")
-  figures.save(picture, path)
+  figure.suptitle(f"best: {record['best']}")
+  figures.save(figure, path)
 
 
 def inversion(numbers: dict[str, dict[str, Any]], path: str) -> None:
-  """Plots reconstruction error over the initial noise, a curve a way and NFE.
+  """Plots reconstruction error over noise, one curve per solver and NFE.
 
   Args:
-    numbers: 'inversion' of a result.
-    path: of the PNG.
+    numbers: 'inversion' of a result file.
+    path: path of the PNG.
   """
   figures.inversion({"": records.inversion_curves(numbers)}, path)
 
@@ -103,9 +110,9 @@ class Kind(NamedTuple):
   """A kind of figure.
 
   Attributes:
-    read: run -> what is drawn of it; raises UserError where there is nothing.
-    draw: {name of a run: what was read}, path of the PNG -> None.
-    together: one figure of all runs, or one each.
+    read: run -> data to draw; raises UserError if the run has none.
+    draw: ({label of a run: data}, path of the PNG) -> None.
+    together: one figure for all runs instead of one per run.
   """
 
   read: Callable[[records.Run], Any]
@@ -128,7 +135,12 @@ KINDS = {
 def make(
     runs: Sequence[records.Run], out: str, names: Sequence[str]
 ) -> list[str]:
-  """Draws figures of these kinds; says what was written and what was not, why.
+  """Draws figures of these kinds; prints their paths, and reasons for skipping.
+
+  Args:
+    runs: runs to draw.
+    out: folder of the PNGs.
+    names: keys of KINDS.
 
   Returns:
     Paths of the PNGs.
@@ -140,22 +152,22 @@ def make(
         "_" + run.label.replace("/", "_"): [run] for run in runs
     }
     for suffix, group in groups.items():
-      found = {}
+      data = {}
       for run in group:
         try:
-          found[run.label] = kind.read(run)
+          data[run.label] = kind.read(run)
         except errors.UserError as e:
-          print(f"no {name} of {run.label}: {e}")
-      if found:
+          print(f"{name} of {run.label} skipped: {e}")
+      if data:
         written.append(os.path.join(out, f"{name}{suffix}.png"))
-        kind.draw(found, written[-1])
+        kind.draw(data, written[-1])
         print(f"written: {written[-1]}")
   return written
 
 
-def _names(asked: str) -> list[str]:
-  """The kinds of figures in a list with commas."""
-  names = [name for name in asked.split(",") if name]
+def _names(only: str) -> list[str]:
+  """Parses a comma-separated list of kinds of figures."""
+  names = [name for name in only.split(",") if name]
   for name in names:
     if name not in KINDS:
       raise errors.unknown_name("figure in --only", name, KINDS)
@@ -167,19 +179,24 @@ def _parser() -> cli.Parser:
   parser.add_argument("runs", nargs="+", metavar="RUN",
                       help="work directory, or a result file of mode eval")
   parser.add_argument("--out", metavar="DIR",
-                      help="where figures go; plots/ beside the first RUN's "
-                      "files without it")
+                      help="folder of the figures (plots/ in the first RUN)")
   parser.add_argument("--only", default=",".join(KINDS), metavar="NAMES",
-                      help=f"some of {','.join(KINDS)}")
+                      help="figures to draw, such as "
+                      f"{','.join(list(KINDS)[:2])} (all)")
   return parser
 
 
 def run(paths: Sequence[str], out: str | None, only: str) -> list[str]:
-  """The command; returns paths of the PNGs.
+  """Draws the figures of the command; returns paths of the PNGs.
+
+  Args:
+    paths: work directories or result files.
+    out: folder of the figures, None for the default.
+    only: comma-separated kinds of figures.
 
   Raises:
-    UserError: unknown figures, no runs, a folder that cannot be written, or
-      nothing to draw.
+    UserError: unknown figures, no runs, a folder that is not writable, or no
+      data to draw.
   """
   names, runs = _names(only), records.open_runs(paths)
   if out is None:
@@ -191,13 +208,13 @@ def run(paths: Sequence[str], out: str | None, only: str) -> list[str]:
     os.makedirs(out, exist_ok=True)
   except OSError as e:
     raise errors.UserError(
-        f"cannot write to {out}: {e.strerror}; choose another --out"
+        f"--out: cannot write to {out}: {e.strerror}; choose another folder"
     ) from e
   written = make(runs, out, names)
   if not written:
     raise errors.UserError(
-        f"there is nothing to draw in {', '.join(paths)}; the lines above say "
-        "what would write it"
+        f"{', '.join(paths)}: no data to draw; run the commands named above "
+        "first"
     )
   return written
 

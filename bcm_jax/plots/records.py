@@ -1,7 +1,7 @@
-"""What figures show: numbers and images out of what runs wrote.
+"""Readers of the files of a run: data for figures.
 
-Nothing is drawn here. Each reader takes a Run and raises UserError where the
-run holds nothing of the kind, saying what would write it.
+Each reader takes a Run and raises UserError if the run has no such data, naming
+the command that writes it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,12 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.data import image_source
 
-# Bare metrics are of the sampled player, whose name is this in every method.
+# Metrics without a prefix belong to the sampled network, named so in all
+# methods.
 _SAMPLED = "student"
 _NOT_SHOWN = ("uptime", "skipped_in_row")
 _QUALITY = ("precision", "recall")
-# Samplers that are 'onestep' where they take one evaluation.
+# Samplers that equal 'onestep' at one evaluation.
 _FROM_ONE_STEP = ("ancestral", "zigzag", "mixture", "cm_multistep", "gamma")
 _SHOWN_INVERSIONS, _SHOWN_PAIRS = 16, 8
 
@@ -33,7 +34,7 @@ class Run(NamedTuple):
   """A run to draw.
 
   Attributes:
-    label: its name in figures.
+    label: name in figures.
     path: work directory, or a result file of mode eval.
   """
 
@@ -45,9 +46,9 @@ class Rows(NamedTuple):
   """Rows of images over an axis.
 
   Attributes:
-    title: what is seen.
-    axis: what the columns mean.
-    columns: K values on that axis, as text.
+    title: title of the block.
+    axis: label of the horizontal axis.
+    columns: K tick labels of that axis.
     rows: R names.
     images: uint8 [R, K, H, W, C].
   """
@@ -60,25 +61,25 @@ class Rows(NamedTuple):
 
 
 class Protocol(NamedTuple):
-  """What must be equal for numbers of quality to stand in one panel."""
+  """Evaluation settings that must be equal for curves to share a panel."""
 
   data: str
   distance: str
   features_digest: str
   reference_digest: str
   samples: int
-  compared: int
-  neighbours: int
+  num_real: int
+  neighbors: int
 
   def __str__(self):
     return (
         f"{self.data}: {self.distance}, features {self.features_digest}, "
-        f"reference {self.reference_digest}, {self.samples:,} samples a seed"
+        f"reference {self.reference_digest}, {self.samples:,} samples per seed"
     )
 
 
 class Point(NamedTuple):
-  """A number at an NFE: mean over seeds, and their spread if there are any."""
+  """Metric at an NFE: mean and standard deviation over seeds."""
 
   nfe: int
   mean: float
@@ -86,7 +87,7 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-  """One number of one family of samplers, over NFE."""
+  """One metric of one family of samplers over NFE."""
 
   protocol: Protocol
   metric: str
@@ -96,51 +97,51 @@ class Curve(NamedTuple):
 
 
 def open_runs(paths: Sequence[str]) -> list[Run]:
-  """The runs at some places; each once, with names that tell them apart.
+  """Returns the runs at some paths, without duplicates, with unique labels.
 
   Raises:
-    UserError: a place that is no directory and no result file.
+    UserError: a path that is neither a directory nor a JSON file.
   """
-  places = list({os.path.abspath(p): p for p in paths}.values())
-  for place in places:
-    file = place.endswith(".json") and os.path.isfile(place)
-    if not (file or os.path.isdir(place)):
+  unique = list({os.path.abspath(p): p for p in paths}.values())
+  for path in unique:
+    is_result = path.endswith(".json") and os.path.isfile(path)
+    if not (is_result or os.path.isdir(path)):
       raise errors.UserError(
-          f"{place} is no directory and no .json file; give the work directory "
-          "of a run, or a result file of mode eval"
+          f"{path}: neither a directory nor a .json file; give the work "
+          "directory of a run, or a result file of mode eval"
       )
-  return [Run(*pair) for pair in zip(_labels(places), places, strict=True)]
+  return [Run(*pair) for pair in zip(_labels(unique), unique, strict=True)]
 
 
-def _labels(places: Sequence[str]) -> list[str]:
-  """The last parts of paths, as many as it takes to tell all apart."""
+def _labels(paths: Sequence[str]) -> list[str]:
+  """Shortest suffixes of the paths that are unique."""
   split = [
       pathlib.Path(os.path.abspath(p).removesuffix(".json")).parts[1:]
-      for p in places
+      for p in paths
   ]
   deepest = max(map(len, split), default=0)
   for count in range(1, deepest + 1):
     labels = ["/".join(parts[-count:]) for parts in split]
     if len(set(labels)) == len(labels):
       return labels
-  return list(places)
-
-
+  return list(paths)
 def _directory(run: Run) -> str:
   if os.path.isdir(run.path):
     return run.path
-  raise errors.UserError(f"{run.path} is a result file, which holds numbers")
+  raise errors.UserError(
+      f"{run.path}: is a result file, which has metrics only; give the work "
+      "directory"
+  )
 
 
 # Training curves --------------------------------------------------------------
 
 
 def scalars(run: Run) -> Series:
-  """(player, metric) -> (steps [n], values [n]) of metrics.jsonl.
+  """Reads metrics.jsonl: (network, metric) -> (steps [n], values [n]).
 
-  Where a line's step is not greater than the one before it, steps were done
-  again, after a roll-back: what they replace is left out. So are metrics that
-  are zero throughout.
+  Steps repeated after a rollback replace the earlier lines of the same steps.
+  Metrics that are zero throughout are omitted.
   """
   path = os.path.join(_directory(run), "metrics.jsonl")
   lines: dict[str, list[tuple[int, float]]] = {}
@@ -150,21 +151,19 @@ def scalars(run: Run) -> Series:
       while line and line[-1][0] >= record["step"]:
         line.pop()
       line.append((record["step"], value))
-  found = {}
+  series = {}
   for name, line in lines.items():
-    player, _, metric = name.rpartition("/")
+    network, _, metric = name.rpartition("/")
     steps, values = (np.array(column) for column in zip(*line, strict=True))
     if metric not in _NOT_SHOWN and np.any(values):
-      found[player or _SAMPLED, metric] = steps, values
-  if not found:
-    raise errors.UserError(
-        f"{path} holds no metrics; mode train writes them"
-    )
-  return found
+      series[network or _SAMPLED, metric] = steps, values
+  if not series:
+    raise errors.UserError(f"{path}: has no metrics; --mode=train writes them")
+  return series
 
 
 def _records(path: str) -> Iterator[dict[str, Any]]:
-  """Step and scalars of a file's lines; half a line of a crash is left out."""
+  """Yields step and scalars per line; skips lines truncated by a crash."""
   if not os.path.isfile(path):
     return
   with open(path, encoding="utf-8", errors="replace") as file:
@@ -173,7 +172,7 @@ def _records(path: str) -> Iterator[dict[str, Any]]:
         record = json.loads(text)
         step = record.pop("step")
         if "kind" not in record:
-          # Words stand for numbers that are not finite.
+          # Non-finite numbers are stored as strings.
           values = {k: float(v) for k, v in record.items()}
           yield {"step": int(step), "scalars": values}
       except (ValueError, TypeError, KeyError, AttributeError):
@@ -181,14 +180,19 @@ def _records(path: str) -> Iterator[dict[str, Any]]:
 
 
 def smooth(values: np.ndarray, reach: int) -> np.ndarray:
-  """Mean of the finite values at most `reach` places away, [n] -> [n].
+  """Moving average of the finite values in a window of 2 reach + 1.
 
-  NaN where there are none.
+  Args:
+    values: [n].
+    reach: half width of the window.
+
+  Returns:
+    [n]; NaN where the window has no finite value.
   """
   finite = np.isfinite(values)
-  at = np.arange(len(values))
-  first = np.maximum(at - reach, 0)
-  last = np.minimum(at + reach, len(values) - 1)
+  center = np.arange(len(values))
+  first = np.maximum(center - reach, 0)
+  last = np.minimum(center + reach, len(values) - 1)
 
   def sums(x):
     total = np.concatenate([[0.0], np.cumsum(x)])
@@ -205,21 +209,23 @@ def smooth(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def results(run: Run) -> list[dict[str, Any]]:
-  """Results of the newest step that was evaluated, one an average."""
+  """Reads the results of the newest evaluated step, one per moving average."""
   if os.path.isfile(run.path):
     paths = [pathlib.Path(run.path)]
   else:
     paths = pathlib.Path(run.path, "eval").glob("*.json")
-  # What was written last about an average counts.
+  # The newest file of an average replaces older ones.
   paths = sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p))
   keys = {"samplers", "step", "average", "protocol"}
-  found = [r for r in map(_read_json, paths) if keys <= r.keys()]
-  if not found:
+  records = [r for r in map(_read_json, paths) if keys <= r.keys()]
+  if not records:
     raise errors.UserError(
-        f"{run.path} holds no results; --mode=eval writes them"
+        f"{run.path}: has no results; --mode=eval writes them"
     )
-  newest = max(r["step"] for r in found)
-  return list({r["average"]: r for r in found if r["step"] == newest}.values())
+  newest = max(r["step"] for r in records)
+  return list(
+      {r["average"]: r for r in records if r["step"] == newest}.values()
+  )
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -227,19 +233,19 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     content = json.loads(path.read_text())
   except ValueError as e:
     raise errors.UserError(
-        f"{path} is damaged ({e}); write it again with --mode=eval"
+        f"{path}: not valid JSON ({e}); write it again with --mode=eval"
     ) from e
   return content if isinstance(content, dict) else {}
 
 
 def _names(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
-  """(name in a legend, result) of a run's results."""
-  found = results(run)
-  for result in found:
+  """Yields (name in a legend, result) of a run's results."""
+  results_of_run = results(run)
+  for result in results_of_run:
     protocol, name = result["protocol"], run.label
     if protocol["method"] not in name:
       name += f" ({protocol['method']})"
-    if len(found) > 1:
+    if len(results_of_run) > 1:
       name += f", {result['average']}"
     if "guidance" in protocol:
       name += f", guidance {protocol['guidance']:g}"
@@ -249,9 +255,10 @@ def _names(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def quality(run: Run) -> list[Curve]:
-  """The Frechet distance, precision and recall over NFE.
+  """Reads the Frechet distance, precision and recall over NFE.
 
-  Families that are 'onestep' at one evaluation start with its point.
+  Curves of samplers that equal 'onestep' at one evaluation start with its
+  point.
   """
   curves = []
   for name, result in _names(run):
@@ -271,13 +278,13 @@ def quality(run: Run) -> list[Curve]:
           curves.append(Curve(protocol, metric, name, family, sorted(points)))
   if not curves:
     raise errors.UserError(
-        f"results of {run.path} tell of no sampler; set eval.samplers"
+        f"{run.path}: results have no samplers; set eval.samplers"
     )
   return curves
 
 
 def _families(samplers: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-  """'ancestral_nfe2@0.7' and its like by what stands before their NFE."""
+  """Groups samplers such as 'ancestral_nfe2@0.7' by the name before _nfe."""
   families: dict[str, list[dict[str, Any]]] = {}
   for key, numbers in samplers.items():
     family = key.partition("@")[0].rpartition("_nfe")[0]
@@ -294,42 +301,45 @@ def _protocol(facts: dict[str, Any], distance: str) -> Protocol:
   return Protocol(
       facts["data"], distance, facts["features_digest"],
       facts["reference_digest"], facts["samples"],
-      facts["compared_one_by_one"], facts["neighbours_k"],
+      facts["num_real_for_prdc"], facts["neighbors_k"],
   )
 
 
 def inversion_curves(
     numbers: dict[str, dict[str, Any]],
 ) -> dict[str, list[tuple[float, float]]]:
-  """A way and its NFE -> [(initial noise, mean squared error)], ascending.
+  """Groups inversion errors: solver and NFE -> [(initial noise, MSE)].
 
   Args:
-    numbers: 'inversion' of a result.
+    numbers: 'inversion' of a result file.
+
+  Returns:
+    Curves sorted by initial noise.
   """
   curves: dict[str, list[tuple[float, float]]] = {}
   for r in numbers.values():
-    way = f"{r.get('solver', 'one network')}, NFE {r['nfe']}"
-    curves.setdefault(way, []).append((r["noise"], r["mse"]))
-  return {way: sorted(points) for way, points in sorted(curves.items())}
+    name = f"{r.get('solver', 'network')}, NFE {r['nfe']}"
+    curves.setdefault(name, []).append((r["noise"], r["mse"]))
+  return {name: sorted(points) for name, points in sorted(curves.items())}
 
 
 def inversions(run: Run) -> Inversions:
-  """Data set -> run and way -> [(initial noise, mean squared error)]."""
+  """Reads inversion errors: dataset -> label -> [(initial noise, MSE)]."""
   panels: Inversions = {}
   noises = set()
   for name, result in _names(run):
     noises |= {r["noise"] for r in result["inversion"].values()}
-    for way, points in inversion_curves(result["inversion"]).items():
+    for solver, points in inversion_curves(result["inversion"]).items():
       panel = panels.setdefault(result["protocol"]["data"], {})
-      panel[f"{name}: {way}"] = points
+      panel[f"{name}: {solver}"] = points
   if not noises:
     raise errors.UserError(
-        f"results of {run.path} hold no inversion errors; --mode=eval measures "
-        "them of networks that invert"
+        f"{run.path}: results have no inversion errors; --mode=eval measures "
+        "them for networks that support inversion"
     )
   if len(noises) < 2:
     raise errors.UserError(
-        f"results of {run.path} are of one initial noise, {noises.pop():g}; "
+        f"{run.path}: results have only one initial noise, {noises.pop():g}; "
         "--config.eval.inversion_noise=0.03,0.07,0.15,0.3 measures more"
     )
   return panels
@@ -339,13 +349,13 @@ def inversions(run: Run) -> Inversions:
 
 
 def interpolation(run: Run) -> list[Rows]:
-  """Rows between pairs of real images, which stand at both ends."""
+  """Reads interpolations between pairs of real images."""
   folder = os.path.join(_directory(run), "edits", "interpolate")
   arrays = _arrays(os.path.join(folder, "interpolation.npz"), "edit", "images")
   images = arrays["images"][:_SHOWN_PAIRS]
   names = [f"pair {i + 1}" for i in range(len(images))]
   labels = arrays.get("labels", np.zeros(1))[:_SHOWN_PAIRS]
-  if np.any(labels):  # Images without classes are all of class 0.
+  if np.any(labels):  # All labels are 0 in datasets without classes.
     names = [f"{a} to {b}" for a, b in labels]
   weights = np.linspace(0, 1, images.shape[1] - 2)
   return [Rows(
@@ -356,29 +366,30 @@ def interpolation(run: Run) -> list[Rows]:
 
 
 def reconstruction(run: Run) -> list[Rows]:
-  """Real images, their latents and reconstructions, of every inversion."""
+  """Reads real images, latents and reconstructions of every inversion."""
   folder = pathlib.Path(_directory(run), "inversions")
   blocks = []
   for path in sorted(folder.glob("*/inversion.npz"), key=_by_number):
     arrays = _arrays(str(path), "invert", "originals", "latents", "mse")
     shown = slice(0, _SHOWN_INVERSIONS)
     latents = arrays["latents"][shown]
-    # Two standard deviations fill the range.
+    # Maps two standard deviations to the range of pixels.
     visible = image_source.to_uint8(latents / (2 * np.std(latents)))
     mse = arrays["mse"]
     blocks.append(Rows(
-        f"inverted in {path.parent.name.removeprefix('nfe')} NFE and back in "
-        f"one: MSE {np.mean(mse):.4f} over {len(mse)} test images",
+        f"inverted in {path.parent.name.removeprefix('nfe')} NFE, "
+        f"reconstructed in 1: MSE {np.mean(mse):.4f} over {len(mse)} test "
+        "images",
         "MSE of the image, on the [0, 1] scale",
         [f"{v:.4f}".removeprefix("0") for v in mse[shown]],
-        ["real", "latent", "back"],
+        ["real", "latent", "reconstruction"],
         np.stack([
             arrays["originals"][shown], visible,
             arrays["reconstructions"][shown],
         ]),
     ))
   if not blocks:
-    raise errors.UserError(f"{folder} holds no inversions; --mode=invert "
+    raise errors.UserError(f"{folder}: has no inversions; --mode=invert "
                            "writes them")
   return blocks
 
@@ -388,13 +399,15 @@ def _by_number(path: pathlib.Path) -> tuple[int, str]:
   return int(digits[0]) if digits else 0, path.parent.name
 
 
-def _arrays(path: str, mode: str, *needed: str) -> dict[str, np.ndarray]:
+def _arrays(path: str, mode: str, *required: str) -> dict[str, np.ndarray]:
   if not os.path.isfile(path):
-    raise errors.UserError(f"there is no {path}; --mode={mode} writes it")
+    raise errors.UserError(
+        f"{path}: file does not exist; --mode={mode} writes it"
+    )
   try:
     with np.load(path) as f:
-      return {k: f[k] for k in (*needed, *f.files)}
+      return {k: f[k] for k in (*required, *f.files)}
   except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
     raise errors.UserError(
-        f"{path} is damaged ({e}); write it again with --mode={mode}"
+        f"{path}: corrupt file ({e}); write it again with --mode={mode}"
     ) from e

@@ -1,4 +1,4 @@
-"""Plans: what a sampler will do, in sigma units, before it does it.
+"""Sampling plans: the steps of a sampler, with times in units of sigma.
 
 A plan is a list of jumps x <- f(x, t, u), corrected jumps (Heun's steps) and
 noise injections x <- x + e z. All samplers and inversions of this package are
@@ -78,7 +78,7 @@ class Plan:
 
   @property
   def guide_nfe(self) -> int:
-    """Evaluations of the network that guides, beside these."""
+    """Evaluations of the guidance network, in addition to `nfe`."""
     return sum(
         s.NFE for s in self.steps if isinstance(s, Jump) and s.guided
     )
@@ -98,7 +98,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Range:
+class NoiseRange:
   """The noise levels that a network was trained on."""
 
   sigma_min: float = 0.002
@@ -131,7 +131,7 @@ def _jumps(times: Sequence[float]) -> tuple[Jump, ...]:
   )
 
 
-def ancestral(mid: Sequence[float], levels: Range) -> Plan:
+def ancestral(mid: Sequence[float], levels: NoiseRange) -> Plan:
   """sigma_max -> mid[0] -> ... -> sigma_min, no fresh noise.
 
   One step is `mid` empty. Li & He (BCM, 2024), 'ancestral sampling'.
@@ -143,7 +143,7 @@ def ancestral(mid: Sequence[float], levels: Range) -> Plan:
   return Plan(name, levels.sigma_max, _jumps(times))
 
 
-def _zigzag_steps(pairs, levels: Range) -> tuple[Jump | AddNoise, ...]:
+def _zigzag_steps(pairs, levels: NoiseRange) -> tuple[Jump | AddNoise, ...]:
   steps = []
   for noise, up in pairs:
     levels.check((noise, up), "zigzag time")
@@ -161,7 +161,7 @@ def _zigzag_steps(pairs, levels: Range) -> tuple[Jump | AddNoise, ...]:
   return tuple(steps)
 
 
-def zigzag(pairs: Sequence[tuple[float, float]], levels: Range) -> Plan:
+def zigzag(pairs: Sequence[tuple[float, float]], levels: NoiseRange) -> Plan:
   """One step, then for each (e, t): add e z, jump e -> t -> sigma_min.
 
   1 + 2 len(pairs) NFE. Li & He (BCM, 2024), 'zigzag sampling': the injected
@@ -173,7 +173,7 @@ def zigzag(pairs: Sequence[tuple[float, float]], levels: Range) -> Plan:
 def mixture(
     mid: Sequence[float],
     pairs: Sequence[tuple[float, float]],
-    levels: Range,
+    levels: NoiseRange,
     name: str = "mixture",
 ) -> Plan:
   """Ancestral through `mid`, then zigzag by `pairs`."""
@@ -183,7 +183,7 @@ def mixture(
   )
 
 
-def zigzags(pairs: Sequence[tuple[float, float]], levels: Range) -> Plan:
+def zigzags(pairs: Sequence[tuple[float, float]], levels: NoiseRange) -> Plan:
   """From an image: for each (e, t) add e z, jump e -> t -> sigma_min."""
   if not pairs:
     raise errors.UserError("zigzags need at least one pair (noise, level)")
@@ -191,7 +191,7 @@ def zigzags(pairs: Sequence[tuple[float, float]], levels: Range) -> Plan:
 
 
 def cm_multistep(
-    mid: Sequence[float], levels: Range, start: float | None = None
+    mid: Sequence[float], levels: NoiseRange, start: float | None = None
 ) -> Plan:
   """Denoise, add fresh noise to the next level, denoise, ...
 
@@ -208,7 +208,7 @@ def cm_multistep(
   return Plan("cm_multistep", times[0], tuple(steps))
 
 
-def inversion(noise: float, mid: Sequence[float], levels: Range) -> Plan:
+def inversion(noise: float, mid: Sequence[float], levels: NoiseRange) -> Plan:
   """Add noise e to an image, then jump e -> mid[0] -> ... -> sigma_max.
 
   len(mid) + 1 NFE. Li & He (BCM, 2024), section on inversion: a network is
@@ -223,7 +223,7 @@ def inversion(noise: float, mid: Sequence[float], levels: Range) -> Plan:
 
 
 def gamma_sampling(
-    mid: Sequence[float], gamma: float, levels: Range
+    mid: Sequence[float], gamma: float, levels: NoiseRange
 ) -> Plan:
   """Jump short of the next level by gamma, and add noise up to it.
 
@@ -250,7 +250,7 @@ def gamma_sampling(
 
 
 def ode(
-    sigmas: Sequence[float], churn: solvers.Churn, heun: bool, levels: Range
+  sigmas: Sequence[float], churn: solvers.Churn, heun: bool, levels: NoiseRange
 ) -> Plan:
   """A solver of the ODE on a grid, of a map that is Euler's step.
 
@@ -268,8 +268,9 @@ def ode(
       steps.append(AddNoise(scale, raised))
     steps.append((HeunJump if heun and after else Jump)(raised, after))
   name = "heun" if heun else "ddim"
-  return Plan(name + ("_churn" if churn.s_churn else ""), sigmas[0],
-              tuple(steps))
+  return Plan(
+    name + ("_churn" if churn.s_churn else ""), sigmas[0], tuple(steps)
+  )
 
 
 def guide(plan: Plan, low: float = 0.0, high: float = math.inf) -> Plan:
@@ -277,8 +278,12 @@ def guide(plan: Plan, low: float = 0.0, high: float = math.inf) -> Plan:
 
   Kynkaanniemi et al. (2024); both evaluations of a Heun step go by its start.
   """
-  return dataclasses.replace(plan, steps=tuple(
+  return dataclasses.replace(
+    plan,
+    steps=tuple(
       dataclasses.replace(s, guided=True)
-      if isinstance(s, Jump) and low < s.t <= high else s
+      if isinstance(s, Jump) and low < s.t <= high
+      else s
       for s in plan.steps
-  ))
+    ),
+  )

@@ -1,1 +1,1 @@
-"""A studio in the browser: python -m bcm_jax.studio [CHECKPOINT]."""
+"""Web interface for sampling and editing: python -m bcm_jax.studio."""

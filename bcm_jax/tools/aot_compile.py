@@ -1,10 +1,11 @@
-"""Mode compile: the training step of a config for TPUs that are not there.
+"""Mode compile: ahead-of-time compilation for a TPU topology, without a TPU.
+needed.
 
   python -m bcm_jax.main --config=FILE --mode=compile --topology=v5e:16x16
 
-The compiler of libtpu (`pip install libtpu`) makes the executable that a pod
-would run, on any Linux machine, so whether a config fits is known before a pod
-is rented. Nothing is run: times are roofline bounds of published peaks.
+The compiler of libtpu (`pip install libtpu`) compiles the executable of a pod
+on any Linux machine, so that whether a config fits is known before a pod is
+rented. Nothing is run: times are roofline bounds from published peaks.
 """
 
 import importlib.util
@@ -20,21 +21,20 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.config import build
-from bcm_jax.tools import chips
 from bcm_jax.tools import hlo_cost
-from bcm_jax.training import sharding as parallel
+from bcm_jax.training import sharding
 from bcm_jax.training import train_step
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 
-# libtpu looks for TPUs of this machine and locks them unless told otherwise.
+# By default libtpu looks for TPUs of this machine and locks them.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
 _GIB = 2**30
-# Of the memory a program may use: the rest is for what a run needs beside.
+# Share of usable memory; the rest is for batches, metrics and fragmentation.
 FITS = 0.9
 
 
@@ -44,7 +44,7 @@ def run(
   """Compiles for a topology and prints, or writes, the report.
 
   Raises:
-    UserError: no such topology, no libtpu, or the step does not fit.
+    UserError: unknown topology, no libtpu, or the step does not fit.
   """
   report = compile_for(config, topology)
   print(as_text(report))
@@ -56,13 +56,13 @@ def run(
 def compile_for(
     config: ml_collections.ConfigDict, topology: str | None
 ) -> dict[str, Any]:
-  """The report of a config on a topology, as JSON values."""
+  """Returns the report of a config on a topology, as JSON values."""
   if topology is None:
     raise errors.UserError(
         "mode compile needs --topology, such as v5e:4x4; TPUs are "
-        + ", ".join(chips.CHIPS)
+        + ", ".join(hlo_cost.CHIPS)
     )
-  chip = chips.find(topology)
+  chip = hlo_cost.find_chip(topology)
   devices = _devices(topology, chip)
   experiment = build.build(config)
   backend = experiment.mesh_backend(devices)
@@ -83,18 +83,18 @@ def compile_for(
       "hbm_gib": chip.memory / _GIB,
       "phases": phases,
       "versions": {"libtpu": _libtpu_version()},
-      "facts": provenance.facts(experiment),
+      "facts": provenance.facts(experiment.config),
   }
 
 
-def _devices(topology: str, chip: chips.Chip) -> list[Any]:
+def _devices(topology: str, chip: hlo_cost.Chip) -> list[Any]:
   if importlib.util.find_spec("libtpu") is None:
     raise errors.UserError(
         "mode compile needs TPU's compiler: pip install libtpu"
     )
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
-  # Imported late: it would look for TPUs with another environment.
+  # Imported here because the import reads the environment.
   from jax.experimental import topologies
 
   extra = {"chip_config_name": "megacore"} if chip.megacore else {}
@@ -111,18 +111,18 @@ def _devices(topology: str, chip: chips.Chip) -> list[Any]:
   return list(found.devices)
 
 
-def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+def _abstract(tree: Any, placed: jax.sharding.Sharding) -> Any:
   return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(
-          np.shape(x), np.asarray(x).dtype, sharding=sharding
+          np.shape(x), np.asarray(x).dtype, sharding=placed
       ), tree,
   )
 
 
 def abstract_inputs(
-    experiment: build.Experiment, backend: parallel.Jit
+    experiment: build.Experiment, backend: sharding.Jit
 ) -> tuple[Any, Any, Any]:
-  """Shapes of (state, batch, curriculum), and where they lie."""
+  """Returns shapes and shardings of (state, batch, curriculum)."""
   state = jax.eval_shape(lambda: build.create_state(experiment))
   state = backend.abstract(
       state.replace(frozen=build.frozen_shapes(experiment))
@@ -138,7 +138,7 @@ def abstract_inputs(
       ) for k, (rest, dtype) in fields.items()
   })
   curriculum = _abstract(
-      parallel.curricula(experiment.method, 0, 1),
+      sharding.curricula(experiment.method, 0, 1),
       jax.NamedSharding(backend.mesh, jax.P()),
   )
   return state, batch, curriculum
@@ -146,10 +146,10 @@ def abstract_inputs(
 
 def lower(
     experiment: build.Experiment,
-    backend: parallel.Jit,
+    backend: sharding.Jit,
     phase: tuple[str, ...],
 ) -> jax.stages.Lowered:
-  """The training step of a phase on a backend, of shapes alone."""
+  """Lowers the training step of a phase, from shapes only."""
   step = train_step.make_step(
       experiment.method, experiment.optimizers(),
       experiment.step_options(backend),
@@ -159,8 +159,8 @@ def lower(
   )
 
 
-def _report(experiment, backend, phase, chip: chips.Chip) -> dict[str, Any]:
-  """What the step of a phase costs a chip."""
+def _report(experiment, backend, phase, chip: hlo_cost.Chip) -> dict[str, Any]:
+  """Compiles the step of a phase; returns its cost per chip."""
   began = time.monotonic()
   lowered = lower(experiment, backend, phase)
   traced = time.monotonic()
@@ -177,7 +177,7 @@ def _report(experiment, backend, phase, chip: chips.Chip) -> dict[str, Any]:
   flops, moved = cost.flops * times, cost.bytes_moved * times
   compute, memory = flops / chip.flops, moved / chip.bandwidth
   return {
-      # Of wall time; "cpu" of all threads, which other work disturbs less.
+      # Wall time, and "cpu" of all threads, which other load affects less.
       "seconds": {"trace": traced - began, "compile": done - traced,
                   "cpu": time.process_time() - cpu},
       "bytes": {
@@ -201,7 +201,7 @@ def _report(experiment, backend, phase, chip: chips.Chip) -> dict[str, Any]:
 
 
 def _does_not_fit(error: Exception) -> errors.UserError | None:
-  """The compiler's refusal in our words; None for any other failure."""
+  """Converts an out-of-memory error of XLA; None for any other error."""
   match = re.search(
       r"Ran out of memory in memory space hbm.*?(?:Used|of) ([\d.]+\w) of "
       r"([\d.]+\w)|memory on HBM.*?\(([\d.]+\w)\) exceeds available HBM "
@@ -211,7 +211,8 @@ def _does_not_fit(error: Exception) -> errors.UserError | None:
     return None
   need, have = (g for g in match.groups() if g is not None)
   return errors.UserError(
-      f"the step needs {need} a chip, and a program may use {have}; take more "
+      f"the step needs {need} per chip, and a program may use {have}; take "
+      f"more "
       "chips, parallel.fsdp=0 with parallel.sharding=fsdp, "
       "parallel.microbatch_size_per_device for gradient accumulation, or "
       "model.remat=True"
@@ -225,11 +226,12 @@ def _libtpu_version() -> str:
 
 
 def as_text(report: dict[str, Any]) -> str:
-  """The report for a person."""
+  """Formats the report for a terminal."""
   lines = [
       f"{report['topology']}: {report['chips']} chips on {report['hosts']} "
       f"host(s), mesh {report['mesh']}, sharding {report['sharding']}",
-      f"batch {report['batch_size']}: {report['examples_per_chip']} a chip in "
+      f"batch {report['batch_size']}: {report['examples_per_chip']} per chip "
+      f"in "
       f"{report['microbatches']} part(s)",
   ]
   for name, phase in report["phases"].items():
@@ -238,13 +240,13 @@ def as_text(report: dict[str, Any]) -> str:
     lines += [
         f"phase {name}: compiled in {phase['seconds']['compile']:.0f} s",
         f"  memory     {size['peak'] / _GIB:.2f} of {report['hbm_gib']:.2f} "
-        f"GiB a chip, {100 * phase['of_hbm']:.0f}% ({fits}): arguments "
+        f"GiB per chip, {100 * phase['of_hbm']:.0f}% ({fits}): arguments "
         f"{size['arguments'] / _GIB:.2f}, temporaries "
         f"{size['temporaries'] / _GIB:.2f}, code {size['code'] / _GIB:.2f}",
         f"  work       {phase['flops'] / 1e12:.2f} TFLOP and "
-        f"{phase['bytes_moved'] / 1e9:.1f} GB moved a chip and step, "
-        f"{phase['intensity']:.0f} FLOP a byte",
-        f"  roofline   {roof['bound']:.0f} ms a step at least (compute "
+        f"{phase['bytes_moved'] / 1e9:.1f} GB moved per chip and step, "
+        f"{phase['intensity']:.0f} FLOP per byte",
+        f"  roofline   {roof['bound']:.0f} ms per step at least (compute "
         f"{roof['compute']:.0f}, memory {roof['memory']:.0f}; published peaks)",
     ]
     for kind, each in phase["collectives"].items():

@@ -1,8 +1,9 @@
-"""What a compiled step costs a device: memory, arithmetic, bytes, collectives.
+"""Cost of a compiled step per device: memory, FLOPs, bytes, collectives.
 
-Read off the executable that XLA made, not estimated. Loops are the exception:
-XLA counts the body of a loop once, so a step that accumulates gradients over
-microbatches is counted for one of them, and the caller multiplies.
+Taken from the executable that XLA compiled, not estimated. Loops are the
+exception: XLA counts the body of a loop once, so a step that accumulates
+gradients over microbatches is counted for one of them, and the caller
+multiplies.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,9 @@ from typing import Any
 
 import jax
 
-# As they stand in the text of a module; '-start' is their asynchronous form.
+from bcm_jax import errors
+
+# Names in the HLO text; '-start' marks the asynchronous form.
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all",
                 "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
@@ -24,21 +27,62 @@ _COLLECTIVE = re.compile(
 _INSTRUCTION = re.compile(
     r"\s+(?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, |$)"
 )
-# Names for what is there already.
+# Instructions that move no data.
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant",
          "while", "conditional", "call")
 
 
 @dataclasses.dataclass(frozen=True)
+class Chip:
+  """Published peaks of a TPU device as JAX sees it.
+
+  Attributes:
+    flops: peak bfloat16 operations per second.
+    bandwidth: bytes per second from its memory.
+    memory: bytes that a program may use.
+    megacore: whether its two cores are one device.
+  """
+
+  flops: float
+  bandwidth: float
+  memory: float
+  megacore: bool = False
+
+
+_GIB = 2**30
+# Google Cloud's documentation, system architecture pages of TPU v4, v5e, v5p
+# and v6e (Trillium), recalled without a look-up. Usable memory is what the
+# compiler (libtpu 0.0.52) allows.
+CHIPS = {
+    "v4": Chip(275e12, 1.228e12, 30.75 * _GIB, megacore=True),
+    "v5e": Chip(197e12, 0.819e12, 15.75 * _GIB),
+    "v5p": Chip(459e12, 2.765e12, 95.73 * _GIB),
+    "v6e": Chip(918e12, 1.640e12, 31.24 * _GIB),
+}
+
+
+def find_chip(topology: str) -> Chip:
+  """Returns the chip of a topology such as 'v5e:16x16'.
+
+  Raises:
+    UserError: unknown name.
+  """
+  name = topology.partition(":")[0]
+  if name not in CHIPS:
+    raise errors.unknown_name("TPU in --topology", name, CHIPS)
+  return CHIPS[name]
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one device and one step (one microbatch of it where there are several).
+  """Cost of one step (or one of its microbatches) on one device.
 
   Attributes:
     arguments, outputs, temporaries, code: bytes.
-    aliased: bytes of outputs that lie where donated arguments were.
+    aliased: bytes of outputs in the buffers of donated arguments.
     flops: floating-point operations.
     bytes_moved: read from and written to the device's main memory.
-    collectives: kind -> (how many, bytes of their results in all).
+    collectives: kind -> (count, total bytes of their results).
   """
 
   arguments: int
@@ -52,13 +96,13 @@ class Cost:
 
   @property
   def peak(self) -> int:
-    """Bytes that must be there at once."""
+    """Peak bytes in memory."""
     return (self.arguments + self.outputs - self.aliased + self.temporaries
             + self.code)
 
 
 def cost(compiled: jax.stages.Compiled) -> Cost:
-  """Reads the cost off an executable."""
+  """Returns the cost of an executable."""
   memory = compiled.memory_analysis()
   numbers = compiled.cost_analysis() or {}
   text = compiled.as_text()
@@ -75,10 +119,10 @@ def cost(compiled: jax.stages.Compiled) -> Cost:
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-  """Kind -> (count, bytes of the results) of the collectives in an HLO text.
+  """Returns kind -> (count, bytes of results) of the collectives in HLO text.
 
-  The result of an asynchronous start holds operands too; of those the largest
-  part counts, which is the result.
+  The output of an asynchronous start includes operands; its largest part is the
+  result.
   """
   found: dict[str, tuple[int, int]] = {}
   for line in text.splitlines():
@@ -97,13 +141,13 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
 
 
 def bytes_moved(text: str) -> int:
-  """Bytes that a module reads from and writes to main memory.
+  """Counts bytes that a module reads from and writes to main memory.
 
-  XLA's own 'bytes accessed' counts the chip's fast memory too, twice where it
-  is filled ahead. Here every instruction outside of a fusion reads its operands
-  and writes its result, but for those that lie in fast memory (space 1 and up
-  in their layout), and an asynchronous copy counts when it starts. Of branches
-  the largest counts, of a loop its body once.
+  XLA's own 'bytes accessed' includes the chip's fast memory, twice where it is
+  prefetched. Here every instruction outside of a fusion reads its operands and
+  writes its result, except those in fast memory (space 1 and up in their
+  layout), and an asynchronous copy counts at its start. Of branches the largest
+  counts; the body of a loop counts once.
   """
   computations: dict[str, list[str]] = {}
   entry, lines = "", []
@@ -129,7 +173,7 @@ def bytes_moved(text: str) -> int:
 
 
 def _called(op: str, line: str) -> list[str]:
-  """Computations that an instruction runs as they are, not fused."""
+  """Returns the computations that an instruction calls, not fused."""
   key = {"while": "body", "call": "to_apply", "conditional": (
       "branch_computations|true_computation|false_computation"
   )}.get(op)
@@ -140,7 +184,7 @@ def _called(op: str, line: str) -> list[str]:
 
 
 def _traffic(match: re.Match, shapes: dict[str, int]) -> int:
-  """Bytes of an instruction; notes those of its result in shapes."""
+  """Returns bytes of an instruction; adds those of its result to shapes."""
   name, result, op, operands = match.groups()
   shapes[name] = _slow_bytes(result)
   if op in _FREE or op.endswith("-done"):
@@ -157,7 +201,7 @@ def _traffic(match: re.Match, shapes: dict[str, int]) -> int:
 
 
 def _slow_bytes(shapes: str) -> int:
-  """Bytes of a shape, or a tuple of them, that lie in main memory."""
+  """Returns bytes in main memory of a shape, or a tuple of shapes."""
   return sum(
       _bytes(dtype, dims)
       for dtype, dims, layout in _SHAPE.findall(shapes)
@@ -175,15 +219,14 @@ def _bytes(dtype: str, dims: str) -> int:
 
 
 def count_flops(function: Any, *args: Any, **kwargs: Any) -> int:
-  """Operations of the matrix products and convolutions of a function.
+  """Counts FLOPs of the matrix products and convolutions of a function.
 
-  Counted in its jaxpr, loops as often as they run: two for every product that
-  is added up. This is the 'model FLOPs' that utilisation is told in; norms,
-  activations and optimisers do not count, nor does it matter how XLA splits
-  the work.
+  Counted in its jaxpr, loops as often as they run: two per multiply-add. These
+  are the model FLOPs of MFU; norms, activations and optimizers do not count,
+  and the result does not depend on how XLA shards the work.
 
   Args:
-    function: what is traced; static arguments by functools.partial.
+    function: to trace; static arguments by functools.partial.
     *args: arrays or their shapes.
     **kwargs: the same.
   """
@@ -203,7 +246,7 @@ def _flops(jaxpr: Any) -> int:
 
 
 def _inner(params: Mapping[str, Any]):
-  """Jaxprs among the parameters of an equation."""
+  """Yields the jaxprs among the parameters of an equation."""
   for value in params.values():
     for item in value if isinstance(value, (tuple, list)) else [value]:
       if hasattr(item, "jaxpr"):
@@ -219,9 +262,9 @@ def _dot_flops(eqn: Any) -> int:
 
 
 def _conv_flops(eqn: Any) -> int:
-  """Padding counts as if it were image, the zeros of dilation do not.
+  """Counts padding as image and omits the zeros of dilation.
 
-  So the forward pass and its two gradients count alike.
+  With that the forward pass and its two gradients have equal counts.
   """
   numbers = eqn.params["dimension_numbers"]
   kernel = eqn.invars[1].aval.shape

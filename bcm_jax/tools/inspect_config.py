@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -41,7 +42,7 @@ def report(
   experiment = build.build(config)
   sections = [
       ("config", _config(experiment)),
-      ("players and phases", _players(experiment)),
+      ("networks and phases", _networks(experiment)),
       *_noise_levels(experiment),
       ("plans", _plans(experiment)),
       ("parameters", _parameters(experiment)),
@@ -59,7 +60,7 @@ def report(
 
 def _noise_levels(experiment) -> list[tuple[str, str]]:
   """What a method says of its curriculum, levels and weights."""
-  if hasattr(experiment.method, "drawn_levels"):
+  if hasattr(experiment.method, "sampled_levels"):
     return [("levels", _levels(experiment))]
   if not hasattr(experiment.method, "num_scales"):
     return []
@@ -71,21 +72,21 @@ def _noise_levels(experiment) -> list[tuple[str, str]]:
 
 
 def _config(experiment) -> str:
-  flat = resolve.flatten(resolve.to_json(experiment.config))
+  flat = resolve.flatten(experiment.config)
   width = max(map(len, flat))
   lines = [f"digest {resolve.digest(experiment.config)}"]
   return "\n".join(lines + [f"{k:<{width}}  {v}" for k, v in flat.items()])
 
 
-def _players(experiment) -> str:
+def _networks(experiment) -> str:
   method: base.Method = experiment.method
   lines = []
-  for name, player in method.players.items():
+  for name, network in method.networks.items():
     start = experiment.config.training.init_from
-    if name != method.sampled or not start:
-      start = player.starts_from and f"the {player.starts_from}"
+    if name != method.sampled_network or not start:
+      start = network.init_from and f"the {network.init_from}"
     start = f"starts from {start}" if start else "starts fresh"
-    lines.append(f"player {name}: {type(player.network).__name__}, {start}")
+    lines.append(f"network {name}: {type(network.network).__name__}, {start}")
   for phase in method.phases():
     lines.append(f"phase: updates {', '.join(phase)}")
   averages = [f"ema_{r:g}" for r in experiment.config.training.ema_rates]
@@ -106,7 +107,7 @@ def _schedule(experiment) -> str:
   rate = experiment.optimizer.rate()
   stride = max(1, steps // 100_000)
   at = list(range(0, steps, stride))
-  if method.bins == "continuous":
+  if method.time_distribution == "continuous":
     values = [float(method.curriculum(s)["gap_ratio"]) for s in
               range(0, steps, max(1, steps // 1000))]
     at = list(range(0, steps, max(1, steps // 1000)))
@@ -128,7 +129,7 @@ def _draw(experiment) -> tuple[Any, np.ndarray | None]:
   context = base.Context(
       images=None, labels=None,
       keys=lambda stream: rng.example_keys(0, stream, 0, index),
-      curriculum=curriculum, players={}, averages={},
+      curriculum=curriculum, networks={}, averages={},
   )
   times = method.sample_times(context)
   ends = None
@@ -144,10 +145,10 @@ def _levels(experiment) -> str:
   index = jnp.arange(_DRAWS // _STEPS)
 
   def draw(step):
-    return method.drawn_levels(base.Context(
+    return method.sampled_levels(base.Context(
         images=jnp.zeros((len(index), 1, 1, 1)), labels=None,
         keys=lambda stream: rng.example_keys(0, stream, step, index),
-        curriculum=curriculum, players={}, averages={}, index=index,
+        curriculum=curriculum, networks={}, averages={}, index=index,
         shared_key=lambda stream: rng.step_key(0, stream, step),
     ))
 
@@ -207,8 +208,8 @@ def _weighting(experiment) -> str:
 
 
 def _plans(experiment) -> str:
-  parts = [str(planning.sampling_plan(experiment))]
-  if experiment.method.inverts:
+  parts = [str(planning.plan_of(experiment))]
+  if experiment.method.supports_inversion:
     parts.append(str(planning.inversion_plan(experiment)))
   return "\n".join(parts)
 
@@ -216,9 +217,9 @@ def _plans(experiment) -> str:
 def _parameters(experiment) -> str:
   images, labels = build.example_batch(experiment)
   parts = []
-  for name, player in experiment.method.players.items():
+  for name, network in experiment.method.networks.items():
     shapes = jax.eval_shape(
-        lambda key, player=player: player.init(key, images, labels),
+        lambda key, network=network: network.init(key, images, labels),
         jax.random.key(0),
     )
     parts.append(f"{name}\n{hooks.parameter_table(shapes)}")
@@ -235,12 +236,12 @@ def _run(workdir: str) -> str:
   ]
   if "skipped" in state:  # Converted and pulled networks have no such counts.
     lines.append(f"skipped steps: {int(state['skipped'])}")
-  for name, player in state["players"].items():
-    known = "updates" in player
-    updates = f"{int(player['updates'])} updates, " if known else ""
+  for name, network in state["networks"].items():
+    known = "num_updates" in network
+    updates = f"{int(network['num_updates'])} updates, " if known else ""
     lines.append(
-        f"player {name}: {updates}"
-        f"norm of parameters {_norm(player['params']):.6g}"
+        f"network {name}: {updates}"
+        f"norm of parameters {_norm(network['params']):.6g}"
     )
   for name, average in state["averages"].items():
     lines.append(f"average {name}: norm {_norm(average):.6g}")
@@ -248,7 +249,7 @@ def _run(workdir: str) -> str:
 
 
 def _accounts(workdir: str) -> list[str]:
-  """Where the time of a run went."""
+  """Formats the wall-clock breakdown of a run."""
   total = goodput.total(workdir)
   if total is None:
     return []
@@ -284,12 +285,16 @@ def _compare(workdir: str, compare: str) -> str:
       _read(place, workdir) for place in (workdir, compare)
   )
   lines = [f"a = {a_name}, b = {b_name}"]
-  flat = [resolve.flatten(m.get("config", {})) for m in (a_meta, b_meta)]
+  flat = [
+      traverse_util.flatten_dict(m.get("config", {}), sep=".")
+      for m in (a_meta, b_meta)
+  ]
   for key in sorted(flat[0].keys() | flat[1].keys()):
     if flat[0].get(key) != flat[1].get(key):
       lines.append(f"config {key}: {flat[0].get(key)!r} against "
                    f"{flat[1].get(key)!r}")
-  trees = [resolve.flatten({n: p["params"] for n, p in s["players"].items()})
+  trees = [traverse_util.flatten_dict(
+      {n: p["params"] for n, p in s["networks"].items()}, sep=".")
            for s in (a, b)]
   same, rows = 0, []
   for key in sorted(trees[0].keys() | trees[1].keys()):

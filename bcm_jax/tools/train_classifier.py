@@ -1,10 +1,9 @@
-"""The command: python -m bcm_jax.train_classifier --config=CONFIG --out=DIR.
+"""Trains a classifier: python -m bcm_jax.train_classifier --config=F --out=DIR.
 
-Trains a small classifier on the images of a config's section data, whose
-pooled activations then serve as features for Frechet distances:
---config.eval.features=classifier --config.eval.features_path=DIR. Any value of
-the config can be set as --config.section.key=value. Exit status: 0 done, 65
-bad input (one line says what).
+A small ResNet learns the classes of the images of the config's section data;
+its pooled activations are features for Frechet distances:
+--config.eval.features=classifier --config.eval.features_path=DIR
+(docs/evaluation.md). Exit status: 0 done, 65 bad input.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.data import image_source
 from bcm_jax.data import pipeline
-from bcm_jax.metrics import classifier as classifiers
+from bcm_jax.metrics import classifier
 from bcm_jax.models import resnet
 from bcm_jax.training import hooks
 from bcm_jax.training import multihost
@@ -51,7 +50,7 @@ class Settings:
 
   Attributes:
     steps: of the optimiser; None is 50 epochs, at most 4,500 steps.
-    batch_size: images a step.
+    batch_size: images per step.
     learning_rate: peak rate of AdamW; it rises for a tenth of the steps, then
       falls to 0 as a cosine.
     seed: of initial weights, order, flips and crops.
@@ -195,14 +194,14 @@ def _init(network, image_shape, seed: int) -> Any:
 
 
 def accuracy(
-    classifier: classifiers.Classifier, source: image_source.Source
+    model: classifier.Classifier, source: image_source.Source
 ) -> float:
   """Share of the images of a source whose class is recognised, in [0, 1]."""
   right = 0
   for first in range(0, len(source), _BLOCK):
     ids = np.arange(first, min(first + _BLOCK, len(source)))
     batch = source.fetch(ids)
-    right += np.sum(classifier.classify(batch["image"]) == batch["label"])
+    right += np.sum(model.classify(batch["image"]) == batch["label"])
   return float(right / len(source))
 
 
@@ -216,11 +215,11 @@ def train_classifier(
   """Trains a classifier, measures and writes it.
 
   Args:
-    config: resolved config; its section data tells the images.
+    config: resolved config; its section data gives the images.
     out: folder, receives classifier.safetensors and classifier.json.
     settings: numbers of the training.
     name: of the features; None is '<data set> ResNet'.
-    overwrite: replace a classifier that is there.
+    overwrite: replace an existing classifier.
 
   Returns:
     What was written, for a terminal.
@@ -241,11 +240,11 @@ def train_classifier(
   with contextlib.closing(progress):
     params = fit(network, train, settings, config.data.flip, progress)
   data_name = provenance.data_name(config.data)
-  found = classifiers.Classifier(
+  found = classifier.Classifier(
       name or f"{data_name} ResNet", network, params, train.image_shape
   )
   share = None if test is None else accuracy(found, test)
-  classifiers.save_classifier(out, found, {
+  classifier.save_classifier(out, found, {
       "test_accuracy": share,
       "test_images": None if test is None else len(test),
       "data": {
@@ -264,7 +263,7 @@ def train_classifier(
 
 def _check_out(out: str, overwrite: bool) -> None:
   """Finds out before the training that its result could not be written."""
-  if os.path.exists(os.path.join(out, classifiers.FACTS)) and not overwrite:
+  if os.path.exists(os.path.join(out, classifier.FACTS)) and not overwrite:
     raise errors.UserError(
         f"--out={out} holds a classifier already; choose another folder, or "
         "replace it with --overwrite"
@@ -302,15 +301,19 @@ def _check_source(source: image_source.Source) -> None:
 
 
 def _parser() -> cli.Parser:
-  parser = cli.Parser("bcm_jax.tools.train_classifier", __doc__)
+  parser = cli.Parser("bcm_jax.train_classifier", __doc__, config="file")
   default = Settings()
   add = parser.add_argument
   add("--out", required=True, metavar="DIR", help="folder to make")
-  add("--steps", type=int, help="50 epochs without it, at most 4500 steps")
-  add("--batch_size", type=int, default=default.batch_size)
-  add("--learning_rate", type=float, default=default.learning_rate)
-  add("--seed", type=int, default=default.seed)
-  add("--name", help="of the features; '<data set> ResNet' without it")
+  add("--steps", type=int, metavar="N",
+      help="optimizer steps (50 epochs, at most 4500)")
+  add("--batch_size", type=int, default=default.batch_size, metavar="N",
+      help="images per step (%(default)s)")
+  add("--learning_rate", type=float, default=default.learning_rate,
+      metavar="RATE", help="peak learning rate of AdamW (%(default)s)")
+  add("--seed", type=int, default=default.seed, metavar="N",
+      help="seed of weights, order and augmentation (%(default)s)")
+  add("--name", help="name of the features ('<data set> ResNet')")
   add("--overwrite", action="store_true", help="replace a classifier in DIR")
   return parser
 
@@ -318,9 +321,8 @@ def _parser() -> cli.Parser:
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
   with cli.reporting():
-    argv = sys.argv[1:] if argv is None else argv
-    file, overrides, rest = resolve.split_overrides(argv)
-    flags = vars(_parser().parse_args(rest))
+    flags = vars(_parser().parse_args(argv))
+    file, overrides = flags.pop("config"), flags.pop("overrides")
     where = {k: flags.pop(k) for k in ("out", "name", "overwrite")}
     settings = Settings(**flags)
     config = resolve.load(file, overrides, None, False)
@@ -329,5 +331,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  cli.quiet_tensorflow()
   main()

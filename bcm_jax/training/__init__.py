@@ -1,1 +1,1 @@
-"""The engine that knows no method: state, step, averages, checkpoints."""
+"""Training state, step, averages, sharding and logging; names no method."""

@@ -1,4 +1,4 @@
-"""Moving averages of parameters."""
+"""Exponential moving averages (EMA) of parameters."""
 
 from typing import Any
 
@@ -9,28 +9,38 @@ Tree = Any
 
 
 def update(average: Tree, params: Tree, rate: jax.Array | float) -> Tree:
-  """rate * average + (1 - rate) * params, in the averages' own dtype.
+  """Computes rate * average + (1 - rate) * params, in the average's dtype.
 
-  Written as average + (1 - rate) (params - average), which keeps constant
-  parameters constant to the last bit.
+  Evaluated as average + (1 - rate) (params - average): where the parameters
+  equal the average, the result is bit-identical to it.
+
+  Args:
+    average: tree of arrays.
+    params: tree of the same structure and shapes.
+    rate: decay rate in [0, 1], a scalar.
+
+  Returns:
+    The updated average.
   """
-  def one(a, p):
+  def update_leaf(a, p):
     return a + (1 - jnp.asarray(rate, a.dtype)) * (p.astype(a.dtype) - a)
 
-  return jax.tree.map(one, average, params)
+  return jax.tree.map(update_leaf, average, params)
 
 
 def start(params: Tree) -> Tree:
-  """A first average: the parameters themselves, in float32 or wider."""
+  """Returns the initial average: a copy of params, in float32 or wider."""
   return jax.tree.map(
       lambda p: jnp.array(p, jnp.promote_types(jnp.float32, p.dtype)), params
   )
 
 
 def warmed_rate(rate: float, updates: jax.Array) -> jax.Array:
-  """min(rate, (1 + n) / (10 + n)) at the n-th update.
+  """Returns min(rate, (1 + n) / (10 + n)) at update n, a float32 scalar.
 
-  Forgets the random start early in a short run; the published runs do without.
+  The warm-up of TensorFlow's ExponentialMovingAverage(num_updates=n): in a
+  short run it removes the random initialization early. The published runs do
+  not use it.
   """
   n = updates.astype(jnp.float32)
   return jnp.minimum(rate, (1 + n) / (10 + n))

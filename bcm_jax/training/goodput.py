@@ -1,8 +1,9 @@
-"""Where the time of a run went, over all its starts.
+"""Wall-clock breakdown of a run across restarts.
 
-Each start of a run keeps a file of its own, `goodput/NNNN.json`, written every
-few seconds, so that one that is killed leaves an account. Seconds that belong
-to nothing else are those of the steps; so the parts add up to the wall time.
+Every start of a run writes its own file, `goodput/NNNN.json`, every few
+seconds, so that a killed start also leaves a record. Time that is not
+attributed to another category counts as training steps; the categories
+therefore add up to the wall time.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,19 +17,20 @@ from typing import Any
 from bcm_jax.utils import files
 
 FOLDER = "goodput"
-# What a step is not.
+# Categories of time other than training steps.
 PARTS = ("init", "compile", "data", "checkpoint", "rollback", "eval")
-# Between two accounts of a start: what a kill leaves unknown at most.
+# Interval of the writes; a kill loses at most this much of the record.
 _WRITE_SECS = 10.0
 
 
 class Goodput:
-  """Accounts of one start of a run.
+  """Time record of one start of a run.
 
   Args:
-    workdir: of the run; None keeps no file (all hosts but one).
-    began: when the start began; what was since then is 'init'.
-    clock: seconds.
+    workdir: work directory; None writes no file (all hosts except process 0).
+    began: clock value at the start of the process; the time since then counts
+      as 'init'. None is now.
+    clock: returns monotonic seconds.
   """
 
   def __init__(
@@ -55,7 +57,10 @@ class Goodput:
 
   @contextlib.contextmanager
   def part(self, name: str) -> Iterator[None]:
-    """Books what happens inside; parts inside parts belong to the outer."""
+    """Attributes the time inside to a category of PARTS.
+
+    Time in a nested context counts for the outer one.
+    """
     if self._inside is not None:
       yield
       return
@@ -63,35 +68,36 @@ class Goodput:
     try:
       yield
     finally:
-      self._book()
+      self._add_elapsed()
       self._inside = None
 
-  def _book(self) -> None:
-    """Books what is inside of a part by now."""
+  def _add_elapsed(self) -> None:
+    """Adds the time since the last call to the current category, if any."""
     if self._inside is not None:
       now = self._clock()
       self._seconds[self._inside] += now - self._since
       self._since = now
 
   def begin(self, step: int) -> None:
-    """Steps go on after this one: those of the start, or of a roll-back."""
+    """Sets the step after which training starts, or continues after a rollback.
+    """
     self._first = step if self._first is None else self._first
     self._step = step
     self._write()
 
   def progress(self, step: int) -> None:
-    """Steps up to this one are finished."""
+    """Records that all steps up to this one are finished."""
     self._done += step - self._step
     self._step = step
     if self._clock() - self._written >= _WRITE_SECS:
       self._write()
 
   def save(self, step: int, saved: int | None = None) -> None:
-    """Writes the account up to a step.
+    """Writes the record up to a step.
 
     Args:
       step: last finished step.
-      saved: newest step that a checkpoint holds.
+      saved: step of the newest committed checkpoint, None if unknown.
     """
     self._saved = saved
     self.progress(step)
@@ -104,17 +110,18 @@ class Goodput:
     try:
       files.write_json(self._path, self.record())
     except OSError:
-      pass  # A full disk is the checkpoints' business.
+      pass  # A full disk is reported by the checkpoint saver.
 
   def record(self) -> dict[str, Any]:
-    """The account: steps, and seconds by part, 'step' being the rest.
+    """Returns the record of this start.
 
     Returns:
-      'first' and 'last' step, 'steps' that were done, those that were done
-      again counted again; 'saved', the newest step that a checkpoint is known
-      to hold; 'wall' and 'seconds'.
+      'first': step before the first one trained. 'last': last finished step.
+      'steps': number of steps trained, including repeated ones. 'saved': step
+      of the newest committed checkpoint, or None. 'wall': seconds. 'seconds':
+      category -> seconds, with 'step' for the unattributed time.
     """
-    self._book()
+    self._add_elapsed()
     wall = self._clock() - self._began
     step = wall - sum(self._seconds.values())
     return {
@@ -125,12 +132,13 @@ class Goodput:
 
 
 def total(workdir: str) -> dict[str, Any] | None:
-  """Sums over all starts of a run; None where there is no account.
+  """Sums the records of all starts of a run.
 
   Returns:
-    'starts', 'last' step, 'wall', 'seconds' by part, 'repeated_steps' (done,
-    and done again after a kill or a roll-back), 'goodput': share of the wall
-    time in steps that count.
+    None without a record, else 'starts': number of starts. 'last': last
+    finished step. 'wall': seconds. 'seconds': category -> seconds.
+    'repeated_steps': steps trained again after a kill or a rollback.
+    'goodput': fraction of the wall time spent in steps that were not repeated.
   """
   records = []
   for path in sorted((pathlib.Path(workdir) / FOLDER).glob("*.json")):
@@ -144,8 +152,8 @@ def total(workdir: str) -> dict[str, Any] | None:
   for record in records:
     for name, value in record["seconds"].items():
       seconds[name] = seconds.get(name, 0.0) + value
-  # A killed start may have done more than its last account says: what the next
-  # one went on from.
+  # A killed start may have trained more steps than its last record has; the
+  # next start continues from a checkpoint of these.
   steps = records[-1]["steps"] + sum(
       max(a["steps"], b["first"] - a["first"])
       for a, b in zip(records, records[1:], strict=False)

@@ -1,9 +1,8 @@
-"""What a training loop calls now and then: reports, profiles, a progress bar.
+"""Periodic actions of training: progress reports, profiles, a progress bar.
 
-`report_progress` and `profile` are CLU's periodic actions where these can be
-imported (they need TensorFlow), else small classes called the same way.
-`Progress` draws with tqdm, which comes with tensorflow_datasets; where tqdm
-is absent, a terminal gets the same plain lines as a log file.
+`report_progress` and `profile` return CLU's periodic actions if CLU can be
+imported (it needs TensorFlow), else small classes with the same interface.
+`Progress` uses tqdm if it is installed, else plain lines as in a log file.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import time
 from typing import Any, TextIO
 
 from absl import logging
+from clu import parameter_overview
 import jax
 import numpy as np
 
@@ -29,17 +29,17 @@ def report_progress(
     every_secs: float | None = 60.0,
     every_steps: int | None = None,
 ) -> Any:
-  """Hook that writes `steps_per_sec` and `uptime` [s] and logs an ETA.
+  """Returns a hook that writes `steps_per_sec` and `uptime` [s], logs an ETA.
 
   Args:
-    num_train_steps: total number of steps; a report is made at the last one.
-    writer: where the two scalars go; None for the log alone.
-    every_secs: report when this many seconds have passed; None for never.
+    num_train_steps: total number of steps; the last one is reported.
+    writer: receives the two scalars; None only logs.
+    every_secs: interval of the reports in seconds; None disables it.
     every_steps: report at multiples of this; then call the hook every step.
 
   Returns:
     clu.periodic_actions.ReportProgress or `ReportProgress`: `hook(step)`
-    after each step, `with hook.timed(name):` around parts to be measured.
+    after each step, `with hook.timed(name):` around parts to measure.
   """
   clu_actions = metric_writers.import_clu("periodic_actions")
   cls = ReportProgress if clu_actions is None else clu_actions.ReportProgress
@@ -53,17 +53,17 @@ def profile(
     num_profile_steps: int = 5,
     every_secs: float | None = None,
 ) -> Any:
-  """Hook that traces a few steps with jax.profiler for TensorBoard.
+  """Returns a hook that traces a few steps with jax.profiler for TensorBoard.
 
   Args:
-    logdir: where the trace goes.
+    logdir: folder of the trace.
     first_profile: the step after which the first trace starts.
-    num_profile_steps: how many steps a trace covers.
-    every_secs: repeat after this many seconds; None for the first only.
+    num_profile_steps: number of steps per trace.
+    every_secs: interval of further traces in seconds; None traces only once.
 
   Returns:
-    clu.periodic_actions.Profile or `Profile`, called as `hook(step)`; where
-    the platform cannot be traced it logs that and does nothing.
+    clu.periodic_actions.Profile or `Profile`, called as `hook(step)`. On a
+    platform without tracing it logs a warning and does nothing.
   """
   clu_actions = metric_writers.import_clu("periodic_actions")
   if clu_actions is None:
@@ -74,28 +74,13 @@ def profile(
              num_profile_steps=num_profile_steps, every_secs=every_secs)
 
 
-def log_parameter_overview(params: Any, msg: str | None = None) -> None:
-  """Logs a table of names, shapes, dtypes and sizes of a parameter tree."""
-  overview = metric_writers.import_clu("parameter_overview")
-  if overview is not None:
-    overview.log_parameter_overview(params, include_stats=False, msg=msg)
-
-
 def parameter_table(params: Any) -> str:
-  """Table of names, shapes, dtypes and sizes; arrays or their shapes."""
-  overview = metric_writers.import_clu("parameter_overview")
-  if overview is not None:
-    return overview.get_parameter_overview(params, include_stats=False)
-  rows = [
-      f"{jax.tree_util.keystr(path)}  {leaf.shape}  {leaf.dtype}"
-      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  ]
-  total = sum(leaf.size for leaf in jax.tree.leaves(params))
-  return "\n".join([*rows, f"Total: {total:,}"])
+  """Returns a table of names, shapes, dtypes and sizes of parameters."""
+  return parameter_overview.get_parameter_overview(params, include_stats=False)
 
 
 class ReportProgress:
-  """clu.periodic_actions.ReportProgress for machines without TensorFlow."""
+  """Fallback for clu.periodic_actions.ReportProgress without TensorFlow."""
 
   def __init__(
       self,
@@ -116,7 +101,8 @@ class ReportProgress:
     self._parts: dict[str, float] = {}
 
   def __call__(self, step: int, t: float | None = None) -> bool:
-    """Reports if it is time; the first call never does, as in CLU."""
+    """Reports if due; returns whether it did. As in CLU, the first call only
+    starts the clock."""
     now = self._clock() if t is None else t
     if self._previous is None:
       self._previous = (step, now)
@@ -131,8 +117,8 @@ class ReportProgress:
   def timed(
       self, name: str, wait_jax_async_dispatch: bool = True
   ) -> Iterator[None]:
-    """Adds the wall time of a block to the named part of the report."""
-    # Simpler than CLU: an effects barrier here would stall the device.
+    """Adds the wall time of the block to the named part of the report."""
+    # Unlike CLU, no effects barrier: it would stall the device.
     del wait_jax_async_dispatch
     start = self._clock()
     try:
@@ -168,7 +154,7 @@ class ReportProgress:
 
 
 class Profile:
-  """clu.periodic_actions.Profile for machines without TensorFlow."""
+  """Fallback for clu.periodic_actions.Profile without TensorFlow."""
 
   def __init__(
       self,
@@ -189,15 +175,17 @@ class Profile:
     self._enabled = True
 
   def __call__(self, step: int, t: float | None = None) -> bool:
-    """Starts or stops a trace if it is time; True where one was started."""
+    """Starts or stops a trace if due; returns whether one was started."""
     now = self._clock() if t is None else t
     if self._stop_at is not None:
       if step >= self._stop_at:
         self._stop_at = None
         self._enabled &= self._try(jax.profiler.stop_trace)
       return False
-    again = self._every_secs is not None and now - self._last > self._every_secs
-    if not self._enabled or not (step == self._first or again):
+    repeat = (
+        self._every_secs is not None and now - self._last > self._every_secs
+    )
+    if not self._enabled or not (step == self._first or repeat):
       return False
     self._last = now
     self._enabled = self._try(jax.profiler.start_trace, self._logdir)
@@ -207,19 +195,18 @@ class Profile:
   def _try(self, function: Callable[..., Any], *args: Any) -> bool:
     try:
       function(*args)
-    except Exception as e:  # A profile is never worth a run.
+    except Exception as e:  # A run must not stop because profiling fails.
       logging.warning("profiling is off: %s: %s", type(e).__name__, e)
       return False
     return True
 
 
 class Progress:
-  """What a person sees while training.
+  """Progress display of training.
 
-  On a terminal a tqdm bar; elsewhere lines such as
-  `step 1200/3000  loss 0.1234  6.1 steps/s  ETA 4:55`, at the first step
-  (a sign of life after compilation), then at most every `every_secs`, and at
-  the last step.
+  On a terminal it is a tqdm bar; elsewhere it prints lines such as
+  `step 1200/3000  loss 0.1234  6.1 steps/s  ETA 4:55` at the first step (the
+  end of compilation), then at most every `every_secs`, and at the last step.
   """
 
   def __init__(
@@ -234,10 +221,11 @@ class Progress:
 
     Args:
       total: number of the last step.
-      initial: the step a resumed run starts from.
-      stream: where to draw; None for sys.stderr.
-      every_secs: least time between two lines off a terminal.
-      clock: seconds, rising; given by tests.
+      initial: the step from which a resumed run starts.
+      stream: output; None for sys.stderr.
+      every_secs: minimum seconds between two lines if the output is not a
+        terminal.
+      clock: returns monotonic seconds; replaced by tests.
     """
     self._total = total
     self._stream = sys.stderr if stream is None else stream
@@ -247,10 +235,10 @@ class Progress:
     self._shown: tuple[int, float] | None = None
 
   def update(self, step: int, **scalars: Any) -> None:
-    """Tells that `step` is done; scalars are read only when drawn.
+    """Sets the last finished step.
 
-    Reading a device array waits for the device, so this may be called at
-    every step with arrays still being computed.
+    Scalars are fetched only when the display is redrawn, since fetching a
+    device array waits for the device.
     """
     now = self._clock()
     if self._shown is not None and step < self._total:
@@ -268,7 +256,7 @@ class Progress:
     self._shown = (step, now)
 
   def note(self, text: str) -> None:
-    """Prints a line of its own without breaking the bar."""
+    """Prints a line above the progress bar."""
     if self._bar is not None:
       self._bar.write(text, file=self._stream)
       self._stream.flush()
@@ -287,7 +275,7 @@ class Progress:
       tqdm = importlib.import_module("tqdm").tqdm
     except ImportError:
       return None
-    # Throttled here, so that scalars are not read for nothing.
+    # `update` limits the rate, so that scalars are fetched only when drawn.
     return tqdm(total=self._total, initial=initial, file=self._stream,
                 unit="step", dynamic_ncols=True, mininterval=0, miniters=0)
 

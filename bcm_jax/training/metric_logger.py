@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import contextlib
 from typing import Any
 
+from absl import logging
 import jax
 import numpy as np
 
@@ -14,12 +15,12 @@ from bcm_jax.training import metric_writers
 class MetricLogger:
   """Buffers device metrics; fetches them only when they are logged.
 
-  Leaving its context closes what it opened.
+  A context manager: leaving the context closes the writers and the display.
 
   Attributes:
-    writer: metrics.jsonl and TensorBoard.
-    report: steps per second and an ETA.
-    progress: a bar on a terminal, lines elsewhere.
+    writer: writes metrics.jsonl and TensorBoard files.
+    report: hook that logs steps/s and an ETA.
+    progress: progress bar on a terminal, else progress lines.
   """
 
   def __init__(
@@ -37,15 +38,15 @@ class MetricLogger:
     """Opens the writers of a run.
 
     Args:
-      workdir: of the run.
+      workdir: work directory.
       title: printed before the first step, with sizes and devices.
-      params: of the sampled network, for the table of parameters.
+      params: parameters of the sampled network, for the parameter table.
       hparams: 'section.key' -> value, written at the first start.
       first: number of finished steps.
       total: number of the last step.
-      every_steps: steps between lines of metrics.
-      progress_secs: seconds between progress lines off a terminal.
-      profile: trace a few steps for TensorBoard.
+      every_steps: steps between two lines of metrics.jsonl.
+      progress_secs: seconds between progress lines without a terminal.
+      profile: whether to trace a few steps for TensorBoard.
     """
     self._total, self._every = total, every_steps
     self._newest: dict[str, tuple[Any, int]] = {}
@@ -56,7 +57,7 @@ class MetricLogger:
     self._stack.callback(self.writer.close)
     if first == 0:
       self.writer.write_hparams(dict(hparams))
-      hooks.log_parameter_overview(params)
+      logging.info("parameters:\n%s", hooks.parameter_table(params))
     self.progress = hooks.Progress(total, first, every_secs=progress_secs)
     self._stack.callback(self.progress.close)
     self.report = hooks.report_progress(total, self.writer, every_secs=60.0)
@@ -79,15 +80,21 @@ class MetricLogger:
     self._stack.close()
 
   def __call__(self, step: int, count: int, metrics: dict[str, Any]) -> None:
-    """Takes the metrics of the `count` steps that end with `step`."""
-    # With several networks, the loss of the first one of the phase.
+    """Logs a call of several steps.
+
+    Args:
+      step: last step of the call.
+      count: number of steps of the call.
+      metrics: name -> scalar on the device, [count] if count > 1.
+    """
+    # The loss of the first network of the phase.
     loss = next(v for k, v in metrics.items() if k.split("/")[-1] == "loss")
     self.progress.update(step, loss=loss if count == 1 else loss[-1])
     for i in range(count):
       at = step - count + 1 + i
       self.report(at)
       self._profile(at)
-      # Networks that take turns keep the metrics of their last turn.
+      # Networks outside of this phase keep their previous metrics.
       self._newest |= {k: (v, i) for k, v in metrics.items()}
       if at % self._every and at != self._total:
         continue

@@ -1,10 +1,10 @@
-"""Metric writers: JSON lines always, TensorBoard where CLU can be imported.
+"""Metric writers: JSON lines, and TensorBoard if CLU can be imported.
 
-All have the method names of clu.metric_writers.MetricWriter. CLU's writers
-need TensorFlow; without it the JSONL file alone is written.
+All writers have the interface of clu.metric_writers.MetricWriter. CLU's own
+writers need TensorFlow; without it only the JSONL file is written.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import contextlib
 import importlib
 import json
@@ -13,15 +13,17 @@ import os
 from typing import Any, Protocol
 
 from absl import logging
+from flax import traverse_util
 import numpy as np
 
 from bcm_jax.training import fault_injection
+from bcm_jax.utils import files
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricWriter(Protocol):
-  """The part of clu.metric_writers.MetricWriter that training uses."""
+  """Subset of clu.metric_writers.MetricWriter that training uses."""
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None: ...
 
@@ -44,11 +46,11 @@ class MetricWriter(Protocol):
 
 
 def import_clu(module: str) -> Any | None:
-  """Imports clu.<module>, or returns None where it (or TensorFlow) cannot be.
+  """Imports clu.<module>; returns None if it or TensorFlow is unavailable.
 
-  A broken TensorFlow raises anything; training goes on without it.
+  A broken TensorFlow may raise any exception; training continues without it.
   """
-  # Its greetings would break the progress bar; nothing is computed with it.
+  # TensorFlow's start-up log would break the progress bar.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   try:
@@ -66,16 +68,17 @@ def import_clu(module: str) -> Any | None:
 def create_writer(
     logdir: str, primary: bool = True, resume_step: int | None = None
 ) -> MetricWriter:
-  """Makes the writer of a run.
+  """Creates the writer of a run.
 
   Args:
-    logdir: the run's folder; `metrics.jsonl` and `tensorboard/` go there.
-    primary: whether this host writes; others get a writer that does nothing.
-    resume_step: drop JSON lines of later steps first (see
+    logdir: folder for `metrics.jsonl` and `tensorboard/`.
+    primary: whether this host writes; other hosts get a NullWriter.
+    resume_step: remove JSON lines of later steps first (see
       `JsonlWriter.truncate_after`).
 
   Returns:
-    A MetricWriter; JSON lines are written at once, TensorBoard's in a thread.
+    A MetricWriter. JSON lines are written immediately, TensorBoard events by a
+    thread.
   """
   if not primary:
     return NullWriter()
@@ -92,54 +95,27 @@ def create_writer(
 
 
 class NullWriter:
-  """A writer for hosts that are not the primary one: does nothing."""
+  """Ignores all calls; for hosts that do not write."""
 
-  def write_summaries(self, step, values, metadata=None):
-    """Does nothing."""
-
-  def write_scalars(self, step, scalars):
-    """Does nothing."""
-
-  def write_images(self, step, images):
-    """Does nothing."""
-
-  def write_videos(self, step, videos):
-    """Does nothing."""
-
-  def write_audios(self, step, audios, *, sample_rate):
-    """Does nothing."""
-
-  def write_texts(self, step, texts):
-    """Does nothing."""
-
-  def write_histograms(self, step, arrays, num_buckets=None):
-    """Does nothing."""
-
-  def write_hparams(self, hparams):
-    """Does nothing."""
-
-  def flush(self):
-    """Does nothing."""
-
-  def close(self):
-    """Does nothing."""
+  def __getattr__(self, name: str) -> Any:
+    return lambda *args, **kwargs: None
 
 
-class JsonlWriter(NullWriter):
-  """Writes `<logdir>/metrics.jsonl`, one JSON object a line.
+class JsonlWriter:
+  """Writes `<logdir>/metrics.jsonl`, one JSON object per line.
 
-  Scalars: {"step": 3, "loss": 0.5}, values plain floats; those that are not
-  finite become the strings "NaN", "Infinity", "-Infinity", which float()
-  reads, so that the file stays valid JSON. Other lines have a "kind" key
-  after the step (hyper-parameters have no step). Of images and histograms
-  only shapes and moments are kept; videos, audio and summaries are not.
+  Scalars are written as {"step": 3, "loss": 0.5}. Non-finite values are the
+  strings "NaN", "Infinity" and "-Infinity", which float() parses, so that the
+  file stays valid JSON. Other lines have a "kind" key after the step
+  (hyperparameters have no step). Images and histograms are reduced to shapes
+  and moments.
 
-  Lines of a step are equal in a resumed and an uninterrupted run if the
-  values are: there are no time stamps.
+  Lines have no time stamps: a resumed and an uninterrupted run write equal
+  lines.
   """
 
   def __init__(self, logdir: str):
-    """Opens the file for appending; half a line left by a crash is dropped."""
+    """Opens the file for appending; removes a partial last line of a crash."""
     os.makedirs(logdir, exist_ok=True)
     self.path = os.path.join(logdir, METRICS_FILE)
     _drop_partial_line(self.path)
@@ -147,7 +123,11 @@ class JsonlWriter(NullWriter):
     self._waiting = b""
 
   def write_scalars(self, step, scalars):
-    """Writes {name: scalar}; arrays must hold a single number."""
+    """Writes {name: scalar}.
+
+    Raises:
+      ValueError: an array has more than one element.
+    """
     values = {name: _plain_float(x) for name, x in scalars.items()}
     self._write({"step": int(step), **values})
 
@@ -161,39 +141,37 @@ class JsonlWriter(NullWriter):
     self._write({"step": int(step), "kind": "texts", "texts": dict(texts)})
 
   def write_histograms(self, step, arrays, num_buckets=None):
-    """Writes size, mean, deviation, least and greatest of each array."""
+    """Writes size, mean, std, min and max of each array."""
     del num_buckets
     moments = {name: _moments(x) for name, x in arrays.items()}
     self._write({"step": int(step), "kind": "histograms", "arrays": moments})
 
   def write_hparams(self, hparams):
-    """Writes hyper-parameters unless the file holds the same line already."""
+    """Writes hyperparameters unless the file already has the same line."""
     record = {"kind": "hparams", "hparams": _jsonable(hparams)}
     with open(self.path, encoding="utf-8") as lines:
-      # A resumed run writes them again; an uninterrupted one would not have.
+      # A restarted run calls this again; an uninterrupted run does not.
       if any(_parse(line) == record for line in lines if '"hparams"' in line):
         return
     self._write(record)
 
   def truncate_after(self, step: int) -> None:
-    """Drops lines of later steps, and lines that are not JSON objects.
+    """Removes lines of later steps and lines that are not JSON objects.
 
-    Called on resuming from `step`, so that the file becomes that of an
+    Called when a run resumes from `step`, so that the file equals that of an
     uninterrupted run. The file is replaced atomically.
     """
     self._file.close()
     with open(self.path, encoding="utf-8", errors="replace") as lines:
-      kept = [line for line in lines if _belongs(line, step)]
-    temporary = f"{self.path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as out:
-      out.writelines(kept)
+      kept = [line for line in lines if _is_up_to(line, step)]
+    with files.replacing(self.path) as out:
+      out.write("".join(kept).encode())
       out.flush()
       os.fsync(out.fileno())
-    os.replace(temporary, self.path)
     self._file = open(self.path, "ab", buffering=0)
 
   def flush(self):
-    """Hands all lines to the operating system's disk."""
+    """Flushes all lines to disk."""
     self._append(b"")
     with contextlib.suppress(OSError):
       os.fsync(self._file.fileno())
@@ -205,31 +183,32 @@ class JsonlWriter(NullWriter):
     self._file.close()
 
   def _write(self, record: dict[str, Any]) -> None:
-    # At once: a killed job loses at most the line it is at.
+    # Unbuffered: a killed job loses at most one line.
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     half = len(line) // 2
     fault_injection.point("metrics_half", lambda: self._append(line[:half]))
     self._append(line)
 
   def _append(self, text: bytes) -> None:
-    """Writes text; where the disk is full it waits for the next call."""
+    """Writes bytes; if the disk is full, keeps them for the next call."""
     full = bool(self._waiting)
     self._waiting += text
     try:
       while self._waiting:
         self._waiting = self._waiting[self._file.write(self._waiting) :]
-    except OSError as e:  # A full disk is the checkpoints' business.
+    except OSError as e:  # A full disk is reported by the checkpoint saver.
       if not full:
-        logging.warning("%s cannot be written: %s", self.path, e.strerror)
+        logging.warning("cannot write %s: %s", self.path, e.strerror)
 
 
 class _HostValues:
-  """Passes all on to a threaded writer, as values it can take later.
+  """Converts values for a threaded writer; disables it after an error.
 
-  Device arrays may be donated before the thread reads them, TensorFlow takes
-  no array of shape (1,) for a scalar, and TensorBoard's plugin refuses None
-  and lists as hyper-parameters: in the thread, such errors would surface at
-  some later call. Those of the disk do: they end the writer, not the run.
+  The values are converted before they reach the thread: a device array may be
+  donated before the thread reads it, TensorFlow rejects an array of shape (1,)
+  as a scalar, and TensorBoard's plugin rejects None and lists as
+  hyperparameters. Errors of the thread, such as a full disk, are raised by a
+  later call; they disable the writer and the run continues.
   """
 
   def __init__(self, writer: Any):
@@ -246,7 +225,7 @@ class _HostValues:
       getattr(self._writer, name)(*args)
     except Exception as e:
       self._broken = True
-      logging.warning("TensorBoard's files end here: %s: %s",
+      logging.warning("TensorBoard logging is disabled: %s: %s",
                       type(e).__name__, e)
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -267,26 +246,19 @@ class _HostValues:
     self._pass("write_histograms", int(step), arrays, num_buckets)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    flat = traverse_util.flatten_dict(_jsonable(hparams), sep=".")
     self._pass("write_hparams", {
         name: x if isinstance(x, (bool, int, float, str)) else json.dumps(x)
-        for name, x in _flat(_jsonable(hparams))
+        for name, x in flat.items()
     })
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable:
-  for key, value in tree.items():
-    if isinstance(value, dict) and value:
-      yield from _flat(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}", value
-
-
 def _hide_gpus_from_tensorflow() -> None:
-  """Keeps TensorFlow from reserving the memory that JAX needs."""
+  """Prevents TensorFlow from reserving GPU memory that JAX needs."""
   try:
     tf = importlib.import_module("tensorflow")
     tf.config.set_visible_devices([], "GPU")
-  except (ImportError, RuntimeError) as e:  # Too late: it already uses them.
+  except (ImportError, RuntimeError) as e:  # TensorFlow uses them already.
     logging.info("cannot hide GPUs from TensorFlow (%s)", e)
 
 
@@ -314,7 +286,7 @@ def _moments(array: Any) -> dict[str, Any]:
 
 
 def _jsonable(value: Any) -> Any:
-  """Turns nested mappings, sequences, arrays and numbers to JSON values."""
+  """Converts nested mappings, sequences, arrays and numbers to JSON."""
   if isinstance(value, Mapping) or hasattr(value, "items"):
     return {str(key): _jsonable(x) for key, x in value.items()}
   if isinstance(value, (list, tuple)):
@@ -335,16 +307,17 @@ def _parse(line: str) -> Any:
     return None
 
 
-def _belongs(line: str, step: int) -> bool:
+def _is_up_to(line: str, step: int) -> bool:
+  """Returns whether a line is a whole record of a step <= `step`."""
   record = _parse(line)
   if not isinstance(record, dict) or not line.endswith("\n"):
     return False
-  at = record.get("step", 0)
-  return isinstance(at, int) and at <= step
+  record_step = record.get("step", 0)
+  return isinstance(record_step, int) and record_step <= step
 
 
 def _drop_partial_line(path: str) -> None:
-  """Cuts the file after its last newline."""
+  """Truncates the file after its last newline."""
   if not os.path.exists(path):
     return
   with open(path, "rb+") as file:

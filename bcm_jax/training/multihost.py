@@ -1,13 +1,17 @@
-"""Processes: joining them, sharing a host's cores, agreeing, being told to go.
+"""Multi-host utilities: initialization, CPU devices, consensus, preemption.
 
-JAX's distributed runtime finds and watches the other processes; nothing here
-talks to them but through it.
+All communication uses JAX's distributed runtime, which discovers and monitors
+the other processes.
 """
 
 from collections.abc import Iterator
 import contextlib
+import logging
 import os
+import pathlib
+import shutil
 import signal
+import socket
 import threading
 import types
 from typing import Any
@@ -17,7 +21,10 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from bcm_jax import errors
-from bcm_jax.training import host_arrivals
+from bcm_jax.utils import thread_pool
+
+# Folder of the work directory in which each waiting process writes a file.
+ARRIVALS = "arrivals"
 
 
 def connect(
@@ -28,41 +35,45 @@ def connect(
     workdir: str | None = None,
     patience_secs: int = 300,
 ) -> None:
-  """Joins the other processes of the run; must come before any computation.
+  """Joins the other processes of the run; call before any computation.
 
-  On Cloud TPU pods, GKE, SLURM and Open MPI the arguments are found by JAX;
-  elsewhere all three are given, or none for a run of one process.
+  On Cloud TPU pods, GKE, SLURM and Open MPI, JAX detects the cluster; elsewhere
+  pass all of coordinator, num_processes and process_id, or none of them for a
+  run of one process.
 
   Args:
-    coordinator: host:port of process 0, the same for all.
-    num_processes: processes of the run.
-    process_id: of this one, 0 .. num_processes - 1.
-    heartbeat_secs: silence after which a process counts as dead, and the
-      runtime ends the others.
-    workdir: where those that wait for the others can name them.
-    patience_secs: after which the runtime ends those that wait.
+    coordinator: host:port of process 0, the same for all processes.
+    num_processes: number of processes.
+    process_id: index of this process, 0 .. num_processes - 1.
+    heartbeat_secs: seconds without a heartbeat after which a process counts as
+      dead and the runtime ends the others.
+    workdir: work directory, for `log_missing_hosts`.
+    patience_secs: timeout of joining in seconds.
 
   Raises:
-    UserError: some of the three arguments are missing.
+    UserError: only some of the three arguments are set, or process_id is out
+      of range.
   """
-  given = (coordinator, num_processes, process_id)
-  if None in given and any(x is not None for x in given):
+  cluster = (coordinator, num_processes, process_id)
+  if None in cluster and any(x is not None for x in cluster):
     raise errors.UserError(
-        "--coordinator, --num_processes and --process_id belong together; "
-        f"got {coordinator}, {num_processes} and {process_id}"
+        "--coordinator, --num_processes and --process_id: got "
+        f"{coordinator}, {num_processes} and {process_id}, expected all three "
+        "or none of them; set the missing ones"
     )
   if jax.distributed.is_initialized():
     return
   if num_processes is not None and not 0 <= process_id < num_processes:
     raise errors.UserError(
-        f"--process_id={process_id} must lie in 0 .. {num_processes - 1}, "
-        f"for --num_processes={num_processes}"
+        f"--process_id: got {process_id}, expected 0 .. {num_processes - 1} "
+        f"for --num_processes={num_processes}; number the processes from 0"
     )
   try:
-    with host_arrivals.watched(workdir, process_id, num_processes,
-                          min(20.0, patience_secs / 6)):
+    with log_missing_hosts(
+        workdir, process_id, num_processes, min(20.0, patience_secs / 6)
+    ):
       jax.distributed.initialize(
-          *given, initialization_timeout=patience_secs,
+          *cluster, initialization_timeout=patience_secs,
           heartbeat_timeout_seconds=heartbeat_secs,
           cluster_detection_method=(
               None if coordinator is None else "deactivate"
@@ -71,48 +82,121 @@ def connect(
   except ValueError:
     if coordinator is not None:
       raise
-    # JAX sees no cluster: one process.
+    # JAX detects no cluster: a run of one process.
   except RuntimeError as e:
-    # In a notebook devices are in use before this; failures to connect are of
-    # a class below.
+    # In a notebook devices are already in use. A failed connection raises a
+    # subclass of RuntimeError.
     if type(e) is not RuntimeError or coordinator is not None:
       raise
 
 
-def use_cores(count: int, batch_size: int, processes: int = 1) -> None:
-  """Makes JAX split the host into devices, where it runs on a CPU.
+@contextlib.contextmanager
+def log_missing_hosts(
+    workdir: str | None,
+    number: int | None,
+    count: int | None,
+    every_secs: float = 20.0,
+) -> Iterator[None]:
+  """Logs which processes have not joined while this one waits in the context.
 
-  XLA hardly splits small convolutions over threads, so devices of one core
-  each keep more cores busy than one device of all. Must come before the first
-  use of JAX; XLA_FLAGS that set a number of devices win.
+  JAX itself reports only a timeout. Each waiting process updates a file in the
+  work directory; processes without a current file have not started.
 
   Args:
-    count: devices; 0 takes one a usable core, at most 8, such that they
-      divide the batch evenly.
-    batch_size: examples of the global batch.
-    processes: that share it.
+    workdir: work directory; None disables the log.
+    number: index of this process; None identifies it by host and pid.
+    count: number of processes; None if JAX detects it.
+    every_secs: interval of the warnings in seconds.
+  """
+  if workdir is None:
+    yield
+    return
+  joined = threading.Event()
+  thread = threading.Thread(
+      target=_log_missing, args=(joined, workdir, number, count, every_secs),
+      name="arrivals", daemon=True,
+  )
+  thread.start()
+  try:
+    yield
+  finally:
+    joined.set()
+    thread.join()
+
+
+def _log_missing(joined, workdir, number, count, every_secs) -> None:
+  folder = pathlib.Path(workdir) / ARRIVALS
+  own = f"{socket.gethostname()}-{os.getpid()}" if number is None else number
+  previous: dict[str, str] | None = None
+  beats = 0
+  while not joined.wait(every_secs):
+    beats += 1
+    with contextlib.suppress(OSError):
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / str(own)).write_text(f"{os.getpid()} {beats}")
+      marks = {path.name: path.read_text() for path in folder.iterdir()}
+      if previous is not None:
+        # A file that does not change is from an earlier start.
+        waiting = {name for name in marks if marks[name] != previous.get(name)}
+        _warn({str(own), *waiting}, number, count, beats * every_secs)
+      previous = marks
+  if beats:  # All processes have joined.
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _warn(waiting: set[str], number, count, seconds: float) -> None:
+  who = "this process" if number is None else f"process {number} of {count}"
+  missing = "" if count is None else ", ".join(
+      str(i) for i in range(count) if str(i) not in waiting
+  )
+  logging.warning(
+      "%s has waited %.0f s for the other processes; waiting: %s%s", who,
+      seconds, ", ".join(sorted(waiting)),
+      f"; not started: process {missing}" if missing else "",
+  )
+
+
+def use_cores(count: int, batch_size: int, processes: int = 1) -> None:
+  """Sets the number of CPU devices of JAX.
+
+  XLA hardly parallelizes small convolutions over threads, so one device per
+  core uses the cores better than one device for all cores. Call before the
+  first use of JAX; a number of devices in XLA_FLAGS overrides this one.
+
+  Args:
+    count: number of devices; 0 selects the largest divisor of the local batch
+      up to the number of usable cores and 8.
+    batch_size: size of the global batch.
+    processes: number of processes that share the batch.
   """
   if not count:
-    if hasattr(os, "sched_getaffinity"):
-      cores = len(os.sched_getaffinity(0))
-    else:
-      cores = os.cpu_count() or 1
-    each = max(batch_size // processes, 1)
-    count = max(n for n in range(1, min(cores, 8) + 1) if each % n == 0)
+    local_batch = max(batch_size // processes, 1)
+    count = max(
+        n for n in range(1, min(thread_pool.usable_cores(), 8) + 1)
+        if local_batch % n == 0
+    )
   flags = os.environ.get("XLA_FLAGS", "")
   if "xla_force_host_platform_device_count" not in flags:
     jax.config.update("jax_num_cpu_devices", count)
 
 
 def all_agree(ok: bool) -> bool:
-  """Whether all processes say yes."""
+  """Returns whether `ok` holds on all processes."""
   if jax.process_count() == 1:
     return bool(ok)
   return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 
 def raise_everywhere(error: errors.UserError | None) -> None:
-  """Raises process 0's error in all processes, so that none waits for it."""
+  """Raises the error of process 0 on all processes; no process then waits for
+  another one.
+
+  Args:
+    error: error of this process or None; only that of process 0 counts.
+
+  Raises:
+    UserError: process 0 has an error.
+  """
   if jax.process_count() == 1:
     if error is not None:
       raise error
@@ -121,13 +205,20 @@ def raise_everywhere(error: errors.UserError | None) -> None:
   if error is not None and jax.process_index() == 0:
     encoded = str(error).encode()[: text.size]
     text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-  said = multihost_utils.broadcast_one_to_all(text).tobytes().rstrip(b"\0")
-  if said:
-    raise errors.UserError(said.decode(errors="replace"))
+  message = multihost_utils.broadcast_one_to_all(text).tobytes().rstrip(b"\0")
+  if message:
+    raise errors.UserError(message.decode(errors="replace"))
 
 
 def to_host(tree: Any) -> Any:
-  """Copies of global arrays as NumPy arrays; every host gets the whole."""
+  """Copies global arrays to NumPy arrays; every host gets the whole array.
+
+  Args:
+    tree: tree of jax.Array, sharded or replicated, or host arrays.
+
+  Returns:
+    The tree with C-ordered NumPy arrays.
+  """
 
   def copy(x):
     if isinstance(x, jax.Array):
@@ -141,54 +232,67 @@ def to_host(tree: Any) -> Any:
   return jax.tree.map(copy, tree)
 
 
-class Notice:
-  """Whether the run was told to go: SIGTERM to any of its processes.
+class PreemptionSignal:
+  """Detects a preemption signal (SIGTERM) on any process of the run.
 
-  With several processes JAX's preemption service spreads the notice and picks
-  a call that none has passed; with one, a signal handler does.
+  With several processes, JAX's preemption service distributes the signal and
+  selects a step that no process has passed; with one process, a signal handler
+  sets a flag.
   """
 
   def __init__(self):
-    self._told = self._deferred = False
+    self._preempted = self._deferred = False
 
   def reached(self, call: int) -> bool:
-    """Whether to save and go after a call; ask at every one, 0, 1, 2, ..."""
+    """Returns whether to save and stop after a call of the training step.
+
+    Args:
+      call: index of the call, 0, 1, 2, ...; query each index once.
+    """
     if jax.process_count() > 1:
-      # JAX says so for one call only, after which the loop may roll back.
-      self._told |= multihost_utils.reached_preemption_sync_point(call)
-    return self._told
+      # JAX returns True for one index only, after which the loop may roll back.
+      self._preempted |= multihost_utils.reached_preemption_sync_point(call)
+    return self._preempted
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[None]:
-    """Takes SIGTERM for a notice: outside of `deferred` it raises Preempted."""
-    alone = jax.process_count() == 1
-    if not alone or threading.current_thread() != threading.main_thread():
+    """Handles SIGTERM in the context.
+
+    Raises:
+      Preempted: SIGTERM was received outside of a `deferred` context.
+    """
+    main = threading.current_thread() == threading.main_thread()
+    if jax.process_count() > 1 or not main:
       yield
       return
-    before = signal.signal(signal.SIGTERM, self._tell)
+    old_handler = signal.signal(signal.SIGTERM, self._handle)
     try:
       yield
     finally:
-      signal.signal(signal.SIGTERM, before)
+      signal.signal(signal.SIGTERM, old_handler)
 
   @contextlib.contextmanager
   def deferred(self) -> Iterator[None]:
-    """Inside, a notice waits until the loop asks for it, or for the end."""
+    """Defers Preempted: the loop polls `reached`.
+
+    Raises:
+      Preempted: at the end of the context, if SIGTERM was received in it.
+    """
     self._deferred = True
     try:
       yield
     finally:
       self._deferred = False
-    if self._told:
-      self._go()
+    if self._preempted:
+      self._stop()
 
-  def _tell(self, number: int, frame: types.FrameType | None) -> None:
+  def _handle(self, number: int, frame: types.FrameType | None) -> None:
     del number, frame
-    self._told = True
+    self._preempted = True
     if not self._deferred:
-      self._go()
+      self._stop()
 
-  def _go(self) -> None:
+  def _stop(self) -> None:
     raise errors.Preempted(
-        "nothing to save; the same command goes on with the newest checkpoint"
+        "nothing to save; the same command resumes from the newest checkpoint"
     )

@@ -1,33 +1,39 @@
-"""Steps that are not finite: skipped by the step, counted and judged here.
+"""Counts consecutive non-finite steps; records rollbacks and diagnostics.
 
-The step leaves parameters, optimiser and averages as they were where a loss
-or gradient is not finite. After several in a row the loop rolls back to the
-last good checkpoint and goes on with other data; after several roll-backs
-without a new checkpoint it stops and leaves a bundle to look at.
+The training step leaves parameters, optimizer state and averages unchanged if a
+loss or gradient is not finite. After several consecutive non-finite steps the
+loop rolls back to the last good checkpoint and continues with other data; after
+several rollbacks without a new checkpoint it stops and writes diagnostics.
 """
 
 import collections
 from collections.abc import Mapping
 import dataclasses
+import json
 import os
+import pathlib
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from bcm_jax.utils import files
 
-# Steps that the guard looks back, so that it never waits for the device.
+# The guard checks a call this many calls later, so as not to wait for the
+# device.
 _LAG = 2
+# Folder and file in the work directory.
 FOLDER = "diagnostics"
+ROLLBACKS = "rollbacks.json"
 
 
 class NotFinite(Exception):
-  """Too many steps in a row were skipped.
+  """Too many consecutive steps were not finite.
 
   Attributes:
-    step: the last of them.
-    metrics: name -> value there.
+    step: the last non-finite step.
+    metrics: name -> value at that step.
   """
 
   def __init__(self, step: int, in_row: int, metrics: Mapping[str, float]):
@@ -41,10 +47,11 @@ class NotFinite(Exception):
 
 @dataclasses.dataclass
 class Guard:
-  """Reads a call's metrics two calls later, when they are there anyway.
+  """Checks the metrics of each call two calls later, when they are computed.
 
   Attributes:
-    limit: skipped steps in a row that are too many.
+    limit: number of consecutive skipped steps that raises NotFinite.
+    waiting: (last step, metrics) of the calls that are not checked yet.
   """
 
   limit: int
@@ -53,12 +60,15 @@ class Guard:
   )
 
   def check(self, step: int, metrics: dict[str, Any], wait: bool = False):
-    """Takes the metrics of a call that ended with `step`.
+    """Queues the metrics of a call and checks those of earlier calls.
 
-    Metrics are scalars, or arrays over the steps of the call.
+    Args:
+      step: last step of the call.
+      metrics: name -> scalar, or array [steps of the call].
+      wait: whether to wait for this call and check it, too.
 
     Raises:
-      NotFinite: over the limit, in this call or one before.
+      NotFinite: a checked call reached the limit.
     """
     self.waiting.append((step, metrics))
     while self.waiting and (wait or len(self.waiting) > _LAG):
@@ -79,18 +89,18 @@ def write_bundle(
     batch: Mapping[str, np.ndarray],
     facts: Mapping[str, Any],
 ) -> str:
-  """Writes what helps to find out why steps were not finite.
+  """Writes diagnostics of a non-finite step.
 
   Args:
-    workdir: of the run.
-    error: which step, with its metrics.
-    state: the state there, on the host.
+    workdir: work directory.
+    error: the step and its metrics.
+    state: training state at that step, on the host.
     batch: this host's part of the batch of that step.
-    facts: JSON values: roll-backs, config, versions, devices.
+    facts: JSON values to include: rollbacks, config, versions, devices.
 
   Returns:
-    The folder: report.json (metrics, norm and count of values that are not
-    finite of every tensor) and batch.npz.
+    Path of the folder with report.json (metrics; norm, largest magnitude and
+    number of non-finite values of each tensor) and batch.npz.
   """
   folder = os.path.join(workdir, FOLDER, f"step-{error.step}")
   tensors = {}
@@ -111,3 +121,83 @@ def write_bundle(
   files.write_json(os.path.join(folder, "report.json"), report)
   files.write_npz(os.path.join(folder, "batch.npz"), **batch)
   return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollback:
+  """A rollback to a saved state, logged before training continues from it.
+
+  A checkpoint does not record that the steps after it failed. This log maps a
+  checkpoint, identified by step and data_offset, to the data position at which
+  training continues, so that a restart repeats the same rollbacks.
+
+  Attributes:
+    step: step of the saved state.
+    data_offset: data_offset of the saved state.
+    position: index of the first batch to continue with.
+    reached: greatest step saved before this rollback. A run makes progress
+      only by saving a later step.
+    count: rollbacks since the last progress, including this one.
+  """
+
+  step: int
+  data_offset: int
+  position: int
+  reached: int
+  count: int
+
+
+def rollback_history(workdir: str) -> list[Rollback]:
+  """Returns all rollbacks, oldest first, on all processes; process 0 reads."""
+  rows = _read_rollbacks(workdir) if jax.process_index() == 0 else []
+  if jax.process_count() == 1:
+    return rows
+  share = multihost_utils.broadcast_one_to_all
+  width = len(dataclasses.fields(Rollback))
+  table = np.zeros((int(share(np.int32(len(rows)))), width), np.int32)
+  for i, row in enumerate(rows):
+    table[i] = dataclasses.astuple(row)
+  return [Rollback(*map(int, row)) for row in share(table)]
+
+
+def rollback_to(
+    rollbacks: list[Rollback], step: int, data_offset: int
+) -> Rollback | None:
+  """Returns the last rollback to the state (step, data_offset), or None."""
+  matches = [
+      r for r in rollbacks if (r.step, r.data_offset) == (step, data_offset)
+  ]
+  return matches[-1] if matches else None
+
+
+def rollbacks_without_progress(
+    rollbacks: list[Rollback], newest: int
+) -> tuple[int, int]:
+  """Counts rollbacks since the run last saved a later step.
+
+  Args:
+    rollbacks: all rollbacks, oldest first.
+    newest: newest saved step, 0 without a checkpoint.
+
+  Returns:
+    (number of rollbacks since the last progress, greatest step ever saved).
+  """
+  if rollbacks and newest <= rollbacks[-1].reached:
+    return rollbacks[-1].count, rollbacks[-1].reached
+  return 0, newest
+
+
+def add_rollback(workdir: str, rollback: Rollback) -> None:
+  """Appends a rollback to rollbacks.json; only process 0 writes."""
+  if jax.process_index() == 0:
+    files.write_json(
+        os.path.join(workdir, ROLLBACKS),
+        [dataclasses.asdict(r) for r in (*_read_rollbacks(workdir), rollback)],
+    )
+
+
+def _read_rollbacks(workdir: str) -> list[Rollback]:
+  path = pathlib.Path(workdir) / ROLLBACKS
+  if not path.exists():
+    return []
+  return [Rollback(**r) for r in json.loads(path.read_text())]

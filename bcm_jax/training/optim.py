@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, all from optax."""
+"""Optimizers and learning-rate schedules, all from optax."""
 
 import dataclasses
 from typing import Literal
@@ -9,20 +9,22 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """An optimiser by its numbers; `build` gives the optax transformation.
+  """Optimizer settings; `build` returns the optax transformation.
 
   Attributes:
     name: 'radam', 'adam' or 'adamw'.
-    learning_rate: peak rate.
-    schedule: 'constant', 'cosine', 'linear' (both to final_fraction of the
-      peak at schedule_steps) or 'rsqrt' (flat, then 1/sqrt(step /
-      schedule_steps)).
-    warmup_steps: steps of linear rise from 0.
-    schedule_steps: steps that the schedule spans, warm-up included.
-    final_fraction: last rate as a fraction of the peak.
-    b1, b2, eps: Adam's moments and epsilon.
-    weight_decay: decoupled decay, adamw alone.
-    grad_clip: bound of the gradient's global norm; None does not clip.
+    learning_rate: peak learning rate.
+    schedule: 'constant'; 'cosine' or 'linear', which decay to final_fraction of
+      the peak at schedule_steps; or 'rsqrt', which is constant up to
+      schedule_steps, then decays as 1 / sqrt(step / schedule_steps).
+    warmup_steps: steps of the linear warm-up from 0.
+    schedule_steps: length of the schedule in steps, including the warm-up.
+    final_fraction: final learning rate as a fraction of the peak.
+    b1: decay rate of Adam's first moment.
+    b2: decay rate of Adam's second moment.
+    eps: Adam's epsilon.
+    weight_decay: decoupled weight decay, only for adamw.
+    grad_clip: maximum global norm of the gradient; None disables clipping.
   """
 
   name: Literal["radam", "adam", "adamw"] = "radam"
@@ -38,9 +40,9 @@ class Optimizer:
   grad_clip: float | None = None
 
   def rate(self) -> optax.Schedule:
-    """Learning rate as a function of the number of updates."""
+    """Returns the schedule: number of updates -> learning rate."""
     peak, span = self.learning_rate, self.schedule_steps - self.warmup_steps
-    after = {
+    decay = {
         "constant": lambda: optax.constant_schedule(peak),
         "cosine": lambda: optax.cosine_decay_schedule(
             peak, max(1, span), self.final_fraction
@@ -48,15 +50,18 @@ class Optimizer:
         "linear": lambda: optax.linear_schedule(
             peak, peak * self.final_fraction, max(1, span)
         ),
-        "rsqrt": lambda: _rsqrt(peak, max(1, span)),
+        "rsqrt": lambda: lambda count: peak / jnp.sqrt(
+            jnp.maximum(count / max(1, span), 1.0)
+        ),
     }[self.schedule]()
     if not self.warmup_steps:
-      return after
-    rise = optax.linear_schedule(0.0, peak, self.warmup_steps)
-    return optax.join_schedules([rise, after], [self.warmup_steps])
+      return decay
+    warmup = optax.linear_schedule(0.0, peak, self.warmup_steps)
+    return optax.join_schedules([warmup, decay], [self.warmup_steps])
 
   def build(self) -> optax.GradientTransformation:
-    """The transformation: clipping, then the optimiser."""
+    """Returns the optax transformation: gradient clipping, then the optimizer.
+    """
     moments = dict(b1=self.b1, b2=self.b2, eps=self.eps)
     rate = self.rate()
     core = {
@@ -69,7 +74,3 @@ class Optimizer:
     if self.grad_clip is None:
       return core
     return optax.chain(optax.clip_by_global_norm(self.grad_clip), core)
-
-
-def _rsqrt(peak: float, span: int) -> optax.Schedule:
-  return lambda count: peak / jnp.sqrt(jnp.maximum(count / span, 1.0))

@@ -1,18 +1,19 @@
-"""Power-function averages, chosen after training, and EDM2's learning rate.
+"""Post-hoc EMA with power-function profiles, and EDM2's learning rate.
 
 Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
-Models" (EDM2, 2024), section 3 and appendix C. An average at time t weighs the
-parameters of time s by s^gamma on [0, t]. Its length is told by sigma_rel, the
-standard deviation of that profile as a fraction of t: 0.05 and 0.10 are what
-the published runs track. A weighted sum of stored averages then comes close to
-an average of any other length, so that the length is chosen when training is
-over.
+Models" (EDM2, 2024), section 3 and appendix C. A power-function EMA at time t
+weights the parameters of time s in [0, t] in proportion to s^gamma. Its length
+is given by sigma_rel, the standard deviation of that profile relative to t; the
+published runs track 0.05 and 0.10. A linear combination of stored averages
+approximates an average of any other length, so that the length can be chosen
+after training.
 
-What training calls works inside jit, in float32 or wider. What happens after
-training is NumPy in float64, for the system to solve is ill-conditioned.
+`beta`, `update` and the schedules run inside jit, in float32 or wider. The
+reconstruction after training uses NumPy in float64, because its linear system
+is ill-conditioned.
 
-Times may be counted in any unit, as only their ratios matter. Count steps, or
-images as floats: 2^31 images, EDM2's own budget, overflow an int32.
+Only ratios of times matter, so times may have any unit. Use steps, or images as
+floats: 2^31 images, EDM2's training budget, overflow an int32.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,74 +24,88 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import errors
+from bcm_jax.models import dtypes
 
 Tree = Any
-# Of a uniform profile, gamma = 0; longer averages do not exist.
+# sigma_rel of the uniform profile (gamma = 0), the longest average.
 LARGEST_STD = 12**-0.5
 
 
 def exp_to_std(exponent: np.ndarray | float) -> np.ndarray:
-  """sigma_rel of the profile s^gamma (eq. 123), in float64."""
+  """Returns sigma_rel of the profile s^gamma (EDM2, eq. 123).
+
+  Args:
+    exponent: gamma, any shape.
+
+  Returns:
+    The shape of exponent, float64.
+  """
   g = np.asarray(exponent, np.float64)
   return np.sqrt((g + 1) / ((g + 2) ** 2 * (g + 3)))
 
 
 def std_to_exp(std: np.ndarray | float) -> np.ndarray:
-  """gamma of the profile of a given sigma_rel (eq. 126), in float64.
+  """Returns gamma of the profile with a given sigma_rel (EDM2, eq. 126).
 
-  The largest root of g^3 + 7 g^2 + (16 - std^-2) g + 12 - std^-2.
+  Computes the largest root of g^3 + 7 g^2 + (16 - std^-2) g + 12 - std^-2.
 
   Args:
-    std: any shape.
+    std: sigma_rel, any shape.
+
+  Returns:
+    The shape of std, float64.
 
   Raises:
-    UserError: outside 0 < std < 12^(-1/2).
+    UserError: not 0 < std < 12^(-1/2).
   """
   std = np.asarray(std, np.float64)
   wrong = std[~((std > 0) & (std < LARGEST_STD))]
   if wrong.size:
     raise errors.UserError(
-        f"sigma_rel = {wrong.flat[0]:g} is no length of a power-function "
-        f"average; choose one above 0 and below 12^(-1/2) = {LARGEST_STD:.4f}"
+        f"sigma_rel: got {wrong.flat[0]:g}, expected a value between 0 and "
+        f"12^(-1/2) = {LARGEST_STD:.4f}; choose a smaller positive one"
     )
 
-  def one(s):
+  def largest_root(s):
     roots = np.roots([1, 7, 16 - s**-2, 12 - s**-2])
     return roots.real[np.isreal(roots)].max()
 
-  return np.reshape([one(s) for s in std.ravel()], std.shape)
+  return np.reshape([largest_root(s) for s in std.ravel()], std.shape)
 
 
-def _wide(x) -> jax.Array:
+def _at_least_float32(x) -> jax.Array:
   x = jnp.asarray(x)
-  if jnp.issubdtype(x.dtype, jnp.floating):
-    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
-  return x.astype(float)  # JAX would make a float32 of an int64.
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    x = x.astype(float)  # JAX would promote int64 to float32.
+  return dtypes.at_least_float32(x)
 
 
 def _log_beta(std, t_next, t_delta) -> jax.Array:
-  """ln beta; log1p keeps the digits of a small t_delta / t_next."""
-  part = jnp.minimum(_wide(t_delta) / _wide(t_next), 1)
-  return (std_to_exp(std) + 1).astype(part.dtype) * jnp.log1p(-part)
+  """Returns ln beta; log1p is accurate for a small t_delta / t_next."""
+  ratio = jnp.minimum(
+      _at_least_float32(t_delta) / _at_least_float32(t_next), 1
+  )
+  return (std_to_exp(std) + 1).astype(ratio.dtype) * jnp.log1p(-ratio)
 
 
 def beta(
     std: float, t_next: jax.Array | float, t_delta: jax.Array | float
 ) -> jax.Array:
-  """What an update keeps of the average: (1 - t_delta/t_next)^(gamma + 1).
+  """Returns beta = (1 - t_delta / t_next)^(gamma + 1) (EDM2, eq. 127).
 
-  Eq. 127. The first update keeps nothing: the start is forgotten.
+  The weight of the old average in an update. It is 0 in the first update, where
+  t_delta = t_next.
 
   Args:
     std: sigma_rel of the profile, a number.
-    t_next: time after the step that is averaged in.
-    t_delta: duration of that step.
+    t_next: time after the step.
+    t_delta: duration of the step.
 
   Returns:
     The shape of t_next / t_delta, float32 or wider.
 
   Raises:
-    UserError: for a sigma_rel out of range.
+    UserError: sigma_rel out of range.
   """
   return jnp.exp(_log_beta(std, t_next, t_delta))
 
@@ -102,21 +117,30 @@ def update(
     t_next: jax.Array | float,
     t_delta: jax.Array | float,
 ) -> Tree:
-  """beta * average + (1 - beta) * params, in the averages' own dtype.
+  """Computes beta * average + (1 - beta) * params, in the average's dtype.
 
-  Late in training 1 - beta is about 1e-5, of which `beta` in float32 leaves
-  two digits; here it is computed without that subtraction.
+  Late in training 1 - beta is about 1e-5, which has only two correct digits if
+  it is computed from a float32 beta; it is therefore computed by expm1.
 
   Args:
-    average, params: trees of one structure; the average's start is forgotten.
-    std, t_next, t_delta: as in `beta`.
+    average: tree of arrays; its initial value has no influence, see `beta`.
+    params: tree of the same structure and shapes.
+    std: sigma_rel of the profile, a number.
+    t_next: time after the step.
+    t_delta: duration of the step.
+
+  Returns:
+    The updated average.
+
+  Raises:
+    UserError: sigma_rel out of range.
   """
-  new = -jnp.expm1(_log_beta(std, t_next, t_delta))
+  one_minus_beta = -jnp.expm1(_log_beta(std, t_next, t_delta))
 
-  def one(a, p):
-    return a + new.astype(a.dtype) * (p.astype(a.dtype) - a)
+  def update_leaf(a, p):
+    return a + one_minus_beta.astype(a.dtype) * (p.astype(a.dtype) - a)
 
-  return jax.tree.map(one, average, params)
+  return jax.tree.map(update_leaf, average, params)
 
 
 def halflife_beta(
@@ -125,19 +149,20 @@ def halflife_beta(
     halflife: float,
     ramp_up: float | None = 0.09,
 ) -> jax.Array:
-  """What an update of an ordinary exponential average keeps.
+  """Returns the decay rate of a traditional EMA with a half-life (EDM, EDM2).
 
   Args:
-    t_next: time after the step that is averaged in, such as images seen.
-    t_delta: duration of that step.
+    t_next: time after the step, for example in images.
+    t_delta: duration of the step.
     halflife: half-life in the same unit.
     ramp_up: the half-life is at most this fraction of t_next, so that an early
-      average forgets the start (0.09 in EDM2, 0.05 in EDM); None does without.
+      average does not depend on the initialization (0.09 in EDM2, 0.05 in EDM);
+      None disables it.
 
   Returns:
     The shape of t_next, float32 or wider; a rate for `ema.update`.
   """
-  t_next, t_delta = _wide(t_next), _wide(t_delta)
+  t_next, t_delta = _at_least_float32(t_next), _at_least_float32(t_delta)
   halflife = jnp.full_like(t_next, halflife)
   if ramp_up is not None:
     halflife = jnp.minimum(halflife, ramp_up * t_next)
@@ -151,19 +176,19 @@ def learning_rate(
     reference_batches: float = 70_000,
     ramp_up_images: float = 10e6,
 ) -> jax.Array:
-  """EDM2's rate: a linear rise, flat, then 1 / sqrt(time).
+  """Returns EDM2's learning rate: linear warm-up, constant, then inverse sqrt.
 
   Args:
-    images: images seen before the step; the first step's rate is 0.
-    batch: images a step.
+    images: images seen before the step; the rate of the first step is 0.
+    batch: images per step.
     peak: reference rate (0.01 for EDM2-S; smaller for larger networks).
-    reference_batches: steps after which the rate decays; 0 never decays.
-    ramp_up_images: images of the rise; 0 is none.
+    reference_batches: steps after which the rate decays; 0 disables the decay.
+    ramp_up_images: length of the warm-up in images; 0 disables it.
 
   Returns:
     The shape of images, float32 or wider.
   """
-  images = _wide(images)
+  images = _at_least_float32(images)
   rate = jnp.full_like(images, peak)
   if reference_batches:
     rate /= jnp.sqrt(jnp.maximum(images / (reference_batches * batch), 1))
@@ -173,11 +198,16 @@ def learning_rate(
 
 
 def response(time: int, std: float, length: int) -> np.ndarray:
-  """Weights that an average at a time gives to steps 0 .. length - 1.
+  """Returns the weights of steps 0 .. length - 1 in an average (EDM2, sec. 3).
+
+  Args:
+    time: step of the average.
+    std: sigma_rel of its profile.
+    length: number of weights.
 
   Returns:
-    [length] in float64, of sum 1 if length > time: (k / time)^gamma scaled,
-    and 0 after `time`.
+    [length] float64 in proportion to (k / time)^gamma, and 0 after `time`. The
+    sum is 1 if length > time.
   """
   k = np.arange(max(length, time + 1))
   weights = np.where(k <= time, (k / time) ** std_to_exp(std), 0)
@@ -190,17 +220,20 @@ def correlation(
     b_times: np.ndarray,
     b_stds: np.ndarray,
 ) -> np.ndarray:
-  """Inner products of profiles as functions of time (appendix C.5).
+  """Computes inner products of averaging profiles (EDM2, appendix C).
 
   Args:
-    a_times, a_stds: [A] times and sigma_rel of the first profiles.
-    b_times, b_stds: [B] those of the second.
+    a_times: [A] times of the first profiles.
+    a_stds: [A] sigma_rel of the first profiles.
+    b_times: [B] times of the second profiles.
+    b_stds: [B] sigma_rel of the second profiles.
 
   Returns:
-    [A, B] integrals of the products of densities, in 1 / unit of time.
+    [A, B] float64, integral over time of the product of the two densities, in
+    1 / unit of time.
 
   Raises:
-    UserError: for a sigma_rel out of range.
+    UserError: sigma_rel out of range.
   """
   ta = np.asarray(a_times, np.float64)[:, None]
   tb = np.asarray(b_times, np.float64)[None, :]
@@ -216,34 +249,41 @@ def solve_posthoc_coefficients(
     out_times: np.ndarray,
     out_stds: np.ndarray,
 ) -> np.ndarray:
-  """Weights of stored averages that come nearest to others (algorithm 3).
+  """Solves for the coefficients of post-hoc EMA (EDM2, algorithm 3).
 
-  Least squares between profiles, in float64. Columns are scaled to sum 1 then,
-  as the official code does and the paper does not, so that parameters that
-  never moved are reproduced.
+  Least squares between profiles, in float64. Each column is then scaled to sum
+  1, as in the official code and unlike the paper, so that constant parameters
+  are reproduced.
 
   Args:
-    in_times, in_stds: [A] times and sigma_rel of the stored averages.
-    out_times, out_stds: [B] those that are wanted.
+    in_times: [A] times of the stored averages.
+    in_stds: [A] sigma_rel of the stored averages.
+    out_times: [B] times of the averages to reconstruct.
+    out_stds: [B] sigma_rel of the averages to reconstruct.
 
   Returns:
-    [A, B] coefficients, of both signs.
+    [A, B] float64 coefficients, of both signs.
 
   Raises:
-    UserError: for an average stored twice, which leaves its share undefined,
-      and for times and sigma_rel out of range.
+    UserError: no stored average, one stored twice (its coefficient would be
+      undefined), or times or sigma_rel out of range.
   """
   stored = list(zip(map(float, in_times), map(float, in_stds), strict=True))
   if not stored:
-    raise errors.UserError("no stored averages to reconstruct others from")
-  if min(min(in_times), min(out_times)) <= 0:
-    raise errors.UserError("an average at time 0 has no profile; leave it out")
-  twice = sorted({each for each in stored if stored.count(each) > 1})
-  if twice:
-    time, std = twice[0]
     raise errors.UserError(
-        f"the average at time {time:g} with sigma_rel {std:g} is listed twice; "
-        "give each once"
+        "stored averages: got 0, expected 1 or more; train with "
+        "training.ema_stds"
+    )
+  if min(min(in_times), min(out_times)) <= 0:
+    raise errors.UserError(
+        "time of an average: got 0, expected a positive time; remove it"
+    )
+  duplicates = sorted({x for x in stored if stored.count(x) > 1})
+  if duplicates:
+    time, std = duplicates[0]
+    raise errors.UserError(
+        f"stored averages: got two at time {time:g} with sigma_rel {std:g}, "
+        "expected one; remove one"
     )
   gram = correlation(in_times, in_stds, in_times, in_stds)
   target = correlation(in_times, in_stds, out_times, out_stds)
@@ -254,28 +294,29 @@ def solve_posthoc_coefficients(
 def coefficients(
     times: Sequence[float], stds: Sequence[float], time: float, std: float
 ) -> np.ndarray:
-  """Weights of all snapshots for one average at the time of a snapshot.
+  """Returns the coefficients of all snapshots for one post-hoc average.
 
-  Snapshots at time 0 (bare parameters) and after `time` get 0.
+  Snapshots at time 0 (initial parameters) and after `time` get 0.
 
   Args:
-    times, stds: [A] times and sigma_rel of the stored averages.
-    time: time of the average that is wanted; one of `times`.
-    std: its sigma_rel.
+    times: [A] times of the stored averages.
+    stds: [A] sigma_rel of the stored averages.
+    time: time of the average to reconstruct, one of `times`.
+    std: sigma_rel of the average to reconstruct.
 
   Returns:
     [A] float64 coefficients of sum 1 for `reconstruct`.
 
   Raises:
-    UserError: where no snapshot is of that time, and as
+    UserError: no snapshot at that time, or an error of
       `solve_posthoc_coefficients`.
   """
   times, stds = np.asarray(times, np.float64), np.asarray(stds, np.float64)
   if time <= 0 or time not in times:
-    known = ", ".join(f"{t:g}" for t in np.unique(times[times > 0]))
+    choices = ", ".join(f"{t:g}" for t in np.unique(times[times > 0]))
     raise errors.UserError(
-        f"no snapshot of time {time:g} to end an average at "
-        f"(snapshots: {known or 'none'}); choose one of these"
+        f"time of the average: got {time:g}, expected that of a snapshot "
+        f"({choices or 'no snapshots'}); choose one of these"
     )
   used = (times > 0) & (times <= time)
   result = np.zeros(len(times))
@@ -286,32 +327,32 @@ def coefficients(
 
 
 def reconstruct(trees: Iterable[Tree], weights: Sequence[float]) -> Tree:
-  """sum_i weights[i] trees[i], accumulated in float32 or wider.
+  """Computes sum_i weights[i] trees[i], in float32 or wider.
 
-  Sums differences from the first tree: large weights of both signs then lose
-  fewer digits, and under weights of sum 1 float32 numbers that are the same in
-  all trees stay the same to the last bit.
+  Sums differences from the first tree: rounding errors of large weights of both
+  signs are then smaller, and with weights of sum 1 a float32 value that is the
+  same in all trees is reproduced bit for bit.
 
   Args:
-    trees: as many trees as weights; a generator that reads one at a time keeps
-      only two in memory. Trees of weight 0 are passed over.
-    weights: such as `coefficients`.
+    trees: one tree per weight. A generator keeps at most two trees in memory.
+      Trees of weight 0 are skipped.
+    weights: coefficients, see `coefficients`.
 
   Returns:
     A tree of NumPy arrays.
 
   Raises:
-    UserError: if there are more or fewer trees than weights.
+    UserError: the numbers of trees and weights differ, or all weights are 0.
   """
   weights = np.asarray(weights, np.float64)
-  whole, base, total, count = weights.sum(), None, None, 0
+  weight_sum, base, total, count = weights.sum(), None, None, 0
   for count, tree in enumerate(trees, 1):
     if count > len(weights) or weights[count - 1] == 0:
       continue
     tree = jax.tree.map(_host, tree)
     if base is None:
       base = tree
-      total = jax.tree.map(lambda v: v * v.dtype.type(whole), tree)
+      total = jax.tree.map(lambda v: v * v.dtype.type(weight_sum), tree)
       continue
     weight = weights[count - 1]
     total = jax.tree.map(
@@ -320,8 +361,9 @@ def reconstruct(trees: Iterable[Tree], weights: Sequence[float]) -> Tree:
     )
   if count != len(weights) or total is None:
     raise errors.UserError(
-        f"{count} snapshots for {len(weights)} weights "
-        f"({np.count_nonzero(weights)} not 0); give one snapshot a weight"
+        f"snapshots: got {count} for {len(weights)} weights, "
+        f"{np.count_nonzero(weights)} of them not 0, expected one per weight; "
+        "pass each snapshot once"
     )
   return jax.tree.map(np.asarray, total)
 

@@ -1,12 +1,12 @@
-"""Devices: one named mesh of global arrays under jit, and a pmap adapter.
+"""Parallelism: jit with global arrays on a named mesh, and a pmap adapter.
 
-The mesh has the axes 'data' and 'fsdp'. Examples are cut over both; the state
-is cut over 'fsdp' where a rule says so and is otherwise on every device. XLA
-adds the collectives. Under pmap each device runs the same step function on
-its slice of the examples and holds the whole state.
+The mesh has the axes 'data' and 'fsdp'. Batches are sharded over both; the
+state is sharded over 'fsdp' where a rule matches and replicated otherwise. XLA
+adds the collectives. Under pmap each device runs the same step function on its
+shard of the batch with a replicated state.
 
-Every backend takes steps in calls: one call may be several steps, scanned on
-the devices, so that small networks do not wait for the host.
+One call of a compiled step may run several training steps in a scan on the
+devices, so that small networks do not wait for the host.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,21 +29,22 @@ from bcm_jax.training import train_step
 Tree = Any
 Batch = dict[str, np.ndarray]
 DATA, FSDP = "data", "fsdp"
-# The axis that a step under pmap averages over.
+# The axis over which a step under pmap averages gradients.
 AXIS = DATA
-# Smaller tensors cost more to gather than they take to keep.
-_MIN_CUT_SIZE = 2**14
+# Number of elements below which 'fsdp' replicates a tensor: the communication
+# would cost more than the memory saved.
+_MIN_SHARD_SIZE = 2**14
 
 
 def make_mesh(
     devices: Sequence[jax.Device] | None = None, fsdp: int = 1
 ) -> Mesh:
-  """The mesh ('data', 'fsdp') over all devices of all hosts.
+  """Returns the mesh with axes ('data', 'fsdp').
 
   Args:
-    devices: other devices than all.
-    fsdp: devices that share one copy of the state, 0 for all; the next smaller
-      divisor of the number of devices where it is none.
+    devices: devices of the mesh; None is all devices of all hosts.
+    fsdp: number of devices that share one copy of the state, rounded down to a
+      divisor of the number of devices; 0 is all devices.
   """
   devices = jax.devices() if devices is None else devices
   n = len(devices)
@@ -57,26 +58,26 @@ def make_mesh(
 
 
 def microbatches(batch_size: int, devices: int, limit: int) -> int:
-  """In how many parts a step takes its batch, so that devices can hold it.
+  """Returns the number of microbatches (gradient accumulation) of a step.
 
   Args:
-    batch_size: of the global batch.
-    devices: that share it.
-    limit: most examples of a part on a device; 0 is no limit.
+    batch_size: size of the global batch.
+    devices: number of devices that share the batch.
+    limit: maximum size of a microbatch per device; 0 is unlimited.
 
   Raises:
-    UserError: the batch cannot be cut evenly over the devices.
+    UserError: batch_size is not a multiple of the number of devices.
   """
   if batch_size % devices:
     raise errors.UserError(
-        f"training.batch_size={batch_size} cannot be cut evenly over "
-        f"{devices} devices; make it a multiple of {devices}"
+        f"training.batch_size: got {batch_size}, expected a multiple of "
+        f"{devices}, the number of devices; change it"
     )
-  each = batch_size // devices
+  local_batch = batch_size // devices
   if not limit:
     return 1
-  return min(m for m in range(1, each + 1)
-             if each % m == 0 and each // m <= limit)
+  return min(m for m in range(1, local_batch + 1)
+             if local_batch % m == 0 and local_batch // m <= limit)
 
 
 # Rules ---------------------------------------------------------------------
@@ -84,13 +85,13 @@ def microbatches(batch_size: int, devices: int, limit: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """Where tensors lie whose path matches.
+  """Sharding of the tensors whose path matches a pattern.
 
   Attributes:
-    pattern: regular expression, searched in 'players/student/params/...'.
-    spec: 'replicate', 'fsdp' (cut along the longest axis that divides evenly),
-      or the mesh axis of each dimension, None for none; such a rule is for
-      tensors of as many dimensions.
+    pattern: regular expression, searched in 'networks/student/params/...'.
+    spec: 'replicate'; 'fsdp', which shards the longest dimension that is
+      divisible; or a tuple with the mesh axis of each dimension (None: not
+      sharded), which matches only tensors of that rank.
   """
 
   pattern: str
@@ -98,12 +99,16 @@ class Rule:
 
 
 def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
-  """Rules of a config: 'fsdp', 'label_emb=replicate', 'kernel$=- - - fsdp'.
+  """Parses rules such as 'fsdp', 'label_emb=replicate', 'kernel$=- - - fsdp'.
 
-  The first rule that fits a tensor counts; where none does it is replicated.
+  The first rule that matches a tensor applies; a tensor without a matching rule
+  is replicated.
+
+  Args:
+    texts: parallel.sharding of the config.
 
   Raises:
-    UserError: a rule that means nothing.
+    UserError: a rule cannot be parsed.
   """
   rules = []
   for text in texts:
@@ -113,7 +118,8 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
       re.compile(pattern)
     except re.error as e:
       raise errors.UserError(
-          f"parallel.sharding: {pattern!r} is no regular expression ({e})"
+          f"parallel.sharding: got pattern {pattern!r}, expected a regular "
+          f"expression ({e}); correct it"
       ) from e
     if words in (("replicate",), (FSDP,)) and "=" not in spec:
       rules.append(Rule(pattern, words[0]))
@@ -121,9 +127,9 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
       rules.append(Rule(pattern, words))
     else:
       raise errors.UserError(
-          f"parallel.sharding has {text!r}; expected 'replicate', 'fsdp', "
-          "'PATTERN=replicate', 'PATTERN=fsdp', or 'PATTERN=- - - fsdp' with a "
-          "word for each dimension: '-', 'data' or 'fsdp'"
+          f"parallel.sharding: got {text!r}, expected 'replicate', 'fsdp', "
+          "'PATTERN=replicate', 'PATTERN=fsdp' or 'PATTERN=- - - fsdp'; "
+          "write '-', 'data' or 'fsdp' for each dimension"
       )
   return tuple(rules)
 
@@ -131,10 +137,16 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
 def spec_of(
     rules: Sequence[Rule], path: str, shape: tuple[int, ...], mesh: Mesh
 ) -> PartitionSpec:
-  """Where a tensor lies.
+  """Returns the sharding of a tensor.
+
+  Args:
+    rules: in order of priority.
+    path: path of the tensor in the state, 'networks/student/params/...'.
+    shape: its shape.
+    mesh: see make_mesh.
 
   Raises:
-    UserError: a rule cuts it where it cannot be cut evenly.
+    UserError: the rule shards a dimension that is not divisible.
   """
   for rule in rules:
     if not re.search(rule.pattern, path):
@@ -148,22 +160,22 @@ def spec_of(
     for size, axis in zip(shape, rule.spec, strict=True):
       if axis is not None and size % mesh.shape[axis]:
         raise errors.UserError(
-            f"parallel.sharding: {rule.pattern!r} cuts {path} of shape "
-            f"{list(shape)} by {mesh.shape[axis]}, which does not divide "
-            f"{size}; cut another dimension, or replicate it"
+            f"parallel.sharding: got {rule.pattern!r}, which shards {path} of "
+            f"shape {list(shape)} by {mesh.shape[axis]}, expected a divisor of "
+            f"{size}; shard another dimension or replicate the tensor"
         )
-    # As XLA writes it; jit would compile anew for the same with a None more.
+    # XLA's canonical form has no trailing None; jit would recompile for them.
     used = max((i for i, a in enumerate(rule.spec) if a), default=-1) + 1
     return PartitionSpec(*rule.spec[:used])
   return PartitionSpec()
 
 
 def _longest_axis(shape: tuple[int, ...], count: int) -> PartitionSpec:
-  fitting = [i for i, size in enumerate(shape) if size % count == 0 and size]
-  if count == 1 or not fitting or math.prod(shape) < _MIN_CUT_SIZE:
+  divisible = [i for i, size in enumerate(shape) if size % count == 0 and size]
+  if count == 1 or not divisible or math.prod(shape) < _MIN_SHARD_SIZE:
     return PartitionSpec()
-  # Of equal ones the last: channels out, which convolutions keep innermost.
-  best = max(fitting, key=lambda i: (shape[i], i))
+  # Among equal sizes the last axis: a convolution's output channels.
+  best = max(divisible, key=lambda i: (shape[i], i))
   return PartitionSpec(*[FSDP if i == best else None for i in range(best + 1)])
 
 
@@ -175,14 +187,14 @@ def _stack(trees: Sequence[Tree]) -> Tree:
 
 
 def _scanned(step: train_step.Step) -> train_step.Step:
-  """step(state, batches, curricula, phase) over a leading axis of steps."""
+  """Returns the step scanned over batches and curricula, [steps, ...] each."""
 
-  def many(state, batches, curricula, phase):
+  def scan(state, batches, curricula, phase):
     return jax.lax.scan(
         lambda s, inputs: step(s, *inputs, phase), state, (batches, curricula)
     )
 
-  return many
+  return scan
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
@@ -194,14 +206,15 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Jit:
-  """Runs a step on global arrays over a mesh.
+  """Backend that runs a step under jit, on global arrays over a mesh.
 
   Attributes:
     mesh: see make_mesh.
-    rules: where tensors of the state lie.
-    local: run the step on each device's part of the batch, so that gradients
-      of microbatches are added up there and reduced once; XLA would reduce
-      them every time. Needs a replicated state.
+    rules: sharding rules of the state.
+    local: whether to run the step on each device's shard of the batch, under
+      shard_map. Gradients of microbatches are then accumulated locally and
+      reduced once; XLA would reduce them after every microbatch. Requires a
+      replicated state.
   """
 
   mesh: Mesh
@@ -210,147 +223,163 @@ class Jit:
 
   @property
   def axis_name(self) -> tuple[str, str] | None:
-    """What the step averages over; None where its batch is the global one."""
+    """Mesh axes over which the step averages; None for a global batch."""
     return (DATA, FSDP) if self.local else None
 
   @property
   def devices(self) -> int:
-    """Devices that share a batch."""
+    """Number of devices that share a batch."""
     return self.mesh.devices.size
 
   def shardings(self, tree: Tree) -> Tree:
-    """Where each tensor of a state lies, given its arrays or their shapes."""
+    """Returns the sharding of each tensor of a state.
 
-    def one(path, leaf):
+    Args:
+      tree: the state, as arrays or jax.ShapeDtypeStruct.
+    """
+
+    def sharding(path, leaf):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       spec = spec_of(self.rules, name, tuple(np.shape(leaf)), self.mesh)
       return NamedSharding(self.mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
   def batch_sharding(self, stacked: bool = False) -> NamedSharding:
-    """Of a batch [B, ...], or of several [steps, B, ...]."""
+    """Returns the sharding of a batch [B, ...], or [steps, B, ...] if stacked.
+    """
     axes = (DATA, FSDP)
     spec = PartitionSpec(None, axes) if stacked else PartitionSpec(axes)
     return NamedSharding(self.mesh, spec)
 
   def abstract(self, tree: Tree) -> Tree:
-    """Shapes of a state and where they lie: what a checkpoint restores to."""
+    """Returns shapes, dtypes and shardings of a state, to restore into."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         tree, self.shardings(tree),
     )
 
   def create(self, make: Callable[..., Tree], *args: Any) -> Tree:
-    """make(*args), computed where its parts lie."""
+    """Computes make(*args), a state, with sharded outputs."""
     shardings = self.shardings(jax.eval_shape(make, *args))
     return jax.jit(make, out_shardings=shardings)(*args)
 
   def place(self, tree: Tree) -> Tree:
-    """Puts a tree, the same on every host, where its parts lie."""
-
+    """Shards a state that is equal on all hosts."""
     return jax.tree.map(_put, tree, self.shardings(tree))
 
   def replicate(self, tree: Tree) -> Tree:
-    """Puts a tree, the same on every host, on every device."""
+    """Replicates a tree that is equal on all hosts."""
     sharding = NamedSharding(self.mesh, PartitionSpec())
     return jax.tree.map(lambda x: _put(x, sharding), tree)
 
   def batch(self, *batches: Batch) -> dict[str, jax.Array]:
-    """This host's slices of one or several global batches, as global arrays."""
+    """Returns global arrays from this host's shards of the batches.
+
+    Args:
+      *batches: one batch or several, with arrays [local B, ...].
+
+    Returns:
+      Arrays [B, ...], or [steps, B, ...] for several batches.
+    """
     several = len(batches) > 1
     sharding = self.batch_sharding(several)
-    return {
-        k: jax.make_array_from_process_local_data(sharding, v)
-        for k, v in (_stack(batches) if several else batches[0]).items()
-    }
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x),
+        _stack(batches) if several else batches[0],
+    )
 
   def compile(
       self, step: train_step.Step, several: bool = False
   ) -> train_step.Step:
-    """Compiles a step made with this axis_name; donates the state.
+    """Compiles a step; the state is donated.
 
     Args:
-      step: see steps.make_step.
-      several: of a call of several steps: batches and curricula come stacked,
-        metrics go stacked.
+      step: see train_step.make_step; its axis_name must be this backend's.
+      several: whether a call runs several steps: batches, curricula and metrics
+        then have a leading axis of steps.
     """
     step = _scanned(step) if several else step
-    whole = PartitionSpec()
-    cut = self.batch_sharding(several).spec
+    replicated = PartitionSpec()
+    sharded = self.batch_sharding(several).spec
 
-    def placed(state, batch, curriculum, phase):
+    def sharded_step(state, batch, curriculum, phase):
       run = functools.partial(step, phase=phase)
       if self.local:
         run = jax.shard_map(
           run,
           mesh=self.mesh,
-          in_specs=(whole, cut, whole),
-          out_specs=whole,
+          in_specs=(replicated, sharded, replicated),
+          out_specs=replicated,
           check_vma=False,
         )
       new, metrics = run(state, batch, curriculum)
-      # XLA would be free to leave a part elsewhere, and compile twice.
+      # Without this XLA may choose other output shardings and recompile.
       new = jax.lax.with_sharding_constraint(new, self.shardings(new))
       return new, metrics
 
-    return jax.jit(placed, static_argnames="phase", donate_argnums=0)
+    return jax.jit(sharded_step, static_argnames="phase", donate_argnums=0)
 
   def fetch(self, tree: Tree) -> Tree:
-    """Brings a replicated tree back as one copy."""
+    """Returns the tree itself: a global array is one copy."""
     return tree
 
 
 @dataclasses.dataclass(frozen=True)
 class Pmap:
-  """Runs the same step function under pmap, a leading axis of local devices."""
+  """Backend that runs a step under pmap; arrays have a leading device axis."""
 
   local_devices: tuple[jax.Device, ...]
   axis_name = AXIS
 
   @property
   def devices(self) -> int:
-    """Devices that share a batch, those of other hosts too."""
+    """Number of devices that share a batch, over all hosts."""
     return len(self.local_devices) * jax.process_count()
 
   def abstract(self, tree: Tree) -> Tree:
-    """Shapes of a state, restored to the host."""
+    """Returns host arrays of the state's shapes, to restore into."""
     return jax.tree.map(
       lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree
     )
 
   def create(self, make: Callable[..., Tree], *args: Any) -> Tree:
-    """make(*args), a copy on every device."""
+    """Computes make(*args), replicated on all devices."""
     return self.place(jax.jit(make)(*args))
 
   def place(self, tree: Tree) -> Tree:
-    """Stacks a tree once for each device."""
+    """Replicates a tree: arrays [...] become [local devices, ...]."""
     n = len(self.local_devices)
     return jax.tree.map(lambda x: np.stack([np.asarray(x)] * n), tree)
 
   def replicate(self, tree: Tree) -> Tree:
-    """Arguments that pmap hands to every device as they are."""
+    """Returns the tree itself: pmap broadcasts these arguments."""
     return tree
 
   def batch(self, *batches: Batch) -> Batch:
-    """Splits [B, ...] into [devices, B / devices, ...].
+    """Shards this host's batches over its devices.
 
-    Several batches become [devices, steps, B / devices, ...].
+    Args:
+      *batches: one batch or several, with arrays [B, ...].
+
+    Returns:
+      Arrays [devices, B / devices, ...], or [devices, steps, B / devices, ...]
+      for several batches.
     """
     n = len(self.local_devices)
 
     def split(v):
       return v.reshape(n, len(v) // n, *v.shape[1:])
 
-    cut = [{k: split(v) for k, v in batch.items()} for batch in batches]
-    if len(cut) == 1:
-      return cut[0]
-    return {k: np.stack([c[k] for c in cut], axis=1) for k in cut[0]}
+    sharded = [{k: split(v) for k, v in batch.items()} for batch in batches]
+    if len(sharded) == 1:
+      return sharded[0]
+    return {k: np.stack([s[k] for s in sharded], axis=1) for k in sharded[0]}
 
   def compile(
     self, step: train_step.Step, several: bool = False
   ) -> train_step.Step:
-    """Compiles a step made with axis_name='data'; see Jit.compile."""
+    """Compiles a step of axis_name='data'; see Jit.compile."""
     return jax.pmap(
       _scanned(step) if several else step,
       axis_name=AXIS,
@@ -361,7 +390,7 @@ class Pmap:
     )
 
   def fetch(self, tree: Tree) -> Tree:
-    """Takes the first device's copy, of arrays and of what `place` made."""
+    """Returns the first device's copy of pmap's outputs or of `place`."""
 
     def first(x):
       local = isinstance(x, np.ndarray)
@@ -374,21 +403,40 @@ Backend = Jit | Pmap
 
 
 def curricula(method: Any, first: int, count: int) -> Tree:
-  """Returns the curricula of `count` steps, stacked, on the host."""
-  each = [method.curriculum(first + i) for i in range(count)]
-  return jax.tree.map(np.asarray, each[0]) if count == 1 else _stack(each)
+  """Returns the curricula of consecutive steps, on the host.
+
+  Args:
+    method: a base.Method.
+    first: first step.
+    count: number of steps.
+
+  Returns:
+    The curriculum of the step; for count > 1 with a leading axis of steps.
+  """
+  per_step = [method.curriculum(first + i) for i in range(count)]
+  if count == 1:
+    return jax.tree.map(np.asarray, per_step[0])
+  return _stack(per_step)
 
 
 def calls(
   method: Any, first: int, total: int, most: int, stops: Sequence[int]
 ) -> list[tuple[int, int]]:
-  """Cuts steps first .. total - 1 into calls of at most `most` steps.
+  """Groups steps first .. total - 1 into calls of at most `most` steps.
 
-  A call never crosses a change of phase nor a multiple of one of `stops` or of
-  `most` itself, so that where a run was interrupted changes no later call.
+  A call does not cross a change of phase, or a multiple of `most` or of one of
+  `stops`; the calls after an interruption are therefore those of an
+  uninterrupted run.
+
+  Args:
+    method: a base.Method.
+    first: first step.
+    total: number of the last step.
+    most: maximum number of steps per call.
+    stops: periods, in steps, of actions of the host such as saving.
 
   Returns:
-    (first step, number of steps) of every call.
+    (first step, number of steps) of each call.
   """
   result, start = [], first
   while start < total:

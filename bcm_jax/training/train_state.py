@@ -1,4 +1,4 @@
-"""The training state: all that a run is, beside its config and its step."""
+"""The training state: networks, optimizer states, averages and counters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,41 +14,44 @@ from bcm_jax.training import rng
 
 
 @struct.dataclass
-class PlayerState:
+class NetworkState:
   """One trained network.
 
   Attributes:
-    params: its parameters.
-    opt_state: state of its optimiser.
-    updates: number of updates that went through; int32 scalar.
+    params: parameters.
+    opt_state: state of the optimizer.
+    num_updates: number of updates applied; int32 scalar.
   """
 
   params: Any
   opt_state: Any
-  updates: jax.Array
+  num_updates: jax.Array
 
 
 @struct.dataclass
 class TrainState:
-  """Everything that affects the next step, but (seed, step, data).
+  """The training state.
+
+  With the seed and the data it determines the next step.
 
   Attributes:
     step: number of finished steps; int32 scalar.
-    window: how far data and noise are ahead of the step, because roll-backs
-      left some out: step k takes those of position k + window; int32 scalar.
-    players: trained networks by name.
+    data_offset: step k uses the batch and noise of position k + data_offset;
+      greater than 0 after rollbacks, which skip data; int32 scalar.
+    networks: trained networks by name.
     averages: moving averages of parameters by name.
-    skipped: steps whose update was skipped as non-finite; int32 scalar.
-    skipped_in_row: such steps since the last good one; int32 scalar.
-    log2_loss_scale: losses are multiplied by 2 to this before they are
-      differentiated; float32 scalar, None where float16 plays no part.
-    frozen: parameters of networks that are not trained, by name; no checkpoint
-      holds them.
+    skipped: number of steps whose update was skipped as non-finite; int32
+      scalar.
+    skipped_in_row: skipped steps since the last finite step; int32 scalar.
+    log2_loss_scale: log2 of the loss scale of mixed-precision training; float32
+      scalar, None without float16.
+    frozen: parameters of networks that are not trained, by name; not saved in
+      checkpoints.
   """
 
   step: jax.Array
-  window: jax.Array
-  players: dict[str, PlayerState]
+  data_offset: jax.Array
+  networks: dict[str, NetworkState]
   averages: dict[str, Any]
   skipped: jax.Array
   skipped_in_row: jax.Array
@@ -56,22 +59,22 @@ class TrainState:
   frozen: dict[str, Any] = struct.field(default_factory=dict)
 
   def saved(self) -> "TrainState":
-    """What a checkpoint holds."""
+    """Returns the part of the state that a checkpoint contains."""
     return self.replace(frozen={})
 
 
-# First scale; it falls by half at every overflow and grows slowly.
+# Initial loss scale (log2); an overflow halves it, see train_step.
 _LOG2_LOSS_SCALE = 16.0
 
 
 def average_name(rate: float) -> str:
-  """Name of the moving average of a rate, such as 'ema_0.999'."""
+  """Returns the name of an EMA by its rate, such as 'ema_0.999'."""
   return f"ema_{rate:g}"
 
 
-def power_name(std: float) -> str:
-  """Name of the power-function average of a length, such as 'power_0.05'."""
-  return f"power_{std:g}"
+def phema_name(std: float) -> str:
+  """Returns the name of a power-function EMA by its sigma_rel: 'phema_0.05'."""
+  return f"phema_{std:g}"
 
 
 def create(
@@ -85,75 +88,80 @@ def create(
     loss_scaling: bool = False,
     ema_stds: tuple[float, ...] = (),
 ) -> TrainState:
-  """Makes the state before the first step; pure, so it can be jitted.
+  """Creates the state before the first step; a pure function, can be jitted.
 
   Args:
-    method: declares players and averages.
-    optimizers: one for each player.
-    ema_rates: rates of the averages of the sampled player.
-    seed: run's seed.
-    images: [b, H, W, C] of any b, for shapes.
+    method: declares networks and averages.
+    optimizers: network -> optimizer.
+    ema_rates: decay rates of the EMAs of the sampled network.
+    seed: seed of the run.
+    images: [b, H, W, C] of any b; only the shape matters.
     labels: [b] or None.
-    start_from: player -> parameters of another run to start from.
-    loss_scaling: scale losses, so that gradients survive float16.
-    ema_stds: lengths of its power-function averages.
+    start_from: network -> parameters to start from.
+    loss_scaling: whether to scale losses, for float16.
+    ema_stds: sigma_rel of the power-function EMAs of the sampled network.
 
   Raises:
-    ValueError: parameters to start from do not fit the network.
+    ValueError: parameters in start_from do not fit the network.
   """
-  players = {}
-  for name, player in method.players.items():
+  networks = {}
+  for name, network in method.networks.items():
     key = rng.stream_key(seed, f"init/{name}")
-    params = player.init(key, images, labels)
+    params = network.init(key, images, labels)
     if start_from and name in start_from:
       source, fresh = start_from[name], params
-      params = player.adapt(source, fresh) if player.adapt else source
+      params = source
+      if network.load_pretrained is not None:
+        params = network.load_pretrained(source, fresh)
+      # Converted and exported parameters have no heads.
+      params = {h: fresh[h] for h in network.heads} | dict(params)
       _check_fits(params, fresh)
-    players[name] = PlayerState(
+    networks[name] = NetworkState(
         params, optimizers[name].init(params), jnp.int32(0)
     )
-  names = [*map(average_name, ema_rates), *map(power_name, ema_stds)]
+  names = [*map(average_name, ema_rates), *map(phema_name, ema_stds)]
   averages = {
-      name: ema.start(players[method.sampled].params) for name in names
+      name: ema.start(networks[method.sampled_network].params) for name in names
   }
   for name, average in method.averages.items():
-    averages[name] = ema.start(players[average.player].params)
+    averages[name] = ema.start(networks[average.network].params)
   # Distinct arrays: a donated buffer must not appear twice.
   zero = [jnp.zeros((), jnp.int32) for _ in range(4)]
   scale = jnp.float32(_LOG2_LOSS_SCALE) if loss_scaling else None
   return TrainState(
-      zero[0], zero[1], players, averages, zero[2], zero[3], scale
+      zero[0], zero[1], networks, averages, zero[2], zero[3], scale
   )
 
 
 def roll_back(good: TrainState, position: int) -> TrainState:
-  """A saved state that goes on with the data from `position` on.
+  """Returns a saved state that continues with other data.
 
   Args:
-    good: what a checkpoint held.
-    position: first batch that was not tried yet.
+    good: state of a checkpoint.
+    position: position of the first batch that has not been used.
   """
   return good.replace(
-      window=jnp.int32(position - int(good.step)),
+      data_offset=jnp.int32(position - int(good.step)),
       skipped_in_row=jnp.zeros((), jnp.int32),
   )
 
 
 def _check_fits(params: Any, fresh: Any) -> None:
   """Raises ValueError unless two trees have the same names and shapes."""
-  here, there = (
+  fresh_shapes, shapes = (
       {
           jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
           for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
       }
-      for tree in (params, fresh)
+      for tree in (fresh, params)
   )
   differing = sorted(
-      k for k in here.keys() | there.keys() if here.get(k) != there.get(k)
+      k for k in shapes.keys() | fresh_shapes.keys()
+      if shapes.get(k) != fresh_shapes.get(k)
   )
   if differing:
     k = differing[0]
     raise ValueError(
-        f"{len(differing)} tensors do not fit, the first {k}: "
-        f"{here.get(k)} there, {there.get(k)} here"
+        f"{len(differing)} tensors do not fit, the first is {k}: got shape "
+        f"{shapes.get(k)}, expected {fresh_shapes.get(k)}"
     )

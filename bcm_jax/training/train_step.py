@@ -1,10 +1,11 @@
-"""The training step: pure, the same for every method.
+"""The training step: a pure function, the same for all methods.
 
-  gradients of the players in the phase  (each of its own loss, all others
-  stop-gradiented; summed over microbatches; averaged over devices)
-  -> finite?  -> optimisers -> averages -> metrics
+  1. Gradients of the loss of each network in the phase, with stop-gradient on
+     all other networks; averaged over microbatches and devices.
+  2. If all are finite: optimizer updates and moving averages.
+  3. Metrics.
 
-One executable is compiled a phase; the curriculum enters as arguments.
+Each phase compiles to one executable; the curriculum is an argument.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,28 +26,28 @@ from bcm_jax.training import rng
 from bcm_jax.training import train_state
 
 Batch = dict[str, jax.Array]
-# Floats of the 256 grey levels, looked up: XLA divides by a constant in other
-# ways than NumPy, and images would depend on where they were converted.
-_GREY = image_source.to_float(np.arange(256, dtype=np.uint8))
-# Fields of a batch that a loss finds in its context by another name.
-_KNOWN = ("image", "label", "index")
+# Look-up table uint8 -> float in [-1, 1]: XLA and NumPy round a division by a
+# constant differently, so that images would depend on where they are converted.
+_GRAY = image_source.to_float(np.arange(256, dtype=np.uint8))
+# Fields of a batch that have their own field in base.Context.
+_CONTEXT_FIELDS = ("image", "label", "index")
 Step = Callable[..., tuple[train_state.TrainState, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-  """What the step needs beside method and optimisers.
+  """Options of the training step.
 
   Attributes:
-    seed: of all randomness of the step.
-    ema_rates: rates of the sampled player's averages.
-    ema_warmup: let the averages forget the start early, see ema.warmed_rate.
-    ema_stds: lengths of its power-function averages, see power_ema.
-    microbatches: gradient accumulation; the batch is cut into this many.
-    axis_name: mapped axis to average over under pmap; None under jit, where
-      the global batch is one array.
-    augment: what is done to the images on the devices, and told the network
-      by labels; None does nothing.
+    seed: seed of the run.
+    ema_rates: decay rates of the EMAs of the sampled network.
+    ema_warmup: whether to reduce these rates early, see ema.warmed_rate.
+    ema_stds: sigma_rel of its power-function EMAs, see phema.
+    microbatches: number of microbatches (gradient accumulation).
+    axis_name: mapped axis over which gradients and metrics are averaged; None
+      under jit on a global batch.
+    augment: augmentation on the devices, with its parameters passed to the
+      network as labels; None disables it.
   """
 
   seed: int = 0
@@ -65,10 +66,20 @@ def make_step(
 ) -> Step:
   """Returns step(state, batch, curriculum, phase) -> (state, metrics).
 
-  batch: 'image' [B, H, W, C] uint8 or float in [-1, 1], 'label' [B] int32
-  (optional), 'index' [B] int32 positions in the global batch, and what else the
-  method's losses read. phase is static. metrics are scalars, means over the
-  global batch.
+  Args of step:
+    state: TrainState.
+    batch: 'image' [B, H, W, C], uint8 or float in [-1, 1]; 'label' [B] int32,
+      optional; 'index' [B] int32, positions in the global batch; and other
+      fields [B, ...] that the losses read.
+    curriculum: method.curriculum(step).
+    phase: names of the networks to update; static.
+
+  Metrics are scalars, means over the global batch.
+
+  Args:
+    method: declares networks and losses.
+    optimizers: network -> optimizer.
+    options: see StepOptions.
   """
 
   def step(state, batch, curriculum, phase):
@@ -84,41 +95,43 @@ def make_step(
       metrics[name]["grad_norm"] = norm
 
     def updated():
-      players = dict(state.players)
+      networks = dict(state.networks)
       for name in phase:
-        players[name] = _update(
-            state.players[name], grads[name], optimizers[name],
-            method.players[name].project,
+        networks[name] = _update(
+            state.networks[name], grads[name], optimizers[name],
+            method.networks[name].project,
         )
       averages = _averages(
-          method, options, state, players, curriculum, phase
+          method, options, state, networks, curriculum, phase
       )
-      return players, averages
+      return networks, averages
 
-    # A branch, not a selection: XLA would read and write twice as much.
-    players, averages = jax.lax.cond(
-        finite, updated, lambda: (dict(state.players), dict(state.averages))
+    # cond, not where: XLA would read and write twice as much memory.
+    networks, averages = jax.lax.cond(
+        finite, updated, lambda: (dict(state.networks), dict(state.averages))
     )
     bad = 1 - finite.astype(jnp.int32)
     new = train_state.TrainState(
         step=state.step + 1,
-        window=state.window,
-        players=players,
+        data_offset=state.data_offset,
+        networks=networks,
         averages=averages,
         skipped=state.skipped + bad,
         skipped_in_row=(state.skipped_in_row + 1) * bad,
         log2_loss_scale=_next_loss_scale(state.log2_loss_scale, finite),
         frozen=state.frozen,
     )
-    return new, _reported(method, new, metrics)
+    return new, _flat_metrics(method, new, metrics)
 
   return step
 
 
-def _reported(method, new: train_state.TrainState, metrics) -> dict[str, Any]:
-  """Metrics of all players of the phase, and what the state counts."""
+def _flat_metrics(
+    method, new: train_state.TrainState, metrics
+) -> dict[str, Any]:
+  """Returns the metrics of all networks of the phase and the counters."""
   flat = {
-      (k if len(method.players) == 1 else f"{name}/{k}"): v
+      (k if len(method.networks) == 1 else f"{name}/{k}"): v
       for name in metrics
       for k, v in metrics[name].items()
   }
@@ -129,20 +142,24 @@ def _reported(method, new: train_state.TrainState, metrics) -> dict[str, Any]:
   return flat
 
 
-def _loss(params, term, player, method, options, state, batch, curriculum):
-  """Mean of a term of a player's loss over a (micro)batch, and metrics."""
-  players, averages, frozen = jax.lax.stop_gradient((
-      {n: p.params for n, p in state.players.items()}, state.averages,
+def _loss(params, term, name, method, options, state, batch, curriculum):
+  """Returns (mean loss of a network over a microbatch, metrics).
+
+  The loss is multiplied by the loss scale. term selects a term of a loss with
+  an AdaptiveWeight; None is a loss with one value per example.
+  """
+  networks, averages, frozen = jax.lax.stop_gradient((
+      {n: p.params for n, p in state.networks.items()}, state.averages,
       state.frozen,
   ))
-  position = state.step + state.window
+  position = state.step + state.data_offset
 
   def keys(stream):
     return rng.example_keys(options.seed, stream, position, batch["index"])
 
   images, augment_labels = batch["image"], None
   if images.dtype == jnp.uint8:
-    images = jnp.asarray(_GREY)[images]
+    images = jnp.asarray(_GRAY)[images]
   if options.augment is not None:
     images, augment_labels = augmentation.apply(
         options.augment, images, augmentation.draw(keys("augment"))
@@ -153,14 +170,14 @@ def _loss(params, term, player, method, options, state, batch, curriculum):
       augment_labels=augment_labels,
       keys=keys,
       curriculum=curriculum,
-      players=players,
+      networks=networks,
       averages=averages,
       index=batch["index"],
       frozen=frozen,
       shared_key=lambda stream: rng.step_key(options.seed, stream, position),
-      extra={k: v for k, v in batch.items() if k not in _KNOWN},
+      extra={k: v for k, v in batch.items() if k not in _CONTEXT_FIELDS},
   )
-  loss, metrics = method.losses[player](params, context)
+  loss, metrics = method.losses[name](params, context)
   means = {k: jnp.mean(v) for k, v in metrics.items()}
   if term is None:
     mean = means["loss"] = jnp.mean(loss)
@@ -170,14 +187,14 @@ def _loss(params, term, player, method, options, state, batch, curriculum):
 
 
 def _loss_scale(state) -> jax.Array | float:
-  """What losses are multiplied by, and gradients divided by again."""
+  """Returns the factor on losses, by which gradients are divided again."""
   if state.log2_loss_scale is None:
     return 1.0
   return 2.0**state.log2_loss_scale
 
 
-# An overflow halves the scale; it takes 1,000 good steps to double it again
-# (OpenAI's consistency_models, fp16_util.py).
+# An overflow halves the scale; 1,000 finite steps double it (OpenAI's
+# consistency_models, fp16_util.py).
 _LOSS_SCALE_GROWTH = 1e-3
 
 
@@ -187,58 +204,58 @@ def _next_loss_scale(log2_scale, finite):
   return log2_scale + jnp.where(finite, _LOSS_SCALE_GROWTH, -1.0)
 
 
-def _gradients(method, options, state, batch, curriculum, player):
-  """Gradient of a player's mean loss over the global batch, and metrics."""
-  params = state.players[player].params
-  balance = method.players[player].balance
-  terms = (None,) if balance is None else balance.terms
+def _gradients(method, options, state, batch, curriculum, name):
+  """Returns (gradient of a network's mean loss over the global batch, metrics).
+  """
+  params = state.networks[name].params
+  adaptive_weight = method.networks[name].adaptive_weight
+  terms = (None,) if adaptive_weight is None else adaptive_weight.terms
 
-  def one(batch):
+  def grads_of(batch):
     grads, metrics = [], {}
-    for term in terms:  # XLA computes once what they have in common.
-      grad, found = jax.grad(_loss, has_aux=True)(
-          params, term, player, method, options, state, batch, curriculum
+    for term in terms:  # XLA shares the common subexpressions of the terms.
+      grad, term_metrics = jax.grad(_loss, has_aux=True)(
+          params, term, name, method, options, state, batch, curriculum
       )
       if state.log2_loss_scale is not None:
         grad = jax.tree.map(lambda g: g / _loss_scale(state), grad)
       grads.append(grad)
-      metrics |= found
+      metrics |= term_metrics
     return grads, metrics
 
   m = options.microbatches
   if m == 1:
-    result = one(batch)
+    result = grads_of(batch)
   else:
-    # Every m-th example, not contiguous runs: a batch that is sharded over
-    # devices then stays where it is.
+    # A microbatch takes every m-th example, not a contiguous block, so that a
+    # sharded batch needs no communication.
     parts = jax.tree.map(
         lambda x: x.reshape(x.shape[0] // m, m, *x.shape[1:]).swapaxes(0, 1),
         batch,
     )
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(grads_of, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def accumulate(total, part):
-      return jax.tree.map(lambda a, b: a + b / m, total, one(part)), None
+      return jax.tree.map(lambda a, b: a + b / m, total, grads_of(part)), None
 
     result, _ = jax.lax.scan(accumulate, zeros, parts)
   if options.axis_name is not None:
     result = jax.lax.pmean(result, options.axis_name)
   grads, metrics = result
-  if balance is None:
+  if adaptive_weight is None:
     return grads[0], metrics
-  return _balanced(balance, grads, metrics)
+  return _adaptive_sum(adaptive_weight, grads, metrics)
 
 
-def _balanced(balance: base.Balance, grads, metrics):
-  """The sum of the terms' gradients by the weights that a method gives them.
-  """
+def _adaptive_sum(adaptive_weight: base.AdaptiveWeight, grads, metrics):
+  """Returns (sum of the terms' gradients with adaptive weights, metrics)."""
   norms = {
-      term: jnp.linalg.norm(balance.leaf(grad).ravel())
-      for term, grad in zip(balance.terms, grads, strict=True)
+      term: jnp.linalg.norm(adaptive_weight.last_layer(grad).ravel())
+      for term, grad in zip(adaptive_weight.terms, grads, strict=True)
   }
-  weights = jax.lax.stop_gradient(balance.weigh(norms))
-  factors = [weights[term] for term in balance.terms]
+  weights = jax.lax.stop_gradient(adaptive_weight.loss_weights(norms))
+  factors = [weights[term] for term in adaptive_weight.terms]
   total = jax.tree.map(
       lambda *leaves: sum(
           w * leaf for w, leaf in zip(factors, leaves, strict=True)
@@ -246,51 +263,51 @@ def _balanced(balance: base.Balance, grads, metrics):
   )
   metrics = metrics | {f"weight_{t}": w for t, w in weights.items()}
   metrics["loss"] = sum(
-      weights[term] * metrics[f"loss_{term}"] for term in balance.terms
+      weights[term] * metrics[f"loss_{term}"] for term in adaptive_weight.terms
   )
   return total, metrics
 
 
-def _update(player, grads, optimizer, project):
+def _update(network, grads, optimizer, project):
   updates, opt_state = optimizer.update(
-      grads, player.opt_state, player.params
+      grads, network.opt_state, network.params
   )
-  params = optax.apply_updates(player.params, updates)
+  params = optax.apply_updates(network.params, updates)
   if project is not None:
     params = project(params)
-  return train_state.PlayerState(params, opt_state, player.updates + 1)
+  return train_state.NetworkState(params, opt_state, network.num_updates + 1)
 
 
 def _averages(
-    method, options, state, players, curriculum, phase
+    method, options, state, networks, curriculum, phase
 ) -> dict[str, Any]:
-  """Moving averages after the updates, of the players of the phase."""
+  """Returns all averages, with those of the networks of the phase updated."""
   averages = dict(state.averages)
-  if method.sampled in phase:
+  if method.sampled_network in phase:
     averages |= _sampled_averages(
-        options, averages, players[method.sampled]
+        options, averages, networks[method.sampled_network]
     )
   for name, average in method.averages.items():
-    if average.player in phase:
+    if average.network in phase:
       averages[name] = ema.update(
           averages[name],
-          players[average.player].params,
+          networks[average.network].params,
           curriculum[average.rate],
       )
   return averages
 
 
 def _sampled_averages(options, old, sampled) -> dict[str, Any]:
-  """The sampled player's averages after its update."""
+  """Returns the updated EMAs of the sampled network."""
   averages = {}
   for rate in options.ema_rates:
     name = train_state.average_name(rate)
     if options.ema_warmup:
-      rate = ema.warmed_rate(rate, sampled.updates)
+      rate = ema.warmed_rate(rate, sampled.num_updates)
     averages[name] = ema.update(old[name], sampled.params, rate)
   for std in options.ema_stds:
-    name = train_state.power_name(std)
+    name = train_state.phema_name(std)
     averages[name] = phema.update(
-        old[name], sampled.params, std, sampled.updates, 1
+        old[name], sampled.params, std, sampled.num_updates, 1
     )
   return averages

@@ -1,7 +1,7 @@
-"""Ends a process that makes no progress, after saying where it hangs.
+"""Watchdog: ends a process without progress and writes the stacks of threads.
 
-A collective that waits for a dead peer, a stuck disk or a deadlock cannot be
-caught as an exception; whoever started the run starts it again.
+A collective that waits for a dead peer, a blocked disk or a deadlock raises no
+exception. The launcher restarts the run.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,17 +15,19 @@ from typing import Any
 
 from bcm_jax import errors
 
-# Where Python itself is stuck no thread of its can run; faulthandler's can.
+# Factor on the timeout for faulthandler, whose thread runs even if the Python
+# interpreter is blocked.
 _BACKSTOP = 1.5
 
 
 class Watchdog:
-  """Waits for signs of progress in a thread.
+  """Monitors progress in a background thread.
 
   Args:
-    secs: silence after which the process ends; 0 never ends it.
-    file: receives the stacks of all threads, as stderr does.
-    clock, end: for tests.
+    secs: seconds without progress after which the process ends; 0 disables it.
+    file: file for the stacks of all threads, which also go to stderr.
+    clock: returns monotonic seconds; replaced by tests.
+    end: exits the process with a status; replaced by tests.
   """
 
   def __init__(
@@ -46,7 +48,7 @@ class Watchdog:
     self._thread: threading.Thread | None = None
 
   def start(self) -> "Watchdog":
-    """Begins to watch."""
+    """Starts monitoring; returns self."""
     self._last = self._clock()
     if self._secs:
       self._arm()
@@ -57,13 +59,13 @@ class Watchdog:
     return self
 
   def progress(self, step: int) -> None:
-    """A step went through."""
+    """Records that a step is finished."""
     self._step = step
     self._last = self._clock()
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Does not count what is done inside, such as waiting between tries."""
+    """Suspends the timeout in the context, for example between retries."""
     self._paused += 1
     try:
       yield
@@ -72,7 +74,7 @@ class Watchdog:
       self._last = self._clock()
 
   def close(self) -> None:
-    """Stops watching."""
+    """Stops monitoring."""
     self._stop.set()
     faulthandler.cancel_dump_traceback_later()
     if self._thread is not None:
@@ -95,10 +97,10 @@ class Watchdog:
 
   def _report(self) -> None:
     print(
-        f"error: no step went through for {self._secs:.0f} s after step "
-        f"{self._step} (training.watchdog_timeout_secs); the stacks of all "
-        f"threads follow "
-        f"and are in {self._file}; exit status {errors.EXIT_HANGING}",
+        f"error: training.watchdog_timeout_secs: no step finished for "
+        f"{self._secs:.0f} s after step {self._step}; the stacks of all "
+        f"threads follow and are in {self._file}; exit status "
+        f"{errors.EXIT_HANGING}",
         file=sys.stderr, flush=True,
     )
     faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
@@ -106,5 +108,5 @@ class Watchdog:
       os.makedirs(os.path.dirname(self._file), exist_ok=True)
       with open(self._file, "w", encoding="utf-8") as out:
         faulthandler.dump_traceback(out, all_threads=True)
-    except OSError as e:  # The disk may be what hangs or is full.
+    except OSError as e:  # The disk may be full or the cause of the hang.
       print(f"error: {self._file}: {e.strerror}", file=sys.stderr)

@@ -1,8 +1,9 @@
-"""What all commands share: foreseen ends are one line and an exit status."""
+"""Command-line utilities: flag parsing, error reporting, optional imports."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -11,30 +12,103 @@ from typing import Any
 from bcm_jax import errors
 
 
+def split_overrides(
+    argv: Sequence[str],
+) -> tuple[str | None, dict[str, str], list[str]]:
+  """Takes --config and --config.a.b out of a command line.
+
+  Returns:
+    (config file or None, {'a.b': text}, the other words).
+
+  Raises:
+    UserError: such a flag has no value.
+  """
+  file, overrides, rest = None, {}, []
+  queue = list(argv)
+  while queue:
+    flag = queue.pop(0)
+    name, equals, value = flag.partition("=")
+    name = name.lstrip("-") if flag.startswith("-") else ""
+    if name != "config" and not name.startswith("config."):
+      rest.append(flag)
+      continue
+    if not equals:
+      if not queue:
+        raise errors.UserError(f"{flag} needs a value: {flag}=...")
+      value = queue.pop(0)
+    if name == "config":
+      file = value
+    else:
+      overrides[name.removeprefix("config.")] = value
+  return file, overrides, rest
+
+
 class Parser(argparse.ArgumentParser):
-  """Describes a module's command by its docstring; wrong flags are UserErrors.
+  """Parser of a command's flags; a wrong flag is a UserError.
 
   Args:
     module: dotted name, as in python -m NAME, or path of a script.
     doc: the module's docstring, shown by --help.
+    config: 'file' if the command takes --config=FILE and --config.a.b=VALUE,
+      'values' if only the latter; '' for neither. parse_args returns them as
+      `config` (None if not given) and `overrides`.
   """
 
-  def __init__(self, module: str, doc: str):
+  def __init__(self, module: str, doc: str, config: str = ""):
     script = module.endswith(".py")
     super().__init__(
         prog=f"python {module}" if script else f"python -m {module}",
-        description=doc, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=doc, epilog="Defaults are in parentheses.",
+        allow_abbrev=False,
+        # One line per flag, whatever the width of the terminal.
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=30, width=80
+        ),
     )
+    self._config = config
+    # Declared for --help; split_overrides reads them.
+    if config == "file":
+      self.add_argument("--config", metavar="FILE", help="config file")
+    if config:
+      self.add_argument("--config.section.key", metavar="VALUE",
+                        default=argparse.SUPPRESS,
+                        help="sets a value of the config")
+
+  def parse_args(self, args=None, namespace=None):
+    """Parses a command line; sys.argv[1:] if args is None."""
+    args = sys.argv[1:] if args is None else args
+    if not self._config:
+      return super().parse_args(args, namespace)
+    file, overrides, rest = split_overrides(args)
+    found = super().parse_args(rest, namespace)
+    if file is not None and self._config == "values":
+      raise errors.UserError(
+          f"--config={file}: this command reads no config file (a run has its "
+          "own config); set single values by --config.section.key=value"
+      )
+    found.config, found.overrides = file, overrides
+    return found
 
   def error(self, message: str):
-    """Reports a wrong flag as any other bad input."""
+    """Raises UserError instead of exiting with argparse's status 2."""
     raise errors.UserError(f"{message}; --help lists the flags")
+
+
+def columns(rows: Iterable[tuple[str, str]]) -> str:
+  """Returns a line '  name   text' per row, texts aligned."""
+  rows = list(rows)
+  width = max(len(name) for name, _ in rows)
+  return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
 
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-  """Turns what was foreseen into one line on stderr and its exit status."""
+  """Reports expected errors in one line on stderr, with their exit status.
+
+  Also silences TensorFlow's start-up logging, if it is imported inside.
+  """
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   try:
     yield
   except errors.UserError as e:
@@ -48,50 +122,44 @@ def reporting() -> Iterator[None]:
     sys.exit(errors.EXIT_PREEMPTED)
 
 
-def quiet_tensorflow() -> None:
-  """TensorFlow's start-up chatter is no news to anybody."""
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-
-
 def optional(module: str, what: str, extra: str) -> Any:
-  """A library that is an extra, imported by those who need it.
+  """Imports a library of an extra and returns its top-level module.
 
   Args:
-    module: its dotted name; what is before the first dot is returned.
-    what: that needs it, for the error.
-    extra: of this package, that installs it.
+    module: dotted name; the module before the first dot is returned.
+    what: the feature that needs it, for the error.
+    extra: extra of this package that installs it.
 
   Raises:
-    UserError: it is not installed.
+    UserError: the dependency is not installed.
   """
   name = module.partition(".")[0]
   try:
-    found = importlib.import_module(name)
+    package = importlib.import_module(name)
     importlib.import_module(module)
   except ImportError as e:
     raise errors.UserError(
-        f"{what} needs {name}; install it: pip install 'bcm_jax[{extra}]'"
+        f"{what}: {name} is not installed; pip install 'bcm_jax[{extra}]'"
     ) from e
-  return found
+  return package
 
 
 def named_function(key: str, name: str, what: str) -> Callable:
-  """The function that a user names as 'module:function'.
+  """Imports a function given as 'module:function'.
 
   Args:
-    key: of the config, for the error.
-    name: the module must be on PYTHONPATH.
-    what: what the function must be, for the error.
+    key: config key that holds the name, for the error message.
+    name: 'module:function', with the module on PYTHONPATH.
+    what: signature or purpose of the function, for the error message.
 
   Raises:
-    UserError: it cannot be imported.
+    UserError: the module or the function cannot be imported.
   """
   module, _, function = name.partition(":")
   try:
     return getattr(importlib.import_module(module), function)
   except (ImportError, AttributeError) as e:
     raise errors.UserError(
-        f"{key}={name!r} cannot be imported ({e}); give a module on PYTHONPATH "
-        f"and a function {what} in it"
+        f"{key}: {name!r} cannot be imported ({e}), expected 'module:function' "
+        f"with a function {what}; correct it or extend PYTHONPATH"
     ) from e

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all."""
+"""Atomic writes of files and folders."""
 
 from collections.abc import Iterator
 import contextlib
@@ -7,61 +7,85 @@ import json
 import os
 import shutil
 import tempfile
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from bcm_jax import errors
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+  """Yields a file that replaces `path` at the end; removes it on an error."""
+  temporary = f"{os.fspath(path)}.tmp"
+  try:
+    with open(temporary, "wb") as file:
+      yield file
+    os.replace(temporary, path)
+  except BaseException:
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(temporary)
+    raise
+
+
 def write_bytes(path: str, content: bytes) -> None:
-  """Writes a file, whole or not at all."""
+  """Writes a file atomically, creating its folder."""
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  with open(path + ".tmp", "wb") as f:
-    f.write(content)
-  os.replace(path + ".tmp", path)
+  with replacing(path) as file:
+    file.write(content)
 
 
 def write_npz(path: str, **arrays: np.ndarray) -> None:
-  """Writes a compressed .npz, whole or not at all."""
+  """Writes a compressed .npz atomically."""
   buffer = io.BytesIO()
   np.savez_compressed(buffer, **arrays)
   write_bytes(path, buffer.getvalue())
 
 
 def write_json(path: str, content: Any) -> None:
-  """Writes indented JSON, whole or not at all."""
+  """Writes indented JSON atomically."""
   write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def check_free(path: str) -> None:
-  """Raises UserError where a file or a folder with something in it is."""
+  """Raises UserError if `path` is a file or a non-empty folder."""
   if os.path.isdir(path) and not os.listdir(path):
     return
   if os.path.lexists(path):
-    raise errors.UserError(f"{path} is there already; choose another OUT")
+    raise errors.UserError(f"{path} exists already; choose another OUT")
 
 
 @contextlib.contextmanager
-def new_folder(path: str) -> Iterator[str]:
-  """Yields a folder beside `path` that becomes it, or goes if that fails.
+def new_folder(path: str, overwrite: bool = False) -> Iterator[str]:
+  """Yields a folder next to `path` that becomes it; removes it on an error.
+
+  Args:
+    path: of the folder.
+    overwrite: replace a folder that exists.
 
   Raises:
-    UserError: something is at `path` already, or it cannot be made there.
+    UserError: `path` exists, or cannot be created.
   """
-  check_free(path)
+  if not overwrite:
+    check_free(path)
   parent = os.path.dirname(os.path.abspath(path))
   try:
     os.makedirs(parent, exist_ok=True)
-    made = tempfile.mkdtemp(prefix=".making-", dir=parent)
+    folder = tempfile.mkdtemp(prefix=".new-", dir=parent)
   except OSError as e:
     raise errors.UserError(
-        f"{path} cannot be made ({e.strerror}); choose another place"
+        f"cannot create {path}: {e.strerror}; choose another place"
     ) from e
   try:
-    yield made
-    os.chmod(made, 0o755)
-    os.replace(made, path)
+    yield folder
+    os.chmod(folder, 0o755)
+    if overwrite and os.path.isdir(path) and os.listdir(path):
+      old = tempfile.mkdtemp(prefix=".replaced-", dir=parent)
+      os.replace(path, old)
+      os.replace(folder, path)
+      shutil.rmtree(old)
+    else:
+      os.replace(folder, path)
   except BaseException:
-    shutil.rmtree(made, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     raise

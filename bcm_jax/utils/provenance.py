@@ -1,4 +1,4 @@
-"""Where a number comes from: config, commit, versions, hardware."""
+"""Provenance of results: config, commit, versions, hardware."""
 
 import importlib.metadata
 import os
@@ -11,22 +11,20 @@ import jax
 import ml_collections
 
 from bcm_jax import __version__
-from bcm_jax.config import build
-from bcm_jax.config import resolve
+from bcm_jax.utils import hashing
 
 
-def facts(experiment: build.Experiment) -> dict[str, Any]:
-  """What a result file says of the run that it measured."""
-  config = experiment.config
+def facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the provenance of a run with a resolved config."""
   return {
       "data": data_name(config.data),
       "method": config.method.name,
-      "config_digest": resolve.digest(config),
+      "config_digest": hashing.json_digest(config.to_dict())[:12],
   } | machine()
 
 
 def data_name(data: ml_collections.ConfigDict) -> str:
-  """'digits'; for images in files the name of their folder or file."""
+  """Returns the dataset's name; of image files, their folder or file."""
   if data.path is None:
     return data.name
   path = pathlib.Path(data.path).expanduser().resolve()
@@ -34,7 +32,7 @@ def data_name(data: ml_collections.ConfigDict) -> str:
 
 
 def machine() -> dict[str, Any]:
-  """Versions, commit and hardware."""
+  """Returns versions, commit and hardware."""
   return {
       "bcm_jax": __version__,
       "commit": commit(),
@@ -46,13 +44,13 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-  """Commit of the checkout that runs, or None for an installed package."""
-  here = os.path.dirname(os.path.abspath(__file__))
+  """Returns the commit of the checkout, None for an installed package."""
+  folder = os.path.dirname(os.path.abspath(__file__))
   try:
-    done = subprocess.run(
-        ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
+    result = subprocess.run(
+        ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True, text=True, timeout=10, check=True,
     )
   except (OSError, subprocess.SubprocessError):
     return None
-  return done.stdout.strip()
+  return result.stdout.strip()

@@ -11,17 +11,21 @@ from bcm_jax import train
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import resolve
+from bcm_jax.methods import base
 from bcm_jax.training import phema
 from bcm_jax.training import train_state
 
 STDS = (0.05, 0.1)
 
 
-def experiment(stds=STDS, average=None):
+def experiment(stds=STDS, average=None, heads=()):
   config = ml_collections.ConfigDict(
       {"training": {"ema_stds": stds}, "sample": {"average": average}}
   )
-  method = types.SimpleNamespace(sampled="student")
+  network = base.TrainableNetwork(None, None, heads=heads)
+  method = types.SimpleNamespace(
+      sampled_network="student", networks={"student": network}
+  )
   return types.SimpleNamespace(config=config, method=method)
 
 
@@ -38,9 +42,9 @@ def run(tmp_path_factory):
         tracked[std] = phema.update(tracked[std], value, std, step, 1)
       if step % 10 == 0:
         saved.save(step, {
-            "players": {"student": {"params": {"w": value}}},
+            "networks": {"student": {"params": {"w": value}}},
             "averages": {
-                train_state.power_name(s): {"w": tracked[s]} for s in STDS
+                train_state.phema_name(s): {"w": tracked[s]} for s in STDS
             },
         }, {})
   return str(folder), tracked
@@ -50,7 +54,7 @@ def test_first_average_or_the_one_asked_for(run):
   folder, tracked = run
   step, _, params = runs.load_run(experiment(), folder)
   assert step == 80 and params["w"] == tracked[0.05]
-  _, _, params = runs.load_run(experiment(), folder, "power_0.1")
+  _, _, params = runs.load_run(experiment(), folder, "phema_0.1")
   assert params["w"] == tracked[0.1]
   _, _, params = runs.load_run(experiment(average="params"), folder)
   assert params["w"] == jnp.sqrt(80.0)
@@ -71,8 +75,8 @@ def test_posthoc_average_is_the_one_that_was_not_tracked(run):
 @pytest.mark.parametrize("stds, average, match", [
     ((), "posthoc_0.15", "training.ema_stds"),
     (STDS, "posthoc_x", "posthoc_0.15"),
-    (STDS, "posthoc_0.4", "sigma_rel = 0.4"),
-    (STDS, "power_0.2", "power_0.2.*power_0.05"),
+    (STDS, "posthoc_0.4", "sigma_rel: got 0.4"),
+    (STDS, "phema_0.2", "phema_0.2.*phema_0.05"),
 ])
 def test_averages_that_are_not_there(run, stds, average, match):
   with pytest.raises(errors.UserError, match=match):
@@ -88,3 +92,10 @@ def test_missing_images_stop_before_anything_is_written(tmp_path):
   with pytest.raises(errors.UserError, match="data.name"):
     train.train_and_evaluate(config, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+def test_heads_of_the_losses_are_not_loaded(run):
+  folder, _ = run
+  _, _, params = runs.load_run(experiment(heads=("w",)), str(folder), "params")
+  assert params == {}
+  assert set(runs.load_params(str(folder), "params")) == {"w"}

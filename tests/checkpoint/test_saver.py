@@ -8,7 +8,6 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
-from bcm_jax.checkpoint import saver
 
 # Orbax leaves a coroutine behind when a write fails.
 pytestmark = pytest.mark.filterwarnings(
@@ -51,7 +50,7 @@ def make(tmp_path):
   made = []
 
   def make(**kwargs):
-    made.append(saver.Saver(
+    made.append(checkpoint.CheckpointSaver(
         checkpoint.Checkpoints(tmp_path / "c", keep=None), {"fact": 1},
         wait_secs=7.0, **kwargs,
     ))
@@ -95,7 +94,7 @@ def test_a_failure_is_logged_and_forgotten_after_a_success(make, caplog):
 
 
 def test_too_many_failures_in_a_row_end_the_run(make):
-  mine = make(most=2)
+  mine = make(max_failures=2)
   mine.finish(1, state(1))
   with Full():
     mine.save(2, state(2))
@@ -103,8 +102,8 @@ def test_too_many_failures_in_a_row_end_the_run(make):
     assert mine.failures == 1
     with pytest.raises(errors.MachineError) as error:
       mine.save(4, state(4))
-  assert "2 checkpoints in a row could not be written" in str(error.value)
-  assert "the newest is of step 1" in str(error.value)
+  assert "got 2 consecutive failures" in str(error.value)
+  assert "restart from step 1" in str(error.value)
   assert "\n" not in str(error.value)
 
 
@@ -145,7 +144,7 @@ def test_a_mistake_in_the_state_is_no_failure_of_the_disk(make):
 
 def test_a_failure_on_another_host_counts_here(make, monkeypatch, caplog):
   mine = make()
-  monkeypatch.setattr(saver.hosts, "all_agree", lambda ok: False)
+  monkeypatch.setattr(checkpoint.multihost, "all_agree", lambda ok: False)
   mine.save(1, state(1))
   assert mine.failures == 2  # The wait, and the save.
   assert "on another host" in messages(caplog)[0]

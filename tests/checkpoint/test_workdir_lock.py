@@ -23,7 +23,7 @@ def read(folder):
 
 def write(folder, **changes):
   """An owner's file, of a process that is alive unless said otherwise."""
-  with workdir_lock.Lock(folder):
+  with workdir_lock.WorkdirLock(folder):
     owner = read(folder)
   (folder / workdir_lock.FILE).write_text(json.dumps(owner | changes))
   return owner | changes
@@ -41,7 +41,7 @@ def never(seconds):
 
 
 def test_the_owner_is_written_down_and_released(tmp_path):
-  with workdir_lock.Lock(tmp_path, sleep=never) as mine:
+  with workdir_lock.WorkdirLock(tmp_path, sleep=never) as mine:
     owner = read(tmp_path)
     assert owner["pid"] == os.getpid() and owner["beats"] == 0
     assert not mine.lost and mine.look()
@@ -50,7 +50,7 @@ def test_the_owner_is_written_down_and_released(tmp_path):
 
 
 def test_the_owner_beats(tmp_path):
-  with workdir_lock.Lock(tmp_path, BEAT):
+  with workdir_lock.WorkdirLock(tmp_path, BEAT):
     end = time.monotonic() + 10
     while read(tmp_path)["beats"] < 3:
       assert time.monotonic() < end
@@ -58,9 +58,9 @@ def test_the_owner_beats(tmp_path):
 
 
 def test_a_second_writer_is_refused_while_the_first_beats(tmp_path):
-  with workdir_lock.Lock(tmp_path, BEAT):
+  with workdir_lock.WorkdirLock(tmp_path, BEAT):
     with pytest.raises(UserError) as error:
-      workdir_lock.Lock(tmp_path, BEAT).acquire()
+      workdir_lock.WorkdirLock(tmp_path, BEAT).acquire()
     assert str(os.getpid()) in str(error.value)
     assert "--workdir" in str(error.value)
     assert read(tmp_path)["pid"] == os.getpid()
@@ -70,7 +70,7 @@ def test_of_many_that_start_at_once_one_gets_it(tmp_path):
   barrier, won, refused = threading.Barrier(8), [], []
 
   def start():
-    mine = workdir_lock.Lock(tmp_path, BEAT)
+    mine = workdir_lock.WorkdirLock(tmp_path, BEAT)
     barrier.wait()
     try:
       won.append(mine.acquire())
@@ -94,7 +94,7 @@ def test_a_dead_process_of_this_machine_is_not_waited_for(tmp_path, changes):
   if changes.get("pid", 0) is None:
     changes = dict(pid=dead_process())
   write(tmp_path, **changes)
-  with workdir_lock.Lock(tmp_path, BEAT, never):
+  with workdir_lock.WorkdirLock(tmp_path, BEAT, never):
     assert read(tmp_path)["pid"] == os.getpid()
 
 
@@ -107,11 +107,11 @@ def test_a_silent_owner_is_taken_over_after_patience(
 ):
   write(tmp_path, **changes)
   slept = []
-  with workdir_lock.Lock(tmp_path, 15.0, slept.append):
+  with workdir_lock.WorkdirLock(tmp_path, 15.0, slept.append):
     assert read(tmp_path)["beats"] == 0 and sum(slept) == 45
   said = [r.getMessage() for r in caplog.records
           if r.levelno == logging.WARNING]
-  assert "waiting 45 s" in said[0] and "taking it over" in said[1]
+  assert "waiting 45 s" in said[0] and "taking over" in said[1]
 
 
 def test_an_owner_that_beats_at_last_is_respected(tmp_path):
@@ -125,7 +125,7 @@ def test_an_owner_that_beats_at_last_is_respected(tmp_path):
       (tmp_path / workdir_lock.FILE).write_text(text)
 
   with pytest.raises(UserError, match="--workdir"):
-    workdir_lock.Lock(tmp_path, 15.0, sleep).acquire()
+    workdir_lock.WorkdirLock(tmp_path, 15.0, sleep).acquire()
   assert len(slept) == 11 and read(tmp_path)["beats"] == 7
 
 
@@ -137,20 +137,20 @@ def test_an_owner_that_leaves_is_not_waited_for_any_longer(tmp_path):
     slept.append(seconds)
     (tmp_path / workdir_lock.FILE).unlink()
 
-  workdir_lock.Lock(tmp_path, 15.0, sleep).acquire().release()
+  workdir_lock.WorkdirLock(tmp_path, 15.0, sleep).acquire().release()
   assert len(slept) == 1
 
 
 def test_half_a_file_is_waited_for_as_a_silent_owner(tmp_path):
   (tmp_path / workdir_lock.FILE).write_text('{"token": "12')
   slept = []
-  with workdir_lock.Lock(tmp_path, 15.0, slept.append) as mine:
+  with workdir_lock.WorkdirLock(tmp_path, 15.0, slept.append) as mine:
     assert sum(slept) == 45 and mine.look()
 
 
 @pytest.mark.parametrize("stolen", [True, False])
 def test_a_lost_lock_is_noticed_and_not_released(tmp_path, stolen):
-  mine = workdir_lock.Lock(tmp_path, BEAT).acquire()
+  mine = workdir_lock.WorkdirLock(tmp_path, BEAT).acquire()
   other = read(tmp_path) | {"token": "other"}
   if stolen:
     (tmp_path / workdir_lock.FILE).write_text(json.dumps(other))
@@ -168,7 +168,7 @@ def test_a_lost_lock_is_noticed_and_not_released(tmp_path, stolen):
 
 
 def test_a_look_notices_before_the_next_beat(tmp_path):
-  mine = workdir_lock.Lock(tmp_path, 1e6).acquire()
+  mine = workdir_lock.WorkdirLock(tmp_path, 1e6).acquire()
   (tmp_path / workdir_lock.FILE).write_text('{"token": "other"}')
   assert not mine.lost
   assert not mine.look() and mine.lost
@@ -176,7 +176,7 @@ def test_a_look_notices_before_the_next_beat(tmp_path):
 
 
 def test_a_full_disk_does_not_cost_the_lock(tmp_path, monkeypatch, caplog):
-  mine = workdir_lock.Lock(tmp_path, BEAT).acquire()
+  mine = workdir_lock.WorkdirLock(tmp_path, BEAT).acquire()
 
   def full(path, content):
     raise OSError(28, "No space left on device")

@@ -7,15 +7,14 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from tests import teachers
 
-SHIPPED = config_files.shipped_configs()
+SHIPPED = resolve.shipped_configs()
 
 
 def digits(**overrides: str):
-  raw = config_files.read_file("configs/digits.py")
+  raw = resolve.read_file("configs/digits.py")
   return resolve.resolve(
       raw, {k.replace("__", "."): v for k, v in overrides.items()}
   )
@@ -23,7 +22,7 @@ def digits(**overrides: str):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_shipped_configs_resolve_and_build(path):
-  config = resolve.resolve(config_files.read_file(str(path)))
+  config = resolve.resolve(resolve.read_file(str(path)))
   with teachers.there(path.name):
     experiment = build.build(config)
   assert experiment.method.sigma_min == config.method.sigma_min
@@ -32,13 +31,14 @@ def test_shipped_configs_resolve_and_build(path):
   )
 
 
-def test_a_critic_is_as_the_student_but_for_what_it_says():
-  raw = config_files.read_file("configs/digits_dmd.py")
-  config = resolve.resolve(raw, {"critic.learning_rate": "0.5"})
+def test_other_networks_train_as_the_sampled_one_by_default():
+  raw = resolve.read_file("configs/digits_dmd.py")
+  config = resolve.resolve(raw, {"auxiliary_optimizer.learning_rate": "0.5"})
   student = config.optimizer.to_dict()
-  assert config.critic.to_dict() == student | {"learning_rate": 0.5}
-  with pytest.raises(errors.UserError, match="critic"):
-    digits(critic__learning_rate="0.5")
+  auxiliary = config.auxiliary_optimizer.to_dict()
+  assert auxiliary == student | {"learning_rate": 0.5}
+  with pytest.raises(errors.UserError, match="auxiliary_optimizer"):
+    digits(auxiliary_optimizer__learning_rate="0.5")
 
 
 def test_resolved_config_survives_json():
@@ -113,7 +113,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(key, text, said):
 
 def test_spans_follow_num_steps_unless_set():
   config = digits(training__num_steps="123")
-  raw = config_files.read_file("configs/digits.py")
+  raw = resolve.read_file("configs/digits.py")
   if "curriculum_steps" not in raw.method:
     assert config.method.curriculum_steps == 123
   assert digits(method__curriculum_steps="77").method.curriculum_steps == 77
@@ -160,16 +160,16 @@ def test_refused_stretch_says_how_to_keep_the_curriculum():
 
 def test_files_are_found_from_any_directory(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert config_files.find_file("configs/digits.py").is_file()
-  assert config_files.find_file("digits.py").is_file()
+  assert resolve.find_file("configs/digits.py").is_file()
+  assert resolve.find_file("digits.py").is_file()
   with pytest.raises(errors.UserError, match="'digits.py'"):
-    config_files.find_file("configs/digit.py")
+    resolve.find_file("configs/digit.py")
   own = tmp_path / "own.py"
   own.write_text("def get_config(arg='a'):\n  return {'seed': arg}\n")
-  assert config_files.read_file("own.py:b") == {"seed": "b"}
+  assert resolve.read_file("own.py:b") == {"seed": "b"}
   own.write_text("x = 1\n")
   with pytest.raises(errors.UserError, match="get_config"):
-    config_files.read_file("own.py")
+    resolve.read_file("own.py")
 
 
 def test_damaged_config_of_a_run(tmp_path):
@@ -177,17 +177,6 @@ def test_damaged_config_of_a_run(tmp_path):
   (tmp_path / "config.json").write_text('{"seed": ')
   with pytest.raises(errors.UserError, match="config.json"):
     resolve.of_run(str(tmp_path))
-
-
-def test_split_overrides():
-  file, overrides, rest = resolve.split_overrides(
-      ["--config=a.py", "--config.x.y=1", "--mode=eval", "--config.z", "2"]
-  )
-  assert (file, overrides, rest) == (
-      "a.py", {"x.y": "1", "z": "2"}, ["--mode=eval"]
-  )
-  with pytest.raises(errors.UserError, match="--config.z"):
-    resolve.split_overrides(["--config.z"])
 
 
 def test_a_conditional_network_needs_labels(tmp_path):

@@ -13,6 +13,7 @@ from bcm_jax.data import augmentation
 from bcm_jax.data import warp
 from bcm_jax.errors import UserError
 from tests import golden
+from tests.parity import augment
 
 FILE = "edm_augment"
 TRANSFORMS = {  # Multiplier: random calls of the official pipe, label columns.
@@ -81,9 +82,9 @@ def test_official_numbers_in_float64(x64, margin):
   file = golden.load(FILE)
   pipe, numbers = recorded()
   x = jnp.asarray(file.image("in/x"))
-  draws = augmentation.recorded_draws(pipe, numbers)
+  draws = augment.recorded_draws(pipe, numbers)
   if margin == "exact":
-    rel, pixels = 1e-12, augmentation.exact_margin(pipe, draws, x.shape[1:])
+    rel, pixels = 1e-12, augment.exact_margin(pipe, draws, x.shape[1:])
   else:  # The official margin cuts off the filter's tail by a little.
     rel, pixels = 1e-6, None
   y, labels = apply(pipe, x, draws, pixels)
@@ -96,7 +97,7 @@ def test_official_numbers_in_float32():
   file = golden.load(FILE)
   pipe, numbers = recorded()
   x = jnp.asarray(file.image("in/x"), jnp.float32)
-  y, labels = apply(pipe, x, augmentation.recorded_draws(pipe, numbers), None)
+  y, labels = apply(pipe, x, augment.recorded_draws(pipe, numbers), None)
   assert y.dtype == labels.dtype == jnp.float32
   golden.close(y, file, "y")
   golden.close(labels, file, "labels")
@@ -110,20 +111,20 @@ def test_a_transform_that_is_off_draws_nothing(x64, off):
   calls = np.repeat(names, [TRANSFORMS[name][0] for name in names])
   left = [v for v, name in zip(numbers, calls, strict=True) if name != off]
   less = dataclasses.replace(pipe, **{off: 0})
-  labels = labels_of(less, augmentation.recorded_draws(less, left))
+  labels = labels_of(less, augment.recorded_draws(less, left))
   expected = golden.load(FILE)["out64/labels"].copy()
   expected[:, TRANSFORMS[off][1]] = 0
   np.testing.assert_allclose(labels, expected, rtol=0, atol=1e-13)
   columns = set(range(augmentation.LABEL_DIM)) - set(TRANSFORMS[off][1])
   assert set(less.label_columns) == columns
   with pytest.raises(ValueError, match=f"{len(numbers)} recorded calls"):
-    augmentation.recorded_draws(less, numbers)
+    augment.recorded_draws(less, numbers)
 
 
 def test_recorded_gates_are_compared_with_p():
   pipe, numbers = recorded()
   rare = dataclasses.replace(pipe, p=0.3)
-  draws = augmentation.recorded_draws(rare, numbers)
+  draws = augment.recorded_draws(rare, numbers)
   always = labels_of(pipe, draws)
   happened = np.ones(always.shape, bool)
   for column, call in ((1, 3), (2, 5), (3, 7), (4, 7), (5, 10), (6, 10),

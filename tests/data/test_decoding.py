@@ -11,6 +11,7 @@ import pytest
 
 from bcm_jax.data import decoding
 from bcm_jax.errors import UserError
+from bcm_jax.utils import thread_pool
 from tests.data import pictures
 
 
@@ -147,7 +148,7 @@ def test_settings_that_cannot_be(settings, words):
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_every_number_is_called_once(n, threads):
   called = []
-  decoding.for_each(called.append, n, threads)
+  thread_pool.for_each(called.append, n, threads)
   assert sorted(called) == list(range(n))
 
 
@@ -159,10 +160,10 @@ def test_the_lowest_failure_is_raised():
       raise ValueError(k)
 
   with pytest.raises(ValueError, match="^3$"):
-    decoding.for_each(fail, 10, 2)
+    thread_pool.for_each(fail, 10, 2)
 
 
 def test_threads_work_at_the_same_time():
   both = threading.Barrier(2, timeout=10)
-  decoding.for_each(lambda k: both.wait(), 2, 2)
+  thread_pool.for_each(lambda k: both.wait(), 2, 2)
   assert not both.broken

@@ -29,10 +29,10 @@ def test_closed_forms():
       distances.pseudo_huber(a, b, C), huber / np.sqrt(D), rtol=1e-6
   )
   np.testing.assert_allclose(
-      distances.pseudo_huber(a, b, C, normalise=False), huber, rtol=1e-6
+      distances.pseudo_huber(a, b, C, normalize=False), huber, rtol=1e-6
   )
   np.testing.assert_allclose(
-      distances.pseudo_huber(a, b, 0.0, normalise=False), np.sqrt(s), rtol=1e-6
+      distances.pseudo_huber(a, b, 0.0, normalize=False), np.sqrt(s), rtol=1e-6
   )
 
 
@@ -64,7 +64,7 @@ def test_equal_images_are_at_distance_zero_with_no_gradient(c):
 def test_pseudo_huber_gradient(c):
   a, b = pair(0.01)
   grad = jax.grad(
-      lambda a: distances.pseudo_huber(a, b, c, normalise=False).sum()
+      lambda a: distances.pseudo_huber(a, b, c, normalize=False).sum()
   )(a)
   d = a - b
   s = (d.astype(np.float64) ** 2).sum(axis=(1, 2, 3), keepdims=True)

@@ -106,7 +106,8 @@ def test_factors_are_at_least_float32_and_keep_float64(name, x64):
     x = jnp.ones((2, 3), given)
     out = pre.precondition(lambda x, *_: x, FORMS[name], x, level, level)
     assert out.dtype == expected
-    assert pre.adm_noise(level).dtype == pre.edm_noise(level).dtype == expected
+    for c_noise in (pre.adm_c_noise, pre.edm_c_noise):
+      assert c_noise(level).dtype == expected
 
 
 @pytest.mark.parametrize("factor", ["c_skip", "c_out", "c_in"])
@@ -124,18 +125,18 @@ def test_factors_are_the_reference_ones(name, factor):
 def test_conditioning_values(x64):
   g = golden.load("sched_scalings")
   sigma = g["in/sigma"].astype(np.float64)
-  golden.close(pre.adm_noise(sigma), g, "rescaled_t", rel=1e-14)
+  golden.close(pre.adm_c_noise(sigma), g, "rescaled_t", rel=1e-14)
   np.testing.assert_allclose(
-      pre.edm_noise(sigma), np.log(sigma) / 4, rtol=1e-14
+      pre.edm_c_noise(sigma), np.log(sigma) / 4, rtol=1e-14
   )
-  assert np.isfinite(pre.adm_noise(0.0)) and np.isfinite(pre.edm_noise(0.0))
+  assert np.isfinite(pre.adm_c_noise(0.0)) and np.isfinite(pre.edm_c_noise(0.0))
 
 
 def test_network_gets_scaled_image_and_both_conditioning_values(x64):
   seen = []
   x = images()
   network = lambda *a: seen.extend(a) or jnp.zeros_like(x)  # noqa: E731
-  pre.precondition(network, pre.Bidirectional(0.7), x, T, U, pre.edm_noise)
+  pre.precondition(network, pre.Bidirectional(0.7), x, T, U, pre.edm_c_noise)
   scale = np.sqrt(T**2 + 0.49)[:, None, None, None]
   np.testing.assert_allclose(seen[0], x / scale, rtol=1e-13)
   np.testing.assert_allclose(seen[1], np.log(T) / 4, rtol=1e-13)

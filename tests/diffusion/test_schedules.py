@@ -99,7 +99,7 @@ def test_end_law_gives_sigma_max_the_weight_of_the_last_interval():
   expected = np.append(bins, bins[-1])
   end = np.diff(tables(11, 11).end_cdf, prepend=0)
   np.testing.assert_allclose(end, expected / expected.sum(), atol=1e-7)
-  uniform = np.diff(tables(11, 11, bins="uniform").cdf)
+  uniform = np.diff(tables(11, 11, time_distribution="uniform").cdf)
   np.testing.assert_allclose(uniform, 0.1, atol=1e-7)
 
 

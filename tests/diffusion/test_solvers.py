@@ -11,7 +11,7 @@ from bcm_jax.diffusion import solvers
 from tests import gaussian
 from tests import golden
 
-ORDERS = {"euler": 1, "heun": 2, "dpm2": 2}
+ORDERS = {"euler": 1, "heun": 2}
 # An anisotropic Gaussian that is not at the origin.
 MEAN = np.array([0.3, -1.0, 2.0])
 VARIANCES = np.array([0.01, 0.25, 4.0])
@@ -77,17 +77,11 @@ def test_nfe_is_the_number_of_calls(solver, to_zero):
 
   with jax.disable_jit():
     out = solvers.solve(counted, jnp.ones((1, 2)), sigmas, solver)
-  assert len(levels) == solvers.nfe(sigmas, solver)
+  saved = solver == "heun" and to_zero
+  assert len(levels) == (len(sigmas) - 1) * ORDERS[solver] - saved
   assert min(levels) > 0
   assert np.isfinite(out).all()
   assert levels[0] == 80
-
-
-def test_nfe_of_the_literature():
-  def heun(n):
-    return solvers.nfe(np.append(schedules.karras_sigmas(n)[::-1], 0))
-
-  assert (heun(18), heun(40)) == (35, 79)
 
 
 def test_churn_keeps_the_marginal_variance():
@@ -141,7 +135,6 @@ def test_rise_of_the_noise_level():
 @pytest.mark.slow
 @pytest.mark.parametrize("name, solver, steps", [
     ("ks_euler", "euler", "anc"),
-    ("ks_dpm", "dpm2", "anc"),
     ("ks_heun", "heun", "heun"),
     ("ks_heun_noclip", "heun", "heun"),
     ("ks_heun_churn", "heun", "heun"),
@@ -172,27 +165,3 @@ def test_solvers_on_a_network_are_the_reference_ones(name, solver, steps, x64):
         solver, churn, lambda i: noise[int(i)],
     )
   golden.close(jnp.clip(out, -1, 1), g, name, rel=1e-10)
-
-
-def test_ancestral_steps_keep_the_law_of_every_level():
-  down, up = solvers.ancestral_levels([5.0, 2.0, 1.0], [2.0, 1.0, 0.0])
-  np.testing.assert_allclose(down**2 + up**2, [4.0, 1.0, 0.0])
-  assert (up > 0).tolist() == [True, True, False]
-  with pytest.raises(ValueError, match="noise"):
-    solvers.solve(denoise, jnp.ones((1, 3)), [2.0, 1.0], "ancestral")
-  rng = np.random.default_rng(2)
-  sigmas = schedules.karras_sigmas(300, 0.3, 20.0)[::-1]
-  x = exact(20 * rng.standard_normal((4000, 3)) @ BASIS.T, 20.0, 20.0)
-  noise = jnp.asarray(rng.standard_normal((299, 4000, 3)), jnp.float32)
-  out = solvers.solve(
-      denoise, jnp.asarray(x, jnp.float32), sigmas, "ancestral",
-      noise=lambda i: noise[i],
-  )
-  variances = np.var((out - MEAN) @ BASIS, axis=0)
-  np.testing.assert_allclose(variances, VARIANCES + 0.3**2, rtol=0.12)
-  # Half of what a step adds comes from noise, not from the start.
-  other = solvers.solve(
-      denoise, jnp.asarray(x, jnp.float32), sigmas, "ancestral",
-      noise=lambda i: -noise[i],
-  )
-  assert np.abs(out - other).std() > 0.1

@@ -10,7 +10,7 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import runs
 from bcm_jax.data import image_source
 from bcm_jax.editing import edit
-from bcm_jax.editing import inputs
+from bcm_jax.editing import edit_inputs
 from bcm_jax.editing import tasks
 from tests import exact
 
@@ -109,7 +109,7 @@ def test_pairs_of_test_images(tmp_path):
 def test_jpeg_of_lower_quality_is_further_from_the_image():
   image = picture(size=16, channels=3)
   gaps = [
-      np.abs(inputs.compress(image, q).astype(int) - image).mean()
+      np.abs(edit_inputs.compress(image, q).astype(int) - image).mean()
       for q in (5, 30, 95)
   ]
   assert gaps[0] > gaps[1] > gaps[2] > 0
@@ -413,6 +413,8 @@ def test_files_that_do_not_fit(tmp_path, keys, said):
 def test_tasks_that_a_network_cannot_do_are_refused_before_files_are_read(
   tmp_path,
 ):
-  built = experiment(task="restore", input="gone", method=dict(inverts=False))
+  built = experiment(
+      task="restore", input="gone", method=dict(supports_inversion=False)
+  )
   with pytest.raises(errors.UserError, match="edit.task.*'restore'"):
     edit.run(built, str(tmp_path))

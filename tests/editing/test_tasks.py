@@ -15,7 +15,9 @@ def both_ways():
 
 @pytest.fixture(scope="module")
 def one_way():
-  return exact.experiment((8, 8, 3), inverts=False, two_time=False)
+  return exact.experiment(
+      (8, 8, 3), supports_inversion=False, takes_end_time=False
+  )
 
 
 def jumps(recipe):

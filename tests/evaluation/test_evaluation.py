@@ -14,7 +14,6 @@ from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import recovery
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.data import image_source
 from bcm_jax.diffusion import schedules
@@ -41,7 +40,7 @@ TINY = {
 def experiment(**overrides: str) -> build.Experiment:
   values = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
   return build.build(
-      resolve.resolve(config_files.read_file("configs/digits.py"), values)
+      resolve.resolve(resolve.read_file("configs/digits.py"), values)
   )
 
 
@@ -233,9 +232,9 @@ def test_a_reference_alone_serves_where_there_are_no_images(copy, capsys):
   assert a["FD (raw pixels)"] == b["FD (raw pixels)"]
   assert "precision" not in a and "KID" not in a
   assert 0 <= b["precision"] <= 1
-  assert bare["protocol"]["compared_one_by_one"] == 0
+  assert bare["protocol"]["num_real_for_prdc"] == 0
   assert bare["inversion"] == {}
-  assert "there are no test images" in capsys.readouterr().out
+  assert "no test images" in capsys.readouterr().out
   assert "an unknown number of images" in tables.render({"edm": bare})
 
 
@@ -261,10 +260,10 @@ def test_a_run_goes_on_with_its_own_images_alone(tmp_path):
     found = image_source.fingerprint(source(name))
     return {"data_fingerprint": found, "frozen": {}}
 
-  recovery.check_unchanged(fixed("a"), fixed("moved"), "npz")
-  recovery.check_unchanged({}, fixed("b"), "npz")
+  recovery.check_unchanged(fixed("a"), fixed("moved"), "npz", {})
+  recovery.check_unchanged({}, fixed("b"), "npz", {})
   with pytest.raises(errors.UserError, match="data.path"):
-    recovery.check_unchanged(fixed("a"), fixed("b"), "npz")
+    recovery.check_unchanged(fixed("a"), fixed("b"), "npz", {})
 
 
 def test_statistics_of_the_training_split_are_taken_once(copy, monkeypatch):
@@ -339,7 +338,7 @@ def test_baselines_are_the_odes_of_a_denoiser(copy, tmp_path):
   """A fresh network's F is 0: every inversion of it is a known factor."""
   teacher = build.build(
     resolve.resolve(
-      config_files.read_file("configs/digits_ict.py"),
+      resolve.read_file("configs/digits_ict.py"),
       TINY | {"method.preconditioning": "bcm", "eval.samplers": "onestep,"},
     )
   )

@@ -13,12 +13,12 @@ SD = 0.5
 LOW, HIGH = 0.002, 80.0
 
 
-def flow_map(scalings):
+def flow_map(form):
   """f of a network whose F is 0: EDM's optimal denoiser of N(0, SD^2)."""
 
   def f(x, t, u, labels=None):
     del labels
-    c_skip = scalings(t, u)[0]
+    c_skip = form(t, u)[0]
     return c_skip[:, None] * x
 
   return f

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bcm_jax import errors
+from bcm_jax.evaluation import published
 from bcm_jax.evaluation import tables
 
 
@@ -14,7 +15,7 @@ def result(data="cifar10", fid=3.0, samples=50_000, method="bcm", **numbers):
       "data": data, "method": method, "samples": samples, "seeds": [0, 1],
       "features": "Inception", "features_digest": "f" * 12,
       "reference_images": 50_000, "reference_digest": "e" * 12,
-      "compared_one_by_one": 10_000, "neighbours_k": 3,
+      "num_real_for_prdc": 10_000, "neighbors_k": 3,
       "config_digest": "c" * 12, "commit": "abc", "hardware": "a laptop",
   }
   if samples < 50_000:
@@ -41,28 +42,36 @@ def row_of(page, *cells):
 
 
 def test_published_numbers_stand_beside_ours():
-  page = tables.render({"mine": result()})
-  assert row_of(page, "BCM", "2", "2.39 (recalled)").endswith(
-      "| 3.00 ± 0.25 (`mine`) |"
-  )
-  assert row_of(page, "BCM", "1", "3.10 (recalled)").endswith("| not run |")
+  page = tables.render({"mine": result(method="ict")})
+  assert row_of(page, "iCT", "2", "2.46").endswith("| 3.00 ± 0.25 (`mine`) |")
+  assert row_of(page, "iCT", "1", "2.83").endswith("| not run |")
   assert row_of(page, "BCM", "1", "4.18").endswith("| not run |")
   assert "| `mine` | ancestral | 2 | 3.00 ± 0.25 |" in page
-  assert "| `mine` | the network's own | 1 | 0.07 | 0.0051 |" in page
+  assert "| `mine` | by the network | 1 | 0.07 | 0.0051 |" in page
+
+
+def test_numbers_quoted_from_memory_are_not_shown():
+  unverified = [r for r in published.ROWS if not r.verified]
+  assert unverified
+  page = tables.render({"mine": result(method=unverified[0].ours)})
+  table = page.partition("## CIFAR-10\n")[2].partition("\n## ")[0]
+  assert "| EDM | 35 |" in table
+  for row in unverified:
+    assert f"| {row.method} | {row.nfe} |" not in table
 
 
 def test_few_samples_are_marked_and_never_beside_published_numbers():
-  page = tables.render({"mine": result(samples=5000)})
-  assert row_of(page, "BCM", "2", "2.39 (recalled)").endswith("| not run |")
+  page = tables.render({"mine": result(method="ict", samples=5000)})
+  assert row_of(page, "iCT", "2", "2.46").endswith("| not run |")
   assert "**Few samples: 5000 of the protocol's 50000.**" in page
-  assert "5,000 samples a seed (seeds 0, 1)" in page
+  assert "5,000 samples per seed (seeds 0, 1)" in page
 
 
 def test_another_method_or_data_set_is_not_ours():
   page = tables.render({
       "a": result(method="ict"), "b": result(data="cifar10_jpeg"),
   })
-  assert row_of(page, "BCM", "2", "2.39 (recalled)").endswith("| not run |")
+  assert row_of(page, "ECT", "2", "2.11").endswith("| not run |")
   assert row_of(page, "iCT", "2", "2.46").endswith("(`a`) |")
   assert "## CIFAR-10 (JPEG), 32x32" in page
   assert "not with published CIFAR-10 numbers" in page.replace("\n", " ")
@@ -82,8 +91,8 @@ def test_columns_are_what_any_run_measured():
 
 def test_aims_stand_below_the_digits():
   page = tables.render({"digits": result(data="digits", class_accuracy=0.5)})
-  assert "| aimed at |  | 1 |  | 97.0% |" in page
-  assert "| aimed at |  | 1 |  | 0.0080 |" in page
+  assert "| target |  | 1 |  | 97.0% |" in page
+  assert "| target |  | 1 |  | 0.0080 |" in page
 
 
 def test_mode_table_reads_a_folder_and_leaves_other_files(tmp_path):

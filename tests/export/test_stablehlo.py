@@ -22,14 +22,13 @@ from bcm_jax import sample
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import registry
 from bcm_jax.config import resolve
 from bcm_jax.export import stablehlo
 from bcm_jax.export import stablehlo_runtime
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
-from bcm_jax.sampling import rolled
+from bcm_jax.sampling import samplers
 from tests import toys
 
 TINY = {
@@ -43,7 +42,7 @@ SAMPLERS = ("onestep", "cm_multistep@9/2.5")
 def make_run(folder, file="digits.py", **overrides):
   """A run of random weights and of two averages that differ."""
   values = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
-  config = resolve.resolve(config_files.read_file(file), values)
+  config = resolve.resolve(resolve.read_file(file), values)
   built = build.build(config, to_train=False)
   resolve.write(config, str(folder))
   shapes = jax.eval_shape(
@@ -58,7 +57,7 @@ def make_run(folder, file="digits.py", **overrides):
 
   with checkpoint.Checkpoints(runs.checkpoint_dir(str(folder))) as saved:
     saved.save(8, {
-        "players": {built.method.sampled: {"params": moved()}},
+        "networks": {built.method.sampled_network: {"params": moved()}},
         "averages": {"ema_0.9": moved(), "ema_0.5": moved()},
     }, {})
   return folder
@@ -86,10 +85,10 @@ def model(path):
 def open_run(run, average=None, overrides=None):
   """(experiment, runner) of a run, as the modes make them."""
   built = build.build(
-      runs.config_of(str(run), overrides), to_train=False
+      resolve.of_existing_run(str(run), overrides), to_train=False
   )
   _, _, params = runs.load_run(built, str(run), average)
-  return built, batched_sampler.Runner(built, params, 4)
+  return built, batched_sampler.BatchedSampler(built, params, 4)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def library(run):
 
 def samples(library, sampler, index, seed, labels=None):
   """What the library draws; labels of all images from number 0 on."""
-  plan = planning.sampling_plan(library[0], sampler)
+  plan = planning.plan_of(library[0], sampler)
   index = np.asarray(index)
   return batched_sampler.generate(*library, plan, labels, index, seed)
 
@@ -192,7 +191,7 @@ def denoiser(tmp_path_factory):
 def test_long_plans_are_loops_that_draw_the_same(
   denoiser, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(rolled, "UNROLLED", 4)
+  monkeypatch.setattr(samplers, "UNROLLED", 4)
   out = tmp_path / "edm.zip"
   # Of levels 40, 10.2, 1.6, 0.11 and 0.002: guided, plain, with noise, with
   # noise, plain.
@@ -210,9 +209,9 @@ def test_long_plans_are_loops_that_draw_the_same(
     stablehlo_runtime.load(out),
     open_run(denoiser, None, overrides),
   )
-  plan = planning.sampling_plan(library[0])
+  plan = planning.plan_of(library[0])
   assert (plan.nfe, plan.guide_nfe) == (5, 1)
-  assert [len(turns) for turns in rolled.alike(plan)] == [1, 1, 2, 1]
+  assert [len(turns) for turns in samplers.alike(plan)] == [1, 1, 2, 1]
   expected = samples(library, None, range(3), 1, np.arange(3))
   assert_within_a_grey_level(model.sample(3, seed=1), expected)
   (name,) = model.samplers
@@ -267,7 +266,7 @@ def test_the_file_explains_itself(library, path, model):
   assert manifest["average"] == "ema_0.9"
   assert manifest["image_shape"] == [8, 8, 1] and manifest["num_classes"] == 10
   for name in SAMPLERS:
-    plan = planning.sampling_plan(built, name)
+    plan = planning.plan_of(built, name)
     entry = model.samplers[name]
     assert (entry["plan"], entry["nfe"]) == (str(plan), plan.nfe)
     assert len(entry["steps"]) == len(plan.steps)
@@ -332,7 +331,7 @@ def test_every_network_is_lowered_for_all_platforms(name):
       built.method.init, jax.random.key(0), *build.example_batch(built)
     )
   )
-  plan = planning.sampling_plan(built, "ddim:2")
+  plan = planning.plan_of(built, "ddim:2")
   program = jax_export.deserialize(
     bytearray(
       stablehlo.serialised(
@@ -707,5 +706,5 @@ def test_the_page_names_every_flag_and_call():
   public = [n for n in vars(stablehlo_runtime.Model) if not n.startswith("_")]
   kinds = [n for n in vars(stablehlo_runtime) if n.endswith("Error")]
   assert len(public) == 3 and len(kinds) == 5
-  for word in [*public, *kinds, f"more than {rolled.UNROLLED}\nevaluations"]:
+  for word in [*public, *kinds, f"more than {samplers.UNROLLED} evaluations"]:
     assert word in text, word

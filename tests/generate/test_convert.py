@@ -22,6 +22,7 @@ from bcm_jax.models import edm2
 from bcm_jax.models import song
 from bcm_jax.training import train_state
 from tests import golden
+from tests.interop import craft
 
 # File -> what its tensors do not tell.
 SETTINGS = {
@@ -42,10 +43,8 @@ def tensors_of(name):
   }
 
 
-def source_file(name, folder, suffix=".pt"):
-  path = str(folder / f"{name}_000007{suffix}")
-  weight_files.write(path, tensors_of(name))
-  return path
+def source_file(name, folder):
+  return craft.save(folder / f"{name}_000007.pt", tensors_of(name))
 
 
 def run(*arguments):
@@ -132,7 +131,7 @@ def test_full_size_names_are_recognised(family, network, size):
       k: np.broadcast_to(np.float32(0), s) for k, s in shapes.items()
   })
   tensors = transfer.write_tensors(module, network, size, nothing)
-  found_family, stripped, found = transfer.recognise(tensors)
+  found_family, stripped, found = transfer.recognize(tensors)
   assert found_family is module
   assert found.pop("image_size") == size
   assert type(network)(**found) == network.clone(
@@ -156,15 +155,15 @@ def damaged(change, folder):
     (lambda t: t.pop("model.enc.16x16_block0.norm1.weight"),
      r"1 tensors missing: enc\.16x16_block0\.norm1\.weight"),
     (lambda t: t.update({"model.map_augment.weight2": np.zeros(3, "f4")}),
-     r"1 tensors left over: map_augment\.weight2 \(model\.augment_dim\)"),
+     r"1 tensors unexpected: map_augment\.weight2 \(model\.augment_dim\)"),
     (lambda t: t.update(
         {"model.enc.16x16_block0.conv1.bias": np.zeros(7, "f4")}),
-     r"enc\.16x16_block0\.conv1\.bias' has shape \(7,\).*wants \(16,\)"),
+     r"enc\.16x16_block0\.conv1\.bias': got shape \(7,\), expected \(16,\)"),
     (lambda t: t.update({
         "model.enc.8x8_down.conv0.resample_filter":
             np.ones((1, 1, 2, 2), "f4")}), "resample_filter"),
     (lambda t: [t.pop(k) for k in list(t) if "map_layer0." in k],
-     "kind 'edm-song', but lacks"),
+     "kind 'edm-song', expected"),
 ])
 def test_tensors_that_do_not_fit(change, match, tmp_path, capsys):
   out = tmp_path / "run"
@@ -179,15 +178,19 @@ def test_bad_arguments(tmp_path, capsys):
   source = source_file("ctm_songunet", tmp_path)
   out = tmp_path / "run"
   assert "edm-song" in fails(capsys, source, out, "--kind=edm-sogn")
-  assert "no known network" in fails(capsys, source, out, "--kind=openai")
+  assert "of kind openai" in fails(capsys, source, out, "--kind=openai")
   assert "--group=ema" in fails(capsys, source, out, "--group=ema")
   assert "model.num_head" in fails(
       capsys, source, out, "--config.model.num_heads=4"
   )
   out.mkdir()
   (out / "mine").write_text("precious")
-  assert "there already" in fails(capsys, source, out)
-  assert "no run" in fails(capsys, out, tmp_path / "a.pt", "--reverse")
+  assert "exists already" in fails(capsys, source, out)
+  back = tmp_path / "back.safetensors"
+  assert "no run" in fails(capsys, out, back, "--reverse")
+  for suffix in (".pt", ".pth"):
+    error = fails(capsys, out, tmp_path / f"back{suffix}", "--reverse")
+    assert f"got suffix '{suffix}', expected .safetensors" in error
   foreign = tmp_path / "foreign.pt"
   foreign.write_bytes(b"not a checkpoint")
   fails(capsys, foreign, tmp_path / "other")
@@ -227,7 +230,7 @@ def test_a_bidirectional_model_starts_from_converted_weights(tmp_path):
   state = jax.jit(lambda: train_state.create(
       e.method, e.optimizers(), (), 0, images, labels, start
   ))()
-  new = state.players["student"].params
+  new = state.networks["student"].params
   for key, old in start["student"].items():
     jax.tree.map(np.testing.assert_array_equal, new[key], old)
   align = np.asarray(new["map_align"]["kernel"])

@@ -4,7 +4,6 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.generate import planning
 from bcm_jax.sampling import sampling_plan
@@ -12,13 +11,13 @@ from bcm_jax.sampling import sampling_plan
 
 def digits(**overrides: str):
   return resolve.resolve(
-      config_files.read_file("configs/digits.py"),
+      resolve.read_file("configs/digits.py"),
       {k.replace("__", "."): v for k, v in overrides.items()},
   )
 
 
 def plan_of(**overrides: str) -> sampling_plan.Plan:
-  return planning.sampling_plan(build.build(digits(**overrides)))
+  return planning.plan_of(build.build(digits(**overrides)))
 
 
 def test_plans_of_a_config():
@@ -65,10 +64,10 @@ def test_bad_plans(overrides, said):
 def test_one_time_network_refuses_other_end_levels():
   def plan(sampler):
     config = resolve.resolve(
-        config_files.read_file("configs/digits_ict.py"),
+        resolve.read_file("configs/digits_ict.py"),
         {"sample.sampler": sampler, "sample.times": "2"},
     )
-    return planning.sampling_plan(build.build(config))
+    return planning.plan_of(build.build(config))
 
   with pytest.raises(errors.UserError, match="cm_multistep"):
     plan("ancestral")
@@ -90,7 +89,7 @@ def times(plan):
 
 def test_samplers_by_name_number_and_times(experiment):
   def plan(text):
-    return planning.sampling_plan(experiment, text)
+    return planning.plan_of(experiment, text)
 
   assert times(plan("ancestral")) == [1.5, 0.002]
   assert times(plan("ancestral:2")) == [1.5, 0.002]
@@ -130,7 +129,7 @@ def test_notation_is_written_as_it_is_read(text):
 ])
 def test_bad_notation_says_what_is_wrong(experiment, text, said):
   with pytest.raises(errors.UserError, match=said):
-    planning.sampling_plan(experiment, text)
+    planning.plan_of(experiment, text)
 
 
 def test_inversions_by_number_and_noise(experiment):

@@ -5,7 +5,6 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.generate import rejection
 
@@ -37,7 +36,7 @@ def test_the_best_of_every_class_in_their_order(drawn, count):
 ])
 def test_what_cannot_be_done(overrides, said):
   config = resolve.resolve(
-      config_files.read_file("configs/digits.py"), overrides
+      resolve.read_file("configs/digits.py"), overrides
   )
   with pytest.raises(errors.UserError, match=said):
     rejection.check(build.build(config))

@@ -4,6 +4,8 @@ import pathlib
 import struct
 import zipfile
 
+import numpy as np
+
 from bcm_jax.interop import torch_files
 
 MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -93,3 +95,16 @@ def edm(storage_call: bytes) -> bytes:
 def nested(content: bytes) -> bytes:
   """Returns the call that an EDM pickle makes for a storage."""
   return call(name("torch.storage", "_load_from_bytes"), blob(content))
+
+
+def save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> str:
+  """Writes a state dict as torch.save does."""
+  kinds = {dtype: kind for kind, dtype in torch_files.STORAGES.items()}
+  items, records = {}, {}
+  for i, (key, array) in enumerate(tensors.items()):
+    array = np.asarray(array, order="C")
+    stride = [n // array.itemsize for n in array.strides]
+    of = storage(str(i), array.size, kinds[array.dtype])
+    items[key] = tensor(of, 0, array.shape, stride)
+    records[f"data/{i}"] = array.tobytes()
+  return write_zip(path, dict_of(**items), records)

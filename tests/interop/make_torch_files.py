@@ -5,12 +5,8 @@ Run from the root of the repository, in an environment of its own:
     python -m venv /tmp/torch
     /tmp/torch/bin/pip install torch==2.13.0 numpy ml_dtypes
     PYTHONPATH=. /tmp/torch/bin/python tests/interop/make_torch_files.py
-
-With --check FILE it writes nothing: torch.load(FILE, weights_only=True) must
-give what recipe.state_dict() says, as the writer of bcm_jax.interop wrote it.
 """
 
-import argparse
 import collections
 import pathlib
 import pickle
@@ -218,22 +214,5 @@ def make() -> None:
   (FILES / "net.pkl").write_bytes(pickle.dumps(edm(np.float32, "net")))
 
 
-def check(path: str) -> None:
-  """Loads a file of ours with torch and compares it bit by bit."""
-  loaded = torch.load(path, weights_only=True)
-  expected = recipe.state_dict()
-  assert list(loaded) == list(expected), list(loaded)
-  for name, value in expected.items():
-    found, value = loaded[name].contiguous(), np.asarray(value, order="C")
-    assert str(found.dtype) == f"torch.{value.dtype.name}", name
-    assert tuple(found.shape) == value.shape, name
-    raw = found.reshape(-1).view(torch.uint8).numpy()
-    assert raw.tobytes() == value.tobytes(), name
-  print(f"torch {torch.__version__} reads all {len(loaded)} tensors of {path}")
-
-
 if __name__ == "__main__":
-  parser = argparse.ArgumentParser()
-  parser.add_argument("--check", metavar="FILE")
-  arguments = parser.parse_args()
-  check(arguments.check) if arguments.check else make()
+  make()

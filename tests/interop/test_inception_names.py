@@ -7,6 +7,7 @@ import pytest
 from bcm_jax.errors import UserError
 from bcm_jax.interop import weight_files
 from bcm_jax.interop.families import inception_names
+from tests.interop import craft
 from tests.parity import features
 
 COUNTER = "Mixed_5b.branch1x1.bn.num_batches_tracked"
@@ -47,7 +48,8 @@ def test_layouts(tensors):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_files(tensors, tmp_path, suffix):
   path = str(tmp_path / f"inception{suffix}")
-  weight_files.write(path, tensors | UNUSED)
+  write = craft.save if suffix == ".pt" else weight_files.write
+  write(path, tensors | UNUSED)
   params = inception_names.load_inception(path)
   np.testing.assert_array_equal(
       params["Mixed_7c"]["branch_pool"]["var"],
@@ -62,17 +64,17 @@ def test_errors_say_what_is_missing(tensors, tmp_path):
   with pytest.raises(UserError) as e:
     inception_names.to_params(partly)
   assert "missing: Mixed_7a.branch3x3_1.bn.running_mean;" in str(e.value)
-  assert "left over: Mixed_8a.conv.weight" in str(e.value)
+  assert "unexpected: Mixed_8a.conv.weight" in str(e.value)
 
   path = str(tmp_path / "other.safetensors")
   weight_files.write(path, {"features.0.weight": np.ones(3)})
   with pytest.raises(UserError) as e:
     inception_names.load_inception(path)
-  assert str(e.value).startswith(f"{path}: these are not the weights of")
-  assert "and 464 more; left over: features.0.weight" in str(e.value)
+  assert str(e.value).startswith(f"{path}: tensors: expected the weights of")
+  assert "and 464 more; unexpected: features.0.weight" in str(e.value)
 
 
 def test_a_thousand_classes_are_another_network(tensors):
   other = tensors | {"fc.weight": np.ones((1000, 2048))}
-  with pytest.raises(UserError, match=r"'fc.weight' has shape \(1000, 2048\)"):
+  with pytest.raises(UserError, match=r"'fc.weight': got shape \(1000, 2048\)"):
     inception_names.to_params(other)

@@ -10,6 +10,7 @@ import pytest
 
 from bcm_jax.errors import UserError
 from bcm_jax.interop import weight_files
+from bcm_jax.utils import unpickle
 from tests.interop import craft
 from tests.interop.craft import call
 from tests.interop.craft import name
@@ -24,62 +25,39 @@ def _stacked(module: str, attribute: str) -> bytes:
   return text(module) + text(attribute) + b"\x93"
 
 
-# A body of opcodes, and the name that the error must speak of.
+# A body of opcodes, and the name that the error must contain.
 HOSTILE = {
-    "reduce": (call(name("os", "system"), COMMAND), "os.system"),
-    "posix": (call(name("posix", "system"), COMMAND), "posix.system"),
+    "system": (call(name("os", "system"), COMMAND), "os.system"),
     "eval": (call(name("builtins", "eval"), SOURCE), "builtins.eval"),
-    "eval_of_python_2": (call(name("__builtin__", "eval"), SOURCE), "eval"),
-    "exec": (call(name("builtins", "exec"), SOURCE), "builtins.exec"),
-    "getattr": (call(name("builtins", "getattr"), b"N"), "builtins.getattr"),
+    "python_2": (call(name("__builtin__", "eval"), SOURCE), "builtins.eval"),
     "stack_global": (call(_stacked("os", "system"), COMMAND), "os.system"),
+    "torch": (call(name("torch", "load"), COMMAND), "torch.load"),
+    "edm": (
+        call(name("torch_utils.persistence", "_src_to_module"), SOURCE),
+        "torch_utils.persistence._src_to_module",
+    ),
+    "numpy": (
+        call(name("numpy.testing._private.utils", "runstring"), SOURCE, b"}"),
+        "numpy.testing._private.utils.runstring",
+    ),
     "new_object": (
         name("subprocess", "Popen") + craft.tuple_of(COMMAND) + b"\x81",
         "subprocess.Popen",
     ),
-    "new_object_with_names": (
-        name("subprocess", "Popen") + craft.tuple_of(COMMAND) + b"}\x92",
-        "subprocess.Popen",
-    ),
-    "inst": (b"(" + COMMAND + b"ios\nsystem\n", "os.system"),
-    "obj": (b"(" + name("os", "system") + COMMAND + b"o", "os.system"),
+    "inst": (b"(" + COMMAND + b"ios\nsystem\n", "opcode INST"),
+    "obj": (b"(" + name("collections", "OrderedDict") + b"o", "opcode OBJ"),
     "never_called": (name("os", "system"), "os.system"),
     "dotted": (
-        name("collections", "OrderedDict.__class__"),
-        "collections.OrderedDict.__class__",
-    ),
-    "dotted_on_the_stack": (
         _stacked("collections", "OrderedDict.__init__.__globals__"),
-        "OrderedDict.__init__.__globals__",
-    ),
-    "dotted_layer": (
-        name("torch.nn.modules.module", "Module.__init__.__globals__"),
-        "torch.nn.modules.module.Module.__init__.__globals__",
+        "collections.OrderedDict.__init__.__globals__",
     ),
     "dotted_into_a_known_one": (
         name("torch", "_utils._rebuild_tensor_v2"),
         "torch._utils._rebuild_tensor_v2",
     ),
-    "factory": (
-        call(name("collections", "defaultdict"), name("os", "system")),
-        "os.system",
-    ),
-    "torch_load": (call(name("torch", "load"), COMMAND), "torch.load"),
-    "pickle_in_a_pickle": (
-        call(name("pickle", "loads"), craft.blob(b"")),
-        "pickle.loads",
-    ),
-    "persistence_internals": (
-        call(name("torch_utils.persistence", "_src_to_module"), SOURCE),
-        "torch_utils.persistence._src_to_module",
-    ),
-    "numpy_run": (
-        call(name("numpy.testing._private.utils", "runstring"), SOURCE, b"}"),
-        "numpy.testing._private.utils.runstring",
-    ),
-    "import": (
-        call(name("importlib", "import_module"), text("antigravity")),
-        "importlib.import_module",
+    "dotted_layer": (
+        name("torch.nn.modules.module", "Module.__init__.__globals__"),
+        "torch.nn.modules.module.Module.__init__.__globals__",
     ),
 }
 
@@ -120,8 +98,11 @@ def refusal(path: pathlib.Path, tmp_path, monkeypatch) -> str:
   return str(error.value)
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize(
+    "case, container",
+    [(case, _zip) for case in HOSTILE]
+    + [("system", container) for container in CONTAINERS[1:]],
+)
 def test_code_is_refused_by_name(case, container, tmp_path, monkeypatch):
   body, named = HOSTILE[case]
   path = tmp_path / "hostile.pt"
@@ -147,6 +128,13 @@ def test_what_pickle_itself_would_run(protocol, tmp_path, monkeypatch):
   assert (tmp_path / TRACE).exists()
 
 
+def test_the_table_of_the_standard_library_stays_as_it_is():
+  standard = pickle._Unpickler.dispatch
+  assert unpickle.Unpickler.dispatch is not standard
+  assert pickle.INST[0] in standard and pickle.EXT1[0] in standard
+  assert standard[pickle.REDUCE[0]] is pickle._Unpickler.load_reduce
+
+
 def test_extensions_are_refused_even_when_registered(tmp_path, monkeypatch):
   # The unpickler looks into this cache before it asks find_class.
   monkeypatch.setitem(copyreg._extension_cache, 200, os.system)
@@ -154,10 +142,10 @@ def test_extensions_are_refused_even_when_registered(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   pickle.loads(craft.pickled(body))
   (tmp_path / TRACE).unlink()
-  for opcode in (b"\x82\xc8", b"\x83\xc8\x00", b"\x84\xc8\x00\x00\x00"):
+  for n, opcode in ((1, b"\x82"), (2, b"\x83"), (4, b"\x84")):
     path = tmp_path / "hostile.pt"
-    _zip(path, call(opcode, COMMAND))
-    assert "extension 200" in refusal(path, tmp_path, monkeypatch)
+    _zip(path, call(opcode + (200).to_bytes(n, "little"), COMMAND))
+    assert f"opcode EXT{n}" in refusal(path, tmp_path, monkeypatch)
 
 
 _LAYER = name("torch.nn.modules.linear", "Linear") + b")\x81"
@@ -190,20 +178,21 @@ def test_states_set_data_and_never_behaviour(tmp_path):
         (craft.tensor(craft.storage()) + _STATE + b"b", "sets the state"),
         (b"]" + _STATE + b"b", "sets the state of a list"),
         (b"}" + b"]b", "sets the state of a dict"),
-        (_LAYER + b"]b", "attributes in a list"),
-        (name("argparse", "Namespace") + b")R" + b"]b", "attributes in a list"),
+        (_LAYER + b"]b", "attributes of 'Linear': got a list"),
         (call(craft.storage(), COMMAND), "calls a Storage"),
-        (call(text("os.system"), COMMAND), "calls a str"),
+        (call(text("os.system"), COMMAND), "calls 'os.system'"),
         (call(name("torch", "float32"), COMMAND), "calls 'torch.float32'"),
         (call(name("torch.nn.modules.os", "system"), COMMAND), "arguments"),
         (call(name("torch.nn.functional", "silu"), COMMAND), "calls"),
-        (b"(" + name("collections", "OrderedDict") + b"o", "opcode b'o'"),
-        (b"(icollections\nOrderedDict\n", "INST"),
+        (name("collections", "OrderedDict") + b"]R", "refused"),
+        (name("collections", "OrderedDict") + b")}\x92", "opcode NEWOBJ_EX"),
         (craft.tuple_of(text("module"), _LAYER) + b"Q", "than a storage"),
         (text("os.system") + b"Q", "than a storage"),
-        (b"Pos.system\n", "opcode b'P'"),
-        (b"I7\n", "opcode b'I'"),
-        (b"N" + b"N\x93", "by something else than text"),
+        (b"Pos.system\n", "opcode PERSID"),
+        (b"I7\n", "opcode INT"),
+        (b"\x97", "opcode NEXT_BUFFER"),
+        (b"\xff", "opcode 255"),
+        (b"N" + b"N\x93", "STACK_GLOBAL requires str"),
         (
             call(
                 name("torch._tensor", "_rebuild_from_type_v2"),
@@ -212,7 +201,7 @@ def test_states_set_data_and_never_behaviour(tmp_path):
                 craft.tuple_of(COMMAND),
                 b"N",
             ),
-            "class of its own",
+            "of its own class",
         ),
         (
             call(
@@ -227,7 +216,7 @@ def test_states_set_data_and_never_behaviour(tmp_path):
             call(name("numpy", "dtype"), text("O8"), b"\x89", b"\x88"),
             "plain numbers",
         ),
-        (call(name("_codecs", "encode"), text("x"), text("rot13")), "encodes"),
+        (call(name("_codecs", "encode"), text("x"), text("rot13")), "latin1"),
     ],
 )
 def test_known_names_cannot_be_turned_into_code(

@@ -1,8 +1,14 @@
 """Files of real torch, safetensors and Flax give the recipe's numbers."""
 
+import collections
+import json
+import os
 import pathlib
+import pickle
+import pickletools
 import shutil
 import struct
+import tracemalloc
 from typing import Any
 
 import flax
@@ -13,6 +19,7 @@ import pytest
 import safetensors.numpy
 
 from bcm_jax.errors import UserError
+from bcm_jax.interop import torch_files
 from bcm_jax.interop import weight_files
 from tests.interop import craft
 from tests.interop import recipe
@@ -144,6 +151,36 @@ def test_edm_metadata_has_what_builds_the_network(name):
   assert metadata["modules"]["model.norm"] == dict(class_name="GroupNorm")
   assert metadata["dataset_kwargs"]["path"] == "a.zip"
   assert metadata["loss_fn"]["class_name"] == "EDMLoss"
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("optimize", [False, True])
+def test_plain_values_of_every_protocol(tmp_path, protocol, optimize):
+  many = [
+      collections.OrderedDict(a=[], b={}, c=(1, 2, 3, i)) for i in range(99)
+  ]
+  values = {
+      "text": "\u00e4\u4e2d" * 200,
+      "raw": [bytes(range(256)), bytearray(b"ab")],
+      "numbers": [None, True, -1, 255, 65536, -(2**31), 2**60, -(2**70), 1.5],
+      "sets": [{1, 2}, frozenset([3, 4]), [frozenset(), set()]], "many": many,
+      "types": collections.defaultdict(int, {7: np.float32(2), -7: ()}),
+      "tuples": [(), (1,), (1, 2), (1, 2, 3), (((),),)],
+  }
+  values["again"] = values["raw"]
+  content = pickle.dumps(dict(ema=np.arange(3), rest=values), protocol)
+  if optimize:
+    content = pickletools.optimize(content)
+  path = tmp_path / "a.pkl"
+  path.write_bytes(content)
+  weights = weight_files.read(str(path))
+  np.testing.assert_array_equal(weights.groups["ema"][""], np.arange(3))
+  expected = values | dict(
+      sets=[["1", "2"], ["3", "4"], [[], []]], types={7: 2.0, -7: []},
+      tuples=[[], [1], [1, 2], [1, 2, 3], [[[]]]],
+      many=[each | {"c": list(each["c"])} for each in many],
+  )
+  assert weights.metadata == {"rest": expected}
 
 
 def test_pickle_without_a_network_lists_its_keys(tmp_path):
@@ -280,3 +317,107 @@ def test_files_that_cannot_be_opened(tmp_path):
     weight_files.read(str(tmp_path / "none.pt"))
   with pytest.raises(UserError, match="cannot be read"):
     weight_files.read(str(tmp_path))
+
+
+def test_round_trip_is_bit_identical(tmp_path):
+  tensors = recipe.state_dict()
+  path = str(tmp_path / "folder" / "weights.safetensors")
+  weight_files.write(path, tensors)
+  same_bits(weight_files.read(path).groups[""], tensors)
+  assert os.listdir(tmp_path / "folder") == ["weights.safetensors"]
+
+
+def test_foreign_layouts_are_written_as_plain_ones(tmp_path):
+  value = np.arange(6, dtype=np.int32).reshape(2, 3)
+  tensors = {
+      "big": value.astype(">i4"),
+      "fortran": np.asfortranarray(value),
+      "reversed": value[::-1],
+      "list": [1.0, 2.0],
+  }
+  path = str(tmp_path / "weights.safetensors")
+  weight_files.write(path, tensors)
+  found = safetensors.numpy.load_file(path)
+  for name, expected in tensors.items():
+    np.testing.assert_array_equal(found[name], np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "name, tensors, words",
+    [
+        ("a.pt", {"w": np.ones(2)}, "suffix '.pt', expected .safetensors"),
+        ("a.npz", {"w": np.ones(2)}, "suffix '.npz', expected .safetensors"),
+        ("a.safetensors", {"w": np.ones(2, "c16")}, "'w': got complex128"),
+        ("a.safetensors", {"w": np.array(["x"])}, "'w': got <U1"),
+        ("a.safetensors", {"w": np.array([None])}, "'w': got object"),
+        ("a.safetensors", {3: np.ones(2)}, "got 3; expected text"),
+    ],
+)
+def test_what_cannot_be_written_is_named_and_the_old_file_stays(
+    tmp_path, name, tensors, words
+):
+  path = tmp_path / name
+  path.write_bytes(b"the old file")
+  with pytest.raises(UserError, match=words):
+    weight_files.write(str(path), tensors)
+  assert path.read_bytes() == b"the old file"
+  assert os.listdir(tmp_path) == [name]
+
+
+def test_nothing_remains_of_a_write_that_fails(tmp_path, monkeypatch):
+  def full_disk(*_):
+    raise OSError("no space left on device")
+
+  monkeypatch.setattr(os, "replace", full_disk)
+  with pytest.raises(OSError, match="no space"):
+    weight_files.write(str(tmp_path / "a.safetensors"), {"w": np.ones(2)})
+  assert os.listdir(tmp_path) == []
+
+
+def test_a_bare_file_name_is_enough(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  weight_files.write("a.safetensors", {"w": np.ones(2)})
+  assert weight_files.read("a.safetensors").groups[""]["w"].tolist() == [1, 1]
+
+
+def _safetensors(shape: list[int], size: int) -> bytes:
+  """Returns a file of one float32 tensor, of a shape that it may not have."""
+  entry = dict(dtype="F32", shape=shape, data_offsets=[0, size])
+  header = json.dumps({"a": entry}).encode()
+  return struct.pack("<Q", len(header)) + header + bytes(size)
+
+
+@pytest.mark.parametrize(
+    "shape, size", [([0, 2**62, 2**62], 0), ([1] * 200, 4), ([3], 4)]
+)
+def test_safetensors_of_odd_shapes(tmp_path, shape, size):
+  path = tmp_path / "a.safetensors"
+  path.write_bytes(_safetensors(shape, size))
+  with pytest.raises(UserError, match="a.safetensors: .*"):
+    weight_files.read(str(path))
+
+
+def test_a_sparse_file_is_not_read(tmp_path):
+  path = tmp_path / "sparse.safetensors"
+  with open(path, "wb") as file:
+    file.write(struct.pack("<Q", 100) + b"{")
+    file.truncate(1 << 32)
+  tracemalloc.start()
+  try:
+    with pytest.raises(UserError, match="sparse.safetensors: is no whole"):
+      weight_files.read(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+  finally:
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("reader", ["read_zip", "read_legacy", "read_pickle"])
+def test_a_file_beyond_the_memory(tmp_path, monkeypatch, reader):
+  def allocate(_):
+    raise MemoryError
+
+  monkeypatch.setattr(torch_files, reader, allocate)
+  kind = {"read_zip": "state_zip.pt", "read_legacy": "state_legacy.pt",
+          "read_pickle": "edm_4.pkl"}[reader]
+  with pytest.raises(UserError, match="does not fit into memory"):
+    read(kind)

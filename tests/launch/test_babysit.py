@@ -247,7 +247,7 @@ def test_failing_commands_come_with_growing_pauses_and_end():
   cloud = play([suspended(3000)], fails=(Action.DELETE,))
   assert cloud.status == 1
   times = [at for at, action, _ in cloud.actions if action is Action.DELETE]
-  assert len(times) == babysit.MOST_FAILED_COMMANDS
+  assert len(times) == babysit.MAX_FAILED_COMMANDS
   gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
   assert gaps == sorted(gaps)
   assert gaps[0] >= POLICY.first_pause

@@ -200,7 +200,7 @@ def test_the_schema_catches_typos(path, change):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--slices=0"], "--slices=0"),
+        (["--slices=0"], "--slices: got 0"),
         (["--name=" + "a" * 41], "at most 40"),
         (["--workdir=/elsewhere"], "lost with the pods"),
         (["--accelerator=v2-8"], "not offered by GKE"),

@@ -11,7 +11,6 @@ import pytest
 
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.generate import convert
 from tests import toys
@@ -70,7 +69,7 @@ def test_digits(tmp_path):
 @pytest.mark.slow
 def test_a_published_checkpoint(tmp_path):
   config = resolve.resolve(
-      config_files.read_file("imagenet64.py"),
+      resolve.read_file("imagenet64.py"),
       {"model.model_channels": "32", "model.num_head_channels": "32",
        "model.channel_mult": "1,1", "model.num_res_blocks": "1",
        "model.attention_resolutions": "()"},
@@ -80,7 +79,10 @@ def test_a_published_checkpoint(tmp_path):
       jax.random.key(0), *build.example_batch(built)
   )
   source = tmp_path / "source"
-  runs.write(str(source), built, jax.tree.map(np.asarray, params), 7, {})
+  runs.write(
+      str(source), resolve.to_json(built.config), built.method.sampled_network,
+      jax.tree.map(np.asarray, params), 7, {},
+  )
   convert.to_file(str(source), str(tmp_path / "ema_0.9_000007.safetensors"))
   # Inception's weights are not at hand: three numbers an image are features.
   (tmp_path / "tiny.py").write_text(

@@ -92,7 +92,7 @@ def test_first_run_makes_venv_installs_and_tests(checkout):
 def test_second_run_only_tests_until_setup_changes(checkout):
   launch(checkout, "launch/test.sh")
   again = launch(checkout, "launch/test.sh", JAX_PLATFORMS="tpu")
-  assert again.log == [f"<JAX_PLATFORMS=tpu>{PYTEST}"]
+  assert again.log == [f"<JAX_PLATFORMS=tpu>{PYTEST}<-m><not slow>"]
   with open(checkout / "requirements.txt", "a") as f:
     f.write("another\n")
   changed = launch(checkout, "launch/test.sh")
@@ -177,4 +177,4 @@ def test_quickstart_ends_with_where_the_numbers_are(checkout):
 def test_quickstart_fails_as_training_does(checkout):
   result = launch(checkout, "launch/quickstart.sh", FAIL_ON="bcm_jax.main")
   assert result.returncode == 1
-  assert "Pictures" not in result.stdout
+  assert "Images and metrics" not in result.stdout

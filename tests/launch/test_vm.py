@@ -160,10 +160,10 @@ def test_old_python_is_an_error_or_is_replaced(vm):
 @pytest.mark.parametrize(
     ("args", "env", "message"),
     [
-        (["--extra=gpu"], {}, "EXTRA=gpu has no lock file"),
+        (["--extra=gpu"], {}, "EXTRA: got gpu"),
         (["--chek"], {}, "unknown word '--chek'"),
         ([], {"BUCKET": "gs://a-bucket"}, "expected the bare name"),
-        ([], {"PYTHON": "/nowhere"}, "PYTHON=/nowhere is not Python"),
+        ([], {"PYTHON": "/nowhere"}, "PYTHON: got /nowhere"),
     ],
 )
 def test_setup_refuses_nonsense(vm, args, env, message):

@@ -26,7 +26,7 @@ U = np.float32([0.002, 80.0, 2.0, 15.0, 0.3, 0.5, 0.05, 0.07])
 def fixed(network, t=T, r=R, u=U, **options):
   """BCM with these draws of times."""
   return toys.at_times(BCM, t, r, u)(
-      network, preconditioning.Bidirectional(), **options
+      network, preconditioning.adm_c_noise, **options
   )
 
 
@@ -41,9 +41,9 @@ def terms(method, params, ctx):
   """L_CT and L_ST, [B] each."""
   loss, metrics = jax.jit(lambda params: method.loss(params, ctx))(params)
   np.testing.assert_allclose(
-      loss, metrics["loss_ct"] + metrics["loss_soft"], rtol=1e-6
+      loss, metrics["loss_ct"] + metrics["loss_st"], rtol=1e-6
   )
-  return metrics["loss_ct"], metrics["loss_soft"]
+  return metrics["loss_ct"], metrics["loss_st"]
 
 
 # The exact flow map of Gaussian data.
@@ -97,7 +97,7 @@ class Line(nn.Module):
     return a * x + b * u * x + c
 
 
-TERMS = {"loss_ct": 0, "loss_soft": 1}
+TERMS = {"loss_ct": 0, "loss_st": 1}
 
 
 @functools.cache
@@ -229,7 +229,7 @@ def test_equal_levels_cost_nothing_under_a_shared_mask():
   b = method.target(
       params, ctx, z, method.sample_times(ctx), ctx.keys("another")
   )
-  a, _ = method.two_jumps(
+  a, _ = method.two_jump_outputs(
       params, process.add_noise(IMAGES, T, z), T, (jnp.full(B, 0.002), U),
       None, ctx.keys("dropout"),
   )
@@ -243,13 +243,13 @@ def test_two_jumps_are_two_calls(num_classes):
   params = toys.parameters(method, IMAGES, labels)
   keys = toys.context(IMAGES).keys("dropout")
   ends = jnp.full(B, 0.002), U
-  both = method.two_jumps(params, IMAGES, T, ends, labels, keys)
+  both = method.two_jump_outputs(params, IMAGES, T, ends, labels, keys)
   for out, end in zip(both, ends, strict=True):
     alone = method.f(params, IMAGES, T, end, labels, keys)
     np.testing.assert_allclose(out, alone, rtol=1e-5, atol=1e-6)
     without = method.f(params, IMAGES, T, end, labels)
     assert np.max(np.abs(out - without)) > 1e-2
-  unmasked = method.two_jumps(params, IMAGES, T, ends, labels, None)
+  unmasked = method.two_jump_outputs(params, IMAGES, T, ends, labels, None)
   np.testing.assert_allclose(
       unmasked[1], method.f(params, IMAGES, T, U, labels), rtol=1e-5,
       atol=1e-6,
@@ -260,7 +260,7 @@ def test_two_jumps_are_two_calls(num_classes):
 def test_one_doubled_pass_is_two_passes_up_to_rounding():
   def gradients(doubled):
     method = toys.bidirectional_toy(
-        toys.MLP(dropout=0.3), doubled_batch=doubled
+        toys.MLP(dropout=0.3), concat_jumps=doubled
     )
     params = toys.parameters(method, IMAGES)
     ctx = toys.context(IMAGES, method.curriculum(0))
@@ -326,7 +326,7 @@ def test_weight_nought_is_plain_consistency_training():
   ctx = toys.context(IMAGES, toys.bidirectional_toy().curriculum(0))
   off = toys.bidirectional_toy(bidirectional_weight=0.0)
   plain = toys.consistency_toy(
-      toys.MLP(), scalings=preconditioning.Bidirectional()
+      toys.MLP(), preconditioning="bcm"
   )
   loss, metrics = off.loss(params, ctx)
   np.testing.assert_array_equal(loss, plain.loss(params, ctx)[0])
@@ -334,5 +334,5 @@ def test_weight_nought_is_plain_consistency_training():
   half = toys.bidirectional_toy(bidirectional_weight=0.5)
   loss, metrics = half.loss(params, ctx)
   np.testing.assert_allclose(
-      loss, metrics["loss_ct"] + 0.5 * metrics["loss_soft"], rtol=1e-6
+      loss, metrics["loss_ct"] + 0.5 * metrics["loss_st"], rtol=1e-6
   )

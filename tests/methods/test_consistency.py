@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bcm_jax.config import registry
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
 from bcm_jax.methods import consistency
@@ -21,9 +22,8 @@ END = 0.002
 
 
 def preset(name, network=None, **options):
-  return toys.consistency_toy(
-      network, **(consistency.PRESETS[name] | options)
-  )
+  options = registry.METHODS[name].preset.options | options
+  return toys.consistency_toy(network, **options)
 
 
 def parameters(method):
@@ -159,7 +159,7 @@ def test_ect_target_at_level_nought_is_the_image():
 @pytest.mark.parametrize("bins", ["lognormal", "uniform"])
 def test_grid_times_follow_the_law_of_the_intervals(bins):
   images = np.zeros((20_000, 1, 1, 1), np.float32)
-  method = toys.consistency_toy(bins=bins)  # N = 11 at first.
+  method = toys.consistency_toy(time_distribution=bins)  # N = 11 at first.
   times = method.sample_times(toys.context(images, method.curriculum(0)))
   # The grid and the law, written anew.
   edges = np.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 11) ** 7
@@ -213,7 +213,7 @@ def test_both_passes_share_the_dropout_mask():
   t, r = jnp.full(B, 3.0), jnp.full(B, 1.0)
   cls = toys.at_times(consistency.ConsistencyTraining, t, r)
   method = cls(
-      Mask(), preconditioning.EDM(), metric="l2", weighting="uniform"
+      Mask(), preconditioning="edm", metric="l2", weighting="uniform"
   )
   ctx = toys.context(IMAGES)
   loss, _ = method.loss({}, ctx)
@@ -236,7 +236,8 @@ def test_equal_levels_cost_nothing_under_a_shared_mask():
   t = jnp.linspace(0.1, 5, B)
   cls = toys.at_times(consistency.ConsistencyTraining, t, t)
   method = cls(
-      toys.MLP(two_time=False, dropout=0.5), preconditioning.EDM()
+      toys.MLP(two_time=False, dropout=0.5), preconditioning.adm_c_noise,
+      "edm",
   )
   params = parameters(method)
   ctx = toys.context(IMAGES)

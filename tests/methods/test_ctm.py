@@ -29,8 +29,7 @@ def make(**options):
   teacher, _ = toys.gaussian_teacher()
   settings = dict(
       network=toys.GaussianFlow(),
-      scalings=preconditioning.Trajectory(preconditioning.EDM()),
-      noise=preconditioning.adm_noise, teacher=teacher, metric="l2",
+      c_noise=preconditioning.adm_c_noise, teacher=teacher, metric="l2",
   )
   return ctm.TrajectoryDistillation(**(settings | options))
 
@@ -120,7 +119,7 @@ def test_a_jump_of_no_length_is_none_and_anchors_are_linear():
   assert np.all(np.isfinite(g))
   out = f(params, x, t, s, None)
   ratio = (s / t)[:, None, None, None]
-  inner = dataclasses.replace(method, scalings=preconditioning.EDM())
+  inner = dataclasses.replace(method, preconditioning="edm")
   inner_f = jax.jit(inner.f)
   expected = ratio * x + (1 - ratio) * inner_f(params, x, t, s, None)
   np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
@@ -135,7 +134,7 @@ def test_a_jump_of_no_length_is_none_and_anchors_are_linear():
 def test_the_solver_takes_h_steps_of_the_teacher():
   method = make(num_levels=400, max_solver_steps=300)
   times = method.sample_times(context())
-  x = method.noisy(context(), times.t)
+  x = method.sample_x_t(context(), times.t)
   out = method.solve(context(), x, times)
   t, u = (np.asarray(v)[:, None, None, None] for v in (times.t, times.u))
   exact = toys.exact_flow(np.asarray(x), t, u)
@@ -176,7 +175,7 @@ def test_lpips_sees_enlarged_images(monkeypatch, pooling):
 
 def test_from_scratch_the_average_takes_the_teachers_place():
   method = make(teacher=None)
-  assert method.players["student"].starts_from is None
+  assert method.networks["student"].init_from is None
   terms, _ = method.student_loss(ONE, context())
   np.testing.assert_allclose(terms["ctm"], 0, atol=1e-8)
 
@@ -184,7 +183,7 @@ def test_from_scratch_the_average_takes_the_teachers_place():
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9, 1.0])
 def test_gamma_sampling_keeps_the_spread(gamma):
   plan = sampling_plan.gamma_sampling(
-      (10.0, 1.0, 0.3), gamma, sampling_plan.Range()
+      (10.0, 1.0, 0.3), gamma, sampling_plan.NoiseRange()
   )
   keys = jax.random.split(jax.random.key(1), 20_000)
   x = samplers.start_noise(keys, (2, 2, 1), 80.0)
@@ -212,8 +211,8 @@ def test_gradients_pass_the_outer_jump_to_the_inner_one():
   assert gradient(method, 0) != 0
 
   class Blocked(ctm.TrajectoryDistillation):
-    def to_end(self, ctx, x, s, stream):
-      return super().to_end(ctx, jax.lax.stop_gradient(x), s, stream)
+    def jump_to_zero(self, ctx, x, s, stream):
+      return super().jump_to_zero(ctx, jax.lax.stop_gradient(x), s, stream)
 
   fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
   assert gradient(Blocked(**fields), 0) == 0
@@ -224,7 +223,7 @@ def test_the_target_takes_no_gradient():
   method = make()
   ctx = context(IMAGES[:64], target={"scale": jnp.float32(0.8)})
   times = method.sample_times(ctx)
-  x_t = method.noisy(ctx, times.t)
+  x_t = method.sample_x_t(ctx, times.t)
   target = method.target({"scale": jnp.float32(0.9)}, ctx, x_t, times)
 
   def held(scale):
@@ -248,15 +247,15 @@ def test_weights_make_gradients_equally_long():
     "dsm": jnp.float32(0.5),
     "gan": jnp.float32(1e-6),
   }
-  weights = method.weigh(norms)
+  weights = method.loss_weights(norms)
   assert weights["ctm"] == 1
   assert weights["dsm"] == pytest.approx(4, rel=1e-3)
   assert weights["gan"] == 10  # Its bound.
-  assert method.weigh(norms | {"gan": jnp.float32(1e6)})["gan"] == (
+  assert method.loss_weights(norms | {"gan": jnp.float32(1e6)})["gan"] == (
     pytest.approx(0.01)
   )
   fixed = make(gan=True, adaptive=False, dsm_weight=0.5, gan_weight=0.1)
-  plain = fixed.weigh(norms)
+  plain = fixed.loss_weights(norms)
   assert (plain["ctm"], plain["dsm"], plain["gan"]) == pytest.approx(
     (1, 0.5, 0.1)
   )
@@ -268,14 +267,14 @@ def test_unweighed_terms_are_summed():
   np.testing.assert_allclose(
     loss, parts["loss_ctm"] + 0.5 * parts["loss_dsm"], rtol=1e-5
   )
-  assert method.players["student"].balance is None
+  assert method.networks["student"].adaptive_weight is None
 
 
 # Turns ------------------------------------------------------------------------
 
 
-def players(method, images):
-  optimizers = {name: optax.adam(1e-2) for name in method.players}
+def start(method, images):
+  optimizers = {name: optax.adam(1e-2) for name in method.networks}
   state = train_state.create(method, optimizers, (0.9,), 0, images, None)
   state = state.replace(frozen={"teacher": ZERO})
   step = train_step.make_step(
@@ -285,17 +284,17 @@ def players(method, images):
 
 
 @pytest.mark.slow
-def test_turns_update_one_player_and_its_averages_alone():
+def test_turns_update_one_network_and_its_averages_alone():
   images = toys.images(8, 4)
   method = make(gan=True, gan_start=2, gan_features=4)
-  state, step = players(method, images)
+  state, step = start(method, images)
   turns = []
   for k in range(6):
     batch = {"image": images, "index": np.arange(8)}
     phase = method.phase(k)
     new, metrics = step(state, batch, method.curriculum(k), phase)
     other = {"student": "discriminator", "discriminator": "student"}[phase[0]]
-    toys.assert_equal(new.players[other], state.players[other])
+    toys.assert_equal(new.networks[other], state.networks[other])
     if phase == ("discriminator",):
       toys.assert_equal(new.averages, state.averages)
     else:
@@ -311,9 +310,9 @@ def test_turns_update_one_player_and_its_averages_alone():
 def test_a_discriminator_learns_to_tell():
   images = toys.images(32, 4)
   method = make(gan=True, gan_features=4, gan_sigma_max=0.1)
-  state, step = players(method, images)
+  state, step = start(method, images)
   # A student that makes noise of another spread.
-  state.players["student"].params["scale"] = jnp.float32(3.0)
+  state.networks["student"].params["scale"] = jnp.float32(3.0)
   losses = []
   for _ in range(150):
     batch = {"image": images, "index": np.arange(32)}

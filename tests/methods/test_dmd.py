@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import dmd
 from bcm_jax.training import train_state
 from bcm_jax.training import train_step
@@ -23,15 +22,14 @@ ZERO = {"scale": jnp.zeros(())}
 def make(preset=dmd.DMD2, cls=dmd.DistributionMatching, **options):
   teacher, _ = toys.gaussian_teacher()
   settings = dict(
-      network=toys.GaussianDenoiser(), scalings=preconditioning.EDM(),
-      teacher=teacher, gan_features=4,
+      network=toys.GaussianDenoiser(), teacher=teacher, gan_features=4
   )
-  return cls(**(settings | dict(preset) | options))
+  return cls(**(settings | dict(preset.options) | options))
 
 
 def context(images=IMAGES, student=ZERO, fake=ZERO, step=0, **more):
   return toys.context(
-      images, players={"student": student, "fake_score": {"network": fake}},
+      images, networks={"student": student, "fake_score": {"network": fake}},
       frozen={"teacher": ZERO}, step=step, **more,
   )
 
@@ -110,7 +108,7 @@ def test_it_is_the_gradient_of_the_divergence(mean, spread, sigma):
   expected = spread * (1 / (v + sigma**2) - 1 / (spread**2 + sigma**2))
   assert np.mean(grad * z) == pytest.approx(expected, abs=0.05)
   # The usual weight only scales each image's.
-  normalised = dataclasses.replace(method, dm_weight="normalised").gradient(
+  normalised = dataclasses.replace(method, dm_weight="normalized").gradient(
       ctx, x, None
   )
   cosine = np.sum(grad * normalised, axis=(1, 2, 3)) / np.sqrt(
@@ -248,11 +246,11 @@ def test_the_fake_loss_gives_the_generator_nothing():
   assert jax.grad(mean)(jnp.float32(0.4)) == 0
 
 
-# Players ----------------------------------------------------------------------
+# Networks ---------------------------------------------------------------------
 
 
 def begin(method, images):
-  optimizers = {name: optax.adam(1e-2) for name in method.players}
+  optimizers = {name: optax.adam(1e-2) for name in method.networks}
   start = {"student": ZERO, "fake_score": ZERO}
   state = train_state.create(
       method, optimizers, (), 0, images, None, start
@@ -273,10 +271,10 @@ def test_five_updates_of_the_fake_to_one_of_the_generator():
     new, metrics = step(state, batch, {}, method.phase(k))
     toys.assert_equal(new.frozen, state.frozen)
     if k % 5:
-      toys.assert_equal(new.players["student"], state.players["student"])
+      toys.assert_equal(new.networks["student"], state.networks["student"])
       assert "student/loss" not in metrics
     state = new
-  updates = {k: int(p.updates) for k, p in state.players.items()}
+  updates = {k: int(p.num_updates) for k, p in state.networks.items()}
   assert updates == {"student": 3, "fake_score": 11}
   assert step._cache_size() == len(method.phases()) == 2
 
@@ -287,11 +285,11 @@ def test_who_learns_from_the_discriminator():
   images = toys.images(8, 4)
   method = make()
   state, _ = begin(method, images)
-  fake = state.players["fake_score"].params
+  fake = state.networks["fake_score"].params
   assert set(fake) == {"network", "head"}
   ctx = toys.context(
     images,
-    players={"student": {"scale": jnp.float32(0.3)}, "fake_score": fake},
+    networks={"student": {"scale": jnp.float32(0.3)}, "fake_score": fake},
     frozen={"teacher": ZERO},
   )
   grads = jax.grad(lambda p: jnp.mean(method.fake_loss(p, ctx)[1]["loss_gan"]))(
@@ -309,7 +307,7 @@ def test_who_learns_from_the_discriminator():
 def test_regression_is_on_pairs():
   method = make(dmd.DMD, metric="l2")
   assert set(
-    method.players["fake_score"].init(jax.random.key(0), IMAGES[:1], None)
+    method.networks["fake_score"].init(jax.random.key(0), IMAGES[:1], None)
   ) == {"network"}
   noise = jax.random.normal(jax.random.key(1), (8, 2, 2, 1))
   made = method.denoiser.denoise(

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bcm_jax.diffusion import preconditioning
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
@@ -18,7 +17,7 @@ from bcm_jax.sampling import sampling_plan
 from tests import toys
 
 IMAGES = toys.images(4096)
-LEVELS = sampling_plan.Range()
+LEVELS = sampling_plan.NoiseRange()
 
 
 def test_the_exact_denoiser_loses_one_at_every_level():
@@ -27,7 +26,7 @@ def test_the_exact_denoiser_loses_one_at_every_level():
   loss, metrics = method.loss(params, toys.context(IMAGES))
   assert np.mean(loss) == pytest.approx(1, abs=0.03)
   np.testing.assert_array_equal(metrics["loss_denoising"], loss)
-  sigma = np.asarray(method.sample_levels(toys.context(IMAGES)))
+  sigma = np.asarray(method.lognormal_sigma(toys.context(IMAGES)))
   for low, high in ((0, 0.1), (0.1, 0.5), (0.5, 100)):
     part = loss[(low < sigma) & (sigma < high)]
     assert len(part) > 300
@@ -49,7 +48,7 @@ def test_it_is_the_minimum():
 
 def test_levels_are_log_normal():
   method, _ = toys.gaussian_teacher(p_mean=-0.8, p_std=1.6)
-  logs = np.log(method.sample_levels(toys.context(IMAGES)))
+  logs = np.log(method.lognormal_sigma(toys.context(IMAGES)))
   assert np.mean(logs) == pytest.approx(-0.8, abs=0.1)
   assert np.std(logs) == pytest.approx(1.6, abs=0.07)
 
@@ -67,7 +66,7 @@ TOLD = []
 
 def test_label_dropout_hides_its_share_and_says_none():
   method = Told(
-      toys.GaussianDenoiser(), preconditioning.EDM(), label_dropout=0.25
+      toys.GaussianDenoiser(), label_dropout=0.25
   )
   labels = jnp.arange(len(IMAGES)) % 10
   TOLD.clear()
@@ -86,7 +85,7 @@ def test_the_log_variance_head_balances_the_loss():
       logvar_channels=8,
   )
   plain, told = (
-      edm.Diffusion(network, preconditioning.EDM(), uncertainty=u)
+      edm.Diffusion(network, uncertainty=u)
       for u in (False, True)
   )
   images = toys.images(4, 4)
@@ -95,7 +94,7 @@ def test_the_log_variance_head_balances_the_loss():
   loss, _ = plain.loss(params, ctx)
   balanced, metrics = told.loss(params, ctx)
   u = network.apply(
-      {"params": params}, plain.noise(plain.sample_levels(ctx)),
+      {"params": params}, plain.c_noise(plain.lognormal_sigma(ctx)),
       method="logvar",
   )
   np.testing.assert_allclose(balanced, loss * jnp.exp(-u) + u, rtol=1e-4)
@@ -176,7 +175,7 @@ def test_churn_keeps_the_spread_of_the_images():
      ), (8, 16)),
 ], ids=["adm", "song", "edm2"])
 def test_features_are_the_encoders_one_a_level(network, widths):
-  method = edm.Diffusion(network, preconditioning.EDM())
+  method = edm.Diffusion(network)
   images = toys.images(3, 8)
   params = toys.parameters(method, images)
   sigma = jnp.array([0.1, 1.0, 10.0])
@@ -199,7 +198,7 @@ def test_noise_is_added_once():
   x = jnp.asarray(IMAGES[:2])
   z = process.normal_like(toys.context(x).keys("noise"), x)
   assert z.shape == x.shape
-  sigma = method.sample_levels(toys.context(x))
+  sigma = method.lognormal_sigma(toys.context(x))
   noisy = process.add_noise(x, sigma, z)
   d = method.denoise(params, noisy, sigma, None)
   expected = np.mean(np.square(d - x), axis=(1, 2, 3)) * method.weight(sigma)

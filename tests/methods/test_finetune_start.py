@@ -48,25 +48,25 @@ def finetuning():
 def test_fine_tuning_starts_with_the_output_unchanged():
   network, source, fresh = finetuning()
   bcm = toys.bidirectional_toy(network(True))
-  params = bcm.players["student"].adapt(source, fresh)
+  params = bcm.networks["student"].load_pretrained(source, fresh)
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
   x = IMAGES + T[:, None, None, None] * toys.images(seed=1) * 2
   end = np.full(B, 0.002, np.float32)
   jump = jax.jit(lambda p, u: bcm.f(p, x, T, u, None))
 
-  def consistency_model(scalings, u):
-    cm = toys.consistency_toy(network(False), scalings=scalings)
+  def consistency_model(form, u):
+    cm = toys.consistency_toy(network(False), preconditioning=form)
     return jax.jit(lambda p: cm.f(p, x, T, u, None))(source)
 
-  # Of the same scalings, f is the same at every end: F is the old one.
+  # Of the same preconditioning, f is the same at every end: F is the old one.
   for u in (end, U):
-    before = consistency_model(preconditioning.Bidirectional(), u)
+    before = consistency_model("bcm", u)
     np.testing.assert_allclose(jump(params, u), before, rtol=1e-5, atol=1e-5)
   # F is not 0, which would hide everything.
   skip = preconditioning.Bidirectional()(T, U).c_skip
   assert np.abs(before - skip[:, None, None, None] * x).max() > 0.1
   # f differs from the CM's own by its c_skip, sigma_min of the data's scale.
-  own = consistency_model(preconditioning.ConsistencyBoundary(), end)
+  own = consistency_model("cm", end)
   difference = np.sqrt(np.mean(np.square(jump(params, end) - own)))
   assert 0 < difference < 3e-3
 
@@ -74,7 +74,7 @@ def test_fine_tuning_starts_with_the_output_unchanged():
 def test_a_bidirectional_source_is_taken_as_it_is():
   network, _, fresh = finetuning()
   bcm = toys.bidirectional_toy(network(True))
-  assert bcm.adapt(fresh, fresh) is fresh
+  assert bcm.load_pretrained(fresh, fresh) is fresh
 
 
 @pytest.mark.parametrize("change, named", [

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bcm_jax.methods import diff_augment
 from bcm_jax.methods import gan
 from bcm_jax.models import discriminator
 from tests import toys
@@ -77,17 +76,17 @@ def test_a_head_of_dmd2_has_its_parameters():
 @pytest.mark.slow
 def test_every_image_has_draws_of_its_own():
   x = jnp.asarray(toys.images(256, 16))
-  out = diff_augment.augment(x, KEYS)
+  out = gan.augment(x, KEYS)
   assert out.shape == x.shape
-  again = diff_augment.augment(x[3:5], KEYS[3:5])
+  again = gan.augment(x[3:5], KEYS[3:5])
   np.testing.assert_allclose(again, out[3:5], rtol=1e-5, atol=1e-6)
-  same = diff_augment.augment(jnp.broadcast_to(x[:1], x.shape), KEYS)
+  same = gan.augment(jnp.broadcast_to(x[:1], x.shape), KEYS)
   assert len(np.unique(np.round(np.asarray(same).mean((1, 2, 3)), 5))) > 200
 
 
-def test_colours():
+def test_colors():
   x = jnp.linspace(-1, 1, 16 * 16 * 3).reshape(1, 16, 16, 3)
-  out = jax.vmap(diff_augment._colour, (None, 0))(x[0], KEYS)
+  out = jax.vmap(gan._color, (None, 0))(x[0], KEYS)
   shift = np.asarray(out.mean((1, 2, 3)) - x.mean())
   assert abs(shift.mean()) < 0.05 and np.abs(shift).max() <= 0.5
   grey = np.asarray(out).mean(-1)
@@ -102,11 +101,11 @@ def test_colours():
 
 def test_shifts_and_holes():
   x = jnp.ones((16, 16, 1))
-  moved = np.asarray(jax.vmap(diff_augment._translate, (None, 0))(x, KEYS))
+  moved = np.asarray(jax.vmap(gan._translate, (None, 0))(x, KEYS))
   left = 16 - (moved[:, :, :, 0].max(1) > 0).sum(-1)
   assert left.min() == 0 and left.max() == 2
   assert set(np.unique(moved)) == {0.0, 1.0}
-  cut = np.asarray(jax.vmap(diff_augment._cutout, (None, 0))(x, KEYS))
+  cut = np.asarray(jax.vmap(gan._cutout, (None, 0))(x, KEYS))
   holes = (cut == 0).sum((1, 2, 3))
   assert holes.max() == 9 and holes.min() >= 1  # 3x3; edges cut it.
   # Anywhere: every pixel is cut out at times.
@@ -115,12 +114,12 @@ def test_shifts_and_holes():
 
 def test_it_is_differentiable():
   x = jnp.asarray(toys.images(4, 8))
-  grad = jax.grad(lambda x: jnp.sum(diff_augment.augment(x, KEYS[:4]) ** 2))(x)
+  grad = jax.grad(lambda x: jnp.sum(gan.augment(x, KEYS[:4]) ** 2))(x)
   assert np.all(np.isfinite(grad)) and np.mean(np.asarray(grad) != 0) > 0.5
 
 
 def test_levels_stay_below_the_highest():
   teacher, _ = toys.gaussian_teacher()
-  critic = gan.Critic(teacher, discriminator.Heads(), sigma_max=1.0)
-  sigma = np.asarray(critic.levels(KEYS))
+  judge = gan.Discriminator(teacher, discriminator.Heads(), sigma_max=1.0)
+  sigma = np.asarray(judge.levels(KEYS))
   assert 0.002 <= sigma.min() and 0.9 < sigma.max() <= 1.0

@@ -85,14 +85,14 @@ def bcm_losses(gradients):
   def run(params, target, images, labels, z, times, coefficients):
     t, r, u = times
     method = toys.at_times(bcm.BidirectionalTraining, t, r, u)(
-        net, preconditioning.Bidirectional(), huber_c=0.06
+        net, preconditioning.adm_c_noise, huber_c=0.06
     )
     ctx = toys.context(images, None, labels, {"target": target})
 
     def terms(params):
       with with_noise(z):
         total, metrics = method.loss(params, ctx)
-      values = metrics["loss_ct"], metrics["loss_soft"], total
+      values = metrics["loss_ct"], metrics["loss_st"], total
       ct, soft = (jnp.mean(v) for v in values[:2])
       return coefficients[0] * ct + coefficients[1] * soft, values
 
@@ -142,11 +142,11 @@ def test_bidirectional_loss_is_the_official_one(name, dtype):
 def cm_losses(params, target, images, labels, z, times):
   """Losses of openai's CT by name, and the gradient of the first's mean."""
   net = golden.network(golden.load("cm_unet"), qkv_norm=False)
-  scalings = preconditioning.ConsistencyBoundary()
+  c_noise = preconditioning.adm_c_noise
   cls = toys.at_times(consistency.ConsistencyTraining, *times)
   methods = {
       f"loss_ct_{metric}_{weighting}": cls(
-          net, scalings, metric=metric, weighting=weighting
+          net, c_noise, metric=metric, weighting=weighting
       )
       for metric, weighting in (
           ("l2", "uniform"), ("l2", "karras"), ("l1", "uniform")
@@ -162,7 +162,7 @@ def cm_losses(params, target, images, labels, z, times):
   def mean(params):
     ctx = toys.context(images, None, labels, {"target": target})
     with with_noise(z):
-      losses, _ = Each(net, scalings).loss(params, ctx)
+      losses, _ = Each(net, c_noise).loss(params, ctx)
     return jnp.mean(losses["loss_ct_l2_uniform"]), losses
 
   return jax.grad(mean, has_aux=True)(params)

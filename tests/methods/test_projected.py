@@ -12,9 +12,8 @@ from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.methods import ctm
-from bcm_jax.methods import projected
+from bcm_jax.methods import gan
 from bcm_jax.metrics import lpips
-from bcm_jax.models import projection
 from bcm_jax.training import train_state
 from bcm_jax.training import train_step
 from tests import toys
@@ -45,8 +44,8 @@ def test_mixing_by_hand():
   fine, coarse = rng.normal(size=(2, 4, 4, 3)), rng.normal(size=(2, 2, 2, 5))
   fine[1], coarse[1] = 7.0, -3.0  # Constant images stay constant.
   inputs = [jnp.float32(fine), jnp.float32(coarse)]
-  params = projection.Projection().init(jax.random.key(0), inputs)["params"]
-  out = projection.Projection().apply({"params": params}, inputs)
+  params = gan.Projection().init(jax.random.key(0), inputs)["params"]
+  out = gan.Projection().apply({"params": params}, inputs)
   assert [x.shape for x in out] == [(2, 4, 4, 64), (2, 2, 2, 64)]
   kernel = {k: np.asarray(v["kernel"])[0, 0] for k, v in params.items()}
   below = coarse @ kernel["channels1"] @ kernel["scales1"]
@@ -57,7 +56,7 @@ def test_mixing_by_hand():
       rtol=1e-4, atol=1e-4,
   )
   # Fine features see coarse ones.
-  moved = projection.Projection().apply(
+  moved = gan.Projection().apply(
       {"params": params}, [inputs[0], inputs[1] + 1]
   )
   assert np.abs(moved[0] - out[0]).max() > 0.1
@@ -65,16 +64,15 @@ def test_mixing_by_hand():
 
 @pytest.mark.slow
 def test_a_discriminator_of_it_plays_and_it_stays_as_it_was():
-  encoder = projected.by_name(NAME, ())
+  encoder = gan.projected(NAME, ())
   teacher, _ = toys.gaussian_teacher()
   method = ctm.TrajectoryDistillation(
-      network=toys.GaussianFlow(), noise=preconditioning.adm_noise,
-      scalings=preconditioning.Trajectory(preconditioning.EDM()),
+      network=toys.GaussianFlow(), c_noise=preconditioning.adm_c_noise,
       teacher=teacher, metric="l2", gan=True, gan_features=4,
       gan_encoder=encoder,
   )
   images = toys.images(8, 4)
-  optimizers = {name: optax.adam(1e-2) for name in method.players}
+  optimizers = {name: optax.adam(1e-2) for name in method.networks}
   state = train_state.create(method, optimizers, (), 0, images, None)
   frozen = {"teacher": {"scale": jnp.zeros(())},
             "gan_encoder": encoder.init(jax.random.key(0), images, None)}
@@ -91,12 +89,12 @@ def test_a_discriminator_of_it_plays_and_it_stays_as_it_was():
   last, row = step(new, batch, method.curriculum(1), ("discriminator",))
   assert row["discriminator/logit_real"] != row["discriminator/logit_fake"]
   toys.assert_equal(last.frozen, frozen)
-  heads = last.players["discriminator"].params
+  heads = last.networks["discriminator"].params
   assert set(heads) == {"level0", "level1", "level2"}
   moved = jax.tree.map(
     lambda a, b: np.abs(a - b).max(),
     heads,
-    new.players["discriminator"].params,
+    new.networks["discriminator"].params,
   )
   for level in moved.values():
     assert level["logit"]["kernel"] > 0 and level["last"]["kernel"] > 0
@@ -109,7 +107,7 @@ def test_vgg_sees_images_of_its_size(monkeypatch):
 
   seen = []
   monkeypatch.setattr(lpips, "features", features)
-  encoder = projected.by_name("vgg", ("a.pth",))
+  encoder = gan.projected("vgg", ("a.pth",))
   found = encoder.backbone("weights", jnp.zeros((2, 8, 8, 3)))
   assert seen == [("weights", (2, 224, 224, 3))]
   np.testing.assert_array_equal(found[0][0, 0, 0], [1, 1, 1])
@@ -139,7 +137,7 @@ def config(**method):
 
 def test_a_config_names_it():
   experiment = build.build(config(gan_encoder=NAME))
-  assert experiment.method.critic.encoder.backbone is pyramid
+  assert experiment.method.discriminator.encoder.backbone is pyramid
   first, second = (runs.load_frozen(experiment) for _ in range(2))
   toys.assert_equal(first, second)
   shapes = build.frozen_shapes(experiment)

@@ -46,7 +46,7 @@ def gaussian(key):
 def train(data, num_steps, width, batch_size, seed, **options):
   """Returns flow(x, t, u) of the averaged parameters after training."""
   method = bcm.BidirectionalTraining(
-      toys.MLP(width=width, depth=3), preconditioning.Bidirectional(),
+      toys.MLP(width=width, depth=3), preconditioning.adm_c_noise,
       s0=10, s1=80, curriculum_steps=num_steps, **options,
   )
   optimizer = optim.Optimizer(

@@ -1,4 +1,4 @@
-"""The judge on the real handwritten digits."""
+"""Class accuracy on the real handwritten digits."""
 
 import numpy as np
 import pytest
@@ -22,37 +22,39 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def judge(digits):
+def classifier(digits):
   _, images, labels = digits[0]
-  return class_accuracy.DigitJudge().fit(images, labels)
+  return class_accuracy.DigitsSVC().fit(images, labels)
 
 
-def test_knows_the_test_digits_as_the_plain_classifier_does(judge, digits):
+def test_agrees_with_scikit_learn_on_the_test_digits(classifier, digits):
   (train_pixels, _, train_labels), (pixels, images, labels) = digits
   plain = sklearn.svm.SVC(gamma=0.256).fit(train_pixels / 16, train_labels)
-  found = judge.predict(images)
+  found = classifier.predict(images)
   assert np.sum(found == labels) >= 355  # of 360; 356 with scikit-learn 1.9
   assert np.sum(found != plain.predict(pixels / 16)) <= 1
 
 
-def test_recognition_of_real_and_of_wrongly_asked_digits(judge, digits):
+def test_accuracy_with_right_and_with_wrong_labels(classifier, digits):
   _, images, labels = digits[1]
-  real = class_accuracy.recognition(judge.predict(images), labels)
+  real = class_accuracy.class_accuracy(classifier.predict(images), labels)
   assert real["accuracy"] >= 355 / 360
   assert sorted(real["per_class"]) == list(range(10))
-  wrong = class_accuracy.recognition(judge.predict(images), (labels + 1) % 10)
+  wrong = class_accuracy.class_accuracy(
+    classifier.predict(images), (labels + 1) % 10
+  )
   assert wrong["accuracy"] <= 5 / 360
 
 
-def test_judges_by_gamma(digits):
+def test_gamma_changes_the_classifier(digits):
   _, images, labels = digits[0]
-  blind = class_accuracy.SvcJudge(gamma=1e4).fit(images[:300], labels[:300])
+  blind = class_accuracy.PixelSVC(gamma=1e4).fit(images[:300], labels[:300])
   _, images, labels = digits[1]
   assert np.mean(blind.predict(images) == labels) < 0.5
 
 
-def test_recognition_counts_by_asked_class():
-  found = class_accuracy.recognition(
+def test_accuracy_per_requested_class():
+  found = class_accuracy.class_accuracy(
     np.array([3, 3, 7, 3, 5, 5]), np.array([3, 3, 7, 7, 5, 3])
   )
   assert found == {
@@ -63,17 +65,17 @@ def test_recognition_counts_by_asked_class():
   }
 
 
-def test_bad_input_is_a_user_error(judge):
+def test_bad_input_is_a_user_error(classifier):
   images = np.zeros((4, 8, 8, 1), np.uint8)
   with pytest.raises(UserError, match="expected uint8"):
-    judge.predict(images / 255.0)
+    classifier.predict(images / 255.0)
   with pytest.raises(UserError, match="expected 64"):
-    judge.predict(np.zeros((4, 8, 8, 3), np.uint8))
-  with pytest.raises(UserError, match="for 4 images"):
-    class_accuracy.recognition(np.arange(4), np.arange(3))
-  with pytest.raises(UserError, match="for 4 images"):
-    class_accuracy.DigitJudge().fit(images, np.arange(5))
+    classifier.predict(np.zeros((4, 8, 8, 3), np.uint8))
+  with pytest.raises(UserError, match="labels"):
+    class_accuracy.class_accuracy(np.arange(4), np.arange(3))
+  with pytest.raises(UserError, match="labels"):
+    class_accuracy.DigitsSVC().fit(images, np.arange(5))
   with pytest.raises(UserError, match="one class only"):
-    class_accuracy.DigitJudge().fit(images, np.zeros(4, int))
+    class_accuracy.DigitsSVC().fit(images, np.zeros(4, int))
   with pytest.raises(UserError, match="expected uint8"):
-    judge.predict(images[:0])
+    classifier.predict(images[:0])

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from bcm_jax.errors import UserError
-from bcm_jax.metrics import classifier as classifiers
+from bcm_jax.metrics import classifier
 from bcm_jax.models import resnet
 from tests import quick
 
@@ -28,7 +28,7 @@ def make(seed=0, name="stripes ResNet", shape=SHAPE, params=None, **changes):
         lambda x: rng.normal(size=x.shape).astype(np.float32),
         variables["params"],
     )
-  return classifiers.Classifier(name, network, params, shape)
+  return classifier.Classifier(name, network, params, shape)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def made(expected):
 
 @pytest.fixture
 def folder(made, tmp_path):
-  classifiers.save_classifier(tmp_path, made, {"test_accuracy": 0.5})
+  classifier.save_classifier(tmp_path, made, {"test_accuracy": 0.5})
   return tmp_path
 
 
@@ -89,7 +89,7 @@ def test_digest_tells_weights_network_and_images_apart_but_not_names(made):
 
 
 def test_comes_back_as_it_was_written(folder, made, images):
-  found = classifiers.load_classifier(str(folder))
+  found = classifier.load_classifier(str(folder))
   assert (found.name, found.digest) == (made.name, made.digest)
   assert found.distance == made.distance
   assert found.image_shape == made.image_shape
@@ -106,18 +106,18 @@ def test_an_interrupted_write_leaves_no_classifier(folder, monkeypatch):
   def fails(*_):
     raise OSError("no space left")
 
-  monkeypatch.setattr(classifiers.weight_files, "write", fails)
+  monkeypatch.setattr(classifier.weight_files, "write", fails)
   with pytest.raises(OSError, match="no space"):
-    classifiers.save_classifier(folder, make(seed=1), {})
-  with pytest.raises(UserError, match="holds no classifier"):
-    classifiers.load_classifier(str(folder))
+    classifier.save_classifier(folder, make(seed=1), {})
+  with pytest.raises(UserError, match="has no classifier"):
+    classifier.load_classifier(str(folder))
 
 
 def test_a_folder_without_classifier(tmp_path):
   (tmp_path / "file").write_text("")
   for path in (tmp_path, tmp_path / "absent", tmp_path / "file"):
-    with pytest.raises(UserError, match="holds no classifier .*train_class"):
-      classifiers.load_classifier(str(path))
+    with pytest.raises(UserError, match="has no classifier .*train_class"):
+      classifier.load_classifier(str(path))
 
 
 def change(folder, **changes):
@@ -141,15 +141,15 @@ def change(folder, **changes):
 )
 def test_changed_facts_are_noticed(folder, changes, words):
   change(folder, **changes)
-  with pytest.raises(UserError, match=f"is damaged .*{words}.*restore"):
-    classifiers.load_classifier(str(folder))
+  with pytest.raises(UserError, match=f"is corrupt .*{words}.*restore"):
+    classifier.load_classifier(str(folder))
 
 
 def test_cut_facts_are_noticed(folder):
   path = folder / "classifier.json"
   path.write_text(path.read_text()[:-20])
-  with pytest.raises(UserError, match="is damaged .*JSONDecodeError"):
-    classifiers.load_classifier(str(folder))
+  with pytest.raises(UserError, match="is corrupt .*JSONDecodeError"):
+    classifier.load_classifier(str(folder))
 
 
 def test_changed_weights_are_noticed(folder):
@@ -157,22 +157,22 @@ def test_changed_weights_are_noticed(folder):
   content = path.read_bytes()
   # One bit of the last weight.
   path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-  with pytest.raises(UserError, match="is damaged .*weights of digest"):
-    classifiers.load_classifier(str(folder))
+  with pytest.raises(UserError, match="is corrupt .*weights of digest"):
+    classifier.load_classifier(str(folder))
   path.write_bytes(content[:-1])
   with pytest.raises(UserError, match="classifier.safetensors.*whole"):
-    classifiers.load_classifier(str(folder))
+    classifier.load_classifier(str(folder))
   path.unlink()
   with pytest.raises(UserError, match="classifier.safetensors.*cannot be read"):
-    classifiers.load_classifier(str(folder))
+    classifier.load_classifier(str(folder))
 
 
 def test_weights_of_another_network_are_noticed(folder):
   tensors = safetensors.numpy.load_file(folder / "classifier.safetensors")
   assert tensors.pop("stage1_block0.conv1.bias").shape == (16,)
   safetensors.numpy.save_file(tensors, folder / "classifier.safetensors")
-  with pytest.raises(UserError, match="is damaged"):
-    classifiers.load_classifier(str(folder))
+  with pytest.raises(UserError, match="is corrupt"):
+    classifier.load_classifier(str(folder))
 
 
 @pytest.mark.parametrize(

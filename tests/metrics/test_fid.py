@@ -144,9 +144,9 @@ def test_bad_gaussians_are_user_errors():
   for bad, words in (
     ((mean, covariance[:2]), r"expected \[D\] and \[D, D\]"),
     ((mean[:0], covariance[:0, :0]), r"expected \[D\] and \[D, D\]"),
-    ((mean * np.nan, covariance), "a holds NaN"),
+    ((mean * np.nan, covariance), "a: got NaN"),
     ((mean, skew), "differs from its transpose"),
-    ((mean, -covariance), "expected none below 0"),
+    ((mean, -covariance), "expected >= 0"),
     (random_gaussian(11, 4), "4 and 3 dimensions"),
   ):
     with pytest.raises(UserError, match=words):

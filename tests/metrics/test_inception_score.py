@@ -59,12 +59,12 @@ def test_bad_input_is_a_user_error():
     score_lib.inception_score(p)
   p[4] /= 1.1
   p[6] = [-0.5, 1.5, 0, 0, 0, 0, 0]
-  with pytest.raises(UserError, match="row 6 .* least value -0.5"):
+  with pytest.raises(UserError, match="row 6 .* minimum -0.5"):
     score_lib.inception_score(p)
   p[2, 1] = np.nan
   with pytest.raises(UserError, match="row 2 "):
     score_lib.inception_score(p)
-  with pytest.raises(UserError, match="one row an image"):
+  with pytest.raises(UserError, match="probabilities: got shape"):
     score_lib.inception_score(p[0])
-  with pytest.raises(UserError, match="split_size is 0"):
+  with pytest.raises(UserError, match="split_size: got 0"):
     score_lib.inception_score(softmax(3), 0)

@@ -23,7 +23,7 @@ REFERENCE = pathlib.Path(__file__).with_name("lpips.npz")
 def params():
   return vgg_names.to_params({
       entry.name: lpips_recipe.tensor(
-          entry.name, entry.layout.theirs(np.broadcast_to(0, shape)).shape
+          entry.name, entry.layout.to_torch(np.broadcast_to(0, shape)).shape
       )
       for entry, shape in vgg_names.table()
   })
@@ -116,9 +116,9 @@ def test_grey_is_three_equal_channels(params):
 
 @pytest.mark.parametrize("x, y, words", [
     ((2, 15, 16, 3), (2, 15, 16, 3), "15x16 pixels, expected at least 16"),
-    ((2, 16, 16, 3), (1, 16, 16, 3), "expected two equal ones"),
+    ((2, 16, 16, 3), (1, 16, 16, 3), "expected equal shapes"),
     ((2, 16, 16, 4), (2, 16, 16, 4), "with 3 channels, or 1"),
-    ((16, 16, 3), (16, 16, 3), r"expected two equal ones \[n, H, W, C\]"),
+    ((16, 16, 3), (16, 16, 3), r"expected equal shapes \[n, H, W, C\]"),
 ])
 def test_shapes_are_checked(params, x, y, words):
   with pytest.raises(UserError, match=words):

@@ -45,33 +45,35 @@ def test_tolerance_bounds_what_rounding_does_to_equal_distances():
   assert np.all(own >= 0.0)
 
 
-def test_memorisation_tells_copies_from_new_images():
+def test_memorization_ratio_of_copies_and_of_new_images():
   train, test, new = points(4, 300), points(5, 80), points(6, 80)
-  honest = nearest_neighbors.memorisation(new, train, test)
-  copying = nearest_neighbors.memorisation(train[:80] + 1e-3, train, test)
-  assert honest["ratio"] == pytest.approx(1.0, abs=0.1)
-  assert copying["ratio"] < 0.01
+  honest = nearest_neighbors.memorization(new, train, test)
+  copying = nearest_neighbors.memorization(train[:80] + 1e-3, train, test)
+  assert honest["memorization_ratio"] == pytest.approx(1.0, abs=0.1)
+  assert copying["memorization_ratio"] < 0.01
   assert copying["median_sample_to_train"] == pytest.approx(4e-3)
   nearest = nearest_neighbors.nearest_distance(test, train)
   assert honest["median_test_to_train"] == np.median(nearest)
-  assert honest["ratio"] == (
+  assert honest["memorization_ratio"] == (
     honest["median_sample_to_train"] / honest["median_test_to_train"]
   )
 
 
-def test_memorisation_without_fresh_images_has_no_ratio():
+def test_memorization_ratio_without_new_test_images_is_nan():
   train = points(7, 20)
-  found = nearest_neighbors.memorisation(train + 1.0, train, train[:9])
-  assert found["median_test_to_train"] == 0.0 and np.isnan(found["ratio"])
+  found = nearest_neighbors.memorization(train + 1.0, train, train[:9])
+  assert found["median_test_to_train"] == 0.0 and np.isnan(
+    found["memorization_ratio"]
+  )
 
 
 @pytest.mark.parametrize(
   "queries, references, words",
   [
-    (np.zeros((2, 3)), np.zeros((2, 4)), "3 numbers a row"),
-    (np.zeros((2, 3)), np.zeros((0, 3)), "references has shape"),
+    (np.zeros((2, 3)), np.zeros((2, 4)), "got 3 and 4 values per row"),
+    (np.zeros((2, 3)), np.zeros((0, 3)), "references: got shape"),
     (np.zeros((2, 3)), np.full((2, 3), np.inf), "NaN or infinity"),
-    (np.zeros((2, 3), np.uint8), np.zeros((2, 3)), "one scale"),
+    (np.zeros((2, 3), np.uint8), np.zeros((2, 3)), "same scale"),
   ],
 )
 def test_bad_input_is_a_user_error(queries, references, words):

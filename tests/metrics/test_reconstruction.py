@@ -54,8 +54,8 @@ def test_psnr_of_known_errors():
     (images(0), images(0)[:4], "in pairs"),
     # Would broadcast to a number that means nothing.
     (images(0), images(0)[..., :1], "in pairs"),
-    (images(0), images(0) / 255.0, "reconstruction is float64"),
-    (images(0) / 255.0, images(0), "original is float64"),
+    (images(0), images(0) / 255.0, "reconstruction: got float64"),
+    (images(0) / 255.0, images(0), "original: got float64"),
     (images(0)[:0], images(0)[:0], "at least one image"),
   ],
 )

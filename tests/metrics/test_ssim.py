@@ -66,7 +66,7 @@ def test_batches_of_any_size_are_image_by_image():
 @pytest.mark.parametrize(
   "a, b, words",
   [
-    ((2, 10, 30, 1), None, "images are 10 x 30, expected 11 x 11"),
+    ((2, 10, 30, 1), None, "images: got 10 x 30 pixels, expected 11 x 11"),
     ((2, 12, 12, 1), (1, 12, 12, 1), "in pairs"),
     ((12, 12, 1), None, "pass a batch"),
     ((0, 12, 12, 1), None, "pass a batch"),
@@ -81,5 +81,5 @@ def test_bad_shapes_are_user_errors(a, b, words):
 
 def test_floats_are_a_user_error():
   images = np.zeros((1, 12, 12, 1))
-  with pytest.raises(UserError, match="original is float64"):
+  with pytest.raises(UserError, match="original: got float64"):
     ssim.structural_similarity(images, images)

@@ -12,6 +12,7 @@ import pytest
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.models import adm
 from bcm_jax.models import layers
+from tests import toys
 
 pytestmark = pytest.mark.slow
 

@@ -39,7 +39,7 @@ def published(name):
       for k, v in g.arrays.items() if k.startswith("state_dict/")
   }
   size = c.get("image_size") or c.get("img_resolution") or g.meta["image_size"]
-  family, tensors, found = transfer.recognise(tensors, metadata={
+  family, tensors, found = transfer.recognize(tensors, metadata={
       "image_size": size,
       "attention_resolutions": tuple(c.get("attn_resolutions", ())),
   })
@@ -64,8 +64,8 @@ def inputs(name, dtype):
   if "in/xs" in g.arrays and network.two_time:
     t, s = vector("t"), vector("s")
     noise = (
-        preconditioning.adm_noise if isinstance(network, adm.ADM)
-        else preconditioning.edm_noise
+        preconditioning.adm_c_noise if isinstance(network, adm.ADM)
+        else preconditioning.edm_c_noise
     )
     x = image("in/xs") / np.sqrt(t**2 + 0.25)[:, None, None, None]
     levels = [noise(jnp.asarray(v, dtype)) for v in (t, s)]

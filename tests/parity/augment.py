@@ -1,12 +1,83 @@
 """EDM's augmentation with every random draw recorded."""
 
+from collections.abc import Sequence
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
 from bcm_jax.data import augmentation
+from bcm_jax.data import warp
 from tests import quick
 from tests.parity import report
+
+
+def recorded_draws(
+  pipe: augmentation.AugmentPipe, numbers: Sequence[np.ndarray]
+) -> augmentation.Draws:
+  """Draws as the official pipe made them, from a record of its calls.
+
+  Args:
+    pipe: that pipe's settings; it draws nothing for a multiplier of 0.
+    numbers: what its calls returned, in their order; each holds B numbers, or
+      2 x B with x before y.
+
+  Returns:
+    float64 NumPy arrays; numbers not drawn are 0.
+
+  Raises:
+    ValueError: for more or fewer calls than the pipe makes, or none at all.
+  """
+  on = [name for name in augmentation._TRANSFORMS if getattr(pipe, name) > 0]
+  calls = [
+    (name, what) for name in on for what in augmentation._TRANSFORMS[name][1]
+  ]
+  if not calls or len(calls) != len(numbers):
+    raise ValueError(f"{len(numbers)} recorded calls, expected {len(calls)}")
+  batch = numbers[-1].size  # Every transform ends with one number an example.
+  fields = {name: np.zeros(batch) for name in augmentation.Draws._fields}
+  fields["shift"] = np.zeros((batch, 2))
+  fields["gates"] = np.ones((batch, len(augmentation._TRANSFORMS)))
+  for (name, what), values in zip(calls, numbers, strict=True):
+    if what == "gate":
+      fields["gates"][:, list(augmentation._TRANSFORMS).index(name)] = (
+        values.ravel()
+      )
+    elif what == "shift":
+      fields["shift"][:] = values.reshape(2, batch).T
+    else:
+      fields[what][:] = values.ravel()
+  return augmentation.Draws(**fields)
+
+
+def exact_margin(
+  pipe: augmentation.AugmentPipe,
+  draws: augmentation.Draws,
+  image_shape: Sequence[int],
+) -> warp.Margin:
+  """The margin of the official pipe, as wide as this batch needs; on the host.
+
+  Args:
+    pipe: its settings.
+    draws: of the whole batch.
+    image_shape: (H, W, C).
+
+  Returns:
+    ((top, bottom), (left, right)) in pixels, at most H - 1 and W - 1.
+  """
+  height, width = image_shape[:2]
+  dtype = jnp.result_type(draws.shift)
+  centre = np.array([width - 1, height - 1]) / 2
+  corners = np.array([[-1, 1, 1, -1], [-1, -1, 1, 1]]) * centre[:, None]
+  x, y = jnp.asarray(corners, dtype)[:, None]
+  params = augmentation._parameters(pipe, draws, dtype)
+  points = np.stack(augmentation._sources(pipe, params, height, width, x, y))
+  points = points.reshape(2, -1)  # (x, y) of all corners in the batch.
+  beyond = np.stack([-points.min(1), points.max(1)], axis=1) - centre[:, None]
+  limit = [[width - 1], [height - 1]]
+  pixels = np.ceil(np.clip(beyond + 2 * warp.REACH, 0, limit))
+  horizontal, vertical = pixels.astype(int).tolist()
+  return tuple(vertical), tuple(horizontal)
 
 
 def pipe(file, precision):
@@ -15,8 +86,9 @@ def pipe(file, precision):
   unknown = {k: v for k, v in file.constructor.items() if k not in fields}
   # Strengths of transforms that are off do nothing.
   lacking = sorted(
-      k for k, v in unknown.items()
-      if v and not k.endswith(("_std", "_max", "_prob"))
+    k
+    for k, v in unknown.items()
+    if v and not k.endswith(("_std", "_max", "_prob"))
   )
   if lacking:
     for name in file.outputs:
@@ -24,12 +96,12 @@ def pipe(file, precision):
       yield report.Missing(name, reason)
     return
   settings = augmentation.AugmentPipe(
-      **{k: v for k, v in file.constructor.items() if k in fields}
+    **{k: v for k, v in file.constructor.items() if k in fields}
   )
   numbers = [v for _, v in sorted(file.group("in/draw").items())]
-  draws = augmentation.recorded_draws(settings, numbers)
+  draws = recorded_draws(settings, numbers)
   x = jnp.asarray(file.image("in/x"), precision)
-  margin = augmentation.exact_margin(settings, draws, x.shape[1:])
+  margin = exact_margin(settings, draws, x.shape[1:])
   run = quick.jit(lambda x, d: augmentation.apply(settings, x, d, margin))
   y, labels = run(x, draws)
   columns = list(settings.label_columns)

@@ -34,7 +34,7 @@ def state_dict(prefix: str = "") -> dict[str, np.ndarray]:
   """All tensors of the network by recipe."""
   found = {}
   for entry, shape in inception_names.table():
-    theirs = entry.layout.theirs(np.broadcast_to(0, shape)).shape
+    theirs = entry.layout.to_torch(np.broadcast_to(0, shape)).shape
     found[entry.name] = recipe(prefix + entry.name, theirs)
   return found
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bcm_jax.diffusion import preconditioning as pre
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.methods import bcm
@@ -28,7 +27,7 @@ class AtLevels(diffusion.Diffusion):
 
   recorded = None
 
-  def sample_levels(self, ctx):
+  def lognormal_sigma(self, ctx):
     return self.recorded
 
 
@@ -104,12 +103,15 @@ def bidirectional_loss(file, precision):
   sigma_data = file.setting("sigma_data", 0.5)
   cls = toys.at_times(bcm.BidirectionalTraining, *times)
   method = cls(
-      model.compiled, pre.Bidirectional(sigma_data), sigma_data=sigma_data,
+      model.compiled, model.noise, sigma_data=sigma_data,
       sigma_min=low, sigma_max=high, rho=rho, huber_c=file.setting("c", 0.06),
   )
   batch = Batch(file, precision, model, target)
   total, terms = batch.loss(method, params)
-  for name, value in (terms | {"loss": total}).items():
+  recorded = {
+      "loss_ct": terms["loss_ct"], "loss_soft": terms["loss_st"], "loss": total
+  }
+  for name, value in recorded.items():
     yield file.check(name, value, precision)
 
   def mean(term):
@@ -117,7 +119,7 @@ def bidirectional_loss(file, precision):
 
   yield from _gradients(file, precision, model, {
       "grad_loss_ct": mean("loss_ct"),
-      "grad_loss_soft": mean("loss_soft"),
+      "grad_loss_soft": mean("loss_st"),
       "grad_loss": lambda p: jnp.mean(batch.loss(method, p)[0]),
   }, params)
 
@@ -150,7 +152,7 @@ def openai_losses(file, precision):
   def make(**options):
     cls = toys.at_times(consistency.ConsistencyTraining, *times)
     return cls(
-        model.compiled, pre.ConsistencyBoundary(sigma_data, low),
+        model.compiled, model.noise,
         sigma_data=sigma_data, sigma_min=low, **options,
     )
 
@@ -177,7 +179,7 @@ def _distillation(
   """Maker of the distillation at recorded times; gives the batch a teacher."""
   sigma_data = file.setting("sigma_data", file.setting("data_std", 0.5))
   teacher = diffusion.Diffusion(
-      model.compiled, pre.EDM(sigma_data), model.noise, sigma_data
+      model.compiled, model.noise, sigma_data=sigma_data
   )
   frozen = weights.model(file, recipe).weights(precision)
   batch.context = batch.context._replace(frozen={"teacher": frozen})
@@ -185,8 +187,8 @@ def _distillation(
   def make(**options):
     cls = toys.at_times(cd.ConsistencyDistillation, *times)
     return cls(
-        model.compiled, pre.ConsistencyBoundary(sigma_data, low), model.noise,
-        teacher=teacher, sigma_data=sigma_data, sigma_min=low, **options,
+        model.compiled, model.noise, "cm", teacher=teacher,
+        sigma_data=sigma_data, sigma_min=low, **options,
     )
 
   return make
@@ -199,7 +201,7 @@ def _denoising(file, precision, model, batch, params):
   sigma = jnp.asarray(file["in/edm_sigmas"], precision)
   sigma_data = file.setting("sigma_data", 0.5)
   method = at_levels(sigma)(
-      model.compiled, pre.EDM(sigma_data), model.noise, sigma_data
+      model.compiled, model.noise, sigma_data=sigma_data
   )
   loss = batch.loss(method, params)[0]
   for name, value in (
@@ -217,10 +219,7 @@ def ect(file, precision):
   low = file.setting("sigma_min", 0.002)
   z = jnp.asarray(file["in/rnd_normal"].reshape(-1), precision)
   t = jnp.exp(file.setting("P_mean", -1.1) + file.setting("P_std", 2.0) * z)
-  forms = {
-      "eval": pre.ConsistencyBoundary(sigma_data, low),
-      "train": pre.EDM(sigma_data),
-  }
+  forms = {"eval": "cm", "train": "edm"}
 
   def earlier(t, config, stage):
     k = {"const": 0.0, "sigmoid": config.get("k", 8.0)}[config["adj"]]
@@ -230,10 +229,8 @@ def ect(file, precision):
   def method(config, stage, form):
     r = earlier(t, config, stage)
     cls = toys.at_times(consistency.ConsistencyTraining, t, r)
-    preset = consistency.PRESETS["ect"] | dict(huber_c=config["c"])
-    return cls(
-        model.compiled, form, model.noise, sigma_data, low, **preset
-    )
+    preset = consistency.ECT.options | dict(huber_c=config["c"])
+    return cls(model.compiled, model.noise, form, sigma_data, low, **preset)
 
   times = jnp.asarray(file["in/t"].reshape(-1), precision)
   for i, config in enumerate(file.meta["loss_configs"]):
@@ -274,8 +271,7 @@ def jcm_losses(file, precision):
   def make(**options):
     cls = toys.at_times(consistency.ConsistencyTraining, *times)
     return cls(
-        model.compiled, pre.ConsistencyBoundary(sigma_data, low), model.noise,
-        sigma_data, low, **options,
+        model.compiled, model.noise, "cm", sigma_data, low, **options,
     )
 
   def mean(method):
@@ -311,7 +307,7 @@ def _squares(method, params, batch, sigma):
   squares = weight * jnp.square(d - batch.images)
   if method.uncertainty:
     u = method.network.apply(
-        {"params": params}, method.noise(sigma), method="logvar"
+        {"params": params}, method.c_noise(sigma), method="logvar"
     )
     u = process.expand(u, d.ndim)
     squares = squares / jnp.exp(u) + u
@@ -328,8 +324,7 @@ def edm(file, precision):
   sigma = jnp.exp(mean + std * z)
   sigma_data = file.setting("sigma_data", 0.5)
   method = at_levels(sigma)(
-      model.compiled, pre.EDM(sigma_data), model.noise, sigma_data,
-      uncertainty=second,
+      model.compiled, model.noise, sigma_data=sigma_data, uncertainty=second
   )
   batch = Batch(file, precision, model)
   outputs = {"loss_map": params}

@@ -155,7 +155,7 @@ def edm2_network(file, precision):
     return model.map(w, form, given.image("xs"), given.sigma, u, labels)
 
   def logvar():
-    c_noise = pre.edm_noise(given.sigma)
+    c_noise = pre.edm_c_noise(given.sigma)
     out = model.network.apply({"params": w}, c_noise, method="logvar")
     return out[:, None, None, None]
 

@@ -14,6 +14,7 @@ from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
 from bcm_jax.sampling import samplers
 from bcm_jax.sampling import sampling_plan
+from tests.parity import karras_solvers
 from tests.parity import report
 from tests.parity import weights
 
@@ -34,7 +35,7 @@ class Start:
 
   flow_map: Callable
   labels: jax.Array | None
-  levels: sampling_plan.Range
+  levels: sampling_plan.NoiseRange
   precision: str
 
   def run(self, plan, x, noises, clip=np.inf):
@@ -62,7 +63,7 @@ class Start:
 
     # Step by step, so that the network is compiled once and not in each loop.
     with jax.disable_jit():
-      return solvers.solve(
+      return karras_solvers.solve(
           denoiser, x, sigmas, solver, churn,
           lambda i: jnp.asarray(noises[int(i)], x.dtype),
       )
@@ -72,7 +73,7 @@ def _shortened(plan: sampling_plan.Plan, count: int) -> sampling_plan.Plan:
   return dataclasses.replace(plan, steps=plan.steps[:count])
 
 
-def _sequence(numbers, levels: sampling_plan.Range) -> sampling_plan.Plan:
+def _sequence(numbers, levels: sampling_plan.NoiseRange) -> sampling_plan.Plan:
   """(top, mid ..., bottom, [added noise, amplified to, bottom] ...)."""
   end = numbers.index(levels.sigma_min)
   rest = numbers[end + 1:]
@@ -103,7 +104,7 @@ def _jumps(file, start: Start):
         yield name + suffix, start.run(_shortened(plan, steps), top, noises)
   for key in (k for k in p if k.startswith("inv")):
     noise, *mid, high, low = p[key]
-    levels = sampling_plan.Range(low, high)
+    levels = sampling_plan.NoiseRange(low, high)
     there = sampling_plan.inversion(noise, mid, levels)
     image = jnp.asarray(file.image("in/img"), start.precision)
     latent = start.run(there, image, [z])
@@ -127,7 +128,7 @@ def _multistep(file, start: Start) -> sampling_plan.Plan:
     for i in file.meta["params"]["ts"]
   ]
   plan = sampling_plan.cm_multistep(
-    times[1:-1], sampling_plan.Range(low, times[0])
+    times[1:-1], sampling_plan.NoiseRange(low, times[0])
   )
   scale = float(np.sqrt(times[-1] ** 2 - low**2))
   added = sampling_plan.AddNoise(scale, times[-1])
@@ -148,8 +149,8 @@ def _karras(file, start: Start, name: str):
     out = start.run(_multistep(file, start), top, list(zs), clip)
   else:
     solver = _SOLVERS.get(sampler, sampler)
-    if solver not in solvers.SOLVERS:
-      return f"diffusion.solvers has no solver {sampler!r}"
+    if solver not in karras_solvers.NAMES:
+      return f"there is no solver {sampler!r}"
     grid = schedules.karras_sigmas(
       int(p.get(sampler) or p["anc"]),
       start.levels.sigma_min,
@@ -174,7 +175,7 @@ def bcm(file, precision):
 
   top, *_, low = file.meta["params"].get("one", (80.0, 0.002))
   start = Start(
-    flow_map, model.labels(file), sampling_plan.Range(low, top), precision
+    flow_map, model.labels(file), sampling_plan.NoiseRange(low, top), precision
   )
   for name, value in _jumps(file, start):
     yield file.check(name, value, precision)
@@ -198,7 +199,7 @@ def edm(file, precision):
 
   # EDM's denoiser knows no lower end.
   start = Start(
-    denoise, model.labels(file), sampling_plan.Range(0.0), precision
+    denoise, model.labels(file), sampling_plan.NoiseRange(0.0), precision
   )
   for name in file.outputs:
     options = file.settings(name)

@@ -1,4 +1,4 @@
-"""Grids, laws of times, curricula, scalings, quantisation."""
+"""Grids, laws of times, curricula, preconditioning, quantisation."""
 
 import re
 
@@ -101,8 +101,8 @@ def _weight(name, sigma, sigma_data):
   return method.weight(sigma, sigma)
 
 
-def scalings(file, precision):
-  """Factors of preconditionings, weights, embeddings, ancestral steps."""
+def coefficients(file, precision):
+  """Coefficients of preconditionings, weights, embeddings, ancestral steps."""
   sd, low = file.setting("sigma_data", 0.5), file.setting("sigma_min", 0.002)
   sigma, end = (
       jnp.asarray(file[f"in/{k}"], precision) for k in ("sigma", "sigma_end")
@@ -114,10 +114,10 @@ def scalings(file, precision):
   ancestral = getattr(solvers, "ancestral_levels", None)
   for name in file.outputs:
     head, _, rest = name.partition("_")
-    if rest in pre.Scalings._fields:
+    if rest in pre.Coefficients._fields:
       value = getattr(forms[head](sigma, end), rest)
     elif name == "rescaled_t":
-      value = pre.adm_noise(sigma)
+      value = pre.adm_c_noise(sigma)
     elif head == "weight" or name == "edm_loss_weight":
       weighting = rest if head == "weight" else "edm"
       try:
@@ -135,7 +135,7 @@ def scalings(file, precision):
       value = {"down": down, "up": up}[rest]
     elif name.startswith("temb"):
       value = embeddings.sinusoidal_embedding(
-          pre.adm_noise(sigma), int(name.removeprefix("temb"))
+          pre.adm_c_noise(sigma), int(name.removeprefix("temb"))
       )
     else:
       continue
@@ -155,6 +155,6 @@ RUNNERS = [
     (lambda f: f.has("karras_n"), grids),
     (lambda f: f.has("ict_P_N", "bcm_P_N"), laws),
     (lambda f: any(k.startswith("in/steps_T") for k in f.arrays), curricula),
-    (lambda f: f.has("edm_c_", "cm_c_", "bcm_c_", "weight_"), scalings),
+    (lambda f: f.has("edm_c_", "cm_c_", "bcm_c_", "weight_"), coefficients),
     (lambda f: f.has("uint8") and "in/v" in f, uint8),
 ]

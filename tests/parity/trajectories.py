@@ -3,10 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from bcm_jax.diffusion import preconditioning as pre
 from bcm_jax.diffusion import process
 from bcm_jax.methods import ctm as trajectory
-from bcm_jax.methods import ctm_levels
 from tests import toys
 from tests.parity import files
 from tests.parity import weights
@@ -32,7 +30,7 @@ class Recorded(trajectory.TrajectoryDistillation):
   def dsm_levels(self, ctx):
     return self.recorded["dsm_sigma"]
 
-  def noisy(self, ctx, t, stream="noise"):
+  def sample_x_t(self, ctx, t, stream="noise"):
     return process.add_noise(
         ctx.images, t, self.recorded[stream.replace("/", "_")]
     )
@@ -66,14 +64,14 @@ def ctm(file: files.Reference, precision: str):
   def make(inner, jumps=1):
     cls = type("Bound", (Recorded,), {"jumps": jumps})
     method = cls(
-        model.compiled, pre.Trajectory(pre.EDM(0.5)), model.noise,
-        teacher=None, metric="l2", target_inner=inner, adaptive=False,
+        model.compiled, model.noise, teacher=None,
+        metric="l2", target_inner=inner, adaptive=False,
         num_levels=int(file.meta["ctm_args"]["start_scales"]),
     )
     i = jnp.asarray(file["in/t_idx"])
     grid = method.grid.astype(precision)
     cls.recorded = {
-        "times": ctm_levels.Times(
+        "times": trajectory.Times(
             grid[i], grid[i + steps], grid[jnp.asarray(file["in/s_idx"])], i,
             jnp.asarray(steps),
         ),
@@ -89,7 +87,7 @@ def ctm(file: files.Reference, precision: str):
       continue
     method = make(inner, jumps)
     times = method.sample_times(ctx)
-    x_t = method.noisy(ctx, times.t)
+    x_t = method.sample_x_t(ctx, times.t)
     values = {
         "estimate": method.estimate(params, ctx, x_t, times),
         "target": method.target(params, ctx, x_t, times),

@@ -164,8 +164,8 @@ class Model:
   def noise(self):
     """Conditioning value of a level, as the network takes it."""
     if self.family.NAME == "openai":
-      return preconditioning.adm_noise
-    return preconditioning.edm_noise
+      return preconditioning.adm_c_noise
+    return preconditioning.edm_c_noise
 
   def labels(self, file: files.Reference, none: bool = False):
     """[B] classes of a file's 'in/y' or rows 'in/labels', -1 for none."""
@@ -239,7 +239,7 @@ def model(file: files.Reference, recipe: str | None = None) -> Model:
     home = home.beside(home.meta["state_dict_from"])
   c = file.constructor
   if "unet.out_gain" in tensors:
-    family, found = edm2_names, edm2_names.recognise(tensors, {})
+    family, found = edm2_names, edm2_names.recognize(tensors, {})
     found |= _edm2(c)
   else:
     metadata = {}
@@ -248,7 +248,7 @@ def model(file: files.Reference, recipe: str | None = None) -> Model:
           image_size=file.meta["image_size"],
           attention_resolutions=tuple(c.get("attn_resolutions", ())),
       )
-    family, _, found = transfer.recognise(tensors, metadata=metadata)
+    family, _, found = transfer.recognize(tensors, metadata=metadata)
   if family.NAME == "openai":
     found |= _openai(c, file.source)
   if family.NAME == "jcm":

@@ -34,7 +34,7 @@ def write_result(folder, samplers, inversion=None, name=None, **changed):
   facts = {
       "data": "digits", "method": "bcm", "samples": 100, "seeds": [0],
       "features": "pixels", "features_digest": "aa", "reference_digest": "bb",
-      "compared_one_by_one": 50, "neighbours_k": 3,
+      "num_real_for_prdc": 50, "neighbors_k": 3,
   }
   step, average = changed.pop("step", 8), changed.pop("average", "ema")
   (folder / "eval").mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def drawn(monkeypatch):
   return pictures
 
 
-def colours(path) -> int:
+def colors(path) -> int:
   with Image.open(path) as picture:
     assert min(picture.size) > 200
     return len(picture.convert("RGB").getcolors(1 << 24))
@@ -164,7 +164,7 @@ def test_smoothing_steps_over_what_is_not_finite():
   np.testing.assert_array_equal(smooth, [1, 1, 1, 1, 1, 1, np.nan, np.nan])
 
 
-def test_runs_share_panels_by_player_and_metric(tmp_path, drawn):
+def test_runs_share_panels_by_network_and_metric(tmp_path, drawn):
   write_metrics(tmp_path / "one", {"step": 1, "loss": 1.0, "loss_ct": 2.0})
   write_metrics(
       tmp_path / "two", {"step": 1, "student/loss": 3.0, "critic/loss": 4.0}
@@ -184,7 +184,7 @@ def test_runs_share_panels_by_player_and_metric(tmp_path, drawn):
   assert legend == ["one", "two"]
 
 
-def test_more_runs_than_colours_take_other_lines():
+def test_more_runs_than_colors_take_other_lines():
   found = figures.styles(map(str, range(20)))
   assert len({tuple(s.values()) for s in found.values()}) == 20
 
@@ -233,7 +233,7 @@ def test_one_step_alone_is_a_family(tmp_path):
 
 @pytest.mark.parametrize("changed", [
     {"features_digest": "cc"}, {"reference_digest": "cc"}, {"samples": 50_000},
-    {"neighbours_k": 5}, {"data": "cifar10"},
+    {"neighbors_k": 5}, {"data": "cifar10"},
 ])
 def test_what_cannot_be_compared_is_drawn_apart(tmp_path, drawn, changed):
   samplers = {"onestep_nfe1": numbers(1, 3.0), "heun_nfe7": numbers(7, 1.0)}
@@ -249,7 +249,7 @@ def test_what_cannot_be_compared_is_drawn_apart(tmp_path, drawn, changed):
       [4, 4, 4], [2, 2, 2]
   ]
   titles = [row.get_suptitle() for row in rows]
-  if "neighbours_k" not in changed:
+  if "neighbors_k" not in changed:
     assert titles[0] != titles[1]
   for row, names in zip(rows, ("ab", "c"), strict=True):
     texts = [text.get_text() for text in row.legends[0].get_texts()]
@@ -284,7 +284,7 @@ def test_inversions_of_several_runs_share_a_panel_a_data_set(tmp_path, drawn):
       name: records.inversions(run_at(tmp_path / name))
       for name in ("bcm", "b", "c")
   }
-  assert found["bcm"]["digits"]["bcm: one network, NFE 1"] == [
+  assert found["bcm"]["digits"]["bcm: network, NFE 1"] == [
       pytest.approx((e, 0.1 * e)) for e in (0.1, 0.2, 0.3)
   ]
   figures.all_inversions(found, "x.png")
@@ -293,9 +293,9 @@ def test_inversions_of_several_runs_share_a_panel_a_data_set(tmp_path, drawn):
       for a in drawn[0].axes
   }
   assert panels == {
-      "digits": ["bcm: one network, NFE 1", "b (x): DDIM, NFE 4",
-                 "b (x): one network, NFE 1"],
-      "cifar10": ["c (bcm): one network, NFE 2"],
+      "digits": ["bcm: network, NFE 1", "b (x): DDIM, NFE 4",
+                 "b (x): network, NFE 1"],
+      "cifar10": ["c (bcm): network, NFE 2"],
   }
 
 
@@ -354,12 +354,12 @@ def test_every_figure_is_made_that_there_is_something_for(
   ]
   assert sorted(written) == sorted(map(str, out.iterdir()))
   for path in written:
-    assert colours(path) > 10
+    assert colors(path) > 10
   # One line for all that is not there.
-  missing = [x.partition(": ")[0] for x in lines if x.startswith("no ")]
+  missing = [x.partition(": ")[0] for x in lines if " skipped: " in x]
   assert missing == [
-      *(f"no {kind} of empty" for kind in list(draw.KINDS)[:-1]),
-      "no trajectory of full", "no trajectory of empty",
+      *(f"{kind} of empty skipped" for kind in list(draw.KINDS)[:-1]),
+      "trajectory of full skipped", "trajectory of empty skipped",
   ]
   assert len(lines) == len(written) + len(missing)
 
@@ -367,7 +367,7 @@ def test_every_figure_is_made_that_there_is_something_for(
 def test_nothing_to_draw_is_bad_input(tmp_path, capsys):
   write_result(tmp_path / "a", {})
   line = fails(capsys, str(tmp_path / "a"), "--only=quality,curves")
-  assert "nothing to draw" in line
+  assert "no data to draw" in line
 
 
 def test_files_of_another_form_are_told_and_the_others_drawn(
@@ -385,8 +385,8 @@ def test_files_of_another_form_are_told_and_the_others_drawn(
   ])
   assert (out / "quality.png").exists()
   told = capsys.readouterr().out
-  assert "other holds no results" in told
-  assert "interpolation.npz is damaged" in told
+  assert "other: has no results" in told
+  assert "interpolation.npz: corrupt file" in told
 
 
 def test_a_result_file_is_a_run_of_numbers_alone(full, capsys):

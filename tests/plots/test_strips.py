@@ -13,7 +13,6 @@ from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
-from bcm_jax.config import config_files
 from bcm_jax.config import resolve
 from bcm_jax.config import schema
 from bcm_jax.data import image_source
@@ -41,7 +40,7 @@ def gaussian(method, params, **settings):
       **sections, config=types.SimpleNamespace(**sections),
       source=lambda split: image_source.ArraySource(images),
   )
-  return experiment, batched_sampler.Runner(experiment, params, 6)
+  return experiment, batched_sampler.BatchedSampler(experiment, params, 6)
 
 
 def test_columns_are_even_in_the_logarithm():
@@ -63,7 +62,7 @@ def test_an_exact_map_shows_one_picture_at_every_level():
   same = down.images.astype(int)
   assert np.ptp(same, axis=1).max() <= 1 and np.ptp(same[:, 0]) > 50
   up = strips._up(experiment, runner)
-  assert up.columns[0] == "real" and up.columns[-1] == "back"
+  assert up.columns[0] == "real" and up.columns[-1] == "recon."
   assert (up.columns[1], up.columns[-2]) == ("0.3", "40")
   assert np.ptp(up.images[:, 1:-1].astype(int), axis=1).max() <= 1
   # Images of the test split, spread over it, are where the way starts.
@@ -97,7 +96,7 @@ def one_way(start_levels=()):
     return f
 
   return types.SimpleNamespace(
-      flow_map=flow_map, two_time=False, solves=False, sigma_data=SD,
+      flow_map=flow_map, takes_end_time=False, is_denoiser=False, sigma_data=SD,
       sigma_min=low, sigma_max=40.0, start_levels=start_levels,
   )
 
@@ -119,7 +118,7 @@ def test_a_network_without_an_end_level_is_shown_its_own_samples_noised():
     assert np.abs(difference).max() <= 1
   assert "trained" not in rows.title
   rows = strips._down(*gaussian(one_way((40.0, 5.0)), jnp.ones(())))
-  assert rows.title.endswith("trained at t = 40, 5 alone")
+  assert rows.title.endswith("trained at t = 40, 5 only")
 
 
 # Drawing ----------------------------------------------------------------------
@@ -153,7 +152,7 @@ def test_names_stand_at_the_images_that_they_name(monkeypatch, channels, size):
 def untrained(folder, file, **changed):
   """A work directory with a checkpoint of random weights."""
   overrides = toys.TINY | {k.replace("__", "."): v for k, v in changed.items()}
-  config = resolve.resolve(config_files.read_file(file), overrides)
+  config = resolve.resolve(resolve.read_file(file), overrides)
   built = build.build(config, to_train=False)
   shapes = jax.eval_shape(
     built.method.init, jax.random.key(0), *build.example_batch(built)
@@ -167,7 +166,7 @@ def untrained(folder, file, **changed):
     saved.save(
       7,
       {
-        "players": {"student": {"params": params}},
+        "networks": {"student": {"params": params}},
         "averages": {"ema_0.9": params},
       },
       {},
@@ -178,7 +177,7 @@ def untrained(folder, file, **changed):
   "file, changed, shapes, said",
   [
     ("digits.py", {}, [(6, 12), (6, 14)], "one jump f(x, T, t)"),
-    ("digits_ict.py", {}, [(6, 12)], "noised again"),
+    ("digits_ict.py", {}, [(6, 12)], "with noise added"),
     # Without guidance: this run cannot guide itself.
     ("digits_edm.py", {"sample__guidance": "3.0"}, [(6, 12)], "Heun's solver"),
   ],

@@ -10,7 +10,7 @@ from bcm_jax.sampling import guidance
 from bcm_jax.sampling import samplers
 from bcm_jax.sampling import sampling_plan
 
-LEVELS = sampling_plan.Range()
+LEVELS = sampling_plan.NoiseRange()
 GRID = (80.0, 10.0, 2.0, 0.5, 0.002)
 X = jnp.linspace(-2, 2, 6).reshape(3, 2)
 LABELS = jnp.array([0, 1, 2])

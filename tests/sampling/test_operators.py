@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bcm_jax.sampling import operators
+from bcm_jax.sampling import zero_shot
 from tests import toys
 
 
@@ -22,14 +22,14 @@ def holes(size=8):
 
 
 KEEP = {
-    "pixels": lambda x, known: operators.keep_pixels(x, known, holes()),
-    "grey": operators.keep_grey,
-    "means": lambda x, known: operators.keep_means(x, known, 2),
+    "pixels": lambda x, known: zero_shot.keep_pixels(x, known, holes()),
+    "grey": zero_shot.keep_grey,
+    "means": lambda x, known: zero_shot.keep_means(x, known, 2),
 }
 KNOWN = {
     "pixels": lambda x: x * holes(),
-    "grey": lambda x: operators.to_grey(x),
-    "means": lambda x: operators.shrink(x, 2),
+    "grey": lambda x: zero_shot.to_grey(x),
+    "means": lambda x: zero_shot.shrink(x, 2),
 }
 
 
@@ -62,25 +62,25 @@ def test_nothing_else_is_changed(name):
 
 def test_known_pixels_are_kept_to_the_bit():
   x, known = images()
-  out = operators.keep_pixels(x, known, holes())
+  out = zero_shot.keep_pixels(x, known, holes())
   np.testing.assert_array_equal(out[:, :2], known[:, :2])
   np.testing.assert_array_equal(out[:, 2:6, 2:6], x[:, 2:6, 2:6])
 
 
 def test_grey_is_the_luma_and_of_grey_images_themselves():
   x, _ = images()
-  grey = operators.to_grey(x)
-  expected = x @ jnp.asarray(operators.LUMA) / sum(operators.LUMA)
+  grey = zero_shot.to_grey(x)
+  expected = x @ jnp.asarray(zero_shot.LUMA) / sum(zero_shot.LUMA)
   toys.assert_close(grey[..., 1], expected, toys.rounding(16))
-  toys.assert_close(operators.to_grey(grey), grey, toys.rounding(16))
+  toys.assert_close(zero_shot.to_grey(grey), grey, toys.rounding(16))
 
 
 def test_shrinking_undoes_enlarging():
   x, _ = images(channels=1)
   np.testing.assert_allclose(
-      operators.shrink(operators.enlarge(x, 3), 3), x, atol=1e-6
+      zero_shot.shrink(zero_shot.enlarge(x, 3), 3), x, atol=1e-6
   )
-  assert operators.shrink(x, 4)[0, 0, 1, 0] == pytest.approx(
+  assert zero_shot.shrink(x, 4)[0, 0, 1, 0] == pytest.approx(
       float(x[0, :4, 4:, 0].mean()), abs=1e-6
   )
 
@@ -88,11 +88,11 @@ def test_shrinking_undoes_enlarging():
 def test_feathered_masks_fade_towards_holes_alone():
   mask = holes(16)
   mask = mask.at[:, 2:6, 2:6].set(1).at[:, 6:10, 6:10].set(0)
-  soft = operators.feather(mask, 1.0)
+  soft = zero_shot.feather(mask, 1.0)
   assert soft.shape == mask.shape
   np.testing.assert_array_equal(soft[:, 6:10, 6:10], 0)
   row = np.asarray(soft[0, 8, :6, 0])
   assert (np.diff(row) <= 1e-6).all() and row[0] == pytest.approx(1, abs=1e-5)
   # One pixel from an edge half a plane away: Phi(1.0) or so of the kernel.
   assert 0.6 < row[5] < 0.9
-  np.testing.assert_array_equal(operators.feather(mask, 0.0), mask)
+  np.testing.assert_array_equal(zero_shot.feather(mask, 0.0), mask)

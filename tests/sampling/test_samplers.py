@@ -14,7 +14,7 @@ from bcm_jax.sampling import zero_shot
 from tests import gaussian
 from tests import golden
 
-LEVELS = sampling_plan.Range()
+LEVELS = sampling_plan.NoiseRange()
 SD2, EPS2 = gaussian.SD**2, 0.002**2
 ALL = [
     sampling_plan.ancestral((), LEVELS),

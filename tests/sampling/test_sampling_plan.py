@@ -7,7 +7,7 @@ import pytest
 from bcm_jax import errors
 from bcm_jax.sampling import sampling_plan
 
-LEVELS = sampling_plan.Range()
+LEVELS = sampling_plan.NoiseRange()
 
 
 def times(plan):
@@ -86,7 +86,7 @@ def test_inversion(mid):
 
 
 def test_plans_keep_to_the_levels_of_the_network():
-  levels = sampling_plan.Range(0.01, 40.0)
+  levels = sampling_plan.NoiseRange(0.01, 40.0)
   assert times(sampling_plan.ancestral((1.0,), levels)) == [
     (40, 1.0),
     (1.0, 0.01),

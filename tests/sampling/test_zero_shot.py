@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from bcm_jax.diffusion import process
-from bcm_jax.sampling import operators
 from bcm_jax.sampling import sampling_plan
 from bcm_jax.sampling import zero_shot
 from tests import gaussian
 
-LEVELS = sampling_plan.Range()
+LEVELS = sampling_plan.NoiseRange()
 SD2 = gaussian.SD**2
 B, SHAPE = 6, (8, 8, 3)
 
@@ -155,7 +154,7 @@ def test_direction_is_the_difference_of_means():
 def rounds(x, pairs, width):
   """Inpainting of N(0, SD^2) images, written down step by step."""
   mask = known(x)
-  soft = operators.feather(mask, width)
+  soft = zero_shot.feather(mask, width)
   h = mask * x + (1 - mask) * 0.5 * noise(3 * len(pairs), x)
   for k, (e, _) in enumerate(pairs):
     h = factor(e, 0.002) * (h + e * noise(3 * k, x))
@@ -207,10 +206,10 @@ def test_data_are_made_again_from_the_noise_in_a_hole():
 OPERATORS = {
   "free": None,
   "pixels": lambda x: functools.partial(
-    operators.keep_pixels, known=x, mask=known(x)
+    zero_shot.keep_pixels, known=x, mask=known(x)
   ),
-  "grey": lambda x: functools.partial(operators.keep_grey, known=x),
-  "means": lambda x: functools.partial(operators.keep_means, known=x, size=2),
+  "grey": lambda x: functools.partial(zero_shot.keep_grey, known=x),
+  "means": lambda x: functools.partial(zero_shot.keep_means, known=x, size=2),
 }
 
 
@@ -235,7 +234,7 @@ def test_regeneration_puts_the_known_part_back_every_time(name):
     inside = (abs(h) <= 1).reshape(shape).all(axis=axes, keepdims=True)
     inside = np.broadcast_to(inside, shape).reshape(x.shape)
     assert 0.3 < inside.mean() < 0.99
-    plain = operators.to_grey(x) if name == "grey" else keep(0 * x)
+    plain = zero_shot.to_grey(x) if name == "grey" else keep(0 * x)
     possible = abs(plain) <= 0.9  # White and black have no colour, no detail.
     assert np.abs(out)[possible & ~inside].max() < 1.02
     close(keep(out), out)
@@ -339,7 +338,7 @@ def test_correlated_pixels_are_filled_by_their_neighbours():
     sampling_plan.cm_multistep(tuple(times[1:]), LEVELS),
     None,
     keys(n),
-    functools.partial(operators.keep_pixels, known=x, mask=known(x)),
+    functools.partial(zero_shot.keep_pixels, known=x, mask=known(x)),
   )
   spread = np.square(mean).mean()
   errors = [

@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 
 from bcm_jax import errors
-from bcm_jax.editing import facade
+from bcm_jax.editing import pretrained
 from bcm_jax.studio import app
 from tests import exact
 
@@ -36,7 +36,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def address():
   """Where a studio of the exact network listens."""
-  model = facade.Model(exact.runner(exact.experiment()))
+  model = pretrained.Model(exact.runner(exact.experiment()))
   port = free_port()
   page = app.launch(model, port=port, upload_mb=1, block=False)
   yield f"http://127.0.0.1:{port}"
@@ -141,7 +141,7 @@ def test_painting_nothing_is_told(page):
   page.get_by_role("tab", name="Inpaint").click()
   page.wait_for_timeout(1500)
   page.get_by_role("button", name="Fill").click()
-  page.get_by_text("nothing is painted over").wait_for()
+  page.get_by_text("nothing is painted").wait_for()
 
 
 def test_images_are_interpolated_and_restored(page):
@@ -200,7 +200,7 @@ def test_large_uploads_are_refused(address, tmp_path):
 def test_only_this_machine_is_listened_to_unless_told_otherwise(monkeypatch):
   asked = {}
   monkeypatch.setattr(
-      app.facade, "load", lambda *a, **k: asked.update(loaded=a)
+      app.pretrained, "load", lambda *a, **k: asked.update(loaded=a)
   )
   monkeypatch.setattr(
       app, "launch", lambda model, *a: asked.update(launched=a)
@@ -225,13 +225,13 @@ def test_a_bad_canvas_is_told_in_a_message(address, tmp_path):
 
 @pytest.mark.parametrize("port", [99_999, -1])
 def test_ports_that_do_not_exist_are_said(port):
-  model = facade.Model(exact.runner(exact.experiment()))
+  model = pretrained.Model(exact.runner(exact.experiment()))
   with pytest.raises(errors.UserError, match=str(port)):
     app.launch(model, port=port, block=False)
 
 
 def test_a_taken_port_is_said(address):
-  model = facade.Model(exact.runner(exact.experiment()))
+  model = pretrained.Model(exact.runner(exact.experiment()))
   port = int(address.rpartition(":")[2])
   with pytest.raises(errors.UserError, match=str(port)):
     app.launch(model, port=port, block=False)

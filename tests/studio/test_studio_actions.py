@@ -8,16 +8,16 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.data import image_source
-from bcm_jax.editing import facade
+from bcm_jax.editing import pretrained
 from bcm_jax.studio import actions
 from bcm_jax.studio.actions import ALL
-from bcm_jax.studio.actions import FIND
+from bcm_jax.studio.actions import PREDICT
 from tests import exact
 
 
 def make(shape=(8, 8, 1), num_classes=10, **method):
   built = exact.experiment(shape, num_classes, **method)
-  return actions.Studio(facade.Model(exact.runner(built)))
+  return actions.Studio(pretrained.Model(exact.runner(built)))
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +80,11 @@ def test_networks_of_oblong_images_take_what_they_show(tmp_path):
 
 
 def test_solvers_get_a_number_of_evaluations_that_they_can_have():
-  assert [actions._fits("heun", n) for n in (1, 2, 3, 4, 16)] == [
+  assert [actions._supported_nfe("heun", n) for n in (1, 2, 3, 4, 16)] == [
       3, 3, 3, 3, 15
   ]
-  assert actions._fits("ddim", 1) == 2 and actions._fits("ancestral", 1) == 1
+  assert actions._supported_nfe("ddim", 1) == 2
+  assert actions._supported_nfe("ancestral", 1) == 1
 
 
 def test_generation(studio):
@@ -121,7 +122,7 @@ def test_inversion_shows_image_latent_and_reconstruction(studio, tmp_path):
   assert seen.shape == latent.shape == back.shape
   gap = np.abs(back.astype(int) - seen).max()
   assert gap < 10
-  assert "**3 NFE" in words and "PSNR" in words and "back" in words
+  assert "**3 NFE" in words and "PSNR" in words and "reconstruction" in words
 
 
 def test_weights_between_images(studio, tmp_path):
@@ -178,18 +179,20 @@ def test_classes_are_found(tmp_path):
   paths = [save(tmp_path / f"{i}.png", x) for i, x in enumerate((dark, light))]
   editor = painted(tinted, light, slice(64, 128), slice(64, 128))
   for told, words in (
-      (tinted.reconstruct(paths[0], FIND, 0.01, 2, 0), ["class 0 found"]),
-      (tinted.restore(paths[1], FIND, 90, 0.1, 3, 0), ["class 2 found"]),
-      (tinted.inpaint(editor, FIND, 0, "inpaint"), ["class 2 found"]),
-      (tinted.interpolate(*paths, FIND, FIND, 0.5, 0),
-       ["class 0 found", "class 2 found"]),
-      (tinted.interpolate(*paths, 1, FIND, 0.5, 0), ["class 2 found"]),
+      (tinted.reconstruct(paths[0], PREDICT, 0.01, 2, 0), ["class 0"]),
+      (tinted.restore(paths[1], PREDICT, 90, 0.1, 3, 0), ["class 2"]),
+      (tinted.inpaint(editor, PREDICT, 0, "inpaint"), ["class 2"]),
+      (tinted.interpolate(*paths, PREDICT, PREDICT, 0.5, 0),
+       ["class 0", "class 2"]),
+      (tinted.interpolate(*paths, 1, PREDICT, 0.5, 0), ["class 2"]),
   ):
-    assert [w for w in told[-1].splitlines()[0].split(", ")
-            if "found" in w] == words
+    notes = told[-1].splitlines()[0].split(", ")
+    assert [
+        note.removesuffix(" predicted") for note in notes if "predicted" in note
+    ] == words
   # What is found is what is used.
   np.testing.assert_array_equal(
-      tinted.restore(paths[1], FIND, 90, 0.1, 3, 0)[1],
+      tinted.restore(paths[1], PREDICT, 90, 0.1, 3, 0)[1],
       tinted.restore(paths[1], 2, 90, 0.1, 3, 0)[1],
   )
 
@@ -214,7 +217,9 @@ def test_compression_and_restoration(studio, tmp_path):
 
 
 def test_networks_without_classes_or_inversion():
-  one_way = make((8, 8, 3), None, inverts=False, two_time=False)
+  one_way = make(
+      (8, 8, 3), None, supports_inversion=False, takes_end_time=False
+  )
   assert one_way.samplers == ("onestep", "cm_multistep")
   assert one_way.classes == ()
   shown, words = one_way.generate(None, 0, 4, "cm_multistep", 3)
@@ -225,7 +230,7 @@ def test_networks_without_classes_or_inversion():
       "inpaint_cm",
   )
   assert "4 pixels filled" in words
-  assert make(solves=True).samplers == ("heun", "ddim")
+  assert make(is_denoiser=True).samplers == ("heun", "ddim")
 
 
 def test_examples_are_test_images(studio):

@@ -14,7 +14,6 @@ from bcm_jax import errors
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.tools import aot_compile
-from bcm_jax.tools import chips
 from bcm_jax.tools import hlo_cost
 
 pytestmark = pytest.mark.slow
@@ -59,7 +58,7 @@ def test_work_a_device_does_not_grow_with_devices(costs):
   state = jax.eval_shape(
       lambda: build.create_state(build.build(tiny()))
   )
-  sizes = jax.tree.leaves(state.players["student"].params)
+  sizes = jax.tree.leaves(state.networks["student"].params)
   gradients = 4 * sum(x.size for x in sizes)
   (count, size), = four.collectives.values()
   assert gradients <= size <= gradients + 1000
@@ -126,7 +125,7 @@ def test_a_report_for_tpus(tmp_path):
   assert report["device_kind"] == "TPU v5 lite"
   phase = report["phases"]["student"]
   assert set(phase["collectives"]) == {"all-reduce"}
-  chip = chips.CHIPS["v5e"]
+  chip = hlo_cost.CHIPS["v5e"]
   assert phase["of_hbm"] == phase["bytes"]["peak"] / chip.memory
   roof = phase["roofline_ms"]
   assert roof["compute"] == pytest.approx(1e3 * phase["flops"] / chip.flops)
@@ -154,7 +153,7 @@ def test_bad_topologies_say_so(topology, part):
 
 def test_peaks_are_those_of_a_device():
   # Both cores of a v4 chip are one device, half of its memory is neither's.
-  assert chips.CHIPS["v4"].megacore
-  for chip in chips.CHIPS.values():
+  assert hlo_cost.CHIPS["v4"].megacore
+  for chip in hlo_cost.CHIPS.values():
     assert 100 < chip.flops / chip.bandwidth < 1000
     assert chip.memory < 100 * 2**30

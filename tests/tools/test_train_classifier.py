@@ -9,7 +9,7 @@ import pytest
 
 from bcm_jax import errors
 from bcm_jax.data import image_source
-from bcm_jax.metrics import classifier as classifiers
+from bcm_jax.metrics import classifier
 from bcm_jax.tools import train_classifier
 from tests import quick
 
@@ -70,7 +70,7 @@ def test_separable_images_are_learnt(out, data):
   facts = json.loads((out / "classifier.json").read_text())
   assert facts["test_accuracy"] > 0.95
   assert facts["test_images"] == 60
-  found = classifiers.load_classifier(str(out))
+  found = classifier.load_classifier(str(out))
   with np.load(data / "test.npz") as test:
     right = found.classify(test["images"]) == test["labels"]
   assert np.mean(right) == facts["test_accuracy"]
@@ -78,7 +78,7 @@ def test_separable_images_are_learnt(out, data):
 
 def test_the_classifier_says_what_it_is(out, data):
   facts = json.loads((out / "classifier.json").read_text())
-  found = classifiers.load_classifier(str(out))
+  found = classifier.load_classifier(str(out))
   assert facts["name"] == found.name == "stripes ResNet"
   assert found.distance == "FD (stripes ResNet)"
   assert facts["digest"] == found.digest

@@ -48,8 +48,8 @@ import atexit
 atexit.register(print, "cleaned up")
 for i in range(9):
   print(i, flush=True)
-  faults.point("before_save")
-  faults.point("mid_write", lambda: print("before", flush=True))
+  fault_injection.point("before_save")
+  fault_injection.point("mid_write", lambda: print("before", flush=True))
 """,
   )
   assert done.returncode == fault_injection.EXIT_KILLED
@@ -74,6 +74,6 @@ def test_every_point_lies_in_the_code_once():
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
       if not isinstance(node, ast.Call):
         continue
-      if ast.unparse(node.func) == "faults.point":
+      if ast.unparse(node.func) == "fault_injection.point":
         found.append(node.args[0].value)
   assert sorted(found) == sorted(fault_injection.POINTS)

@@ -20,15 +20,15 @@ BATCH = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Half(base.OnePlayer):
+class Half(base.SingleNetworkMethod):
   """gain w x in float16; its gradient passes through float16, too."""
 
   averages = {}
   gain: float = 1e-9
 
   @property
-  def players(self):
-    return {"student": toys.scale_player()}
+  def networks(self):
+    return {"student": toys.scale_network()}
 
   def curriculum(self, step):
     return {}
@@ -58,7 +58,7 @@ def test_small_gradients_survive_with_the_scale_alone():
   # 1e-9 / 4 is below the smallest float16 number, 6e-8.
   plain, metrics = train(Half(), False)
   assert plain.log2_loss_scale is None and "log2_loss_scale" not in metrics
-  assert plain.players["student"].params["w"] == 1.0
+  assert plain.networks["student"].params["w"] == 1.0
   assert metrics["grad_norm"] == 0
   _, metrics = train(Half(), True)
   assert float(metrics["grad_norm"]) == pytest.approx(1e-9, rel=0.01)
@@ -69,9 +69,9 @@ def test_an_overflow_halves_the_scale_until_it_fits():
   # 32 / 4 times 2^16, 2^15, 2^14 and 2^13 are beyond the largest, 65504.
   state, metrics = train(Half(gain=32.0), True)
   assert metrics["skipped"] == 1 and state.log2_loss_scale == 15
-  np.testing.assert_array_equal(state.players["student"].params["w"], 1.0)
+  np.testing.assert_array_equal(state.networks["student"].params["w"], 1.0)
   state, metrics = train(Half(gain=32.0), True, 6)
   assert metrics["skipped"] == 4 and metrics["skipped_in_row"] == 0
   assert float(state.log2_loss_scale) == pytest.approx(12.002)
-  weight = float(state.players["student"].params["w"])
+  weight = float(state.networks["student"].params["w"])
   assert weight == pytest.approx(-63, rel=1e-3)

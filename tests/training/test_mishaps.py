@@ -18,7 +18,7 @@ STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 BEATS = """
 import time
 from bcm_jax.checkpoint import workdir_lock
-workdir_lock.Lock.__init__.__defaults__ = (0.1, time.sleep)
+workdir_lock.WorkdirLock.__init__.__defaults__ = (0.1, time.sleep)
 """
 
 
@@ -26,7 +26,7 @@ def test_a_second_writer_is_refused(server, unbroken, tmp_path):
   first = server.start(tmp_path, code=BEATS + starts.slow()).until("step ")
   second = server.start(tmp_path, code=BEATS)
   second.wait(errors.EXIT_BAD_INPUT)
-  assert f"--workdir={tmp_path} is being written by process {first.pid} on" in (
+  assert f"--workdir: got {tmp_path}, which process {first.pid} on" in (
       second.text
   )
   first.wait(0)
@@ -98,7 +98,7 @@ def test_a_disk_that_stays_full_ends_the_run_as_the_machines_fault(
   start = server.start(tmp_path, code=FULL.replace("UNTIL", "None"))
   start.wait(errors.EXIT_MACHINE)
   assert "failure 3 of 3" in start.text
-  assert "error: 3 checkpoints in a row could not be written" in start.text
+  assert "got 3 consecutive failures" in start.text
   server.start(tmp_path).wait(0)  # There is room again.
   starts.assert_same_run(tmp_path, unbroken, STEPS)
 
@@ -141,4 +141,4 @@ def test_a_hang_ends_with_the_stacks_of_all_threads(
     start.wait(errors.EXIT_HANGING)
     stacks = (workdir / "diagnostics" / "stacks-host0.txt").read_text()
     assert "in stuck" in stacks and "in stuck" in start.text
-    assert "error: no step went through for 1 s after step" in start.text
+    assert "no step finished for 1 s after step" in start.text

@@ -20,13 +20,13 @@ from bcm_jax.training import multihost
     ("h:1", None, None), (None, 2, None), (None, None, 0), ("h:1", 2, None),
 ])
 def test_half_an_address_is_refused(given):
-  with pytest.raises(errors.UserError, match="belong together"):
+  with pytest.raises(errors.UserError, match="expected all three"):
     multihost.connect(*given)
 
 
 @pytest.mark.parametrize("number", [-1, 2])
 def test_a_number_outside_is_refused(number):
-  with pytest.raises(errors.UserError, match="must lie in 0 .. 1"):
+  with pytest.raises(errors.UserError, match="expected 0 .. 1"):
     multihost.connect("127.0.0.1:1", 2, number)
 
 
@@ -80,7 +80,7 @@ def test_copies_share_no_memory_and_are_whole():
 
 
 def test_a_notice_waits_where_it_is_deferred():
-  notice = multihost.Notice()
+  notice = multihost.PreemptionSignal()
   before = signal.getsignal(signal.SIGTERM)
   with notice.listening():
     with pytest.raises(errors.Preempted, match="nothing to save"):
@@ -96,7 +96,7 @@ def test_a_notice_waits_where_it_is_deferred():
 
 
 def test_what_the_loop_raises_is_not_hidden_by_a_notice():
-  notice = multihost.Notice()
+  notice = multihost.PreemptionSignal()
   with notice.listening(), pytest.raises(KeyError):
     with notice.deferred():
       os.kill(os.getpid(), signal.SIGTERM)
@@ -104,7 +104,7 @@ def test_what_the_loop_raises_is_not_hidden_by_a_notice():
 
 
 def test_without_a_notice_nothing_is_raised():
-  notice = multihost.Notice()
+  notice = multihost.PreemptionSignal()
   with notice.listening(), notice.deferred():
     assert not notice.reached(0)
 
@@ -113,7 +113,7 @@ def test_in_a_thread_nothing_listens():
   before, seen = signal.getsignal(signal.SIGTERM), []
 
   def in_thread():
-    with multihost.Notice().listening():
+    with multihost.PreemptionSignal().listening():
       seen.append(signal.getsignal(signal.SIGTERM))
 
   thread = threading.Thread(target=in_thread)
@@ -129,5 +129,5 @@ def test_jax_tells_once_and_the_notice_remembers(monkeypatch):
       multihost.multihost_utils, "reached_preemption_sync_point",
       lambda call: call == 3,
   )
-  notice = multihost.Notice()
+  notice = multihost.PreemptionSignal()
   assert [notice.reached(call) for call in range(6)] == [False] * 3 + [True] * 3

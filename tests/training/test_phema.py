@@ -41,7 +41,7 @@ def test_lengths_and_exponents():
 
 @pytest.mark.parametrize("std", [0.0, -0.1, 0.2887, 1.0, np.nan, [0.1, 0.3]])
 def test_lengths_out_of_range(std):
-  with pytest.raises(errors.UserError, match=r"sigma_rel = .*0\.2887"):
+  with pytest.raises(errors.UserError, match=r"sigma_rel: got .*0\.2887"):
     phema.std_to_exp(std)
 
 
@@ -215,12 +215,12 @@ def test_weights_are_taken_as_they_are():
 
 
 @pytest.mark.parametrize("times, stds, time, std, match", [
-    ([8, 16], [0.1, 0.1], 12, 0.1, r"of time 12 .*\(snapshots: 8, 16\)"),
-    ([0, 16], [0.1, 0.1], 0, 0.1, r"of time 0 .*\(snapshots: 16\)"),
-    ([], [], 16, 0.1, r"\(snapshots: none\)"),
-    ([8, 8], [0.1, 0.1], 8, 0.1, "time 8 with sigma_rel 0.1 is listed twice"),
-    ([8, 16], [0.1, 0.1], 16, 0.3, "sigma_rel = 0.3 .*below"),
-    ([8, 16], [0.1, 0.4], 16, 0.1, "sigma_rel = 0.4 .*below"),
+    ([8, 16], [0.1, 0.1], 12, 0.1, r"got 12, .*\(8, 16\)"),
+    ([0, 16], [0.1, 0.1], 0, 0.1, r"got 0, .*\(16\)"),
+    ([], [], 16, 0.1, "no snapshots"),
+    ([8, 8], [0.1, 0.1], 8, 0.1, "two at time 8 with sigma_rel 0.1"),
+    ([8, 16], [0.1, 0.1], 16, 0.3, "sigma_rel: got 0.3"),
+    ([8, 16], [0.1, 0.4], 16, 0.1, "sigma_rel: got 0.4"),
 ])
 def test_wishes_that_cannot_be_met(times, stds, time, std, match):
   with pytest.raises(errors.UserError, match=match):
@@ -229,8 +229,8 @@ def test_wishes_that_cannot_be_met(times, stds, time, std, match):
 
 def test_systems_that_cannot_be_solved():
   for args, match in (
-      (([], [], [1], [0.1]), "no stored averages"),
-      (([0, 1], [0.1, 0.1], [1], [0.1]), "time 0"),
+      (([], [], [1], [0.1]), "stored averages: got 0"),
+      (([0, 1], [0.1, 0.1], [1], [0.1]), "got 0"),
   ):
     with pytest.raises(errors.UserError, match=match):
       phema.solve_posthoc_coefficients(*args)
@@ -240,5 +240,5 @@ def test_systems_that_cannot_be_solved():
     (1, [0.5, 0.5]), (3, [0.5, 0.5]), (0, []), (2, [0, 0]),
 ])
 def test_snapshots_and_weights_of_different_number(trees, weights):
-  with pytest.raises(errors.UserError, match=f"{trees} snapshots for"):
+  with pytest.raises(errors.UserError, match=f"got {trees} for"):
     phema.reconstruct([{"a": np.ones(2)}] * trees, weights)

@@ -51,7 +51,7 @@ KILLS = {
 
 def test_every_fault_point_is_killed_at():
   killed = {k.partition(":")[0] for k in KILLS.values()} - {"jump"}
-  # That of a roll-back is killed at in test_rolling_back.py.
+  # That of a rollback is killed at in test_rolling_back.py.
   assert killed == set(fault_injection.POINTS) - {"before_rollback"}
 
 
@@ -195,7 +195,7 @@ def test_no_good_checkpoint_is_refused(server, unbroken, tmp_path):
   for _ in range(2):
     start = server.start(tmp_path)
     start.wait(errors.EXIT_BAD_INPUT)
-    assert "error: damaged checkpoints in" in start.text
+    assert "got damaged checkpoints" in start.text
     assert not (tmp_path / "damaged").exists()
 
 

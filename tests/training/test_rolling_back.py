@@ -39,7 +39,7 @@ def poison(*positions):
 
 
 def state(workdir, step=STEPS):
-  """Step, window, skipped and updates of a checkpoint, and all it holds."""
+  """Step, offset, skipped and updates of a checkpoint, and all it holds."""
   from bcm_jax.checkpoint import checkpoint
 
   saved = checkpoint.Checkpoints(workdir / "checkpoints")
@@ -50,8 +50,8 @@ def state(workdir, step=STEPS):
 def numbers(workdir, step=STEPS):
   tree = state(workdir, step)
   return [int(x) for x in (
-      tree["step"], tree["window"], tree["skipped"],
-      tree["players"]["student"]["updates"],
+      tree["step"], tree["data_offset"], tree["skipped"],
+      tree["networks"]["student"]["num_updates"],
   )]
 
 
@@ -117,7 +117,7 @@ def test_a_roll_back_goes_on_with_other_data(whole, name):
   _, (window, skipped), damaged = RUNS[name]
   assert numbers(workdir) == [STEPS, window, skipped, STEPS]
   assert text.count("2 steps in a row were not finite") == ROLL_BACKS[name]
-  assert f"(roll-back {ROLL_BACKS[name]} of 3)" in text
+  assert f"(rollback {ROLL_BACKS[name]} of 3)" in text
   assert all_finite(state(workdir))
   lines = [x for x in starts.metrics(workdir) if "loss" in x]
   assert [x["step"] for x in lines] == list(range(1, STEPS + 1))
@@ -128,19 +128,19 @@ def test_a_roll_back_goes_on_with_other_data(whole, name):
   ) else not kept.exists()
 
 
-# Sets a fault point when a roll-back is written down, the COUNT-th in a row.
+# Sets a fault point when a rollback is written down, the COUNT-th in a row.
 ARMED = """
 import os
 from bcm_jax.training import fault_injection
-from bcm_jax.training import rollbacks
-add = rollbacks.add
+from bcm_jax.training import nonfinite
+add = nonfinite.add_rollback
 def armed(workdir, rollback):
   add(workdir, rollback)
   if rollback.count == COUNT:
     os.environ[fault_injection.ENVIRONMENT] = "POINT"
-rollbacks.add = armed
+nonfinite.add_rollback = armed
 """
-# Name -> (which of RUNS, deaths of the starts before the last: the roll-back
+# Name -> (which of RUNS, deaths of the starts before the last: the rollback
 # after which, and the fault point).
 BROKEN = {
     "after_second": ("older", [(2, "metrics_half")]),
@@ -153,7 +153,7 @@ BROKEN = {
 
 @pytest.fixture(scope="module")
 def broken(server, once, tmp_path_factory):
-  """Name -> run that was killed around its roll-backs."""
+  """Name -> run that was killed around its rollbacks."""
 
   def run(name):
     workdir = tmp_path_factory.mktemp(name)
@@ -202,11 +202,11 @@ def test_a_run_that_fails_at_the_same_step_for_ever_stops(server, tmp_path):
   back = [line.partition("continuing from ")[2] for line in
           start.text.splitlines() if "continuing from" in line]
   assert back == [
-      f"step {step} with other data (roll-back {i} of 3)"
+      f"step {step} with other data (rollback {i} of 3)"
       for i, step in enumerate((8, 4, 4), start=1)
   ]
   assert "error: step 11" in start.text
-  assert "3 roll-backs did not help" in start.text
+  assert "3 rollbacks did not help" in start.text
   # Started again, it has no more tries than before.
   again = server.start(tmp_path, TWO, code=DIVERGE)
   again.wait(errors.EXIT_BAD_INPUT)
@@ -220,7 +220,7 @@ def test_what_does_not_get_better_stops_with_a_bundle(server, tmp_path):
   start.wait(errors.EXIT_BAD_INPUT)
   (line,) = [x for x in start.text.splitlines() if x.startswith("error: ")]
   assert "step 6: 2 steps in a row were not finite" in line
-  assert "2 roll-backs did not help" in line
+  assert "2 rollbacks did not help" in line
   # From step 4 with positions 4, 7, 9: the first try had one good step.
   folder = tmp_path / "diagnostics" / "step-6"
   assert str(folder) in line

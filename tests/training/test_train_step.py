@@ -25,15 +25,15 @@ B = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Regression(base.OnePlayer):
+class Regression(base.SingleNetworkMethod):
   """Fits w x to labels, with noise on w that depends on the keys."""
 
   averages = {}
   spoil: bool = False
 
   @property
-  def players(self):
-    return {"student": toys.scale_player()}
+  def networks(self):
+    return {"student": toys.scale_network()}
 
   def curriculum(self, step):
     return {"rate": jnp.float32(1 - 0.5 ** (step + 1))}
@@ -72,7 +72,7 @@ def poisoned(value=np.nan):
 def begin(method, optimizers=None, rates=(0.9,), **options):
   """(state, jitted step) of a method; SGD unless told."""
   optimizers = optimizers or {
-      name: optax.sgd(0.1) for name in method.players
+      name: optax.sgd(0.1) for name in method.networks
   }
   data = batch()
   state = train_state.create(
@@ -97,14 +97,14 @@ def test_an_update_is_the_optimisers_of_the_mean_gradient():
   x = data["image"][:, 0, 0, 0]
   gradient = np.mean(2 * np.asarray(values["error"]) * x)
   np.testing.assert_allclose(
-      new.players["student"].params["w"], 1 - 0.1 * gradient, rtol=1e-5
+      new.networks["student"].params["w"], 1 - 0.1 * gradient, rtol=1e-5
   )
   np.testing.assert_allclose(metrics["loss"], np.mean(loss), rtol=1e-5)
   np.testing.assert_allclose(
       metrics["error"], np.mean(values["error"]), rtol=1e-4
   )
   np.testing.assert_allclose(metrics["grad_norm"], abs(gradient), rtol=1e-5)
-  assert new.step == new.players["student"].updates == 1
+  assert new.step == new.networks["student"].num_updates == 1
   assert set(metrics) == {
       "loss", "error", "grad_norm", "skipped", "skipped_in_row"
   }
@@ -115,7 +115,7 @@ def test_every_step_draws_anew_and_the_seed_matters():
   state, step = begin(method, {"student": optax.sgd(0.0)})
   state, first = run(method, step, state, batch())
   state, second = run(method, step, state, batch())
-  assert state.players["student"].params["w"] == 1
+  assert state.networks["student"].params["w"] == 1
   assert first["loss"] != second["loss"]
   state, step = begin(method, {"student": optax.sgd(0.0)}, seed=1)
   assert run(method, step, state, batch())[1]["loss"] != first["loss"]
@@ -129,7 +129,7 @@ def test_microbatches_change_nothing(microbatches):
   whole, cut = (
       accumulated(m) for m in (1, microbatches)
   )
-  toys.assert_close(cut[0].players, whole[0].players, rtol=1e-5)
+  toys.assert_close(cut[0].networks, whole[0].networks, rtol=1e-5)
   toys.assert_close(cut[0].averages, whole[0].averages, rtol=1e-5)
   for name in ("loss", "error", "grad_norm"):
     np.testing.assert_allclose(cut[1][name], whole[1][name], rtol=1e-4)
@@ -162,23 +162,23 @@ def test_a_bad_step_changes_nothing_but_the_counts(
       method, {"student": optax.adam(0.1)}, microbatches=microbatches
   )
   good, _ = run(method, step, state, batch())
-  before = (good.players, good.averages)
+  before = (good.networks, good.averages)
 
   bad, metrics = run(method, step, good, poisoned(value))
-  toys.assert_equal((bad.players, bad.averages), before)
+  toys.assert_equal((bad.networks, bad.averages), before)
   assert (bad.step, bad.skipped, bad.skipped_in_row) == (2, 1, 1)
   assert metrics["skipped"] == metrics["skipped_in_row"] == 1
   assert not np.isfinite(metrics["loss"])
 
   bad, _ = run(method, step, bad, poisoned(value))
-  toys.assert_equal((bad.players, bad.averages), before)
+  toys.assert_equal((bad.networks, bad.averages), before)
   assert (bad.step, bad.skipped, bad.skipped_in_row) == (3, 2, 2)
 
   after, metrics = run(method, step, bad, batch())
   assert (after.step, after.skipped, after.skipped_in_row) == (4, 2, 0)
-  assert after.players["student"].updates == 2
+  assert after.networks["student"].num_updates == 2
   assert np.isfinite(metrics["loss"])
-  w = after.players["student"].params["w"]
+  w = after.networks["student"].params["w"]
   assert np.isfinite(w) and w != before[0]["student"].params["w"]
 
 
@@ -192,7 +192,7 @@ def test_averages_take_the_updated_parameters_at_their_own_rates():
   assert set(state.averages) == set(expected)
   for k in range(4):
     state, _ = run(method, step, state, batch(k))
-    w = float(state.players["student"].params["w"])
+    w = float(state.networks["student"].params["w"])
     for name, rate in (
         ("ema_0.9", 0.9), ("ema_0.99", 0.99), ("target", 1 - 0.5 ** (k + 1))
     ):
@@ -209,7 +209,7 @@ def test_warm_up_of_averages_counts_updates():
   expected = 1.0
   for n in (1, 2):
     state, _ = run(method, step, state, batch())
-    w = float(state.players["student"].params["w"])
+    w = float(state.networks["student"].params["w"])
     rate = float(ema.warmed_rate(0.9, jnp.int32(n)))
     expected = rate * expected + (1 - rate) * w
   np.testing.assert_allclose(
@@ -220,7 +220,7 @@ def test_warm_up_of_averages_counts_updates():
 @pytest.mark.slow
 def test_the_target_network_of_ct_lags_by_mu_of_k():
   method = toys.consistency_toy(
-      toys.MLP(width=4, two_time=False), scales="sqrt", s0=2, s1=20,
+      toys.MLP(width=4, two_time=False), discretization="sqrt", s0=2, s1=20,
       curriculum_steps=4, target_mu0=0.9,
   )
   optimizers = {"student": optax.sgd(0.1)}
@@ -233,7 +233,7 @@ def test_the_target_network_of_ct_lags_by_mu_of_k():
     ),
     static_argnames="phase",
   )
-  expected = state.players["student"].params
+  expected = state.networks["student"].params
   data = {"image": images, "index": np.arange(len(images))}
   for k in range(4):
     n = int(np.ceil(np.sqrt(k / 4 * (21**2 - 4) + 4) - 1)) + 1
@@ -242,7 +242,7 @@ def test_the_target_network_of_ct_lags_by_mu_of_k():
     expected = jax.tree.map(
       lambda e, p, mu=mu: mu * e + (1 - mu) * p,
       expected,
-      state.players["student"].params,
+      state.networks["student"].params,
     )
   toys.assert_close(state.averages["target"], expected)
   assert step._cache_size() == 1
@@ -285,20 +285,41 @@ def test_a_state_is_a_function_of_the_seed():
 
   one, two = create(0), create(1)
   toys.assert_equal(one, create(0))
-  kernels = [s.players["student"].params["out"]["kernel"] for s in (one, two)]
+  kernels = [s.networks["student"].params["out"]["kernel"] for s in (one, two)]
   assert np.any(kernels[0] != kernels[1])
   assert set(one.averages) == {"ema_0.9", "ema_0.9999"}
   for average in one.averages.values():
-    toys.assert_equal(average, one.players["student"].params)
+    toys.assert_equal(average, one.networks["student"].params)
   assert one.step == one.skipped == one.skipped_in_row == 0
 
 
-@pytest.mark.parametrize("adapt", [None, lambda s, f: {"w": s["w"] + f["w"]}])
-def test_starting_from_another_run(adapt):
+def test_a_head_that_the_source_lacks_starts_fresh():
+  class Headed(Regression):
+    @property
+    def networks(self):
+      return {"student": base.TrainableNetwork(
+          None, lambda key, x, y: {"w": jnp.ones(()), "head": jnp.zeros(2)},
+          heads=("head",),
+      )}
+
+  method = Headed()
+  state = train_state.create(
+      method, {"student": optax.sgd(0.1)}, (), 0, jnp.zeros((1, 1)), None,
+      {"student": {"w": jnp.float32(5)}},
+  )
+  params = state.networks["student"].params
+  assert params["w"] == 5 and params["head"].shape == (2,)
+  network = method.networks["student"]
+  assert set(network.without_heads(params)) == {"w"}
+
+
+@pytest.mark.parametrize("load", [None, lambda s, f: {"w": s["w"] + f["w"]}])
+def test_starting_from_another_run(load):
   class From(Regression):
     @property
-    def players(self):
-      return {"student": dataclasses.replace(toys.scale_player(), adapt=adapt)}
+    def networks(self):
+      network = toys.scale_network()
+      return {"student": dataclasses.replace(network, load_pretrained=load)}
 
   data = batch()
   state = train_state.create(
@@ -310,8 +331,8 @@ def test_starting_from_another_run(adapt):
     None,
     {"student": {"w": jnp.float32(5)}},
   )
-  expected = 6 if adapt else 5
-  assert state.players["student"].params["w"] == expected
+  expected = 6 if load else 5
+  assert state.networks["student"].params["w"] == expected
   assert state.averages["ema_0.9"]["w"] == expected
 
 
@@ -332,11 +353,11 @@ def test_no_buffer_of_the_state_appears_twice():
 def test_a_projection_follows_every_update():
   class Projected(Regression):
     @property
-    def players(self):
-      player = toys.scale_player()
+    def networks(self):
+      network = toys.scale_network()
       return {
         "student": dataclasses.replace(
-          player, project=lambda p: {"w": jnp.round(p["w"])}
+          network, project=lambda p: {"w": jnp.round(p["w"])}
         )
       }
 
@@ -350,9 +371,9 @@ def test_a_projection_follows_every_update():
     batch(),
   )
   state, _ = run(method, step, state, batch())
-  plain = float(free.players["student"].params["w"])
+  plain = float(free.networks["student"].params["w"])
   assert plain != round(plain)
-  assert float(state.players["student"].params["w"]) == round(plain)
+  assert float(state.networks["student"].params["w"]) == round(plain)
   np.testing.assert_allclose(
     state.averages["ema_0.9"]["w"], 0.9 + 0.1 * round(plain), rtol=1e-6
   )
@@ -380,11 +401,11 @@ def test_power_function_average_forgets_the_start():
   expected = None
   for k in range(1, 6):
     state, _ = run(method, step, state, data)
-    w = float(state.players["student"].params["w"])
+    w = float(state.networks["student"].params["w"])
     keep = float(phema.beta(0.1, k, 1))
     expected = w if k == 1 else keep * expected + (1 - keep) * w
   np.testing.assert_allclose(
-    state.averages["power_0.1"]["w"], expected, rtol=1e-5
+    state.averages["phema_0.1"]["w"], expected, rtol=1e-5
   )
 
 

@@ -161,7 +161,7 @@ def test_a_bad_image_on_one_host_is_skipped_and_rolled_back_on_both(
   both = pair(server, tmp_path / "b", *flags, codes=codes)
   wait(both, errors.EXIT_BAD_INPUT)
   for start in both:
-    assert "1 roll-backs did not help" in start.text
+    assert "1 rollbacks did not help" in start.text
   assert (tmp_path / "b" / "diagnostics" / "step-6" / "report.json").exists()
 
 
@@ -183,8 +183,8 @@ def test_a_process_that_never_arrives_is_named(server, tmp_path):
   )
   for start in (alone, late):
     assert start.wait() not in (0, errors.EXIT_BAD_INPUT)
-    assert "not heard of: process 1\n" in start.text
-    assert "waiting too: 0, 2;" in start.text
+    assert "not started: process 1\n" in start.text
+    assert "waiting: 0, 2;" in start.text
   assert not (tmp_path / "config.json").exists()
 
 

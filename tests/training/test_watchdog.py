@@ -38,7 +38,7 @@ def test_a_hang_ends_the_process_with_all_stacks(tmp_path):
       """, file)
   assert done.returncode == errors.EXIT_HANGING
   assert time.monotonic() - began < 20
-  assert "no step went through for 0 s after step 41" in done.stderr
+  assert "no step finished for 0 s after step 41" in done.stderr
   assert str(file) in done.stderr
   for text in (done.stderr, file.read_text()):
     assert "in where_it_hangs" in text and "in in_another_thread" in text

@@ -27,7 +27,9 @@ class Network(toys.MLP):
 
 def register() -> None:
   """Makes the network known to configs by the name 'toy'."""
-  registry.MODELS["toy"] = registry.Model(Network, preconditioning.adm_noise)
+  registry.MODELS["toy"] = registry.Model(
+      Network, c_noise_scale=preconditioning.ADM_SCALE
+  )
 
 
 def get_config() -> ml_collections.ConfigDict:

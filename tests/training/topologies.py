@@ -128,12 +128,11 @@ def weighed(topology):
   Its discriminator has its turns, too.
   """
   ctm = trajectory.TrajectoryDistillation(
-      network=toys.GaussianFlow(), noise=preconditioning.adm_noise,
-      scalings=preconditioning.Trajectory(preconditioning.EDM()),
+      network=toys.GaussianFlow(), c_noise=preconditioning.adm_c_noise,
       teacher=toys.gaussian_teacher()[0], metric="l2", gan=True,
       gan_features=4, gan_sigma_max=1.0,
   )
-  optimizer = {name: optax.sgd(1e-2) for name in ctm.players}
+  optimizer = {name: optax.sgd(1e-2) for name in ctm.networks}
   devices = runner(topology)
   step = devices.compile(train_step.make_step(
       ctm, optimizer,
@@ -142,7 +141,7 @@ def weighed(topology):
   images = toys.images(B, 4)
   state = train_state.create(ctm, optimizer, (), 0, images, None)
   # Away from the optimum, where there is nothing to weigh.
-  state.players["student"].params["scale"] = jnp.float32(0.7)
+  state.networks["student"].params["scale"] = jnp.float32(0.7)
   state = devices.place(state.replace(
       frozen={"teacher": {"scale": jnp.zeros(())}}
   ))
@@ -154,7 +153,7 @@ def weighed(topology):
     )
     row = devices.fetch(row)
     rows += [np.asarray(v) for n, v in sorted(row.items()) if "weight" in n]
-  params = {n: p.params for n, p in devices.fetch(state).players.items()}
+  params = {n: p.params for n, p in devices.fetch(state).networks.items()}
   return jax.tree.map(np.asarray, params), np.stack(rows)
 
 

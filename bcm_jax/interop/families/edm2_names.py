@@ -1,4 +1,4 @@
-"""NVIDIA's EDM2: state dicts of its preconditioned U-Net, our EDM2 here."""
+"""Tensor names of NVIDIA's EDM2 state dicts for `EDM2`."""
 
 import re
 
@@ -16,7 +16,10 @@ IMAGE_SIZE = 64
 
 
 def entry(network, path, shape) -> layouts.Entry:
-  """`enc_8x8_block0/conv_res0/kernel`: unet.enc.8x8_block0.conv_res0.weight."""
+  """Maps a parameter to its published tensor.
+
+  enc_8x8_block0/conv_res0/kernel -> unet.enc.8x8_block0.conv_res0.weight.
+  """
   *modules, leaf = path
   name, layout = layouts.torch_leaf(leaf, len(shape))
   if modules and modules[-1] == "attn_qkv":
@@ -24,21 +27,22 @@ def entry(network, path, shape) -> layouts.Entry:
     heads = channels // network.num_head_channels
     layout = layouts.chain(layout, layouts.interleaved_qkv(channels, heads))
   parts = [re.sub(r"^(enc|dec)_", r"\1.", m) for m in modules]
-  head = [] if parts and parts[0].startswith("logvar_") else ["unet"]
-  return layouts.Entry(path, ".".join([*head, *parts, name]), layout)
+  prefix = [] if parts and parts[0].startswith("logvar_") else ["unet"]
+  return layouts.Entry(path, ".".join([*prefix, *parts, name]), layout)
 
 
-def recognise(tensors: Tensors, metadata: dict) -> dict | None:
-  """Attributes of the `EDM2` that a state dict belongs to, or None.
+def recognize(tensors: Tensors, metadata: dict) -> dict | None:
+  """Infers the `EDM2` attributes of a state dict; None for other networks.
 
-  What tensors do not tell (channels a head, balances) is as published.
+  Attributes that the tensors do not determine (channels per head, balances)
+  have their published values.
   """
   del metadata
   if "unet.out_gain" not in tensors:
     return None
-  found = (re.match(r"unet\.enc\.(\d+)x\d+_block(\d+)\.conv_res0\.", n)
-           for n in tensors)
-  blocks = {(int(m[1]), int(m[2])) for m in found if m}
+  matches = (re.match(r"unet\.enc\.(\d+)x\d+_block(\d+)\.conv_res0\.", n)
+             for n in tensors)
+  blocks = {(int(m[1]), int(m[2])) for m in matches if m}
   sizes = sorted({size for size, _ in blocks}, reverse=True)
   width = tensors[f"unet.enc.{sizes[0]}x{sizes[0]}_conv.weight"].shape[0]
   label = tensors.get("unet.emb_label.weight")

@@ -1,4 +1,4 @@
-"""NVIDIA's EDM on ImageNet: DhariwalUNet state dicts, our ADM here."""
+"""Tensor names of EDM's DhariwalUNet state dicts (ImageNet) for `ADM`."""
 
 import functools
 
@@ -25,7 +25,7 @@ _PARTS = _ATTENTION | {
 
 @functools.cache
 def _blocks(levels: int, num_res_blocks: int, size: int) -> dict[str, str]:
-  """EDM's block by ours; 'up' is the block after an output block."""
+  """Returns {`ADM` block: EDM block}; '/up' marks an upsampling block."""
   names = {
       "time_embed_0": "map_layer0", "time_embed_2": "map_layer1",
       "label_emb": "map_label", "map_augment": "map_augment",
@@ -34,12 +34,12 @@ def _blocks(levels: int, num_res_blocks: int, size: int) -> dict[str, str]:
   }
   index = 1
   for level in range(levels):
-    at = f"{size >> level}x{size >> level}"
+    resolution = f"{size >> level}x{size >> level}"
     if level:
-      names[f"input_blocks_{index}"] = f"enc.{at}_down"
+      names[f"input_blocks_{index}"] = f"enc.{resolution}_down"
       index += 1
     for block in range(num_res_blocks):
-      names[f"input_blocks_{index}"] = f"enc.{at}_block{block}"
+      names[f"input_blocks_{index}"] = f"enc.{resolution}_block{block}"
       index += 1
   lowest = f"{size >> (levels - 1)}x{size >> (levels - 1)}"
   names |= {
@@ -49,47 +49,50 @@ def _blocks(levels: int, num_res_blocks: int, size: int) -> dict[str, str]:
   }
   index = 0
   for level in reversed(range(levels)):
-    at = f"{size >> level}x{size >> level}"
+    resolution = f"{size >> level}x{size >> level}"
     for block in range(num_res_blocks + 1):
-      names[f"output_blocks_{index}"] = f"dec.{at}_block{block}"
+      names[f"output_blocks_{index}"] = f"dec.{resolution}_block{block}"
       index += 1
     if level:
-      above = size >> (level - 1)
-      names[f"output_blocks_{index - 1}/up"] = f"dec.{above}x{above}_up"
+      finer = size >> (level - 1)
+      names[f"output_blocks_{index - 1}/up"] = f"dec.{finer}x{finer}_up"
   return names
 
 
 def entry(network, path, shape, image_size=IMAGE_SIZE) -> layouts.Entry:
-  """`input_blocks_1_0/in_layers_2/kernel`: enc.64x64_block0.conv0.weight."""
+  """Maps a parameter to its published tensor.
+
+  input_blocks_1_0/in_layers_2/kernel -> enc.64x64_block0.conv0.weight.
+  """
   *modules, leaf = path
   names = _blocks(
       len(network.channel_mult), network.num_res_blocks, image_size
   )
   name, layout = layouts.torch_leaf(leaf, len(shape))
-  if modules[0] == "label_emb":  # A linear layer of one-hot labels there.
+  if modules[0] == "label_emb":  # EDM: a linear layer of one-hot labels.
     layout = layouts.DENSE
   block, _, part = modules[0].rpartition("_")
   if modules[0] in names:
-    there = [names[modules[0]]]
+    parts = [names[modules[0]]]
   elif block.startswith("output") and part != "0" and (
       modules[1] not in _ATTENTION
   ):
-    there = [names[f"{block}/up"]]
+    parts = [names[f"{block}/up"]]
   else:
-    there = [names[block]]
+    parts = [names[block]]
   if len(modules) > 1:
-    there.append(_PARTS[modules[1]])
+    parts.append(_PARTS[modules[1]])
     if modules[1] in ("qkv", "proj_out"):
       layout = layouts.POINTWISE if leaf == "kernel" else layouts.SAME
     if modules[1] == "qkv":
       channels = shape[-1] // 3
       heads = channels // network.num_head_channels
       layout = layouts.chain(layout, layouts.interleaved_qkv(channels, heads))
-  return layouts.Entry(path, ".".join([*there, name]), layout)
+  return layouts.Entry(path, ".".join([*parts, name]), layout)
 
 
 def constants(network, names) -> Tensors:
-  """Buffers that follow from the network's attributes alone."""
+  """Returns the buffers that are determined by the network attributes."""
   del network
   blocks = {n.rsplit(".", 2)[0] for n in names}
   value = edm_names.resample_filter((1, 1))
@@ -100,8 +103,8 @@ def constants(network, names) -> Tensors:
   }
 
 
-def recognise(tensors: Tensors, metadata: dict) -> dict | None:
-  """Attributes of the `ADM` that a state dict belongs to, or None."""
+def recognize(tensors: Tensors, metadata: dict) -> dict | None:
+  """Infers the `ADM` attributes of a state dict; None for other networks."""
   del metadata
   sizes = edm_names.resolutions(tensors)
   if not sizes or "out_norm.weight" not in tensors:

@@ -1,4 +1,4 @@
-"""NVIDIA's EDM, and CTM and ECT on CIFAR-10: SongUNet state dicts."""
+"""Tensor names of SongUNet state dicts: EDM, and CTM and ECT on CIFAR-10."""
 
 import re
 
@@ -16,7 +16,10 @@ IMAGE_SIZE = 32
 
 
 def entry(network, path, shape) -> layouts.Entry:
-  """`enc_16x16_block0/conv0/kernel`: enc.16x16_block0.conv0.weight."""
+  """Maps a parameter to its published tensor.
+
+  enc_16x16_block0/conv0/kernel -> enc.16x16_block0.conv0.weight.
+  """
   del network
   *modules, leaf = path
   name, layout = layouts.torch_leaf(leaf, len(shape))
@@ -30,13 +33,13 @@ def entry(network, path, shape) -> layouts.Entry:
 
 
 def resample_filter(taps) -> np.ndarray:
-  """The buffer of a resampling convolution, (1, 1, k, k)."""
+  """Returns the filter buffer [1, 1, k, k] of a resampling convolution."""
   taps = np.asarray(taps, np.float32)
   return (np.outer(taps, taps) / taps.sum() ** 2)[None, None]
 
 
 def constants(network, names) -> Tensors:
-  """Buffers that follow from the network's attributes alone."""
+  """Returns the buffers that are determined by the network attributes."""
   resampling = set()
   for name in names:
     block, _, part = name.rpartition(".weight")[0].rpartition(".")
@@ -48,7 +51,7 @@ def constants(network, names) -> Tensors:
       resampling.add(f"{block}.{part.replace('_aux_skip', '_aux_down')}")
     elif part.endswith("_aux_conv") and network.decoder == "skip":
       resampling.add(f"{block}.{part.replace('_aux_conv', '_aux_up')}")
-  if network.decoder == "skip":  # The lowest level has nothing to double.
+  if network.decoder == "skip":  # The lowest level does not upsample.
     sizes = [int(re.search(r"(\d+)x\d+_aux_up", n)[1])
              for n in resampling if n.endswith("_aux_up")]
     resampling.discard(f"dec.{min(sizes)}x{min(sizes)}_aux_up")
@@ -56,8 +59,8 @@ def constants(network, names) -> Tensors:
   return {f"{n}.resample_filter": value for n in resampling}
 
 
-def recognise(tensors: Tensors, metadata: dict) -> dict | None:
-  """Attributes of the `SongUNet` that a state dict belongs to, or None."""
+def recognize(tensors: Tensors, metadata: dict) -> dict | None:
+  """Infers the `SongUNet` attributes; None for other networks."""
   del metadata
   sizes = resolutions(tensors)
   if not sizes or not any(n.endswith("_aux_norm.weight") for n in tensors):
@@ -95,14 +98,14 @@ def recognise(tensors: Tensors, metadata: dict) -> dict | None:
 
 
 def resolutions(tensors: Tensors) -> list[int]:
-  """Pixels a side of the encoder's levels, highest first."""
-  found = (re.match(r"enc\.(\d+)x\d+_block0\.conv0\.weight", n)
-           for n in tensors)
-  return sorted({int(m[1]) for m in found if m}, reverse=True)
+  """Returns the resolutions of the encoder levels in pixels, highest first."""
+  matches = (re.match(r"enc\.(\d+)x\d+_block0\.conv0\.weight", n)
+             for n in tensors)
+  return sorted({int(m[1]) for m in matches if m}, reverse=True)
 
 
 def count_blocks(tensors: Tensors, size: int) -> int:
-  """Residual blocks of an encoder level."""
+  """Returns the number of residual blocks of an encoder level."""
   return sum(
       bool(re.match(rf"enc\.{size}x{size}_block\d+\.conv0\.weight$", n))
       for n in tensors
@@ -110,11 +113,11 @@ def count_blocks(tensors: Tensors, size: int) -> int:
 
 
 def shape(tensors: Tensors, name: str, axis: int) -> int | None:
-  """Size of an axis of a tensor, None where there is none."""
+  """Returns the size of an axis of a tensor; None if it does not exist."""
   return tensors[name].shape[axis] if name in tensors else None
 
 
 def taps(buffer: np.ndarray) -> tuple[int, ...]:
-  """The filter's taps as small whole numbers: (1, 3, 3, 1)."""
+  """Returns the integer filter taps of a buffer, such as (1, 3, 3, 1)."""
   row = np.asarray(buffer, np.float64).reshape(buffer.shape[-2:]).sum(0)
   return tuple(int(round(v)) for v in row / row.min())

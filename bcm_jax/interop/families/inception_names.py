@@ -1,7 +1,7 @@
-"""Inception-v3 of the FID: the state dict that pytorch-fid publishes.
+"""Tensor names of pytorch-fid's Inception-v3 for `InceptionV3`.
 
-pt_inception-2015-12-05-6726825d.pth, TensorFlow's weights under torchvision's
-names.
+The file pt_inception-2015-12-05-6726825d.pth has TensorFlow's weights under
+torchvision's names.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,10 @@ _NAME = "the FID's Inception-v3 (pytorch-fid)"
 
 @functools.cache
 def table() -> feature_weights.Table:
-  """`Mixed_5b/branch1x1/var`: Mixed_5b.branch1x1.bn.running_var."""
+  """Returns the name table.
+
+  For example Mixed_5b/branch1x1/var -> Mixed_5b.branch1x1.bn.running_var.
+  """
   size = inception.IMAGE_SIZE
   shapes = jax.eval_shape(
       inception.InceptionV3().init, jax.random.key(0),
@@ -42,8 +45,8 @@ def table() -> feature_weights.Table:
   for path, leaf in traverse_util.flatten_dict(shapes).items():
     names = _CLASSIFIER if path[0] == "fc" else _LEAVES
     name, layout = names[path[-1]]
-    foreign = ".".join([*path[:-1], name])
-    entries.append((layouts.Entry(path, foreign, layout), leaf.shape))
+    tensor_name = ".".join([*path[:-1], name])
+    entries.append((layouts.Entry(path, tensor_name, layout), leaf.shape))
   return entries
 
 
@@ -54,19 +57,19 @@ def _used(name: str) -> bool:
 
 
 def to_params(tensors: feature_weights.Tensors) -> dict[str, Any]:
-  """Parameters of `InceptionV3` from a state dict.
+  """Converts a state dict to parameters of `InceptionV3`.
 
-  The auxiliary classifier and PyTorch's counters of batches are left out.
+  Ignores the auxiliary classifier and PyTorch's batch counters.
 
   Raises:
-    UserError: tensors missing, left over or of other shapes.
+    UserError: tensors are missing, unexpected or have another shape.
   """
   used = {name: value for name, value in tensors.items() if _used(name)}
   return feature_weights.to_tree(table(), used, _NAME)
 
 
 def to_state_dict(params: Mapping[str, Any]) -> feature_weights.Tensors:
-  """The state dict of parameters of `InceptionV3`."""
+  """Converts parameters of `InceptionV3` to a state dict."""
   return feature_weights.to_tensors(table(), params)
 
 
@@ -74,10 +77,10 @@ def load_inception(path: str) -> dict[str, Any]:
   """Reads parameters of `InceptionV3`.
 
   Args:
-    path: of pytorch-fid's .pth, or the same tensors as .safetensors.
+    path: path of pytorch-fid's .pth, or of a .safetensors with its tensors.
 
   Raises:
-    UserError: the file cannot be read or holds other weights; says which.
+    UserError: the file cannot be read or has other tensors; names them.
   """
   tensors = feature_weights.read_tensors(path)
   try:

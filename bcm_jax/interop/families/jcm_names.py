@@ -1,6 +1,7 @@
-"""OpenAI's CIFAR-10 consistency models (jcm): NCSN++ in Flax, our SongUNet.
+"""Tensor names of OpenAI's CIFAR-10 consistency models (jcm) for `SongUNet`.
 
-Flax numbered the modules of each class in the order in which they were called.
+jcm's NCSN++ is a Flax module with automatic names: Flax numbers the modules of
+each class in the order of their calls.
 """
 
 import functools
@@ -26,7 +27,7 @@ _PARTS = {
 
 @functools.cache
 def _modules(levels, num_res_blocks, attention, size) -> dict[str, str]:
-  """jcm's module by ours; a block's attention is under 'block/attention'."""
+  """Returns {`SongUNet` module: jcm module}; '/attention' marks attention."""
   top = f"{size}x{size}"
   names = {
       "map_noise": "GaussianFourierProjection_0", "map_layer0": "Dense_0",
@@ -62,7 +63,10 @@ def _modules(levels, num_res_blocks, attention, size) -> dict[str, str]:
 
 
 def entry(network, path, shape, image_size=IMAGE_SIZE) -> layouts.Entry:
-  """`enc_32x32_block0/conv0/kernel`: ResnetBlockBigGANpp_0/Conv_0/kernel."""
+  """Maps a parameter to its published tensor.
+
+  enc_32x32_block0/conv0/kernel -> ResnetBlockBigGANpp_0/Conv_0/kernel.
+  """
   del shape
   *modules, leaf = path
   names = _modules(
@@ -73,21 +77,21 @@ def entry(network, path, shape, image_size=IMAGE_SIZE) -> layouts.Entry:
     leaf = "W"
   elif modules[0].endswith("_aux_residual"):
     leaf = {"kernel": "weight"}.get(leaf, leaf)
-  there = [names.get(modules[0], modules[0])]
+  parts = [names.get(modules[0], modules[0])]
   if len(modules) > 1 and modules[1] in _PARTS:
-    there.append(_PARTS[modules[1]])
+    parts.append(_PARTS[modules[1]])
   elif len(modules) > 1:
-    there = [names[f"{modules[0]}/attention"]]
+    parts = [names[f"{modules[0]}/attention"]]
     if modules[1] == "norm2":
-      there.append("GroupNorm_0")
+      parts.append("GroupNorm_0")
     else:
       leaf = {"kernel": "W", "bias": "b"}[leaf]
-      there.append("NIN_3" if modules[1] == "proj" else "NIN_012")
-  return layouts.Entry(path, "/".join([*there, leaf]), layouts.SAME)
+      parts.append("NIN_3" if modules[1] == "proj" else "NIN_012")
+  return layouts.Entry(path, "/".join([*parts, leaf]), layouts.SAME)
 
 
 def join(tensors: Tensors) -> Tensors:
-  """Query, key and value of attention (NIN_0, 1, 2) as one tensor, NIN_012."""
+  """Concatenates query, key and value (NIN_0, NIN_1, NIN_2) as NIN_012."""
   joined = {}
   for name, value in tensors.items():
     if "/NIN_0/" in name:
@@ -100,7 +104,7 @@ def join(tensors: Tensors) -> Tensors:
 
 
 def split(tensors: Tensors) -> Tensors:
-  """Undoes `join`."""
+  """Splits NIN_012 into NIN_0, NIN_1 and NIN_2, the inverse of `join`."""
   parts = {}
   for name, value in tensors.items():
     if "/NIN_012/" not in name:
@@ -111,12 +115,12 @@ def split(tensors: Tensors) -> Tensors:
   return parts
 
 
-def recognise(tensors: Tensors, metadata: dict) -> dict | None:
-  """Attributes of the `SongUNet` that a parameter tree belongs to, or None.
+def recognize(tensors: Tensors, metadata: dict) -> dict | None:
+  """Infers the `SongUNet` attributes; None for other networks.
 
-  A tree tells neither the image size nor at which resolutions attention is:
-  32 pixels and the published 16 are assumed unless metadata holds others. Nor
-  does it tell the filter: NCSN++ has the published one, DDPM++ none.
+  The tensors do not determine the image size, the attention resolutions and the
+  resampling filter. The first two are 32 pixels and half the image size unless
+  `metadata` sets them; NCSN++ has the published filter, DDPM++ has none.
   """
   blocks = [
       n.removesuffix("/Conv_0/kernel")
@@ -127,16 +131,16 @@ def recognise(tensors: Tensors, metadata: dict) -> dict | None:
     return None
   size = metadata.get("image_size", IMAGE_SIZE)
   width = tensors["Conv_0/kernel"].shape[-1]
-  # Of blocks that keep their width only those that halve or double have a
-  # layer in the skip.
+  # A block with equal input and output width has a skip convolution only if it
+  # resamples.
   resampling = sum(
       len(set(tensors[f"{b}/Conv_2/kernel"].shape[-2:])) == 1
       for b in blocks if f"{b}/Conv_2/kernel" in tensors
   )
   levels = 1 + resampling // 2
-  # n and n + 1 a level, one down and one up between levels, two in the middle.
+  # n + (n + 1) per level, two between neighboring levels, two in the middle.
   per_level = (len(blocks) - 2 - 2 * (levels - 1) - levels) // (2 * levels)
-  rows = [
+  widths = [
       tensors[f"{_RES}_{level * (per_level + 1)}/Conv_0/kernel"].shape[-1]
       for level in range(levels)
   ]
@@ -146,7 +150,7 @@ def recognise(tensors: Tensors, metadata: dict) -> dict | None:
       image_size=size,
       model_channels=width,
       out_channels=tensors["Conv_1/kernel"].shape[-1],
-      channel_mult=tuple(r // width for r in rows),
+      channel_mult=tuple(w // width for w in widths),
       num_res_blocks=per_level,
       attention_resolutions=metadata.get("attention_resolutions", (size // 2,)),
       embedding="fourier" if fourier else "positional",

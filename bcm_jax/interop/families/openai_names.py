@@ -1,4 +1,4 @@
-"""OpenAI's CM, iCT, BCM and CTM on ImageNet: the ADM U-Net's state dicts."""
+"""Tensor names of ADM state dicts: CM, iCT, BCM and CTM on ImageNet-64."""
 
 import re
 
@@ -16,7 +16,9 @@ IMAGE_SIZE = 64
 
 
 def entry(network, path, shape) -> layouts.Entry:
-  """`input_blocks_4_0/in_layers_2/kernel`: input_blocks.4.0.in_layers.2.weight.
+  """Maps a parameter to its published tensor.
+
+  input_blocks_4_0/in_layers_2/kernel -> input_blocks.4.0.in_layers.2.weight.
   """
   del network
   *modules, leaf = path
@@ -27,12 +29,12 @@ def entry(network, path, shape) -> layouts.Entry:
   return layouts.Entry(path, ".".join([*parts, name]), layout)
 
 
-def recognise(tensors: Tensors, metadata: dict) -> dict | None:
-  """Attributes of the `ADM` that a state dict belongs to, or None.
+def recognize(tensors: Tensors, metadata: dict) -> dict | None:
+  """Infers the `ADM` attributes of a state dict; None for other networks.
 
-  Attention resolutions are given as levels; what tensors do not tell is
-  assumed as published: 64 channels a head, and QKV normalisation in the
-  networks of iCT and BCM.
+  Returns attention levels instead of resolutions. Attributes that the tensors
+  do not determine have their published values: 64 channels per head, and QKV
+  normalization for iCT and BCM.
   """
   del metadata
   if not {"time_embed.0.weight", "input_blocks.0.0.weight"} <= set(tensors):
@@ -42,7 +44,7 @@ def recognise(tensors: Tensors, metadata: dict) -> dict | None:
   scale_shift = _rows(tensors, "input_blocks.1.0.emb_layers.1") == 2 * _rows(
       tensors, "input_blocks.1.0.in_layers.2"
   )
-  aligned = "time_embed_align.weight" in tensors
+  has_align = "time_embed_align.weight" in tensors
   return dict(
       model_channels=width,
       out_channels=tensors["out.2.weight"].shape[0],
@@ -56,13 +58,13 @@ def recognise(tensors: Tensors, metadata: dict) -> dict | None:
           tensors["label_emb.weight"].shape[0]
           if "label_emb.weight" in tensors else None
       ),
-      two_time=aligned or "time_embed_s.0.weight" in tensors,
+      two_time=has_align or "time_embed_s.0.weight" in tensors,
       end_branch=(
           "blocks" if "time_embed_s.0.weight" in tensors else "align"
       ),
       resblock_updown=updown,
       use_scale_shift_norm=scale_shift,
-      qkv_norm=aligned or not scale_shift,
+      qkv_norm=has_align or not scale_shift,
       num_head_channels=64,
   )
 
@@ -72,21 +74,22 @@ def _rows(tensors: Tensors, name: str) -> int:
 
 
 def _levels(tensors):
-  """(input blocks of each level, levels with attention, resampling ResBlocks?)
+  """Returns (input blocks of each level, attention levels, resblock_updown).
 
-  A halving residual block looks like any other of as many channels, so levels
-  are counted in the decoder, where a doubling one comes after another block.
+  In the encoder, the tensors of a downsampling residual block do not differ
+  from those of other blocks. The levels are therefore counted in the decoder,
+  where an upsampling layer follows another block.
   """
   blocks = 1 + max(
       int(n.split(".")[1]) for n in tensors if n.startswith("input_blocks.")
   )
-  doubling = {
+  upsampling = {
       (n.split(".")[1], "in_layers" in n)
       for n in tensors
       if re.match(r"output_blocks\.\d+\.[12]\.(in_layers\.0\.weight"
                   r"|conv\.weight)", n)
   }
-  count = 1 + len(doubling)
+  count = 1 + len(upsampling)
   per_level = blocks // count
   levels = [
       list(range(1 + i * per_level, (i + 1) * per_level))
@@ -96,4 +99,4 @@ def _levels(tensors):
       i for i, level in enumerate(levels)
       if f"input_blocks.{level[0]}.1.qkv.weight" in tensors
   )
-  return levels, attention, all(updown for _, updown in doubling)
+  return levels, attention, all(updown for _, updown in upsampling)

@@ -1,8 +1,8 @@
-"""LPIPS with VGG16: state dicts of torchvision and of the package `lpips`.
+"""Tensor names of LPIPS with VGG16: torchvision and the package `lpips`.
 
-Torchvision's vgg16 has the convolutions (`features.0.weight`), the package's
-weights/v0.1/vgg.pth the linear layers (`lin0.model.1.weight`). A file may hold
-both, also as the state dict of a whole `lpips.LPIPS`.
+The convolutions are in torchvision's vgg16 (`features.0.weight`), the linear
+layers in weights/v0.1/vgg.pth of `lpips` (`lin0.model.1.weight`). A file with
+both, such as the state dict of `lpips.LPIPS`, is also accepted.
 """
 
 from collections.abc import Mapping
@@ -19,18 +19,22 @@ from bcm_jax.interop import feature_weights
 from bcm_jax.interop import layouts
 from bcm_jax.models import vgg
 
-# A linear layer of one output, as a 1x1 convolution there.
+# A linear layer with one output, a 1x1 convolution in PyTorch.
 _LINEAR = layouts.Layout(
     lambda v: v.reshape(-1), lambda v: v[None, :, None, None]
 )
-# Torchvision's classifier; constants; the linear layers, listed once more.
+# Torchvision's classifier, constants, and duplicates of the linear layers.
 _UNUSED = re.compile(r"classifier\.|scaling_layer\.|lins\.")
 _NAME = "LPIPS with VGG16 (torchvision's vgg16 and lpips's vgg.pth)"
 
 
 @functools.cache
 def table() -> feature_weights.Table:
-  """`vgg/features_0/kernel`: features.0.weight; `linear/lin0`: lin0..."""
+  """Returns the name table.
+
+  For example vgg/features_0/kernel -> features.0.weight and linear/lin0 ->
+  lin0.model.1.weight.
+  """
   shapes = jax.eval_shape(
       vgg.VGG16().init, jax.random.key(0),
       jnp.zeros((1, vgg.SMALLEST, vgg.SMALLEST, 3)),
@@ -38,8 +42,8 @@ def table() -> feature_weights.Table:
   entries = []
   for path, leaf in traverse_util.flatten_dict(shapes).items():
     name, layout = layouts.torch_leaf(path[-1], leaf.ndim)
-    foreign = f"{path[0].replace('_', '.')}.{name}"
-    entry = layouts.Entry(("vgg", *path), foreign, layout)
+    tensor_name = f"{path[0].replace('_', '.')}.{name}"
+    entry = layouts.Entry(("vgg", *path), tensor_name, layout)
     entries.append((entry, leaf.shape))
   for i, (_, channels) in enumerate(vgg.BLOCKS):
     name = f"lin{i}"
@@ -51,11 +55,11 @@ def table() -> feature_weights.Table:
 
 
 def to_params(tensors: feature_weights.Tensors) -> dict[str, Any]:
-  """Parameters of `metrics.lpips` from all tensors that it needs.
+  """Converts state dict tensors to parameters of `metrics.lpips`.
 
   Raises:
-    UserError: tensors missing, left over, of other shapes, or linear weights
-      below 0.
+    UserError: tensors are missing, unexpected or have another shape, or a
+      linear weight is negative.
   """
   used = {
       re.sub(r"^net\.slice\d\.", "features.", name): value
@@ -65,14 +69,14 @@ def to_params(tensors: feature_weights.Tensors) -> dict[str, Any]:
   negative = [n for n, v in params["linear"].items() if (v < 0).any()]
   if negative:
     raise UserError(
-        f"the linear weights of LPIPS are below 0 in {', '.join(negative)}, "
-        "expected none there; use lpips's weights/v0.1/vgg.pth"
+        f"tensors: got negative linear weights in {', '.join(negative)}, "
+        "expected 0 or more; use weights/v0.1/vgg.pth of lpips"
     )
   return params
 
 
 def to_state_dict(params: Mapping[str, Any]) -> feature_weights.Tensors:
-  """The tensors of parameters of `metrics.lpips`, all in one."""
+  """Converts parameters of `metrics.lpips` to one dictionary of tensors."""
   return feature_weights.to_tensors(table(), params)
 
 
@@ -80,14 +84,13 @@ def load_lpips(*paths: str) -> dict[str, Any]:
   """Reads parameters of `metrics.lpips`.
 
   Args:
-    *paths: one file with all tensors, or torchvision's and lpips's.
+    *paths: one file with all tensors, or the files of torchvision and lpips.
 
   Returns:
     {'vgg': parameters of `VGG16`, 'linear': {'lin0': [64], ...}}.
 
   Raises:
-    UserError: a file cannot be read, or they do not hold what is needed; says
-      what is missing.
+    UserError: a file cannot be read, or tensors are missing or unexpected.
   """
   tensors: feature_weights.Tensors = {}
   for path in paths:

@@ -6,9 +6,9 @@ import pytest
 import bcm_jax
 from bcm_jax import errors
 from bcm_jax.data import image_source
-from bcm_jax.editing import facade
+from bcm_jax.editing import pretrained
 from bcm_jax.metrics import class_accuracy
-from bcm_jax.sampling import operators
+from bcm_jax.sampling import zero_shot
 from tests import exact
 from tests import gaussian
 
@@ -16,7 +16,7 @@ SD2 = gaussian.SD**2
 
 
 def model(shape=(8, 8, 1), num_classes=10, **method):
-  return facade.Model(exact.runner(
+  return pretrained.Model(exact.runner(
       exact.experiment(shape, num_classes, **method)
   ))
 
@@ -167,12 +167,12 @@ def test_holes_are_filled_and_the_rest_is_untouched(grey, task):
 def test_colours_come_and_the_luma_stays(colour):
   images = photos(channels=3)
   grey_images = image_source.to_uint8(
-    np.asarray(operators.to_grey(image_source.to_float(images)))
+    np.asarray(zero_shot.to_grey(image_source.to_float(images)))
   )
   out = colour.colorize(images)
   near(out, colour.colorize(grey_images), 3)
   luma = [
-    np.asarray(operators.to_grey(image_source.to_float(v)))[..., 0]
+    np.asarray(zero_shot.to_grey(image_source.to_float(v)))[..., 0]
     for v in (out, images)
   ]
   assert np.abs(luma[0] - luma[1]).max() < 0.02
@@ -186,7 +186,7 @@ def test_details_come_and_the_means_stay(grey):
   out = grey.super_resolve(small, 2, 3)
   assert out.shape == (6, 8, 8, 1)
   assert (out == 0).any() or (out == 255).any()
-  means = np.asarray(operators.shrink(image_source.to_float(out), 2))
+  means = np.asarray(zero_shot.shrink(image_source.to_float(out), 2))
   assert np.abs(means - image_source.to_float(small)).max() < 0.02
 
 
@@ -208,7 +208,7 @@ def test_noise_is_taken_out(grey, level):
 
 
 def test_networks_that_cannot_invert_measure_noise_by_wavelets():
-  built = model(inverts=False, two_time=False)
+  built = model(supports_inversion=False, takes_end_time=False)
   noise = 0.3 * np.random.default_rng(3).normal(size=(8, 8, 8, 1))
   _, levels = built.denoise(noise.astype(np.float32), labels=3)
   assert levels.mean() == pytest.approx(0.3, rel=0.15)
@@ -283,14 +283,14 @@ def test_the_network_that_ships_makes_digits_and_inverts_them():
   source = digits.experiment.source("test")
   batch = source.fetch(np.arange(100))
   train = digits.experiment.source("train").fetch(np.arange(1437))
-  judged = class_accuracy.DigitJudge().fit(train["image"], train["label"])
-  seen = judged.predict(digits.sample(100, batch["label"]))
+  classifier = class_accuracy.DigitsSVC().fit(train["image"], train["label"])
+  seen = classifier.predict(digits.sample(100, batch["label"]))
   assert np.mean(seen == batch["label"]) > 0.93
   back = digits.reconstruct(batch["image"], batch["label"])
   error = np.mean((back / 255 - batch["image"] / 255) ** 2)
   assert error < 0.01
   with pytest.raises(errors.UserError, match="step"):
-    bcm_jax.load(facade.SHIPPED, step=3)
+    bcm_jax.load(pretrained.SHIPPED, step=3)
 
 
 def test_nothing_to_load_is_said(tmp_path):

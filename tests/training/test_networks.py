@@ -1,4 +1,4 @@
-"""Several players: own losses, own turns, own counts."""
+"""Several networks: own losses, own turns, own counts."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def batch():
 
 def begin(method, microbatches=1):
   """(state, jitted step) of a method under SGD."""
-  optimizers = {name: optax.sgd(0.1) for name in method.players}
+  optimizers = {name: optax.sgd(0.1) for name in method.networks}
   images = batch()["image"]
   state = train_state.create(method, optimizers, (0.9,), 0, images, None)
   options = train_step.StepOptions(ema_rates=(0.9,), microbatches=microbatches)
@@ -35,15 +35,15 @@ def begin(method, microbatches=1):
 
 @dataclasses.dataclass(frozen=True)
 class Duel:
-  """Two players whose losses read each other; they take turns."""
+  """Two networks whose losses read each other; they take turns."""
 
-  sampled = "generator"
+  sampled_network = "generator"
   averages = {"old": base.Average("critic", "rate")}
 
   @property
-  def players(self):
+  def networks(self):
     return {
-        "generator": toys.scale_player(2.0), "critic": toys.scale_player(3.0)
+        "generator": toys.scale_network(2.0), "critic": toys.scale_network(3.0)
     }
 
   @property
@@ -51,13 +51,13 @@ class Duel:
     return {"generator": self.generate, "critic": self.judge}
 
   def generate(self, params, ctx):
-    # Its own copy among the players is stopped as well.
-    product = params["w"] * ctx.players["critic"]["w"]
-    own = ctx.players["generator"]["w"] + ctx.averages["old"]["w"]
+    # Its own copy among the networks is stopped as well.
+    product = params["w"] * ctx.networks["critic"]["w"]
+    own = ctx.networks["generator"]["w"] + ctx.averages["old"]["w"]
     return product * jnp.ones(len(ctx.images)) + own, {}
 
   def judge(self, params, ctx):
-    other = ctx.players["generator"]["w"]
+    other = ctx.networks["generator"]["w"]
     loss = jnp.square(params["w"]) * other * jnp.ones(len(ctx.images))
     return loss, {"other": jnp.full(len(ctx.images), other)}
 
@@ -84,16 +84,16 @@ def test_players_learn_from_their_own_losses_in_their_own_turns():
     c = before_c - 0.1 * 2 * before_c * before_g
     old = 0.5 * old + 0.5 * c
     np.testing.assert_allclose(
-        state.players["generator"].params["w"], g, rtol=1e-5
+        state.networks["generator"].params["w"], g, rtol=1e-5
     )
     np.testing.assert_allclose(
-        state.players["critic"].params["w"], c, rtol=1e-4
+        state.networks["critic"].params["w"], c, rtol=1e-4
     )
     np.testing.assert_allclose(state.averages["old"]["w"], old, rtol=1e-4)
     assert metrics["critic/other"] == pytest.approx(before_g, rel=1e-5)
     assert ("generator/loss" in metrics) == ("generator" in phase)
-  assert state.players["generator"].updates == 3
-  assert state.players["critic"].updates == 7
+  assert state.networks["generator"].num_updates == 3
+  assert state.networks["critic"].num_updates == 7
   assert step._cache_size() == len(method.phases()) == 2
 
 
@@ -104,16 +104,16 @@ def test_players_learn_from_their_own_losses_in_their_own_turns():
         ("critic", {"generator": 0.0, "critic": 12.0}),
     ],
 )
-def test_a_loss_reaches_its_own_player_alone(name, expected):
+def test_a_loss_reaches_its_own_network_alone(name, expected):
   method = Duel()
   state, _ = begin(method)
 
   def mean(params):
-    players = {
+    networks = {
         n: dataclasses.replace(p, params={"w": params[n]})
-        for n, p in state.players.items()
+        for n, p in state.networks.items()
     }
-    changed = dataclasses.replace(state, players=players)
+    changed = dataclasses.replace(state, networks=networks)
     value, _ = train_step._loss(
       {"w": params[name]},
       None,
@@ -130,7 +130,7 @@ def test_a_loss_reaches_its_own_player_alone(name, expected):
   assert table == pytest.approx(expected)
 
 
-def test_one_bad_player_stops_both():
+def test_one_bad_network_stops_both():
   class Bad(Duel):
     def judge(self, params, ctx):
       loss, metrics = super().judge(params, ctx)
@@ -141,12 +141,12 @@ def test_one_bad_player_stops_both():
   spoilt = batch()
   spoilt["image"][2] = np.nan
   new, _ = step(state, spoilt, method.curriculum(0), method.phase(0))
-  toys.assert_equal(new.players, state.players)
+  toys.assert_equal(new.networks, state.networks)
   toys.assert_equal(new.averages, state.averages)
   assert new.skipped == 1
 
 
-def test_averages_of_the_sampled_player_move_in_its_own_turns():
+def test_averages_of_the_sampled_network_move_in_its_own_turns():
   method = Duel()
   state, step = begin(method)
   moved = []
@@ -161,20 +161,20 @@ def test_averages_of_the_sampled_player_move_in_its_own_turns():
 
 
 @dataclasses.dataclass(frozen=True)
-class Balanced(base.OnePlayer):
+class Balanced(base.SingleNetworkMethod):
   """|a|^2 of the images and c times |b|^2 of noise, of which b is weighed."""
 
   factor: float = 1.0
   averages = {}
 
   @property
-  def players(self):
-    def weigh(norms):
+  def networks(self):
+    def loss_weights(norms):
       return {"a": jnp.ones(()), "b": norms["a"] / norms["b"]}
 
-    player = toys.scale_player(2.0)
-    balance = base.Balance(("a", "b"), lambda g: g["w"], weigh)
-    return {"student": dataclasses.replace(player, balance=balance)}
+    network = toys.scale_network(2.0)
+    weight = base.AdaptiveWeight(("a", "b"), lambda g: g["w"], loss_weights)
+    return {"student": dataclasses.replace(network, adaptive_weight=weight)}
 
   def loss(self, params, ctx):
     x = ctx.images[:, 0, 0, 0]
@@ -210,7 +210,7 @@ def test_terms_are_weighed_by_gradients_of_the_global_batch(
   gradient = 2 * 2.0 * np.mean(np.arange(1, B + 1) ** 2.0)
   # Weighed, the second term pulls as the first one, whatever its factor.
   np.testing.assert_allclose(
-    new.players["student"].params["w"], 2.0 - 0.1 * 2 * gradient, rtol=1e-5
+    new.networks["student"].params["w"], 2.0 - 0.1 * 2 * gradient, rtol=1e-5
   )
   for name in ("shared", "own"):
     np.testing.assert_allclose(metrics[name], _drawn(method)[name], rtol=1e-6)
