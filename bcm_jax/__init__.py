@@ -1,8 +1,8 @@
 """bcm_jax: few-step generative models in JAX.
 
-Bidirectional consistency models and their relatives: one network
-f(x, t, u) carries an image from noise level t to noise level u, in either
-direction, in one call. `load` opens a checkpoint:
+Bidirectional consistency models (Li & He, 2024) and related methods: a flow
+map f(x, t, u) moves an image from noise level t to noise level u, in either
+direction, in one network evaluation. `load` opens a checkpoint:
 
     model = bcm_jax.load("runs/digits")
     images = model.sample(16)
@@ -14,15 +14,18 @@ __version__ = "0.1.0"
 
 
 def load(source: Any = None, **options: Any) -> Any:
-  """Opens a checkpoint as a model that samples, inverts and edits.
+  """Opens a checkpoint as a model that samples, inverts and edits images.
 
   Args:
-    source: work directory of a run, or a folder of bcm_jax.export.hub; None is
-      the small network of digits that is part of this package.
+    source: work directory of a run, or a model folder of bcm_jax.release.hub;
+      None is the digits network included in this package.
     **options: average, step, batch_size; see pretrained.load.
 
   Returns:
     A pretrained.Model.
+
+  Raises:
+    UserError: no readable checkpoint, or an invalid option.
   """
   # Imported here so that `import bcm_jax` does not import JAX.
   from bcm_jax.editing import pretrained

@@ -1,11 +1,11 @@
-"""Trains a model, samples from it, edits with it and evaluates it.
+"""Trains a model, samples from it, edits images with it and evaluates it.
 
   python -m bcm_jax.main --config=FILE --workdir=DIR              trains
   python -m bcm_jax.main --workdir=DIR --mode=MODE                uses the run
 
 The same command starts a run, resumes it, and joins it on every host of a pod.
-Exit status: 0 done, 65 bad input, 74 failure of the machine, 75 preempted with
-the state saved, start again (docs/reliability.md).
+Exit status: 0 done, 65 bad input, 74 machine failure, 75 preempted after saving
+a checkpoint: restart (docs/reliability.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +20,10 @@ from bcm_jax import errors
 from bcm_jax.utils import cli
 
 FLAGS = flags.FLAGS
-_OURS = (
-    # Read by cli.split_overrides before absl parses; defined for --help.
+_FLAGS = (
+    # cli.split_overrides reads it before absl; defined here for --help.
     flags.DEFINE_string(
-        "config", None, "config file; optional where --workdir holds a run"
+        "config", None, "config file; optional if --workdir contains a run"
     ),
     flags.DEFINE_string("workdir", None, "directory of the run"),
     flags.DEFINE_string("mode", "train", "one of the modes above (train)"),
@@ -41,8 +41,8 @@ _OURS = (
     ),
 )
 
-# The functions below import their modules when they are called: --help and a
-# wrong flag should not wait for JAX.
+# The functions below import modules when called, so that --help and flag errors
+# do not wait for the import of JAX.
 
 
 def _train(config, workdir):
@@ -95,8 +95,8 @@ class Mode(NamedTuple):
   """A value of --mode.
 
   Attributes:
-    help: one line.
-    function: called with (resolved config, work directory).
+    help: one line of --help.
+    function: (resolved config, work directory) -> None.
   """
 
   help: str
@@ -132,7 +132,7 @@ def _experiment(config):
 
 
 def _connect(config, workdir):
-  """Joins the other processes and shares the cores, before JAX starts."""
+  """Joins the other processes and sets the CPU devices, before JAX starts."""
   from bcm_jax.training import multihost
   multihost.connect(
       FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id,
@@ -145,19 +145,33 @@ def _connect(config, workdir):
 
 
 def run(file: str | None, overrides: dict[str, str]) -> None:
-  """Checks the flags, resolves the config and calls the mode's function."""
+  """Checks the flags, resolves the config and runs the mode.
+
+  Args:
+    file: config file, or None.
+    overrides: 'section.key' -> text.
+
+  Raises:
+    UserError: flags or config are invalid, or the mode fails on its input.
+  """
   mode, workdir = FLAGS.mode, FLAGS.workdir
   if mode not in MODES:
     raise errors.unknown_name("--mode", mode, MODES)
   if workdir is None and mode not in _WITHOUT_WORKDIR:
-    raise errors.UserError(f"--workdir is missing; mode {mode} needs one")
-  for flag, only in _OF_MODE.items():
-    if FLAGS[flag].present and mode != only:
-      raise errors.UserError(f"--{flag} is for mode {only}; got mode {mode}")
+    raise errors.UserError(
+        f"--workdir: got None, expected a folder for mode {mode}; set it"
+    )
+  for flag, flag_mode in _OF_MODE.items():
+    if FLAGS[flag].present and mode != flag_mode:
+      raise errors.UserError(
+          f"--{flag}: got mode {mode}, expected mode {flag_mode}; remove it"
+      )
   config = None
   if mode == "table":
     if file is not None or overrides:
-      raise errors.UserError("--config: mode table reads none; remove it")
+      raise errors.UserError(
+          "--config: got a config, expected None for mode table; remove it"
+      )
   else:
     from bcm_jax.config import resolve
 
@@ -168,17 +182,17 @@ def run(file: str | None, overrides: dict[str, str]) -> None:
 
 
 def help_text() -> str:
-  """Returns what --help prints: the modes and the flags, one line each."""
+  """Returns the text of --help: modes and flags, one line each."""
   values = {"config": "FILE", "workdir": "DIR", "mode": "MODE", "out": "FILE"}
-  ours = [
+  rows = [
       (f"--{flag.name}={values.get(flag.name, 'VALUE')}", FLAGS[flag.name].help)
-      for flag in _OURS
+      for flag in _FLAGS
   ]
-  ours.insert(1, ("--config.section.key=VALUE", "sets a value of the config"))
+  rows.insert(1, ("--config.section.key=VALUE", "sets a value of the config"))
   return (
       f"{__doc__}\nmodes:\n"
       f"{cli.columns((name, mode.help) for name, mode in MODES.items())}\n\n"
-      f"flags:\n{cli.columns(ours)}\n\n"
+      f"flags:\n{cli.columns(rows)}\n\n"
       "Config keys: bcm_jax/config/schema.py documents most sections; section\n"
       "method takes the fields of its class in bcm_jax/methods/, model those\n"
       "in bcm_jax/models/. --config=FILE --mode=inspect prints every key.\n"
@@ -188,8 +202,8 @@ def help_text() -> str:
 
 def _parse(argv: Sequence[str]) -> list[str]:
   """Parses the flags; returns the program's name, as app.run expects."""
-  # A second call, as from a notebook, starts from the defaults again.
-  for flag in _OURS:
+  # Resets the flags, for a second call in a notebook.
+  for flag in _FLAGS:
     FLAGS[flag.name].unparse()
   try:
     rest = FLAGS(argv)
@@ -197,13 +211,14 @@ def _parse(argv: Sequence[str]) -> list[str]:
     raise errors.UserError(f"{e}; --help lists the flags") from e
   if len(rest) > 1:
     raise errors.UserError(
-        f"unexpected argument {rest[1]!r}; flags start with --"
+        f"arguments: got {rest[1]!r}, expected only flags; write "
+        "--FLAG=VALUE"
     )
   return rest
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Entry point; expected errors are one line and an exit status."""
+  """Runs the command; an expected error exits with one line and a status."""
   argv = sys.argv if argv is None else argv
   logging.set_verbosity(logging.WARNING)
   with cli.reporting():

@@ -21,7 +21,7 @@ Params = Any
 
 
 def scale(experiment) -> int:
-  """Returns the factor by which small images are enlarged for display."""
+  """Returns the factor by which image grids enlarge small images."""
   return max(1, 32 // experiment.image_shape[0])
 
 
@@ -34,10 +34,24 @@ def sample(
     runner: batched_sampler.BatchedSampler,
     sampler: str | None = None,
 ) -> str:
-  """Mode sample: writes samples.npz and grid.png; returns their folder."""
+  """Generates images; writes samples.npz and grid.png.
+
+  Args:
+    experiment: config section sample.
+    workdir: work directory of the run.
+    runner: sampler with the parameters.
+    sampler: in the notation of generate/planning.py; None is sample.sampler.
+
+  Returns:
+    The folder. samples.npz has arr_0 [n, H, W, C] uint8 and, for a conditional
+    network, arr_1 [n] int32 labels.
+
+  Raises:
+    UserError: the sampler or a label does not fit the network.
+  """
   section = experiment.sample
   plan = planning.plan_of(experiment, sampler)
-  labels = planning.asked_labels(experiment, section)
+  labels = planning.requested_labels(experiment, section)
   rejection.check(experiment)
   print(plan)
   if section.rejection:
@@ -72,7 +86,21 @@ def invert(
     runner: batched_sampler.BatchedSampler,
     nfe: int | None = None,
 ) -> str:
-  """Mode invert: writes originals, latents, reconstructions and errors."""
+  """Encodes test images to latents and decodes them.
+
+  Args:
+    experiment: config section invert.
+    workdir: work directory of the run.
+    runner: sampler with the parameters.
+    nfe: number of network evaluations of the inversion; None is invert.nfe.
+
+  Returns:
+    The folder with inversion.npz (originals, latents, reconstructions, labels,
+    mse [n] on the [0, 1] scale), result.json and grid.png.
+
+  Raises:
+    UserError: the network does not support inversion.
+  """
   section = experiment.invert
   plan = planning.inversion_plan(experiment, nfe)
   print(plan)
@@ -91,11 +119,13 @@ def invert(
       {"plan": str(plan).splitlines(), "images": len(images),
        "mse": float(mse.mean())},
   )
-  shown = slice(0, 16)
+  first = slice(0, 16)
   rows = [
-      ("original", batch["image"][shown]),
-      ("latent", visible(latents[shown], experiment.method.sigma_max)),
-      ("reconstruction", images[shown]),
+      ("original", batch["image"][first]),
+      ("latent", latents_as_images(
+          latents[first], experiment.method.sigma_max
+      )),
+      ("reconstruction", images[first]),
   ]
   image_grid.save_png(
       os.path.join(folder, "grid.png"),
@@ -106,22 +136,34 @@ def invert(
   return folder
 
 
-def visible(latents: np.ndarray, sigma_max: float) -> np.ndarray:
-  """Converts latents to images: +-3 standard deviations fill the range."""
+def latents_as_images(latents: np.ndarray, sigma_max: float) -> np.ndarray:
+  """Maps latents in [-3 sigma_max, 3 sigma_max] to uint8 images."""
   return image_source.to_uint8(latents / (3 * sigma_max))
 
 
 def run(
     experiment: build.Experiment, workdir: str, mode: str
 ) -> Sequence[str]:
-  """Loads the run in workdir and runs a mode; returns the folders written."""
+  """Loads a run and samples, inverts or edits.
+
+  Args:
+    experiment: experiment of the run.
+    workdir: work directory of the run.
+    mode: 'sample', 'invert' or 'edit'.
+
+  Returns:
+    The folders written.
+
+  Raises:
+    UserError: options do not fit the network, or no good checkpoint.
+  """
   section = experiment.sample
   if mode == "edit":
     return edit.run(experiment, workdir)
   if mode == "sample":
-    # Reports bad times and labels before the checkpoint is read.
+    # Checks times and labels before reading the checkpoint.
     planning.plan_of(experiment)
-    planning.asked_labels(experiment, section)
+    planning.requested_labels(experiment, section)
   else:
     planning.inversion_plan(experiment)
   _, _, params = runs.load_run(experiment, workdir)

@@ -1,10 +1,10 @@
 """Training: from a config to a trained, evaluated run.
 
 `train_and_evaluate(config, workdir)` can be called from a notebook; main.py
-calls it for --mode=train. The loop is `Run._train_steps`. It names no method:
-a step is training/train_step.py, which differentiates the method's losses.
-Everything that keeps a run alive (docs/reliability.md) is called from the loop
-as a hook or wraps it.
+calls it for --mode=train. The training loop is `Run._train_steps`; the step,
+training/train_step.py, differentiates the method's losses. Damaged checkpoints,
+non-finite steps, preemption, concurrent writers and hangs are handled as
+docs/reliability.md describes.
 """
 
 from collections.abc import Iterator
@@ -44,33 +44,33 @@ from bcm_jax.training import watchdog
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 
-# Written when a run is finished; launchers stop there.
+# File that marks a finished run; launchers do not restart it.
 DONE = "DONE"
 
 
 def train_and_evaluate(
     config: ml_collections.ConfigDict, workdir: str
 ) -> train_state.TrainState:
-  """Trains, resuming the run in the work directory if any, then evaluates.
+  """Trains a model, then evaluates it; resumes a run in the work directory.
 
   Args:
     config: resolved config, see config/resolve.py.
-    workdir: receives config.json, metrics.jsonl, tensorboard/, checkpoints/,
-      goodput/, at the end eval/, samples/ and pictures, and DONE. All hosts
-      must see the same folder.
+    workdir: folder for config.json, metrics.jsonl, tensorboard/, checkpoints/,
+      goodput/ and, at the end, eval/, samples/, image grids and DONE. All hosts
+      need the same folder.
 
   Returns:
     The final state, on the host.
 
   Raises:
-    UserError: for a config that contradicts itself or the run in workdir, for
-      a second writer, or after repeated non-finite steps.
+    UserError: the config is invalid or not that of the run in workdir, another
+      job writes to workdir, or rollbacks did not end non-finite steps.
     MachineError: checkpoints cannot be written.
-    Preempted: by SIGTERM; the state is saved.
+    Preempted: SIGTERM was received; a checkpoint is saved.
   """
   began = time.monotonic()
   experiment = build.build(config)
-  # Missing weights or references end the run before it writes anything.
+  # Checks weights and references before the run writes anything.
   evaluate.check_before_training(experiment)
   source = experiment.training_source()
   with contextlib.ExitStack() as stack:
@@ -88,15 +88,15 @@ def train_and_evaluate(
 
 @dataclasses.dataclass
 class Run:
-  """A run from its newest checkpoint to its last step.
+  """Training from the newest checkpoint to the last step.
 
   Attributes:
     experiment: method, optimizers, devices and settings.
-    workdir: of the run.
+    workdir: work directory.
     source: training images.
     accounts: wall-clock breakdown.
-    preemption: whether SIGTERM was received.
-    lock: of the work directory; None on all processes except process 0.
+    preemption: detects SIGTERM.
+    lock: lock of the work directory; None on all processes except process 0.
   """
 
   experiment: build.Experiment
@@ -113,7 +113,7 @@ class Run:
         experiment.method, experiment.optimizers(),
         experiment.step_options(self.backend),
     )
-    # One step per call, and several (parallel.substeps).
+    # Step functions for one step per call and for parallel.substeps.
     self.step_fns = {
         several: self.backend.compile(step, several)
         for several in (False, True)
@@ -126,7 +126,7 @@ class Run:
                      f"stacks-host{jax.process_index()}.txt"),
     )
     self.frozen = runs.load_frozen(experiment)
-    # Checkpoints do not hold these, and a run may not change them.
+    # Inputs that checkpoints do not contain and that a run may not change.
     fixed = {
         "data_fingerprint": image_source.fingerprint(self.source),
         "frozen": {k: digests.tree_digest(v) for k, v in self.frozen.items()},
@@ -149,7 +149,16 @@ class Run:
     )
 
   def train(self) -> train_state.TrainState:
-    """Trains up to the last step; returns the state on the host."""
+    """Trains up to the last step.
+
+    Returns:
+      The final state, on the host.
+
+    Raises:
+      UserError: max_rollbacks is reached, or another job took the lock.
+      MachineError: checkpoints cannot be written.
+      Preempted: SIGTERM was received; a checkpoint is saved.
+    """
     with contextlib.ExitStack() as stack:
       stack.enter_context(self.saver.saved)
       with self.accounts.part("init"):
@@ -176,11 +185,11 @@ class Run:
   def _train_steps(
       self, state: train_state.TrainState
   ) -> train_state.TrainState:
-    """Runs the steps after state.step.
+    """Trains from state.step to the last step; returns the state on the host.
 
     Raises:
-      NotFinite: too many steps in a row.
-      Preempted: SIGTERM was received; the state is saved.
+      NotFinite: too many consecutive steps were not finite.
+      Preempted: SIGTERM was received; a checkpoint is saved.
     """
     experiment, method = self.experiment, self.experiment.method
     total = experiment.training.num_steps
@@ -190,7 +199,7 @@ class Run:
     self.accounts.begin(first)
     began = time.monotonic()
     guard = nonfinite.Guard(experiment.training.max_consecutive_nonfinite)
-    # A call runs one step or several on the devices; none crosses a save.
+    # A call runs one or several steps on the devices, up to the next save.
     calls = sharding.calls(
         method, first, total, experiment.parallel.substeps, (every,)
     )
@@ -211,7 +220,7 @@ class Run:
         preempted = self.preemption.reached(next(self.calls))
         last = preempted or step == total
         saving = last or step % every == 0
-        # Steps are judged before they are saved, so that a restart sees the
+        # Checks for non-finite steps before saving, so that a restart sees the
         # same state.
         guard.check(step, metrics, wait=saving)
         self.watchdog.progress(step)
@@ -224,14 +233,14 @@ class Run:
         if preempted:
           raise errors.Preempted(
               f"step {step} of {total} is saved in {self.workdir}; the same "
-              "command continues the run"
+              "command resumes the run"
           )
       seconds = hooks.format_secs(time.monotonic() - began)
       logger.progress.note(f"trained {total - first} steps in {seconds}")
     return self.backend.fetch(state.saved())
 
   def _train_step(self, state, batch, curriculum, phase, start, count):
-    """Calls the compiled step; the first call of a kind compiles."""
+    """Calls the step function; the first call per phase and count compiles."""
     part = contextlib.nullcontext()
     if (phase, count) not in self.compiled:
       self.compiled.add((phase, count))
@@ -245,10 +254,10 @@ class Run:
       if "RESOURCE_EXHAUSTED" not in str(e):
         raise
       raise errors.UserError(
-          f"step {start + 1} does not fit the devices' memory "
-          f"({' '.join(str(e).split())[:160]}); lower "
-          f"parallel.microbatch_size_per_device "
-          f"(got {self.experiment.parallel.microbatch_size_per_device}), set "
+          "parallel.microbatch_size_per_device: got "
+          f"{self.experiment.parallel.microbatch_size_per_device}, expected a "
+          f"step {start + 1} that fits the devices' memory "
+          f"({' '.join(str(e).split())[:160]}); lower it, set "
           "model.remat=True, or shard the state by parallel.fsdp=0 and "
           "parallel.sharding=fsdp"
       ) from e
@@ -297,18 +306,22 @@ class Run:
         key = method.networks[method.sampled_network].init_from
         source = f"method.{key}={self.experiment.config.method[key]}"
       raise errors.UserError(
-          f"{source}: {e}; expected this config's network, with or without "
-          "the second time branch"
+          f"{source}: {e}; use a run of this config's network, with or "
+          "without the second time branch"
       ) from e
 
   def _check_lock(self, saving: bool) -> None:
-    """Raises UserError if another job has taken over the work directory."""
+    """Checks the lock of the work directory.
+
+    Raises:
+      UserError: another job has taken it over.
+    """
     if self.lock is None:
       return
     if self.lock.lost or (saving and not self.lock.look()):
       raise errors.UserError(
-          f"--workdir={self.workdir} was taken over by another job while this "
-          "one did not respond; this one stops"
+          f"--workdir: got {self.workdir}, which another job took over while "
+          "this one did not respond, expected one writer; this job stops"
       )
 
   def _save(self, step: int, state: train_state.TrainState, last: bool) -> None:
@@ -318,15 +331,15 @@ class Run:
     self.accounts.save(step, self.saver.newest)
 
   def _give_up(self, error: nonfinite.NotFinite) -> errors.UserError:
-    """Writes a bundle for inspection; returns the error that ends the run."""
+    """Writes diagnostics; returns the error that ends the run."""
     position = self.data_offset + error.step - 1
-    most = self.experiment.training.max_rollbacks
+    max_rollbacks = self.experiment.training.max_rollbacks
     batch = batches(self.experiment, self.source)(position)
     state = multihost.to_host(self.backend.fetch(self.latest.saved()))
-    folder = "the folder that process 0 names"
+    folder = "the folder in the log of process 0"
     if jax.process_index() == 0:
       facts = {
-          "position": position, "rollbacks": most,
+          "position": position, "rollbacks": max_rollbacks,
           "facts": provenance.facts(self.experiment.config),
       }
       try:
@@ -336,16 +349,16 @@ class Run:
       except OSError as e:
         folder = f"no file ({e.strerror})"
     return errors.UserError(
-        f"{error}; {most} roll-backs did not help. The metrics, tensors and "
-        f"images of that step are in {folder}. Lower optimizer.learning_rate, "
-        "set optimizer.grad_clip, or look for bad images"
+        f"{error}; {max_rollbacks} rollbacks did not help; metrics, tensors "
+        f"and images of that step are in {folder}; lower "
+        "optimizer.learning_rate, set optimizer.grad_clip, or check the images"
     )
 
 
 def batches(
     experiment: build.Experiment, source: image_source.Source
 ) -> pipeline.Batches:
-  """Returns position -> this host's part of the global batch there."""
+  """Returns the function position -> this host's part of the global batch."""
   config = experiment.config
   return pipeline.Batches(
       source, config.seed, config.training.batch_size, flip=config.data.flip,
@@ -360,18 +373,18 @@ def stream(
     calls: list[tuple[int, int]],
     data_offset: int,
 ) -> contextlib.AbstractContextManager[Iterator[tuple[Any, Any]]]:
-  """Prepares the batches and curricula of calls ahead, on the devices.
+  """Prefetches the batches and curricula of calls to the devices.
 
   Args:
-    experiment: of the run.
+    experiment: data and method.
     source: training images.
-    backend: where they go.
-    calls: (first step, number of steps) of each, see sharding.calls.
-    data_offset: how far the data is ahead of the step.
+    backend: places the arrays.
+    calls: (first step, number of steps) of each call, see sharding.calls.
+    data_offset: see TrainState.
 
   Returns:
-    A context of an iterator over (batch, curriculum), stacked in a call of
-    several steps.
+    A context manager of an iterator over (batch, curriculum); the arrays of a
+    call with several steps are stacked.
   """
   read = batches(experiment, source)
 
@@ -390,7 +403,11 @@ def stream(
 def _lock_workdir(
     config: ml_collections.ConfigDict, workdir: str, stack
 ) -> workdir_lock.WorkdirLock | None:
-  """Makes this job the folder's only writer; process 0 does it for all."""
+  """Locks the work directory on process 0; returns None on other processes.
+
+  Raises:
+    UserError: on all processes, if process 0 fails.
+  """
   lock, error = None, None
   if jax.process_index() == 0:
     try:
@@ -405,16 +422,20 @@ def _lock_workdir(
 def prepare_workdir(
     config: ml_collections.ConfigDict, workdir: str
 ) -> workdir_lock.WorkdirLock:
-  """Creates the directory, or checks that its run may resume.
+  """Creates and locks a work directory, or checks that its run may resume.
 
   Writes config.json.
+
+  Args:
+    config: resolved config.
+    workdir: work directory.
 
   Returns:
     The lock of the directory; the caller releases it.
 
   Raises:
-    UserError: the directory has a run of another config or another job, or it
-      cannot be written.
+    UserError: the run in the directory has another config, another job holds
+      the lock, or the directory is not writable.
   """
   with contextlib.ExitStack() as stack:
     try:
@@ -424,12 +445,13 @@ def prepare_workdir(
       os.makedirs(workdir, exist_ok=True)
       lock = stack.enter_context(workdir_lock.WorkdirLock(workdir))
       done = os.path.join(workdir, DONE)
-      if os.path.exists(done):  # More steps, or numbers computed again.
+      if os.path.exists(done):  # The run trains or evaluates again.
         os.remove(done)
       resolve.write(config, workdir)
     except OSError as e:
       raise errors.UserError(
-          f"cannot write to --workdir={workdir}: {e.strerror}; choose another"
+          f"--workdir: got {workdir} ({e.strerror}), expected a writable "
+          "folder; choose another"
       ) from e
     stack.pop_all()  # The caller releases the lock.
   fault_injection.point("config_written")
@@ -437,7 +459,7 @@ def prepare_workdir(
 
 
 def _finish(experiment, workdir: str, state, accounts) -> None:
-  """Evaluates the last step, then writes DONE."""
+  """Evaluates the final state, then writes DONE."""
   total = experiment.config.training.num_steps
   with accounts.part("eval"):
     average, params = runs.choose(

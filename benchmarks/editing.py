@@ -200,7 +200,7 @@ def colors(bench: Bench) -> Iterator[tuple[str, dict]]:
   if bench.model.image_shape[-1] != 3:
     return
   grey = image_source.to_uint8(
-    np.asarray(zero_shot.to_grey(image_source.to_float(bench.images)))
+    np.asarray(zero_shot.to_gray(image_source.to_float(bench.images)))
   )
   yield "grey", bench.metrics(grey)
   yield "`colorize`", bench.metrics(bench.model.colorize(grey, bench.labels))
@@ -390,7 +390,7 @@ def _restorations(bench: Bench) -> dict[str, list[tuple[str, np.ndarray]]]:
     "purify": [("attack", attacked), ("purify", model.purify(attacked))],
   }
   if model.image_shape[-1] == 3:
-    grey = image_source.to_uint8(np.asarray(zero_shot.to_grey(floats)))
+    grey = image_source.to_uint8(np.asarray(zero_shot.to_gray(floats)))
     rows["colorize"] = [
       ("grey", grey),
       ("colorize", model.colorize(grey, labels)),

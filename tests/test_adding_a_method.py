@@ -55,32 +55,31 @@ def test_the_example_trains_three_steps(example):
   built = build.build(config(training__batch_size="4"))
   method = built.method
   assert isinstance(method, example.RatioTraining)
-  with toys.quick_compilation():
-    state = build.create_state(built)
-    step = jax.jit(
-        train_step.make_step(
-            method, {"student": optax.adam(1e-2)},
-            train_step.StepOptions(ema_rates=built.training.ema_rates),
-        ),
-        static_argnames="phase",
-    )
-    state = state.replace(networks={
-        "student": state.networks["student"].replace(
-            opt_state=optax.adam(1e-2).init(state.networks["student"].params)
-        )
-    })
-    before = state.networks["student"].params
-    rng = np.random.default_rng(0)
-    for k in range(3):
-      batch = {
-          "image": rng.integers(0, 256, (4, 8, 8, 1), np.uint8),
-          "label": np.arange(4, dtype=np.int32), "index": np.arange(4),
-      }
-      state, metrics = step(
-          state, batch, method.curriculum(k), method.phase(k)
+  state = build.create_state(built)
+  step = jax.jit(
+      train_step.make_step(
+          method, {"student": optax.adam(1e-2)},
+          train_step.StepOptions(ema_rates=built.training.ema_rates),
+      ),
+      static_argnames="phase",
+  )
+  state = state.replace(networks={
+      "student": state.networks["student"].replace(
+          opt_state=optax.adam(1e-2).init(state.networks["student"].params)
       )
-      assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0
-      assert metrics["loss"] == metrics["loss_ratio"]
+  })
+  before = state.networks["student"].params
+  rng = np.random.default_rng(0)
+  for k in range(3):
+    batch = {
+        "image": rng.integers(0, 256, (4, 8, 8, 1), np.uint8),
+        "label": np.arange(4, dtype=np.int32), "index": np.arange(4),
+    }
+    state, metrics = step(
+        state, batch, method.curriculum(k), method.phase(k)
+    )
+    assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0
+    assert metrics["loss"] == metrics["loss_ratio"]
   assert state.step == 3 and state.skipped == 0
   moved = jax.tree.map(
       lambda a, b: np.abs(a - b).max(), before, state.networks["student"].params

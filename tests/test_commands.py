@@ -200,7 +200,7 @@ def test_inspect_mode(run, capsys):
   for part in ("== config", "== networks and phases", "== schedule",
                "== times at the last N", "== weighting", "== parameters",
                "network student: 8 updates", "tensors equal",
-               "0 step(s) done again",
+               "0 step(s) repeated",
                "time_embed_align"):
     assert part in text
 
@@ -292,7 +292,7 @@ def test_another_config_is_refused_and_nothing_is_lost(run, capsys):
     f"--workdir={run}",
     *flags(seed="5"),
   )
-  assert "seed is 0 there, 5 here" in line
+  assert "seed: got 5, expected 0" in line
   assert ((run / "config.json").read_text(), state_digests(run)) == before
 
 
@@ -301,12 +301,12 @@ def test_another_config_is_refused_and_nothing_is_lost(run, capsys):
   [
     (["--mode=smaple", "--workdir=x"], "did you mean 'sample'"),
     (["--workdri=x"], "Did you mean: workdir"),
-    (["--mode=sample"], "--workdir is missing"),
-    (["--mode=sample", "--workdir=/nonexistent"], "--config is missing"),
-    (["--workdir=x"], "--config is missing"),
+    (["--mode=sample"], "--workdir: got None"),
+    (["--mode=sample", "--workdir=/nonexistent"], "--config: got None"),
+    (["--workdir=x"], "--config: got None"),
     (["--config=configs/digit.py", "--workdir=x"], "digits.py"),
-    (["stray", "--workdir=x"], "unexpected argument 'stray'"),
-    (["--config=configs/digits.py", "--workdir=/proc/none"], "cannot write"),
+    (["stray", "--workdir=x"], "arguments: got 'stray'"),
+    (["--config=configs/digits.py", "--workdir=/proc/none"], "a writable"),
   ],
 )
 def test_bad_command_lines(arguments, said, capsys):
@@ -316,7 +316,7 @@ def test_bad_command_lines(arguments, said, capsys):
 @pytest.mark.parametrize(
   "arguments, said",
   [
-    (["--config.sample.label=10"], "classes 0 to 9"),
+    (["--config.sample.label=10"], "0 .. 9"),
     (
       ["--config.sample.sampler=ancestral", "--config.sample.times=1,2"],
       "not strictly decreasing",

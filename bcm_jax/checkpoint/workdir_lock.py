@@ -76,7 +76,7 @@ class WorkdirLock:
 
   @property
   def lost(self) -> bool:
-    """Whether another job has taken over the lock, after this one hung."""
+    """True if another job has taken over the lock, after this one hung."""
     return self._lost
 
   def look(self) -> bool:

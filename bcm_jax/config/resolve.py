@@ -345,7 +345,7 @@ def difference(
 
 
 def check_resume(
-  run: ml_collections.ConfigDict, asked: ml_collections.ConfigDict
+  run: ml_collections.ConfigDict, requested: ml_collections.ConfigDict
 ) -> None:
   """Checks that a run may resume under a config.
 
@@ -355,7 +355,7 @@ def check_resume(
 
   Args:
     run: config of the run.
-    asked: config of the command line.
+    requested: config of the command line.
 
   Raises:
     UserError: another key differs.
@@ -367,7 +367,7 @@ def check_resume(
   )
   changed = {
       k: v
-      for k, v in difference(run, asked).items()
+      for k, v in difference(run, requested).items()
       if k.split(".")[0] not in free and k not in free
       and not (k == "training.num_steps" and v[1] > v[0])
   }

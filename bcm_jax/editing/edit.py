@@ -1,4 +1,4 @@
-"""Mode edit: edits images, writes comparisons and metrics.
+"""Mode edit: edits images, compares them with references, writes the results.
 
   python -m bcm_jax.main --workdir=RUN --mode=edit --config.edit.task=inpaint \\
       --config.edit.input=photo.png --config.edit.mask=mask.png
@@ -23,14 +23,14 @@ from bcm_jax.metrics import image_grid
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 
-# Images of a task shown in its picture.
-_SHOWN = 16
-# Training images of either side, of which an attribute is taken.
+# Number of images in grid.png.
+_GRID_IMAGES = 16
+# Number of training images per class for an attribute direction.
 _GROUP = 200
 
 
 def settings(section: schema.Edit) -> dict[str, Any]:
-  """Returns the settings of the recipe in config section `edit`."""
+  """Returns the arguments of tasks.recipe from config section `edit`."""
   return dict(
       noise=section.noise, level=section.sigma, nfe=section.nfe,
       times=section.times,
@@ -38,13 +38,13 @@ def settings(section: schema.Edit) -> dict[str, Any]:
 
 
 def run(experiment: build.Experiment, workdir: str) -> list[str]:
-  """Mode edit; returns the folders written.
+  """Runs mode edit; returns the folders written.
 
   Raises:
-    UserError: a task that the network cannot do, or images that do not fit.
+    UserError: the network does not support the task, or unsuitable images.
   """
   section = experiment.edit
-  # Before the checkpoint is read.
+  # Checks the task and its settings before the checkpoint is read.
   tasks.recipe(experiment, section.task, **settings(section))
   inputs = edit_inputs.read(experiment)
   _, _, params = runs.load_run(experiment, workdir)
@@ -62,13 +62,13 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
 
 
 def _classify(model: pretrained.Model, inputs: edit_inputs.Inputs) -> None:
-  """Puts the classes that the network finds in place of those given."""
+  """Replaces the labels by those that the network predicts."""
   section = model.experiment.edit
-  inputs.labels = model.classify(_shown(section, inputs))
-  print("classes found:", *inputs.labels)
+  inputs.labels = model.classify(_network_inputs(section, inputs))
+  print("predicted labels:", *inputs.labels)
   if inputs.second is not None:
     inputs.second_labels = model.classify(inputs.second)
-    print("of the other ends:", *inputs.second_labels)
+    print("predicted labels of edit.end_images:", *inputs.second_labels)
 
 
 def _folder(workdir: str, task: str) -> str:
@@ -80,23 +80,32 @@ def interpolate(
   workdir: str,
   inputs: edit_inputs.Inputs | None = None,
 ) -> str:
-  """Rows between pairs of images, of section edit or these; their folder."""
+  """Interpolates between pairs of images and writes one row per pair.
+
+  Args:
+    model: model that supports inversion.
+    workdir: work directory of the run.
+    inputs: pairs of images; None reads those of config section `edit`.
+
+  Returns:
+    The folder written.
+  """
   section = model.experiment.edit
   inputs = inputs or edit_inputs.read(model.experiment)
-  asked = settings(section)
-  recipe = model.recipe("interpolate", **asked)
+  kwargs = settings(section)
+  recipe = model.recipe("interpolate", **kwargs)
   print(recipe)
-  between = model.interpolate(
+  interpolated = model.interpolate(
     inputs.images,
     inputs.second,
     inputs.labels,
     inputs.second_labels,
     section.num_interpolants,
     section.seed,
-    **asked,
+    **kwargs,
   )
   images = np.concatenate(
-    [inputs.images[:, None], between, inputs.second[:, None]], axis=1
+    [inputs.images[:, None], interpolated, inputs.second[:, None]], axis=1
   )
   arrays = {"images": images}
   if inputs.labels is not None:
@@ -107,7 +116,7 @@ def interpolate(
   image_grid.save_png(
     os.path.join(folder, "grid.png"),
     image_grid.image_grid(
-      images[:_SHOWN].reshape(-1, *images.shape[2:]),
+      images[:_GRID_IMAGES].reshape(-1, *images.shape[2:]),
       images.shape[1],
       scale=_scale(model),
     ),
@@ -116,44 +125,48 @@ def interpolate(
 
 
 def _scale(model: pretrained.Model) -> int:
-  """Enlargement that makes small images visible."""
+  """Returns the enlargement of images in grid.png."""
   return max(1, 64 // model.image_shape[0])
 
 
 def _edit(
   model: pretrained.Model, workdir: str, inputs: edit_inputs.Inputs
 ) -> str:
-  """Runs a task on images and writes them, a picture and numbers."""
+  """Edits images; writes them, grid.png and result.json. Returns the folder."""
   section = model.experiment.edit
   recipe = model.recipe(section.task, **settings(section))
   print(recipe)
-  began = time.monotonic()
-  results, more = perform(model, section, inputs)
-  seconds = time.monotonic() - began
+  start = time.monotonic()
+  results, record = perform(model, section, inputs)
+  seconds = time.monotonic() - start
   folder = _folder(workdir, section.task)
   _write_images(folder, inputs, results)
-  shown = _shown(section, inputs)
-  rows = [("input", shown[:_SHOWN]), ("result", results[:_SHOWN])]
+  network_inputs = _network_inputs(section, inputs)
+  rows = [
+    ("input", network_inputs[:_GRID_IMAGES]),
+    ("result", results[:_GRID_IMAGES]),
+  ]
   if inputs.reference is not None:
-    rows.append(("reference", inputs.reference[:_SHOWN]))
+    rows.append(("reference", inputs.reference[:_GRID_IMAGES]))
   image_grid.save_png(
     os.path.join(folder, "grid.png"),
     image_grid.captioned_rows(rows, scale=_scale(model)),
   )
-  more["seconds_with_compilation"] = seconds
+  record["seconds_with_compilation"] = seconds
   if inputs.reference is not None:
     measure = similarity.perceptual(model.experiment.config.eval.lpips_path)
-    more["numbers"] = {
+    record["numbers"] = {
       name: similarity.errors(inputs.reference, images, measure)
-      for name, images in (("input", shown), ("result", results))
-      if (images != inputs.reference).any()  # No decibels are infinite.
+      for name, images in (("input", network_inputs), ("result", results))
+      # The PSNR of identical images is infinite.
+      if (images != inputs.reference).any()
     }
-    for name, numbers in more["numbers"].items():
+    for name, numbers in record["numbers"].items():
       print(
         f"{name}: PSNR {numbers['psnr']:.2f} dB against the "
         f"reference ({len(results)} images)"
       )
-  _write_record(model, folder, recipe, results, more)
+  _write_record(model, folder, recipe, results, record)
   return folder
 
 
@@ -162,16 +175,16 @@ def _write_record(
   folder: str,
   recipe: tasks.Recipe,
   results: np.ndarray,
-  more: dict[str, Any],
+  record: dict[str, Any],
 ) -> None:
-  """result.json: what was done, by what, and the numbers."""
+  """Writes result.json: recipe, metrics and provenance."""
   if model.experiment.config.edit.predict_labels:
-    # Not part of the recipe, and paid for each image all the same.
-    more = {
+    # Evaluations per image in addition to those of the recipe.
+    record = {
       "nfe_to_classify": model.num_classes
       * len(tasks.CLASS_TIMES)
       * tasks.CLASS_DRAWS,
-      **more,
+      **record,
     }
   files.write_json(
     os.path.join(folder, "result.json"),
@@ -180,14 +193,16 @@ def _write_record(
       "recipe": str(recipe).splitlines(),
       "nfe": recipe.nfe,
       "images": len(results),
-      **more,
+      **record,
       "run": provenance.facts(model.experiment.config),
     },
   )
 
 
-def _shown(section: schema.Edit, inputs: edit_inputs.Inputs) -> np.ndarray:
-  """The images as they are edited: holes grey, small ones enlarged."""
+def _network_inputs(
+  section: schema.Edit, inputs: edit_inputs.Inputs
+) -> np.ndarray:
+  """Returns images at the network's size: holes gray, small images enlarged."""
   images = inputs.images
   if section.task.startswith("inpaint"):
     return edit_inputs.covered(images, inputs.mask)
@@ -199,7 +214,7 @@ def _shown(section: schema.Edit, inputs: edit_inputs.Inputs) -> np.ndarray:
 def perform(
   model: pretrained.Model, section: schema.Edit, inputs: edit_inputs.Inputs
 ) -> tuple[np.ndarray, dict[str, Any]]:
-  """A task on images: (uint8 [n, H, W, C], what else came out)."""
+  """Edits images: (uint8 [n, H, W, C], entries for result.json)."""
   images, common = (
     inputs.images,
     dict(labels=inputs.labels, seed=section.seed, **settings(section)),
@@ -210,8 +225,8 @@ def perform(
     case "super_resolve":
       return model.super_resolve(images, section.factor, **common), {}
     case "denoise":
-      given = images if inputs.exact is None else inputs.exact
-      out, levels = model.denoise(given, section.sigma, inputs.labels)
+      noisy = images if inputs.exact is None else inputs.exact
+      out, levels = model.denoise(noisy, section.sigma, inputs.labels)
       return out, {"levels": [float(v) for v in levels]}
     case "relabel":
       return model.relabel(images, new_labels=_new_label(section), **common), {}
@@ -224,13 +239,14 @@ def perform(
 def _new_label(section: schema.Edit) -> int:
   if section.new_label is None:
     raise errors.UserError(
-      f"edit.task={section.task!r} needs edit.new_label, the class to make"
+      f"edit.new_label: got None, expected the target class of "
+      f"edit.task={section.task!r}"
     )
   return section.new_label
 
 
 def _attribute(model, section: schema.Edit, images, common):
-  """Moves latents along the way from one group of images to another."""
+  """Shifts latents along the direction between two groups of images."""
   labels = (None, None)
   if None not in (section.positive_images, section.negative_images):
     groups = [
@@ -251,10 +267,10 @@ def _attribute(model, section: schema.Edit, images, common):
     ]
   else:
     raise errors.UserError(
-      "edit.task='attribute' needs folders edit.positive_images and "
-      "edit.negative_images; "
-      "between classes that the network knows go by 'relabel', between "
-      "others by edit.label and edit.new_label"
+      "edit.positive_images, edit.negative_images: got None, expected two "
+      "folders for edit.task='attribute'; for two classes use "
+      "edit.task='relabel', or edit.label and edit.new_label if the network "
+      "has no classes"
     )
   direction = model.direction(
     *groups, *labels, seed=section.seed, **settings(section)
@@ -264,11 +280,11 @@ def _attribute(model, section: schema.Edit, images, common):
 
 
 def _one_label(section: schema.Edit) -> int:
-  """The class of both groups."""
+  """Returns the class of both groups of images."""
   if len(set(section.label)) != 1:
     raise errors.UserError(
-      f"edit.label={section.label}: edit.task='attribute' takes one class, "
-      "that of edit.positive_images and edit.negative_images too; or set "
+      f"edit.label: got {section.label}, expected one class, also of "
+      "edit.positive_images and edit.negative_images; or set "
       "edit.predict_labels=true"
     )
   return section.label[0]
@@ -281,10 +297,10 @@ def _write_images(folder: str, inputs, results: np.ndarray) -> None:
   if inputs.reference is not None:
     arrays["reference"] = inputs.reference
   files.write_npz(os.path.join(folder, "edit.npz"), **arrays)
-  place = os.path.join(folder, "images")
-  os.makedirs(place, exist_ok=True)
-  for old in os.listdir(place):  # Of a run before, on other images.
+  image_folder = os.path.join(folder, "images")
+  os.makedirs(image_folder, exist_ok=True)
+  for old in os.listdir(image_folder):  # Results of an earlier edit.
     if old.endswith(".png"):
-      os.remove(os.path.join(place, old))
+      os.remove(os.path.join(image_folder, old))
   for name, image in zip(inputs.names, results, strict=True):
-    image_grid.save_png(os.path.join(place, f"{name}.png"), image)
+    image_grid.save_png(os.path.join(image_folder, f"{name}.png"), image)

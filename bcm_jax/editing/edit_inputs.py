@@ -17,29 +17,30 @@ from bcm_jax.data import image_source
 from bcm_jax.data import resizing
 from bcm_jax.sampling import zero_shot
 
-# No format that runs programs (as EPS does) or has no pixels.
+# Raster formats only: decoding EPS would run a PostScript program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _MODES = {1: "L", 3: "RGB"}
-_RESIZE_HINT = "set edit.resize=true to have it"
-# Noise of test images if edit.sigma is None.
+_RESIZE_HINT = "set edit.resize=true to resize, crop and convert it"
+# Noise level of test images if edit.sigma is None.
 _NOISE = 0.5
-# Training images read at a time by `of_class`.
+# Number of training images per block in `of_class`.
 _BLOCK = 1000
 
 
 @dataclasses.dataclass
 class Inputs:
-  """Images of a task.
+  """Images and labels of a task.
 
   Attributes:
-    names: [n], of files, or indices in the test split.
-    images: uint8 [n, H, W, C] to edit; smaller for 'super_resolve'.
-    labels: [n] or None.
-    reference: uint8 [n, H, W, C], the expected results, or None.
-    exact: float32 in place of `images`, where 8 bits would clip noise.
+    names: [n], names of files, or indices in the test split.
+    images: uint8 [n, H, W, C], images to edit; 'super_resolve': smaller ones.
+    labels: int32 [n], or None.
+    reference: uint8 [n, H, W, C], expected results, or None.
+    exact: float32 [n, H, W, C], noisy images of 'denoise' without the clipping
+      of `images`, or None.
     mask: bool [n, H, W] or [H, W], true in the holes, for inpainting.
-    second: uint8, the second images of 'interpolate'.
-    second_labels: classes of `second`.
+    second: uint8 [n, H, W, C], the second images of 'interpolate'.
+    second_labels: int32 [n], classes of `second`, or None.
   """
 
   names: list[str]
@@ -61,7 +62,7 @@ def read(experiment: build.Experiment) -> Inputs:
   section = experiment.edit
   _check(experiment, section)
   if section.input is None:
-    return _degraded_test_images(experiment, section)
+    return _degraded_inputs(experiment, section)
   return _files(experiment, section)
 
 
@@ -73,8 +74,8 @@ def _check(experiment, section: schema.Edit) -> None:
       factor < 2 or height % factor or width % factor
   ):
     raise errors.UserError(
-        f"edit.factor={factor} does not divide {height}x{width} pixels; give "
-        "a divisor, at least 2"
+        f"edit.factor: got {factor}, expected a divisor of {height}x{width} "
+        "pixels, at least 2"
     )
   for key, low, high in (
       ("seed", 0, 2**31 - 1), ("num_interpolants", 2, 1000), ("quality", 1, 95)
@@ -82,40 +83,49 @@ def _check(experiment, section: schema.Edit) -> None:
     value = getattr(section, key)
     if not low <= value <= high:
       raise errors.UserError(
-          f"edit.{key}={value}; give a whole number from {low} to {high}"
+          f"edit.{key}: got {value}, expected an integer from {low} to {high}"
       )
 
 
 # Files ----------------------------------------------------------------------
 
 
-def listing(path: str, what: str) -> list[str]:
-  """Lists image files: the path itself, or those of a folder."""
+def listing(path: str, key: str) -> list[str]:
+  """Lists image files: the path itself, or the files of a folder.
+
+  Args:
+    path: file or folder.
+    key: config key, for errors.
+
+  Raises:
+    UserError: the path does not exist, or the folder contains no images.
+  """
   path = os.path.expanduser(path)
   if os.path.isfile(path):
     return [path]
   if not os.path.isdir(path):
-    raise errors.UserError(f"{what}={path} does not exist; give a file or "
-                           f"folder")
-  found = sorted(
+    raise errors.UserError(
+        f"{key}: got {path}, which does not exist, expected a file or folder"
+    )
+  paths = sorted(
       entry.path for entry in os.scandir(path)
       if entry.name.lower().endswith(folder.EXTENSIONS)
       and entry.name[0] != "." and entry.is_file()
   )
-  if not found:
+  if not paths:
     raise errors.UserError(
-        f"{what}={path} holds no images ({', '.join(folder.EXTENSIONS)})"
+        f"{key}: got {path}, expected images "
+        f"({', '.join(folder.EXTENSIONS)}) in this folder"
     )
-  return found
+  return paths
 
 
 def _read(paths, shape, resize, any_colors=False) -> np.ndarray:
-  images = []
-  for path in paths:
-    images.append(read_image(
-        _content(path), path, shape, resize, any_colors
-    ))
-  return np.stack(images)
+  """Reads image files as uint8 [n, H, W, C]; see `read_image`."""
+  return np.stack([
+      read_image(_content(path), path, shape, resize, any_colors)
+      for path in paths
+  ])
 
 
 def _content(path: str) -> bytes:
@@ -123,10 +133,13 @@ def _content(path: str) -> bytes:
     with open(path, "rb") as f:
       return f.read()
   except OSError as e:
-    raise errors.UserError(f"{path} cannot be read ({e.strerror})") from e
+    raise errors.UserError(
+        f"{path}: cannot be read ({e.strerror}); check the path"
+    ) from e
 
 
 def _files(experiment, section: schema.Edit) -> Inputs:
+  """Reads the inputs of a task from files."""
   shape, resize = experiment.image_shape, section.resize
   paths = listing(section.input, "edit.input")
   input_shape = shape
@@ -138,16 +151,16 @@ def _files(experiment, section: schema.Edit) -> Inputs:
       _names(paths), images, labels_of(experiment, section, len(paths)),
   )
   if section.reference is not None:
-    inputs.reference = _as_many(
+    inputs.reference = _read_pairs(
         section.reference, "edit.reference", len(paths), shape, resize
     )
   if section.task == "interpolate":
     if section.end_images is None:
       raise errors.UserError(
-          "edit.task='interpolate' goes from edit.input to edit.end_images; "
-          "name the second image or folder"
+          "edit.end_images: got None, expected the second image or folder of "
+          "edit.task='interpolate'"
       )
-    inputs.second = _as_many(
+    inputs.second = _read_pairs(
         section.end_images, "edit.end_images", len(paths), shape, resize
     )
     inputs.second_labels = inputs.labels
@@ -159,7 +172,7 @@ def _files(experiment, section: schema.Edit) -> Inputs:
 
 
 def _names(paths: list[str]) -> list[str]:
-  """Returns names of results; with the suffix of the files if needed."""
+  """Returns file names without suffix, or with it where they would clash."""
   files = [os.path.basename(p) for p in paths]
   names = [os.path.splitext(f)[0] for f in files]
   if len(set(names)) < len(names):
@@ -167,18 +180,19 @@ def _names(paths: list[str]) -> list[str]:
   return names
 
 
-def _as_many(path, what: str, count: int, shape, resize) -> np.ndarray:
-  paths = listing(path, what)
+def _read_pairs(path, key: str, count: int, shape, resize) -> np.ndarray:
+  """Reads one image per image of edit.input, in the order of names."""
+  paths = listing(path, key)
   if len(paths) != count:
     raise errors.UserError(
-        f"{what}={path} holds {len(paths)} images, and edit.input {count}; "
-        "give as many, in the order of their names"
+        f"{key}: got {len(paths)} images in {path}, expected {count} as in "
+        "edit.input, in the order of their names"
     )
   return _read(paths, shape, resize)
 
 
 def _mask(section: schema.Edit, shape, count: int) -> np.ndarray:
-  """Reads masks from files; without files a central square."""
+  """Reads edit.mask; returns a central square if it is None."""
   if section.mask is None:
     mask = np.zeros(shape[:2], bool)
     height, width = shape[:2]
@@ -187,19 +201,15 @@ def _mask(section: schema.Edit, shape, count: int) -> np.ndarray:
   paths = listing(section.mask, "edit.mask")
   if len(paths) not in (1, count):
     raise errors.UserError(
-        f"edit.mask={section.mask} holds {len(paths)} images; give one, or "
-        f"{count} as edit.input"
+        f"edit.mask: got {len(paths)} images in {section.mask}, expected one, "
+        f"or {count} as in edit.input"
     )
-  masks = []
-  for path in paths:
-    masks.append(
-        read_mask(_content(path), path, shape, section.resize)
-    )
+  masks = [read_mask(_content(p), p, shape, section.resize) for p in paths]
   return masks[0] if len(masks) == 1 else np.stack(masks)
 
 
 def covered(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """Returns images with grey holes where mask is true."""
+  """Returns images uint8 [n, H, W, C] with gray holes where mask is true."""
   hole = np.broadcast_to(mask, images.shape[:3])[..., None]
   return np.where(hole, np.uint8(127), images)
 
@@ -207,14 +217,14 @@ def covered(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def labels_of(
     experiment, section: schema.Edit, count: int
 ) -> np.ndarray | None:
-  """Returns classes from edit.label; 0 if they will be predicted."""
+  """Returns edit.label as int32 [count]; zeros with edit.predict_labels."""
   labels = section.label
   if experiment.num_classes is None:
     return None
   if section.predict_labels and labels:
     raise errors.UserError(
-        f"edit.label={labels} and edit.predict_labels=true exclude each other; "
-        "omit one of the two"
+        f"edit.label: got {labels} and edit.predict_labels=true, expected only "
+        "one of the two; omit the other"
     )
   if section.predict_labels:
     labels = (0,)
@@ -236,12 +246,13 @@ def open_picture(
   """Decodes an image file and applies its EXIF orientation.
 
   Args:
-    content: of the file.
-    name: for errors.
-    most_pixels: larger images are rejected before decoding.
+    content: bytes of the file.
+    name: name of the file, for errors.
+    most_pixels: larger images are errors before decoding; None is no limit.
 
   Raises:
-    UserError: not an image of `FORMATS`, truncated, or too large.
+    UserError: another format than `FORMATS`, truncated, too large, or more
+      than 8 bits per channel.
   """
   try:
     picture = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
@@ -251,30 +262,30 @@ def open_picture(
       picture = PIL.ImageOps.exif_transpose(picture)
   except Exception as e:  # PIL raises various exceptions for bad files.
     raise errors.UserError(
-        f"{name} cannot be read as an image; give a PNG, JPEG, WebP or BMP file"
+        f"{name}: cannot be read as an image ({type(e).__name__}); use a PNG, "
+        "JPEG, WebP or BMP file"
     ) from e
   if most_pixels is not None and width * height > most_pixels:
     raise errors.UserError(
-        f"{name} has {width}x{height} pixels, more than "
-        f"{most_pixels // 10**6} million; give a smaller one"
+        f"{name}: got {width}x{height} pixels, expected at most "
+        f"{most_pixels // 10**6} million; resize it"
     )
   if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
     raise errors.UserError(
-        f"{name} has more than 8 bits per channel; save it as an 8-bit image"
+        f"{name}: got more than 8 bits per channel, expected 8; convert it"
     )
   return picture
 
 
 def pixels_of(picture: PIL.Image.Image, channels: int) -> np.ndarray:
-  """Converts a picture to uint8 [H, W, C]; transparency is dropped.
+  """Converts a picture to uint8 [H, W, C] and drops transparency.
 
   Raises:
     UserError: a number of channels other than 1 and 3.
   """
   if channels not in _MODES:
     raise errors.UserError(
-        f"the network generates images of {channels} channels; files have 1 or "
-        "3"
+        f"network: got {channels} channels, expected 1 or 3 for image files"
     )
   if "transparency" in picture.info:
     picture = picture.convert("RGBA")  # PIL would warn otherwise.
@@ -283,7 +294,7 @@ def pixels_of(picture: PIL.Image.Image, channels: int) -> np.ndarray:
 
 
 def middle(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-  """Crops the largest centered part with the aspect of height x width."""
+  """Crops the largest centered part with the aspect ratio height : width."""
   rows, columns = pixels.shape[:2]
   keep_rows = min(rows, max(1, round(columns * height / width)))
   keep_columns = min(columns, max(1, round(rows * width / height)))
@@ -294,7 +305,8 @@ def middle(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 def fitted(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
   """Crops and resizes pixels uint8 [h, w, C] to [height, width, C].
 
-  Squares are resized as ADM's training images.
+  Square outputs use the resizing of ADM's training images (Dhariwal & Nichol,
+  2021), others bicubic interpolation.
   """
   if pixels.shape[:2] == (height, width):
     return pixels
@@ -311,9 +323,13 @@ def fitted(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def covered_share(alpha: np.ndarray, height: int, width: int) -> np.ndarray:
-  """Returns the white share of each pixel of [h, w] in 0..255: [height, width].
+  """Computes the mean opacity per pixel in [0, 1]: [height, width].
 
-  Cropped as by `fitted`, so that a mask stays aligned with its image.
+  Crops as `fitted`, so that a mask remains aligned with its image.
+
+  Args:
+    alpha: uint8 [h, w].
+    height, width: output size.
   """
   part = PIL.Image.fromarray(middle(alpha, height, width))
   small = part.resize((width, height), PIL.Image.Resampling.BOX)
@@ -324,17 +340,17 @@ def read_image(
     content: bytes, name: str, shape: tuple[int, int, int], resize: bool,
     any_colors: bool = False,
 ) -> np.ndarray:
-  """Reads an image file as uint8 of a shape.
+  """Reads an image file as uint8 [H, W, C].
 
   Args:
-    content: of the file.
-    name: for errors.
+    content: bytes of the file.
+    name: name of the file, for errors.
     shape: expected (H, W, C).
     resize: convert other sizes and channels, see `fitted`.
-    any_colors: accept grey files as RGB and color files as grey.
+    any_colors: accept gray files as RGB and color files as gray.
 
   Raises:
-    UserError: unreadable, or of another shape without `resize`.
+    UserError: unreadable, or another shape without `resize`.
   """
   height, width, channels = shape
   picture = open_picture(content, name)
@@ -343,17 +359,14 @@ def read_image(
     return fitted(pixels, height, width)
   if pixels.shape[:2] != (height, width):
     raise errors.UserError(
-        f"{name} is {pixels.shape[0]}x{pixels.shape[1]} pixels (height x "
-        f"width), and the network takes {height}x{width}; {_RESIZE_HINT} "
-        f"resized and "
-        "cropped"
+        f"{name}: got {pixels.shape[0]}x{pixels.shape[1]} pixels (height x "
+        f"width), expected {height}x{width}; {_RESIZE_HINT}"
     )
-  grey = picture.mode in ("1", "L", "LA")
-  if grey != (channels == 1) and not any_colors:
-    kind = "grey" if grey else "coloured"
+  is_gray = picture.mode in ("1", "L", "LA")
+  if is_gray != (channels == 1) and not any_colors:
     raise errors.UserError(
-        f"{name} is {kind}, and the network takes images of {channels} "
-        f"channel{'s' if channels > 1 else ''}; {_RESIZE_HINT} converted"
+        f"{name}: got a {'gray' if is_gray else 'color'} image, expected "
+        f"{channels} channel{'s' if channels > 1 else ''}; {_RESIZE_HINT}"
     )
   return pixels
 
@@ -367,16 +380,17 @@ def read_mask(
     UserError: unreadable, another size, or all black.
   """
   height, width, _ = shape
-  grey = pixels_of(open_picture(content, name), 1)[..., 0]
-  if grey.shape != (height, width) and not resize:
+  gray = pixels_of(open_picture(content, name), 1)[..., 0]
+  if gray.shape != (height, width) and not resize:
     raise errors.UserError(
-        f"the mask {name} is {grey.shape[0]}x{grey.shape[1]}, expected "
-        f"{height}x{width}; {_RESIZE_HINT} resized"
+        f"{name}: got a mask of {gray.shape[0]}x{gray.shape[1]} pixels, "
+        f"expected {height}x{width}; {_RESIZE_HINT}"
     )
-  mask = covered_share(grey, height, width) >= 0.5
+  mask = covered_share(gray, height, width) >= 0.5
   if not mask.any():
     raise errors.UserError(
-        f"the mask {name} has no hole; paint the pixels to fill white"
+        f"{name}: got a mask without a hole, expected white pixels; paint the "
+        "pixels to fill white"
     )
   return mask
 
@@ -384,8 +398,8 @@ def read_mask(
 # Test images ----------------------------------------------------------------
 
 
-def _degraded_test_images(experiment, section: schema.Edit) -> Inputs:
-  """Draws test images and degrades them as the task requires."""
+def _degraded_inputs(experiment, section: schema.Edit) -> Inputs:
+  """Draws images of the test split and degrades them for the task."""
   source = experiment.source("test")
   ends, key = (2, "pairs") if section.task == "interpolate" else (
       1, "num_images"
@@ -393,7 +407,8 @@ def _degraded_test_images(experiment, section: schema.Edit) -> Inputs:
   count, most = getattr(section, key), len(source) // ends
   if not 1 <= count <= most:
     raise errors.UserError(
-        f"edit.{key}={count}: the test split has enough for 1 to {most}"
+        f"edit.{key}: got {count}, expected 1 to {most}, the size of the test "
+        "split"
     )
   file_keys = {"end_images": section.end_images, "reference": section.reference}
   if experiment.num_classes is not None and section.task != "attribute":
@@ -401,7 +416,8 @@ def _degraded_test_images(experiment, section: schema.Edit) -> Inputs:
   for key, value in file_keys.items():
     if value is not None:
       raise errors.UserError(
-          f"edit.{key} requires edit.input; test images have their own"
+          f"edit.{key}: got {value}, expected None for test images; set "
+          "edit.input or omit it"
       )
   order = np.random.default_rng(section.seed).permutation(len(source))
   batch = source.fetch(order[:count])
@@ -421,7 +437,7 @@ def _degraded_test_images(experiment, section: schema.Edit) -> Inputs:
     _add_noise(inputs, section)
   elif section.task == "colorize":
     inputs.images = image_source.to_uint8(
-        np.asarray(zero_shot.to_grey(image_source.to_float(images)))
+        np.asarray(zero_shot.to_gray(image_source.to_float(images)))
     )
   elif section.task == "super_resolve":
     inputs.images = image_source.to_uint8(
@@ -442,6 +458,7 @@ def _degraded_test_images(experiment, section: schema.Edit) -> Inputs:
 
 
 def _add_noise(inputs: Inputs, section: schema.Edit) -> None:
+  """Adds white noise: `exact` in float32, `images` clipped to uint8."""
   level = _NOISE if section.sigma is None else section.sigma
   noise = np.random.default_rng(section.seed).standard_normal(
     inputs.images.shape
@@ -452,7 +469,7 @@ def _add_noise(inputs: Inputs, section: schema.Edit) -> None:
 
 
 def compress(image: np.ndarray, quality: int) -> np.ndarray:
-  """Compresses an image uint8 [H, W, C] as JPEG, by Pillow."""
+  """Compresses and decodes an image uint8 [H, W, C] as JPEG."""
   plane = image[..., 0] if image.shape[-1] == 1 else image
   content = io.BytesIO()
   PIL.Image.fromarray(plane).save(content, "JPEG", quality=quality)
@@ -462,27 +479,30 @@ def compress(image: np.ndarray, quality: int) -> np.ndarray:
 # Groups ---------------------------------------------------------------------
 
 
-def read_folder(experiment, path: str, what: str) -> np.ndarray:
-  """Reads all images of a folder for the network: uint8 [n, H, W, C]."""
+def read_folder(experiment, path: str, key: str) -> np.ndarray:
+  """Reads all images of a folder as uint8 [n, H, W, C], the network's shape."""
   resize = experiment.config.edit.resize
-  return _read(listing(path, what), experiment.image_shape, resize)
+  return _read(listing(path, key), experiment.image_shape, resize)
 
 
 def of_class(experiment, label: int, most: int) -> np.ndarray:
-  """Returns at most `most` training images of a class: uint8 [n, H, W, C].
+  """Draws at most `most` training images of a class: uint8 [n, H, W, C].
 
   Raises:
     UserError: the class has no images.
   """
   source = experiment.source("train")
   order = np.random.default_rng(0).permutation(len(source))
-  found, missing = [], most
+  blocks, missing = [], most
   for first in range(0, len(order), _BLOCK):
     batch = source.fetch(order[first : first + _BLOCK])
-    found.append(batch["image"][batch["label"] == label][:missing])
-    missing -= len(found[-1])
+    blocks.append(batch["image"][batch["label"] == label][:missing])
+    missing -= len(blocks[-1])
     if not missing:
       break
   if missing == most:
-    raise errors.UserError(f"there are no training images of class {label}")
-  return np.concatenate(found)
+    raise errors.UserError(
+        f"edit.label, edit.new_label: got {label}, expected a class of the "
+        "training images"
+    )
+  return np.concatenate(blocks)

@@ -1,4 +1,4 @@
-"""A trained network as a Python object: sampling, inversion, editing.
+"""A trained model: sampling, inversion and zero-shot editing.
 
     import bcm_jax
     model = bcm_jax.load("runs/digits")
@@ -6,20 +6,22 @@
     latents = model.invert(images, labels=3)
     filled = model.inpaint(images, mask, labels=3)
 
-Images are uint8 [n, H, W, C], inputs also [H, W, C] for one image; latents are
-float32. Work is sharded over all devices of the host. Class labels are one int
-for all images or one per image; networks without classes take None. Image i of
-a seed does not depend on the rest of the batch. Every edit takes `labels`
-(classes of the images), `seed` (of the noise that it adds) and the settings of
-tasks.recipe: noise, level, nfe, times.
+Images are uint8 [n, H, W, C]; inputs may also be one image [H, W, C]. Latents
+are float32 [n, H, W, C] at noise level sigma_max. Work is sharded over all
+devices of the host. `labels` are classes, one int for all images or one per
+image; None for networks without classes. `seed` determines all noise; image i
+of a seed does not depend on the rest of the batch. `**settings` of an edit are
+the arguments noise, level, nfe and times of tasks.recipe. All methods raise
+UserError for arguments that do not fit the network.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import os
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,27 +35,28 @@ from bcm_jax.editing import tasks
 from bcm_jax.export import model_folder
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
+from bcm_jax.sampling import sampling_plan
 from bcm_jax.sampling import zero_shot
 from bcm_jax.training import rng
 
-# A small BCM of 8x8 digits that is part of the package.
+# A small BCM of 8x8 digits, included in the package.
 SHIPPED = pathlib.Path(__file__).parents[1] / "networks" / "digits"
 # Standard deviation of the blend at the border of inpainted holes, pixels.
 _FEATHER = 1.0
-# `Model.latent_variances`: number of images and of noise levels.
-_MEASURED, _GRID = 64, 32
+# Number of images and of noise levels in `Model.latent_variances`.
+_NUM_IMAGES, _NUM_LEVELS = 64, 32
 
 Labels = int | Sequence[int] | np.ndarray | None
 
 
 class Model:
-  """A trained network that samples, inverts and edits.
+  """A trained network that samples, inverts and edits images.
 
   Attributes:
-    experiment: the experiment of its config.
+    experiment: experiment of the network's config.
     image_shape: (H, W, C).
-    num_classes: or None.
-    runner: batched sampler with its parameters.
+    num_classes: number of classes, or None.
+    runner: batched sampler with the parameters.
   """
 
   def __init__(self, runner: batched_sampler.BatchedSampler):
@@ -63,7 +66,7 @@ class Model:
     self.image_shape = self.experiment.image_shape
     self.num_classes = self.experiment.num_classes
 
-  # From noise ---------------------------------------------------------------
+  # Generation ---------------------------------------------------------------
 
   def sample(
       self,
@@ -76,10 +79,10 @@ class Model:
 
     Args:
       count: number of images.
-      labels: classes; None cycles through all.
-      seed: of the noise.
-      sampler: as 'onestep', 'ancestral:4' or 'ancestral@0.7'; None is the
-        sampler of config section `sample`.
+      labels: classes; None cycles through all classes.
+      seed: seed of the noise.
+      sampler: for example 'onestep', 'ancestral:4' or 'ancestral@0.7'; None is
+        the sampler of config section `sample`.
 
     Returns:
       uint8 [count, H, W, C].
@@ -98,7 +101,7 @@ class Model:
       self, latents: np.ndarray, labels: Labels = None, seed: int = 0,
       sampler: str = "onestep",
   ) -> np.ndarray:
-    """Decodes latents [n, H, W, C] at sigma_max, as `invert` returns them."""
+    """Generates images uint8 [n, H, W, C] from latents of `invert`."""
     plan = planning.plan_of(self.experiment, sampler)
     latents = np.asarray(latents, np.float32)
     if latents.shape == self.image_shape:
@@ -108,11 +111,9 @@ class Model:
           f"latents: got shape {latents.shape}, expected [n, "
           f"{', '.join(map(str, self.image_shape))}]"
       )
-    images = self.runner(
-        plan, latents, self.labels(labels, len(latents)),
-        self.keys("sample/added", seed, len(latents)),
+    return image_source.to_uint8(
+        self._run(plan, latents, labels, "sample/added", seed)
     )
-    return image_source.to_uint8(images)
 
   # Inversion ----------------------------------------------------------------
 
@@ -120,35 +121,35 @@ class Model:
       self, images: np.ndarray, labels: Labels = None, seed: int = 0,
       noise: float | None = None, nfe: int | None = None,
   ) -> np.ndarray:
-    """Returns the latents float32 [n, H, W, C] of images, at sigma_max.
+    """Inverts images to latents float32 [n, H, W, C] at sigma_max.
 
     Args:
-      images: uint8.
+      images: uint8 [n, H, W, C].
       labels: classes of the images.
-      seed: of the noise added first.
-      noise: standard deviation of that noise, sigma; None is `invert.noise`.
-      nfe: network evaluations; None is `invert.nfe`.
+      seed: seed of the initial noise.
+      noise: standard deviation sigma of the initial noise; None is
+        `invert.noise`.
+      nfe: number of network evaluations; None is `invert.nfe`.
     """
     images = self.images(images)
     plan = planning.inversion_plan(self.experiment, nfe, noise)
-    return self.runner(
-        plan, image_source.to_float(images), self.labels(labels, len(images)),
-        self.keys("invert/added", seed, len(images)),
+    return self._run(
+        plan, image_source.to_float(images), labels, "invert/added", seed
     )
 
   def reconstruct(
       self, images: np.ndarray, labels: Labels = None, seed: int = 0,
       noise: float | None = None, nfe: int | None = None,
   ) -> np.ndarray:
-    """Inverts images and decodes the latents in one evaluation."""
+    """Inverts images and decodes the latents by one evaluation."""
     latents = self.invert(images, labels, seed, noise, nfe)
     return self.decode(latents, labels, seed)
 
   def classify(self, images: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Diffusion-classifier prediction, int32 [n].
+    """Predicts classes by the lowest denoising error: int32 [n].
 
-    The label with the lowest denoising error, by 20 evaluations per class and
-    image; see zero_shot.class_errors.
+    The diffusion classifier, with 20 evaluations per class and image; see
+    zero_shot.class_errors.
 
     Raises:
       UserError: the network has no classes.
@@ -157,7 +158,6 @@ class Model:
       raise errors.UserError(
           "classify: this network has no classes; load a conditional one"
       )
-    images = self.images(images)
 
     def denoising_errors(flow_map, x, labels, keys):
       del labels
@@ -166,25 +166,24 @@ class Model:
           self.experiment.levels, self.num_classes, keys,
       )
 
-    by_class = self.runner.apply(
-        denoising_errors, image_source.to_float(images),
-        self.labels(0, len(images)),
-        self.keys("edit/classify", seed, len(images)),
+    images = image_source.to_float(self.images(images))
+    class_errors = self._apply(
+        denoising_errors, images, 0, "edit/classify", seed
     )
-    return by_class.argmin(axis=1).astype(np.int32)
+    return class_errors.argmin(axis=1).astype(np.int32)
 
   @functools.cached_property
   def latent_variances(self) -> tuple[jnp.ndarray, jnp.ndarray]:
-    """(levels [G], variance [G] of latents of images with that noise).
+    """Calibration of `denoise`: (noise levels [G], latent variances [G]).
 
-    Measured on samples of the network, so that no dataset is needed.
+    Computed on samples of the network, so that no dataset is needed.
     """
     levels = self.experiment.levels
-    images = image_source.to_float(self.sample(_MEASURED))
+    images = image_source.to_float(self.sample(_NUM_IMAGES))
     labels = None
     if self.num_classes is not None:
-      labels = np.arange(_MEASURED) % self.num_classes
-    grid = np.geomspace(levels.sigma_min, levels.sigma_max, _GRID)
+      labels = np.arange(_NUM_IMAGES) % self.num_classes
+    grid = np.geomspace(levels.sigma_min, levels.sigma_max, _NUM_LEVELS)
 
     def measure(flow_map, x, labels, keys):
       noise = process.normal_like(keys, x)
@@ -196,13 +195,10 @@ class Model:
           for level in grid
       ], axis=1)
 
-    variances = self.runner.apply(
-        measure, images, self.labels(labels, _MEASURED),
-        self.keys("edit/measure", 0, _MEASURED),
-    )
+    variances = self._apply(measure, images, labels, "edit/measure", 0)
     return jnp.asarray(grid, jnp.float32), jnp.asarray(variances.mean(axis=0))
 
-  # Editing -----------------------------------------------------------------
+  # Editing ------------------------------------------------------------------
 
   def recipe(self, task: str, **settings: Any) -> tasks.Recipe:
     """Returns the plans and the NFE of an edit; see tasks.recipe."""
@@ -213,51 +209,47 @@ class Model:
       second_labels: Labels = None, points: int | Sequence[float] = 9,
       seed: int = 0, **settings: Any,
   ) -> np.ndarray:
-    """Interpolates between pairs of images, through their latents.
+    """Interpolates spherically between the latents of pairs of images.
 
-    Both ends get the same small noise; a point takes the class of the nearer
-    end.
+    Both images of a pair get the same initial noise. Each point is decoded
+    with the class of the nearer image.
 
     Args:
-      first, second: uint8.
+      first, second: uint8 [n, H, W, C].
       labels, second_labels: classes; second_labels None is `labels`.
-      points: number of points, both ends included, or weights from 0 to 1.
-      seed: of the noise.
+      points: number of points, including both ends, or weights in [0, 1].
+      seed: seed of the noise.
       **settings: see `recipe`.
 
     Returns:
       uint8 [n, points, H, W, C].
     """
-    there, back = self.recipe("interpolate", **settings).plans
+    inversion, generation = self.recipe("interpolate", **settings).plans
     first, second = self.images(first), self.images(second)
-    number = isinstance(points, (int, np.integer))
+    is_number = isinstance(points, (int, np.integer))
     if len(first) != len(second) or (
-        points < 2 if number else not len(points)
+        points < 2 if is_number else not len(points)
     ):
       raise errors.UserError(
           f"interpolate: got {len(first)} and {len(second)} images and "
           f"{points} points, expected as many of each and at least 2 points"
       )
-    weights = np.linspace(0, 1, points) if number else points
-    count = len(first)
-    keys = self.keys("edit/added", seed, count)
-    ends = [
-        (self.runner(there, image_source.to_float(images), of, keys), of)
-        for images, of in (
-            (first, self.labels(labels, count)),
-            (second, self.labels(
-                labels if second_labels is None else second_labels, count
-            )),
+    end_labels = labels, labels if second_labels is None else second_labels
+    a, b = (
+        self._run(
+            inversion, image_source.to_float(images), classes, "edit/added",
+            seed,
         )
-    ]
+        for images, classes in zip((first, second), end_labels, strict=True)
+    )
     columns = []
-    for weight in weights:
-      mixed = zero_shot.slerp(
-          jnp.asarray(ends[0][0]), jnp.asarray(ends[1][0]),
-          jnp.full(count, weight, jnp.float32),
+    for weight in np.linspace(0, 1, points) if is_number else points:
+      weights = jnp.full(len(first), weight, jnp.float32)
+      latents = np.asarray(
+          zero_shot.slerp(jnp.asarray(a), jnp.asarray(b), weights)
       )
-      images = self.runner(
-          back, np.asarray(mixed), ends[int(weight > 0.5)][1], keys
+      images = self._run(
+          generation, latents, end_labels[int(weight > 0.5)], "edit/added", seed
       )
       columns.append(image_source.to_uint8(images))
     return np.stack(columns, axis=1)
@@ -269,11 +261,12 @@ class Model:
     """Fills holes.
 
     Args:
-      images: uint8; pixels in the holes have no effect.
+      images: uint8 [n, H, W, C]; pixels in the holes have no effect.
       mask: bool [H, W] or [n, H, W], true in the holes.
       labels: classes.
-      seed: of the noise.
-      task: 'inpaint' (inverts) or 'inpaint_cm' (CM, algorithm 4).
+      seed: seed of the noise.
+      task: 'inpaint' (by inversion; Li & He, 2024) or 'inpaint_cm' (Song et
+        al., 2023, algorithm 4).
       **settings: see `recipe`.
 
     Returns:
@@ -283,39 +276,39 @@ class Model:
       raise errors.unknown_name("task", task, ("inpaint", "inpaint_cm"))
     (plan,) = self.recipe(task, **settings).plans
     images = self.images(images)
-    known = known_pixels(
-        mask, self.image_shape[:2], len(images)
-    )
-    sigma_data = self.experiment.method.sigma_data
+    known = _known_pixels(mask, self.image_shape[:2], len(images))
 
-    def fill(flow_map, x, labels, keys):
-      if task == "inpaint":
-        return zero_shot.inpaint(
-            flow_map, x["images"], x["known"], plan, labels, keys,
-            sigma_data, _FEATHER,
-        )
+    def invert_and_fill(flow_map, x, labels, keys):
+      return zero_shot.inpaint(
+          flow_map, x["images"], x["known"], plan, labels, keys,
+          self.experiment.method.sigma_data, _FEATHER,
+      )
+
+    def projection(x):
       blank = zero_shot.keep_pixels(0.0, x["images"], x["known"])
-      keep = functools.partial(
+      return blank, functools.partial(
           zero_shot.keep_pixels, known=blank, mask=x["known"]
       )
-      return zero_shot.regenerate(flow_map, blank, plan, labels, keys, keep)
 
-    filled = self._edit(fill, images, labels, seed, known=known)
+    edit = invert_and_fill
+    if task == "inpaint_cm":
+      edit = _regeneration(plan, projection)
+    filled = self._edit(edit, images, labels, seed, known=known)
     return np.where(known > 0, images, filled)
 
   def colorize(
       self, images: np.ndarray, labels: Labels = None, seed: int = 0,
       **settings: Any,
   ) -> np.ndarray:
-    """Generates new colors; of the images only the luma is used."""
+    """Generates new colors; only the luma of the images has an effect."""
     (plan,) = self.recipe("colorize", **settings).plans
 
-    def colorize(flow_map, x, labels, keys):
-      grey = zero_shot.to_grey(x["images"])
-      keep = functools.partial(zero_shot.keep_grey, known=grey)
-      return zero_shot.regenerate(flow_map, grey, plan, labels, keys, keep)
+    def projection(x):
+      gray = zero_shot.to_gray(x["images"])
+      return gray, functools.partial(zero_shot.keep_gray, known=gray)
 
-    return self._edit(colorize, self.images(images), labels, seed)
+    edit = _regeneration(plan, projection)
+    return self._edit(edit, self.images(images), labels, seed)
 
   def super_resolve(
       self, images: np.ndarray, factor: int = 2, labels: Labels = None,
@@ -324,23 +317,22 @@ class Model:
     """Upsamples images [n, H / factor, W / factor, C] to [n, H, W, C]."""
     (plan,) = self.recipe("super_resolve", **settings).plans
     height, width, channels = self.image_shape
-    whole = isinstance(factor, (int, np.integer)) and factor >= 2
-    if not whole or height % factor or width % factor:
+    is_factor = isinstance(factor, (int, np.integer)) and factor >= 2
+    if not is_factor or height % factor or width % factor:
       raise errors.UserError(
           f"factor: got {factor}, expected a divisor of {height}x{width} "
           "pixels, at least 2"
       )
     small = (height // factor, width // factor, channels)
-    images = checked(images, small, f"images at 1/{factor} of the size")
+    images = _checked(images, small, f"images at 1/{factor} of the size")
 
-    def upsample(flow_map, x, labels, keys):
+    def projection(x):
       blocks = zero_shot.enlarge(x["images"], factor)
-      keep = functools.partial(
+      return blocks, functools.partial(
           zero_shot.keep_means, known=blocks, size=factor
       )
-      return zero_shot.regenerate(flow_map, blocks, plan, labels, keys, keep)
 
-    return self._edit(upsample, images, labels, seed)
+    return self._edit(_regeneration(plan, projection), images, labels, seed)
 
   def denoise(
       self, images: np.ndarray, level: float | None = None,
@@ -349,20 +341,20 @@ class Model:
     """Removes white noise from images.
 
     Args:
-      images: uint8, or float32 where [-1, 1] is black to white and noise may
-        exceed the range.
-      level: standard deviation of the noise in those units, sigma; None
-        estimates it per image, by the network if it supports inversion.
+      images: uint8 [n, H, W, C], or float32 in units where [-1, 1] is black to
+        white; float32 values may exceed this range.
+      level: standard deviation sigma of the noise in these units; None
+        estimates it per image, with the network if it supports inversion.
       labels: classes.
 
     Returns:
-      (uint8 [n, H, W, C], levels [n]).
+      (uint8 [n, H, W, C], noise levels [n]).
     """
     self.recipe("denoise", level=level)
-    images = checked(images, self.image_shape, "images", floats=True)
+    images = _checked(images, self.image_shape, "images", floats=True)
     method, levels = self.experiment.method, self.experiment.levels
     if level is None and method.supports_inversion:
-      measure = self.latent_variances
+      calibration = self.latent_variances
 
     def clean(flow_map, x, labels, keys):
       del keys
@@ -370,7 +362,7 @@ class Model:
         sigma = jnp.full(len(x["images"]), level, jnp.float32)
       elif method.supports_inversion:
         sigma = zero_shot.noise_level(
-            flow_map, x["images"], levels, *measure, labels, tasks.ESTIMATE
+            flow_map, x["images"], levels, *calibration, labels, tasks.ESTIMATE
         )
       else:
         sigma = zero_shot.wavelet_noise_level(x["images"])
@@ -384,8 +376,7 @@ class Model:
       self, images: np.ndarray, labels: Labels = None, seed: int = 0,
       **settings: Any,
   ) -> np.ndarray:
-    """Removes artifacts, such as JPEG's, of unknown kind (blind restoration).
-    """
+    """Removes unknown artifacts, such as those of JPEG (blind restoration)."""
     return self._round_trip("restore", images, labels, seed, settings)
 
   def purify(
@@ -394,7 +385,7 @@ class Model:
   ) -> np.ndarray:
     """Removes adversarial perturbations against a classifier.
 
-    Labels None are those that `classify` predicts.
+    Without labels, `classify` predicts them.
     """
     if labels is None and self.num_classes is not None:
       labels = self.classify(images, seed)
@@ -404,7 +395,7 @@ class Model:
       self, images: np.ndarray, labels: Labels, new_labels: Labels,
       seed: int = 0, **settings: Any,
   ) -> np.ndarray:
-    """Changes the class, keeping the latent."""
+    """Changes the class of images and keeps their latents."""
     return self._round_trip(
         "relabel", images, labels, seed, settings, new_labels=new_labels
     )
@@ -413,40 +404,37 @@ class Model:
       self, present: np.ndarray, absent: np.ndarray, labels: Labels = None,
       absent_labels: Labels = None, seed: int = 0, **settings: Any,
   ) -> np.ndarray:
-    """Mean latent difference between positive and negative images.
+    """Computes the latent direction of an attribute.
+
+    The difference of the mean latents of positive and negative images.
 
     Args:
       present, absent: uint8, images with and without the attribute.
       labels, absent_labels: classes; absent_labels None is `labels`.
-      seed: of the noise.
+      seed: seed of the noise.
       **settings: see `recipe`.
 
     Returns:
       float32 [H, W, C], for `shift`.
     """
-    there, _ = self.recipe("attribute", **settings).plans
-    groups = [self.images(present), self.images(absent)]
-    of = [labels, labels if absent_labels is None else absent_labels]
-    counts = [len(group) for group in groups]
-    both = [
-        self.labels(label, count)
-        for label, count in zip(of, counts, strict=True)
-    ]
-    latents = self.runner(
-        there, image_source.to_float(np.concatenate(groups)),
-        None if both[0] is None else np.concatenate(both),
-        self.keys("edit/added", seed, sum(counts)),
-    )
-    has = np.arange(sum(counts)) < counts[0]
-    return np.asarray(
-        zero_shot.direction(jnp.asarray(latents), jnp.asarray(has))
-    )
+    inversion, _ = self.recipe("attribute", **settings).plans
+    present, absent = self.images(present), self.images(absent)
+    if absent_labels is None:
+      absent_labels = labels
+    labels = self.labels(labels, len(present))
+    absent_labels = self.labels(absent_labels, len(absent))
+    if labels is not None:
+      labels = np.concatenate([labels, absent_labels])
+    images = image_source.to_float(np.concatenate([present, absent]))
+    latents = self._run(inversion, images, labels, "edit/added", seed)
+    is_present = jnp.arange(len(images)) < len(present)
+    return np.asarray(zero_shot.direction(jnp.asarray(latents), is_present))
 
   def shift(
       self, images: np.ndarray, direction: np.ndarray, strength: float = 1.0,
       labels: Labels = None, seed: int = 0, **settings: Any,
   ) -> np.ndarray:
-    """Moves the latents of images along a `direction` and decodes them."""
+    """Adds strength * direction [H, W, C] to the latents and decodes them."""
     shift = strength * np.asarray(direction, np.float32)
     if shift.shape != self.image_shape:
       raise errors.UserError(
@@ -460,28 +448,24 @@ class Model:
       self, images: np.ndarray, labels: Labels = None, seed: int = 0,
       **settings: Any,
   ) -> np.ndarray:
-    """SDEdit of sketches: adds noise, then denoises."""
+    """Generates images from sketches (SDEdit; Meng et al., 2022)."""
     (plan,) = self.recipe("stroke", **settings).plans
-    return self._edit(
-        lambda flow_map, x, labels, keys: zero_shot.regenerate(
-            flow_map, x["images"], plan, labels, keys
-        ),
-        self.images(images), labels, seed,
-    )
+    edit = _regeneration(plan, lambda x: (x["images"], None))
+    return self._edit(edit, self.images(images), labels, seed)
 
-  # Inputs ------------------------------------------------------------------
+  # Inputs -------------------------------------------------------------------
 
   def keys(self, stream: str, seed: int, count: int) -> jnp.ndarray:
     """Returns one noise key per image, [count]."""
     return rng.example_keys(seed, stream, 0, jnp.arange(count))
 
   def images(self, images: Any) -> np.ndarray:
-    """Returns uint8 images as a batch.
+    """Returns uint8 images as a batch [n, H, W, C].
 
     Raises:
       UserError: another dtype or shape.
     """
-    return checked(images, self.image_shape, "images")
+    return _checked(images, self.image_shape, "images")
 
   def labels(self, labels: Labels, count: int) -> np.ndarray | None:
     """Returns classes as int32 [count]; None if the network has no classes.
@@ -502,45 +486,57 @@ class Model:
           "one for all images or one per image"
       )
     labels = np.asarray(labels)
-    good = np.issubdtype(labels.dtype, np.integer) and labels.shape in (
+    is_valid = np.issubdtype(labels.dtype, np.integer) and labels.shape in (
         (), (count,)
     )
-    if not good or labels.min() < 0 or labels.max() >= classes:
+    if not is_valid or labels.min() < 0 or labels.max() >= classes:
       raise errors.UserError(
           f"labels: got {labels.tolist()}, expected one or {count} integers "
           f"from 0 to {classes - 1}"
       )
     return np.broadcast_to(labels, (count,)).astype(np.int32)
 
+  # Execution ----------------------------------------------------------------
+
+  def _run(self, plan, x, labels: Labels, stream: str, seed: int) -> np.ndarray:
+    """Executes a plan on x, float32 [n, H, W, C]."""
+    return self.runner(
+        plan, x, self.labels(labels, len(x)), self.keys(stream, seed, len(x))
+    )
+
+  def _apply(self, function, arrays, labels: Labels, stream: str, seed: int):
+    """Applies function(flow_map, arrays, labels, keys) in batches."""
+    n = len(jax.tree.leaves(arrays)[0])
+    return self.runner.apply(
+        function, arrays, self.labels(labels, n), self.keys(stream, seed, n)
+    )
+
   def _round_trip(self, task, images, labels, seed, settings, new_labels=None,
                   shift=None):
-    there, back = self.recipe(task, **settings).plans
-    images = self.images(images)
-    more = {}
-    if new_labels is not None and self.num_classes is not None:
-      more["new_labels"] = self.labels(new_labels, len(images))
-    elif new_labels is not None:
-      raise errors.UserError(
-          "new_labels: this network has no classes to change to; use attribute "
-          "directions"
-      )
+    """Inverts images and generates with new classes or shifted latents."""
+    plans = self.recipe(task, **settings).plans
+    images, arrays = self.images(images), {}
+    if new_labels is not None:
+      if self.num_classes is None:
+        raise errors.UserError(
+            "new_labels: this network has no classes; use attribute directions"
+        )
+      arrays["new_labels"] = self.labels(new_labels, len(images))
 
     def edit(flow_map, x, labels, keys):
       return zero_shot.round_trip(
-          flow_map, x["images"], there, back, labels, keys,
-          x.get("new_labels"), shift,
+          flow_map, x["images"], *plans, labels, keys, x.get("new_labels"),
+          shift,
       )
 
-    return self._edit(edit, images, labels, seed, **more)
+    return self._edit(edit, images, labels, seed, **arrays)
 
-  def _edit(self, function, images, labels, seed, **more):
-    """Runs an edit in batches and converts the images to uint8."""
+  def _edit(self, function, images, labels, seed, **arrays):
+    """Applies an edit and converts its (first) result to uint8 images."""
     if images.dtype == np.uint8:
       images = image_source.to_float(images)
-    arrays = {"images": images, **more}
-    result = self.runner.apply(
-        function, arrays, self.labels(labels, len(images)),
-        self.keys("edit/added", seed, len(images)),
+    result = self._apply(
+        function, {"images": images, **arrays}, labels, "edit/added", seed
     )
     if isinstance(result, tuple):
       return image_source.to_uint8(result[0]), *result[1:]
@@ -553,37 +549,57 @@ def load(
     step: int | None = None,
     batch_size: int | None = None,
 ) -> Model:
-  """Opens a run's checkpoint.
+  """Loads a model from a checkpoint.
 
   Args:
-    source: work directory of a run, trained or converted, or a folder as
-      bcm_jax.export.hub packs and pulls it; None is the small BCM of 8x8
-      digits that is part of this package.
-    average: moving average; None is `sample.average`.
-    step: of the checkpoint; None is the newest good one.
-    batch_size: images at a time; None is `sample.batch_size`.
+    source: work directory of a run, trained or converted, or a model folder
+      of bcm_jax.release.hub; None is the BCM of 8x8 digits included in this
+      package.
+    average: name of the moving average; None is `sample.average`.
+    step: step of the checkpoint; None is the newest valid one.
+    batch_size: images per batch; None is `sample.batch_size`.
 
   Raises:
-    UserError: no readable checkpoint.
+    UserError: no readable checkpoint, or an invalid option.
   """
   if batch_size is not None and batch_size < 1:
     raise errors.UserError(f"batch_size: got {batch_size}, expected at least 1")
-  place = os.fspath(SHIPPED if source is None else source)
-  if runs.is_released(place):
+  path = os.fspath(SHIPPED if source is None else source)
+  if runs.is_released(path):
     if average is not None or step is not None:
       raise errors.UserError(
-          f"{place} holds only one network; omit average and step"
+          f"{path}: got average={average!r} and step={step}, expected None for"
+          " a model folder, which holds one network; omit both"
       )
-    experiment, params, _ = model_folder.load(place)
+    experiment, params, _ = model_folder.load(path)
   else:
-    experiment = build.build(resolve.of_existing_run(place), to_train=False)
-    _, _, params = runs.load_run(experiment, place, average, step)
+    experiment = build.build(resolve.of_existing_run(path), to_train=False)
+    _, _, params = runs.load_run(experiment, path, average, step)
   size = batch_size or experiment.config.sample.batch_size
   return Model(batched_sampler.BatchedSampler(experiment, params, size))
 
 
-def checked(
-    images, shape: tuple[int, int, int], what: str, floats: bool = False
+def _regeneration(
+    plan: sampling_plan.Plan,
+    projection: Callable[[dict[str, Any]], tuple[Any, zero_shot.Keep | None]],
+) -> Callable[..., Any]:
+  """Returns an edit for `Model._edit` that regenerates images.
+
+  Args:
+    plan: see zero_shot.regenerate.
+    projection: from the edit's arrays to (known part of the images, function
+      that restores it, or None).
+  """
+
+  def edit(flow_map, x, labels, keys):
+    known, keep = projection(x)
+    return zero_shot.regenerate(flow_map, known, plan, labels, keys, keep)
+
+  return edit
+
+
+def _checked(
+    images, shape: tuple[int, int, int], name: str, floats: bool = False
 ) -> np.ndarray:
   """Returns images as a batch; uint8, or also float32 with `floats`.
 
@@ -593,17 +609,18 @@ def checked(
   images = np.asarray(images)
   if images.shape == shape:
     images = images[None]
-  kinds = (np.uint8, np.float32) if floats else (np.uint8,)
-  if images.dtype not in kinds or images.shape[1:] != shape or not len(images):
-    kind = "uint8 or float32" if floats else "uint8"
+  dtypes = (np.uint8, np.float32) if floats else (np.uint8,)
+  if images.dtype not in dtypes or images.shape[1:] != shape or not len(images):
+    expected = "uint8 or float32" if floats else "uint8"
     raise errors.UserError(
-        f"{what}: got {images.dtype} of shape {images.shape}, expected {kind} "
-        f"[n, {', '.join(map(str, shape))}]; resize and convert them first"
+        f"{name}: got {images.dtype} of shape {images.shape}, expected "
+        f"{expected} [n, {', '.join(map(str, shape))}]; resize and convert them"
+        " first"
     )
   return images
 
 
-def known_pixels(mask, size: tuple[int, int], count: int) -> np.ndarray:
+def _known_pixels(mask, size: tuple[int, int], count: int) -> np.ndarray:
   """Returns 1 where a pixel is known, 0 in holes: float32 [count, H, W, 1].
 
   Args:
@@ -624,7 +641,7 @@ def known_pixels(mask, size: tuple[int, int], count: int) -> np.ndarray:
   holes = mask.any(axis=(1, 2))
   if not holes.all():
     raise errors.UserError(
-        f"mask: image {int(np.argmin(holes))} has no hole; paint the pixels to "
-        "fill"
+        f"mask: got no hole for image {int(np.argmin(holes))}, expected at "
+        "least one; mark the pixels to fill"
     )
   return (~mask).astype(np.float32)[..., None]

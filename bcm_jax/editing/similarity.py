@@ -16,13 +16,14 @@ _LPIPS_BLOCK = 64
 
 
 def perceptual(paths: Sequence[str]) -> Perceptual | None:
-  """Returns LPIPS between uint8 images from weight files; None without files.
+  """Loads the LPIPS metric (Zhang et al., 2018).
 
   Args:
-    paths: see vgg_names.load_lpips.
+    paths: weight files, see vgg_names.load_lpips; may be empty.
 
   Returns:
-    A function of two uint8 [n, H, W, C] to [n].
+    Function (uint8 [n, H, W, C], uint8 [n, H, W, C]) -> float [n]; None
+    without weight files.
   """
   if not paths:
     return None
@@ -48,11 +49,16 @@ def perceptual(paths: Sequence[str]) -> Perceptual | None:
 def errors(
   originals: np.ndarray, images: np.ndarray, measure: Perceptual | None
 ) -> dict[str, float]:
-  """Compares images with their originals, uint8 [n, H, W, C].
+  """Computes reference-based metrics.
+
+  Args:
+    originals, images: uint8 [n, H, W, C].
+    measure: LPIPS of `perceptual`, or None.
 
   Returns:
-    'mse' on the [0, 1] scale, 'psnr' in dB, 'ssim' if its window fits, 'lpips'
-    if there is a `measure`.
+    Metrics by name: number of 'images', 'mse' and 'mse_worst_image' on the
+    [0, 1] scale, 'psnr' of the mean MSE in dB, 'ssim' if its window fits into
+    the images, 'lpips' with `measure`.
   """
   mse = reconstruction.per_pixel_mse(originals, images)
   numbers = {

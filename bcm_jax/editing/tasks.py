@@ -1,8 +1,8 @@
-"""What every editing task does: its plans and its constants.
+"""Editing tasks: plans and constants.
 
-Constants of ours, not of a paper, were chosen on the even half of the digits'
-test split; docs/editing.md tells what each of them changes, and has the numbers
-of the odd half.
+Constants that no paper specifies were selected on the even half of the digits
+test split; docs/editing.md describes their effect and has metrics on the odd
+half.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,75 +17,76 @@ from bcm_jax.config import registry
 from bcm_jax.generate import planning
 from bcm_jax.sampling import sampling_plan
 
-# Evaluations by which a two-way network measures the noise in an image.
+# Evaluations by which a two-way map estimates the noise level of an image.
 ESTIMATE = 12
-# Noise that is added to find the class of an image, and how often.
+# Diffusion classifier: noise levels, and noise samples per level.
 CLASS_TIMES, CLASS_DRAWS = (0.4, 0.7, 1.0, 1.5, 2.5), 4
-# Inpainting: noise of the last round, and to how many times the noise of a
-# round it inverts.
+# Inpainting: noise of the last round; ratio of the level to which a round
+# inverts to its noise.
 LAST_NOISE = 0.3
 RISE = 10.0
 
 
 class Task(NamedTuple):
-  """A task of mode edit.
+  """An editing task.
 
   Attributes:
-    what: in a few words.
-    both_ways: whether it inverts, which a network must have learnt.
-    noise: e, standard deviation of the noise added before inverting, of
-      inpainting that of the first round; None is section invert's.
-    level: where generation starts; None is sigma_max.
-    nfe: network evaluations; None is section invert's, and one back.
-    colours: whether the images must have three channels.
+    description: a few words.
+    both_ways: whether the task inverts images and needs a two-way map.
+    noise: e, standard deviation of the noise added before inversion, for
+      inpainting in the first round; None is `invert.noise`.
+    level: noise level at which generation starts; None is sigma_max.
+    nfe: number of network evaluations; None is `invert.nfe` for the inversion
+      and one for the generation.
+    needs_rgb: whether the images must have three channels.
   """
 
-  what: str
+  description: str
   both_ways: bool
   noise: float | None = None
   level: float | None = None
   nfe: int | None = None
-  colours: bool = False
+  needs_rgb: bool = False
 
 
 TASKS: Mapping[str, Task] = {
-    "interpolate": Task("goes from one image to another", True),
-    "inpaint": Task("fills holes, by inverting", True, noise=1.0, nfe=14),
-    "inpaint_cm": Task("fills holes, putting known pixels back", False, nfe=16),
-    "colorize": Task("gives grey images colours", False, nfe=16, colours=True),
-    "super_resolve": Task("gives small images details", False, nfe=16),
-    "denoise": Task("takes white noise out", False, nfe=1),
-    "restore": Task("takes JPEG's artefacts out", True, noise=0.1, nfe=3),
-    "stroke": Task("makes a sketch an image", False, level=2.0, nfe=4),
-    "relabel": Task("makes an image one of another class", True),
-    "attribute": Task("brings a property of some images", True),
-    "purify": Task("takes a perturbation out", True, noise=0.2),
+    "interpolate": Task("interpolates between two images", True),
+    "inpaint": Task("fills holes by inversion", True, noise=1.0, nfe=14),
+    "inpaint_cm": Task("fills holes by projection", False, nfe=16),
+    "colorize": Task("colorizes gray images", False, nfe=16, needs_rgb=True),
+    "super_resolve": Task("upsamples images", False, nfe=16),
+    "denoise": Task("removes white noise", False, nfe=1),
+    "restore": Task("removes JPEG artifacts", True, noise=0.1, nfe=3),
+    "stroke": Task("generates an image from a sketch", False, level=2.0, nfe=4),
+    "relabel": Task("changes the class", True),
+    "attribute": Task("adds an attribute", True),
+    "purify": Task("removes adversarial perturbations", True, noise=0.2),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What an edit will do.
+  """Plans of an edit.
 
   Attributes:
-    task: one of TASKS.
-    plans: one after another; an inversion and the way back, or one plan.
-    more: evaluations that no plan counts.
+    task: key of TASKS.
+    plans: inversion and generation, or one plan, or none.
+    extra_nfe: number of network evaluations outside of the plans.
   """
 
   task: str
   plans: tuple[sampling_plan.Plan, ...]
-  more: int = 0
+  extra_nfe: int = 0
 
   @property
   def nfe(self) -> int:
-    """Network evaluations an image."""
-    return self.more + sum(p.nfe for p in self.plans)
+    """Number of network evaluations per image."""
+    return self.extra_nfe + sum(p.nfe for p in self.plans)
 
   def __str__(self):
     lines = [f"{self.task}: {self.nfe} NFE", *map(str, self.plans)]
-    if self.more:
-      lines.append("the level of the noise, and a jump from there")
+    if self.extra_nfe:
+      lines.append("estimate of the noise level, then one jump from it")
     return "\n".join(lines)
 
 
@@ -97,86 +98,91 @@ def recipe(
     nfe: int | None = None,
     times: Sequence[float] = (),
 ) -> Recipe:
-  """The recipe of a task for a network; None and () take the defaults.
+  """Returns the plans of a task; None and () are the defaults of TASKS.
 
   Args:
-    experiment: of the network.
-    task: one of TASKS.
-    noise: e, before inverting.
-    level: 'stroke', 'denoise': of the noise, sigma. 'denoise' estimates it
-      where there is none.
-    nfe: evaluations; of round trips those of the inversion and one back.
-    times: levels between, as sample.times and invert.times; of 'inpaint' the
-      levels t_k to which its rounds invert.
+    experiment: experiment of the network.
+    task: key of TASKS.
+    noise: e, standard deviation of the noise added before inversion.
+    level: sigma, noise level of 'stroke' and 'denoise'; None lets 'denoise'
+      estimate it.
+    nfe: number of network evaluations; for round trips those of the inversion
+      plus one.
+    times: intermediate levels, as sample.times and invert.times; for 'inpaint'
+      the levels t_k to which the rounds invert.
 
   Raises:
-    UserError: an unknown task, one that the network cannot do, or settings
-      that do not fit it.
+    UserError: an unknown or unsupported task, or settings that the task does
+      not take.
   """
   if task not in TASKS:
     raise errors.unknown_name("edit.task", task, TASKS)
-  known = TASKS[task]
-  _check(experiment, task, known, noise, level)
+  defaults = TASKS[task]
+  _check(experiment, task, defaults, noise, level)
   times = tuple(float(t) for t in times)
-  noise = known.noise if noise is None else noise
-  level = known.level if level is None else level
+  noise = defaults.noise if noise is None else noise
+  level = defaults.level if level is None else level
   if task == "denoise":
     return _denoising(experiment, level, nfe, times)
   if task == "inpaint":
-    return _inpainting(
-        experiment, noise, nfe, times
-    )
-  if not known.both_ways:
+    return _inpainting(experiment, noise, nfe, times)
+  if not defaults.both_ways:
     start = experiment.levels.sigma_max if level is None else level
     levels = experiment.levels
     levels.check((start,), "edit.sigma")
+    if nfe is None and not times:
+      nfe = defaults.nfe
     mid = planning.times_between(
-        times, known.nfe if nfe is None and not times else nfe, start,
-        levels.sigma_min, experiment.method.rho, "edit",
+        times, nfe, start, levels.sigma_min, experiment.method.rho, "edit",
     )
     plan = sampling_plan.cm_multistep(mid, levels, start)
     return Recipe(task, (plan,))
   if nfe is None and not times:
-    nfe = known.nfe
+    nfe = defaults.nfe
   if nfe is not None and nfe < 2:
     raise errors.UserError(
-        f"edit.nfe={nfe}: {task!r} inverts and comes back; give 2 or more"
+        f"edit.nfe: got {nfe}, expected at least 2 for edit.task={task!r}, one "
+        "of them for the generation"
     )
-  there = planning.inversion_plan(
+  inversion = planning.inversion_plan(
       experiment, None if nfe is None else nfe - 1, noise, times
   )
-  return Recipe(task, (there, sampling_plan.ancestral((), experiment.levels)))
+  generation = sampling_plan.ancestral((), experiment.levels)
+  return Recipe(task, (inversion, generation))
 
 
-def _check(experiment, task: str, known: Task, noise, level) -> None:
-  if known.both_ways and not experiment.method.supports_inversion:
-    others = [k for k, v in TASKS.items() if not v.both_ways]
+def _check(experiment, task: str, defaults: Task, noise, level) -> None:
+  """Raises UserError for an unsupported task or setting."""
+  if defaults.both_ways and not experiment.method.supports_inversion:
+    supported = [k for k, v in TASKS.items() if not v.both_ways]
     raise errors.UserError(
-        f"edit.task={task!r} inverts images, which takes a network of "
-        f"{registry.methods_with('supports_inversion')}; this one "
-        f"({experiment.config.method.name!r}) can do {', '.join(others)}"
+        f"edit.task: got {task!r}, expected one of {', '.join(supported)} for "
+        f"method {experiment.config.method.name!r}; inversion needs a network "
+        f"of {registry.methods_with('supports_inversion')}"
     )
-  if known.colours and experiment.image_shape[-1] != 3:
+  if defaults.needs_rgb and experiment.image_shape[-1] != 3:
     raise errors.UserError(
-        f"edit.task={task!r} needs images of three channels; this network "
-        f"makes images of {experiment.image_shape}"
+        f"edit.task={task!r}: got a network of images "
+        f"{experiment.image_shape}, expected 3 channels; choose another task"
     )
-  if noise is not None and not known.both_ways:
+  if noise is not None and not defaults.both_ways:
     raise errors.UserError(
-        f"edit.noise={noise} is added before an inversion, and "
-        f"edit.task={task!r} has none; leave it out"
+        f"edit.noise: got {noise}, expected None for edit.task={task!r}, which "
+        "does not invert; omit it"
     )
   if level is not None and task not in ("stroke", "denoise"):
     raise errors.UserError(
-        f"edit.sigma={level} is where 'stroke' and 'denoise' start; leave it "
-        f"out of edit.task={task!r}"
+        f"edit.sigma: got {level}, expected None for edit.task={task!r}; only "
+        "'stroke' and 'denoise' use it"
     )
 
 
 def _denoising(experiment, level, nfe, times) -> Recipe:
+  """Returns one jump, after an estimate of the level if it is None."""
   if nfe not in (None, 1) or times:
     raise errors.UserError(
-        "edit.task='denoise' is one jump; leave edit.nfe and edit.times out"
+        f"edit.nfe, edit.times: got {nfe} and {times}, expected one jump for "
+        "edit.task='denoise'; omit both"
     )
   levels = experiment.levels
   if level is None:
@@ -188,26 +194,27 @@ def _denoising(experiment, level, nfe, times) -> Recipe:
 
 
 def _inpainting(experiment, noise: float, nfe: int | None, times) -> Recipe:
-  """Zigzags of less and less noise: what is large is settled first."""
+  """Returns zigzags of decreasing noise: coarse structure first."""
   if times and nfe not in (2 * len(times), None):
     raise errors.UserError(
-        f"edit.nfe={nfe} needs {nfe // 2} levels in edit.times, which has "
-        f"{len(times)}; leave one of the two out"
+        f"edit.nfe: got {nfe}, expected 2 evaluations for each of {len(times)} "
+        "edit.times; omit one of the two"
     )
   if nfe is None:
     nfe = 2 * len(times) or TASKS["inpaint"].nfe
   if noise <= 0:
     raise errors.UserError(
-        f"edit.noise={noise} fills the hole of 'inpaint'; give more than 0"
+        f"edit.noise: got {noise}, expected more than 0, the noise in the hole "
+        "of edit.task='inpaint'"
     )
   if nfe < 2 or nfe % 2:
     raise errors.UserError(
-        f"edit.nfe={nfe}: 'inpaint' makes two evaluations a round; give an "
-        "even number"
+        f"edit.nfe: got {nfe}, expected an even number, 2 per round of "
+        "edit.task='inpaint'"
     )
   levels = experiment.levels
   rounds = nfe // 2
-  # The first and last noises are as given, to the bit.
+  # geomspace may round the first value; `noise` itself is exact.
   noises = [noise, *np.geomspace(noise, min(noise, LAST_NOISE), rounds)[1:]]
   times = times or [min(RISE * e, levels.sigma_max) for e in noises]
   pairs = [(float(e), t) for e, t in zip(noises, times, strict=True)]

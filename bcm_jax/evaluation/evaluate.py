@@ -76,7 +76,8 @@ class Evaluation:
   def _open_small_dataset(self) -> None:
     """Prepares the metrics that are computed for small datasets only."""
     splits = [
-        self.experiment.source_if_available(split) for split in ("train", "test")
+        self.experiment.source_if_available(split)
+        for split in ("train", "test")
     ]
     if None in splits or len(splits[0]) > _MEMORIZATION_IMAGES:
       return
@@ -394,7 +395,7 @@ def check_outputs(experiment: build.Experiment) -> None:
   section = experiment.eval
   for sampler in section.samplers:
     planning.plan_of(experiment, sampler)
-  planning.asked_labels(experiment, experiment.sample)
+  planning.requested_labels(experiment, experiment.sample)
   inversion.check(experiment)
   bits_per_dim.check(experiment)
   rejection.check(experiment)

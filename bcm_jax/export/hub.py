@@ -1,13 +1,14 @@
 """Shares models on the Hugging Face Hub: python -m bcm_jax.release.hub VERB.
 
-  pack WORKDIR FOLDER      writes a run's network as a folder to share
-  unpack FOLDER WORKDIR    makes it a work directory, for every mode
-  push SOURCE OWNER/NAME   uploads a folder or a work directory
-  pull OWNER/NAME[@REVISION] FOLDER    downloads a folder
+  pack WORKDIR FOLDER      writes the network of a run as a model folder
+  unpack FOLDER WORKDIR    writes a model folder as a work directory
+  push SOURCE OWNER/NAME   uploads a model folder or a work directory
+  pull OWNER/NAME[@REVISION] FOLDER    downloads a model folder
 
-A folder holds model.safetensors, config.json, README.md (the model card) and,
-if the weights were evaluated, result.json; no other file is shared
-(docs/hub.md). Exit status: 0 done, 65 bad input or no connection.
+A model folder contains model.safetensors, config.json, README.md (the model
+card) and, after mode eval, result.json; no other file is uploaded or
+downloaded (docs/hub.md). Exit status: 0 success, 65 invalid input or no
+connection.
 """
 
 from collections.abc import Iterator
@@ -31,95 +32,99 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 def push(
     source: str, repository: str, private: bool = False, **options: Any
 ) -> str:
-  """Sends a folder, or a work directory packed on the way, to the hub.
+  """Uploads a model folder, or a work directory after packing it.
 
   Args:
-    source: a folder that pack made, or the work directory of a run.
-    repository: OWNER/NAME; made if it is not there.
-    private: make it private; one that is public already is refused.
-    options: keywords of `pack`, for a work directory.
+    source: model folder, or work directory of a run.
+    repository: OWNER/NAME; created if it does not exist.
+    private: create a private repository; an error for an existing public one.
+    **options: keyword arguments of model_folder.pack, for a work directory.
 
   Returns:
-    Where it is now, for a terminal.
+    A summary for the terminal, with the URL.
 
   Raises:
-    UserError: as `pack` and `load`; huggingface_hub is not installed; the hub
-      refuses or cannot be reached.
+    UserError: as model_folder.pack and load; huggingface_hub is not installed;
+      the hub returns an error or is not reachable.
   """
   _check_repository(repository)
   library = _library()
-  with _packed(source, options) as (folder, said), _explained(
-      library, repository
+  with (
+      _packed(source, options) as (folder, summary),
+      _hub_errors(library, repository),
   ):
     hub = _open_hub(library)
     url = hub.create_repo(repository, private=private or None, exist_ok=True)
     if private and not hub.model_info(repository).private:
       raise errors.UserError(
-          f"{repository} is there already and public; nothing was sent. Make "
-          "it private on the hub, or leave --private out"
+          f"--private: got the public repository {repository}, expected a "
+          "private or a new one; nothing was uploaded; make it private on the "
+          "hub, or omit --private"
       )
     hub.upload_folder(
         repo_id=repository, folder_path=folder,
         allow_patterns=list(model_folder.FILES),
-        # Results of older weights must not remain.
+        # Deletes the result of earlier weights.
         delete_patterns=[model_folder.RESULT],
         commit_message=f"Weights and config, by bcm_jax {__version__}",
     )
-  return f"{said}sent: {url}"
+  return f"{summary}uploaded: {url}"
 
 
 @contextlib.contextmanager
 def _packed(source: str, options: dict[str, Any]) -> Iterator[tuple[str, str]]:
-  """A whole folder to send, and what packing it said."""
-  asked = {k: v for k, v in options.items() if v not in (None, {})}
+  """Yields (valid model folder, summary of packing it)."""
+  options = {k: v for k, v in options.items() if v not in (None, {})}
   if runs.is_released(source):
-    if asked:
+    if options:
       raise errors.UserError(
-          f"{source} is packed already, and {', '.join(asked)} would say how to"
-          " pack a work directory; leave it out, or give the work directory"
+          f"{', '.join(options)}: got a value for the model folder {source}, "
+          "expected it only for a work directory; omit it, or push the work "
+          "directory"
       )
     model_folder.load(source)
     yield source, ""
     return
-  with tempfile.TemporaryDirectory() as made:
-    folder = os.path.join(made, "model")
-    said = model_folder.pack(source, folder, **asked)
-    yield folder, said.rpartition("\n")[0] + "\n"
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = os.path.join(temporary, "model")
+    summary = model_folder.pack(source, folder, **options)
+    # Without the last line, the path of the temporary folder.
+    yield folder, summary.rpartition("\n")[0] + "\n"
 
 
 def pull(place: str, out: str) -> str:
-  """Downloads a network from the hub to a folder, atomically.
+  """Downloads a model folder atomically.
 
   Args:
     place: OWNER/NAME, or OWNER/NAME@REVISION (a branch, tag or commit).
-    out: folder to make; must not hold anything yet.
+    out: folder to create; must be empty or absent.
 
   Returns:
-    What was brought, for a terminal.
+    A summary for the terminal.
 
   Raises:
-    UserError: as `load`; huggingface_hub is not installed; the hub refuses or
-      cannot be reached.
+    UserError: as model_folder.load; huggingface_hub is not installed; the hub
+      returns an error or is not reachable.
   """
   repository, _, revision = place.partition("@")
   _check_repository(repository)
   library = _library()
-  with files.new_folder(out) as made:
-    # The library leaves its own files next to the downloaded ones.
-    with tempfile.TemporaryDirectory(dir=made) as brought:
-      with _explained(library, place):
+  with files.new_folder(out) as folder:
+    # huggingface_hub also writes bookkeeping files into its local_dir.
+    with tempfile.TemporaryDirectory(dir=folder) as download:
+      with _hub_errors(library, place):
         _open_hub(library).snapshot_download(
-            repository, revision=revision or None, local_dir=brought,
-            cache_dir=os.path.join(brought, "cache"),
+            repository, revision=revision or None, local_dir=download,
+            cache_dir=os.path.join(download, "cache"),
             allow_patterns=list(model_folder.FILES),
         )
       for name in model_folder.FILES:
-        if os.path.isfile(os.path.join(brought, name)):
-          os.replace(os.path.join(brought, name), os.path.join(made, name))
+        if os.path.isfile(os.path.join(download, name)):
+          os.replace(os.path.join(download, name), os.path.join(folder, name))
     try:
-      _, _, metadata = model_folder.load(made)
+      _, _, metadata = model_folder.load(folder)
     except errors.UserError as e:
-      raise errors.UserError(str(e).replace(made, place)) from e
+      raise errors.UserError(str(e).replace(folder, place)) from e
   return (
       f"step {metadata['step']}, {metadata['average']}, on {metadata['data']}\n"
       f"written: {out}"
@@ -129,18 +134,18 @@ def pull(place: str, out: str) -> str:
 def _check_repository(name: str) -> None:
   if not _REPOSITORY.fullmatch(name):
     raise errors.UserError(
-        f"{name!r} is no repository; expected OWNER/NAME of letters, digits "
+        f"repository: got {name!r}, expected OWNER/NAME of letters, digits "
         "and - _ ."
     )
 
 
 def _library() -> Any:
-  """huggingface_hub, which nothing else needs."""
+  """Imports huggingface_hub, an optional dependency."""
   return cli.optional("huggingface_hub.errors", "the hub", "hub")
 
 
 def _open_hub(library: Any) -> Any:
-  """The hub of HF_ENDPOINT, with the token that the library finds."""
+  """Returns a client of HF_ENDPOINT with the library's default token."""
   return library.HfApi(
       endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None,
       library_name="bcm_jax", library_version=__version__,
@@ -148,8 +153,8 @@ def _open_hub(library: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(library: Any, place: str) -> Iterator[None]:
-  """Turns what the hub and the way to it refuse into one line."""
+def _hub_errors(library: Any, place: str) -> Iterator[None]:
+  """Converts errors of the hub and of the connection to UserError."""
   kinds = library.errors
   log_in = "log in: hf auth login, or set HF_TOKEN"
   try:
@@ -158,49 +163,50 @@ def _explained(library: Any, place: str) -> Iterator[None]:
     raise
   except kinds.RepositoryNotFoundError as e:
     raise errors.UserError(
-        f"{place}: the hub shows no such repository to you; check the name, and"
-        f" if it is private or yours to write to, {log_in}"
+        f"{place}: got no such repository on the hub, expected one that you "
+        f"can access; check the name, or {log_in}"
     ) from e
   except kinds.RevisionNotFoundError as e:
     raise errors.UserError(
-        f"{place}: the repository has no such revision; give a branch, tag or "
-        "commit of it"
+        f"{place}: got no such revision, expected a branch, tag or commit of "
+        "the repository"
     ) from e
   except _failures(kinds) as e:
     status = getattr(getattr(e, "response", None), "status_code", None)
     if status in (401, 403):
       raise errors.UserError(
-          f"{place}: the hub refuses ({status}): {_one_line(e)}; {log_in}, "
-          "with a token that may do this"
+          f"{place}: got status {status} from the hub ({_one_line(e)}), "
+          f"expected permission; {log_in}, with a token of sufficient rights"
       ) from e
     raise errors.UserError(
-        f"{place}: the hub failed or cannot be reached ({_one_line(e)}); check "
-        "the connection and try again"
+        f"{place}: got a failure of the hub or of the connection "
+        f"({_one_line(e)}); check the connection and try again"
     ) from e
   except ValueError as e:
     raise errors.UserError(
-        f"{place}: the hub does not take this: {_one_line(e)}; change it and "
-        "try again"
+        f"{place}: got an invalid request: {_one_line(e)}; change it and try "
+        "again"
     ) from e
 
 
 def _failures(kinds: Any) -> tuple[type[BaseException], ...]:
-  """Returns the exceptions of the library for hub and network failures.
+  """Returns the exception types of hub and connection failures.
 
-  Errors of the transport, the bases of its own, are no OSError in every
-  version; those of uploads are RuntimeErrors.
+  Transport errors, the base classes of HfHubHTTPError, are not OSError in all
+  versions of huggingface_hub; upload errors are RuntimeError.
   """
   xet = getattr(kinds, "XetDownloadError", OSError)
   return OSError, RuntimeError, xet, *kinds.HfHubHTTPError.__bases__
 
 
 def _one_line(error: BaseException, limit: int = 200) -> str:
+  """Returns the message of an error on one line of limited length."""
   text = " ".join(str(error).split()) or type(error).__name__
   return text if len(text) <= limit else text[:limit] + "..."
 
 
 def _parser(verb: str | None) -> cli.Parser:
-  """The flags of a verb; None: of all, for --help."""
+  """Returns the parser of a verb; None is that of all verbs, for --help."""
   parser = cli.Parser("bcm_jax.release.hub", __doc__, config="values")
   source, target = _VERBS[verb][1:] if verb else ("FROM", "TO")
   add = parser.add_argument
@@ -230,15 +236,15 @@ _VERBS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Entry point; exits with 65 and one line on bad input."""
+  """Runs the command; exits with 65 and a one-line error on invalid input."""
   with cli.reporting():
     argv = sys.argv[1:] if argv is None else argv
-    rest = cli.split_overrides(argv)[2]
-    words = [word for word in rest if not word.startswith("-")]
+    args = cli.split_overrides(argv)[2]
+    words = [arg for arg in args if not arg.startswith("-")]
     verb = next((w for w in words if w in _VERBS), words[0] if words else None)
-    if verb is None and not {"-h", "--help"} & set(rest):
+    if verb is None and not {"-h", "--help"} & set(args):
       raise errors.UserError(
-          f"the command is missing; give one of {', '.join(_VERBS)}"
+          f"command: got none, expected one of {', '.join(_VERBS)}"
       )
     if verb not in (None, *_VERBS):
       raise errors.unknown_name("command", verb, _VERBS)
@@ -247,10 +253,11 @@ def main(argv: list[str] | None = None) -> None:
     source, target = flags.pop("source"), flags.pop("target")
     if verb == "pull" and flags.pop("overrides"):
       raise errors.UserError(
-          "pull downloads the config as it is; give --config.* to unpack"
+          "--config.*: got overrides for pull, expected none; pass them to "
+          "unpack"
       )
-    given = {k: v for k, v in flags.items() if v is not None}
-    print(_VERBS[verb][0](source, target, **given))
+    options = {k: v for k, v in flags.items() if v is not None}
+    print(_VERBS[verb][0](source, target, **options))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The model card of a released network: README.md with a YAML front matter.
+"""Model card of a released network: README.md with YAML front matter.
 
-Its numbers are from the result file; without one they are 'not measured'.
-Fields of the front matter: https://huggingface.co/docs/hub/model-cards
+Metrics are from the result file; without it they are 'not measured'. Fields of
+the front matter: https://huggingface.co/docs/hub/model-cards
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from typing import Any
 
 from bcm_jax.config import registry
 
-# Entries of a result that are not rows of a table.
+# Entries of a result that are not metrics.
 _NO_ROWS = ("plan", "std", "seeds")
 _UNKNOWN = "not measured"
 
-_LOADING = """## How to load it
+_LOADING = """## Usage
 
 ```sh
 pip install 'bcm_jax[hub]'
@@ -41,20 +41,19 @@ def text(
   """Returns the text of the card.
 
   Args:
-    config: of the run, as in its config.json.
-    metadata: of the weights, see `model_folder.write`.
+    config: config of the run, as in its config.json.
+    metadata: header of the weights, see `model_folder.write`.
     parameters: number of parameters of the network.
-    result: of mode eval for these weights, or None.
-    license_id: identifier of a license on the hub, such as 'apache-2.0'; None
-      omits it.
+    result: result of mode eval for these weights, or None.
+    license_id: license identifier of the hub, such as 'apache-2.0', or None.
   """
   parts = [
       _front_matter(config, license_id),
       f"# {config['method']['name']} on {metadata['data']}\n",
-      _what(config, metadata) + "\n",
+      _summary(config, metadata) + "\n",
       _facts(config, metadata, parameters, result or {}),
-      "## Numbers\n",
-      _UNKNOWN + "\n" if result is None else _numbers(result),
+      "## Metrics\n",
+      _UNKNOWN + "\n" if result is None else _metrics(result),
       _LOADING,
   ]
   return "\n".join(parts)
@@ -75,22 +74,24 @@ def _front_matter(config, license_id: str | None) -> str:
   return "\n".join(["---", *lines, "---", ""])
 
 
-def _what(config, metadata) -> str:
+def _summary(config, metadata) -> str:
+  """Returns one sentence on method, images and classes."""
   name = config["method"]["name"]
   method = registry.METHODS.get(name)
   kind = method.title if method else f"model of method {name}"
   article = "An" if kind[0] in "aeiou" else "A"
   height, width, channels = metadata["image_shape"]
-  colours = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
+  colors = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
   classes = config["model"].get("num_classes")
-  given = f"of {classes} classes" if classes else "without classes"
+  suffix = f"of {classes} classes" if classes else "without classes"
   return (
-      f"{article} {kind} of {height}x{width} {colours} images {given}, trained "
+      f"{article} {kind} of {height}x{width} {colors} images {suffix}, trained "
       f"with bcm_jax by method `{name}`."
   )
 
 
 def _facts(config, metadata, parameters: int, result) -> str:
+  """Returns the table of data, network, training and provenance."""
   training = result.get("training") or {}
   images, seconds = training.get("images"), training.get("seconds")
   method = config["method"]
@@ -104,16 +105,17 @@ def _facts(config, metadata, parameters: int, result) -> str:
       "images seen in training": f"{images:,}" if images else _UNKNOWN,
       "training time": f"{seconds:,.0f} s" if seconds else _UNKNOWN,
       "config": f"`{metadata['config_digest']}` (config.json)",
-      "made with": f"bcm_jax {metadata['bcm_jax']}",
+      "created with": f"bcm_jax {metadata['bcm_jax']}",
   }
   lines = [f"| {name} | {value} |" for name, value in rows.items()]
   return "\n".join(["| | |", "|---|---|", *lines, ""])
 
 
-def _numbers(result: Mapping[str, Any]) -> str:
-  """Formats the result of mode eval and its protocol."""
+def _metrics(result: Mapping[str, Any]) -> str:
+  """Returns the tables of a result of mode eval, and its protocol."""
   parts = [
-      "Of `result.json`, as mode eval wrote it; +- is the spread over seeds.\n"
+      "From `result.json` of mode eval; +- is the standard deviation over "
+      "seeds.\n"
   ]
   likelihood = result.get("likelihood")
   for title, columns in (
@@ -123,21 +125,21 @@ def _numbers(result: Mapping[str, Any]) -> str:
   ):
     if columns:
       parts += [f"{title}:\n", _table(columns)]
-  known = result.get("protocol", {})
-  shown = {
-      "samples": known.get("few_samples") or known.get("samples"),
-      "seeds": ", ".join(map(str, known.get("seeds", []))),
-      "features": known.get("features"),
-      "reference": known.get("reference"),
-      "hardware": known.get("hardware"),
-      "commit": known.get("commit"),
+  protocol = result.get("protocol", {})
+  rows = {
+      "samples": protocol.get("few_samples") or protocol.get("samples"),
+      "seeds": ", ".join(map(str, protocol.get("seeds", []))),
+      "features": protocol.get("features"),
+      "reference": protocol.get("reference"),
+      "hardware": protocol.get("hardware"),
+      "commit": protocol.get("commit"),
   }
-  facts = "; ".join(f"{k}: {v}" for k, v in shown.items() if v)
+  facts = "; ".join(f"{k}: {v}" for k, v in rows.items() if v)
   return "\n".join([*parts, f"Protocol: {facts}.\n" if facts else ""])
 
 
 def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-  """Formats one row per number and one column per sampler; +- over seeds."""
+  """Returns a table with a row per metric and a column per sampler."""
   names = dict.fromkeys(
       name for column in columns.values() for name, value in column.items()
       if name not in _NO_ROWS and type(value) in (int, float)
@@ -152,6 +154,7 @@ def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _cell(column: Mapping[str, Any], name: str) -> str:
+  """Formats a metric as mean +- standard deviation over seeds."""
   value, std = column.get(name), column.get("std", {}).get(name)
   if value is None:
     return _UNKNOWN

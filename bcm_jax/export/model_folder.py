@@ -1,14 +1,14 @@
-"""A released network: a folder in the layout of the Hugging Face Hub.
+"""Model folders: released networks in the layout of the Hugging Face Hub.
 
-    model.safetensors  the parameters of one network, under 'a.b.c' of its tree
-    config.json        the resolved config of its run
-    result.json        the result of mode eval for these parameters, if any
-    README.md          the model card
+    model.safetensors  parameters of one network, named 'a.b.c' by tree path
+    config.json        resolved config of the run
+    result.json        result of mode eval for these parameters, if any
+    README.md          model card
 
-The header of the weights is JSON under 'bcm_jax': format version, step,
-average, data, image shape, and digests of config and tensors, so that corrupt
-or mismatched files are detected. Nothing in a folder is executed. The command
-is bcm_jax.export.hub.
+The header of the weights contains JSON under 'bcm_jax': format version, step,
+average, data, image shape, and digests of config and tensors, which detect
+corrupt or mismatched files. Nothing in a folder is executed. The command is
+bcm_jax.release.hub.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ from bcm_jax.utils import provenance
 FORMAT = 1
 WEIGHTS, CONFIG = runs.RELEASED, "config.json"
 RESULT, CARD = "result.json", "README.md"
-# The files of a folder; the first two are required.
+# Files of a folder; the first two are required.
 FILES = (WEIGHTS, CONFIG, RESULT, CARD)
 
 # Storage dtypes; weights are read as float32.
@@ -50,22 +50,22 @@ DTYPES = {
 
 Params = dict[str, Any]
 _KEY = "bcm_jax"
-# Fields of the header, in addition to the format.
-_KNOWN = {
+# Types of the header fields except `format`.
+_HEADER_TYPES = {
     "bcm_jax": str, "step": int, "average": str, "data": str,
     "image_shape": list, "dtype": str, "config_digest": str,
     "tensors_digest": str,
 }
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-# A released network has one set of parameters and no averages.
+# A model folder has one set of parameters and no averages.
 _NO_AVERAGES = {
     "training.ema_rates": "()", "training.ema_stds": "()",
     "sample.average": "none", "eval.averages": "()",
 }
-# Keys that may name code, and their replacements: a downloaded folder must not
-# choose what is imported.
-_CODE = {"eval.features": "pixels", "method.gan_encoder": "teacher"}
-_SHOWN = 3
+# Config keys that may name Python code to import, and safe replacements for
+# downloaded folders.
+_CODE_KEYS = {"eval.features": "pixels", "method.gan_encoder": "teacher"}
+_MAX_NAMES = 3  # Number of tensor names in an error.
 
 
 def pack(
@@ -77,22 +77,23 @@ def pack(
     license_id: str | None = None,
     overrides: Mapping[str, str] | None = None,
 ) -> str:
-  """Writes the sampled network of a run as a folder.
+  """Writes the sampled network of a run as a model folder.
 
   Args:
-    workdir: of the run.
+    workdir: work directory of the run.
     out: folder to create; must be empty or absent.
-    average: which average, as sample.average; None is `sample.average`.
-    step: of the checkpoint; None is the newest.
-    dtype: of the stored weights: 'float32', 'bfloat16' or 'float16'.
-    license_id: identifier of a license on the hub, for the card.
-    overrides: 'section.key' -> text, changes of the config that is written.
+    average: name of the moving average; None is `sample.average`.
+    step: step of the checkpoint; None is the newest valid one.
+    dtype: dtype of the stored weights: 'float32', 'bfloat16' or 'float16'.
+    license_id: license identifier of the hub for the model card, or None.
+    overrides: 'section.key' -> text, changes of the written config.
 
   Returns:
     A summary for the terminal.
 
   Raises:
-    UserError: no such run, checkpoint or average, or `out` exists.
+    UserError: the run, checkpoint or average does not exist, `out` exists, or
+      as `write`.
   """
   files.check_free(out)
   config = resolve.of_existing_run(workdir, overrides)
@@ -100,13 +101,13 @@ def pack(
   step, average, params = runs.load_run(experiment, workdir, average, step)
   _check_shapes(workdir, experiment, params)
   result = _eval_result(workdir, step, average)
-  about = {
+  metadata = {
       "step": step, "average": average,
       "data": provenance.data_name(config.data),
       "image_shape": experiment.image_shape,
   }
   write(
-      out, resolve.to_json(config), params, about, dtype, result, license_id
+      out, resolve.to_json(config), params, metadata, dtype, result, license_id
   )
   count = sum(v.size for v in jax.tree.leaves(params))
   size = os.path.getsize(os.path.join(out, WEIGHTS))
@@ -123,12 +124,12 @@ def pack(
 def unpack(
     folder: str, workdir: str, overrides: Mapping[str, str] | None = None
 ) -> str:
-  """Writes a folder as a work directory, as bcm_jax.generate.convert does.
+  """Writes a model folder as a work directory.
 
   Args:
-    folder: written by pack or pull.
-    workdir: to create; must be empty or absent.
-    overrides: 'section.key' -> text.
+    folder: model folder, from pack or pull.
+    workdir: directory to create; must be empty or absent.
+    overrides: 'section.key' -> text, changes of the config.
 
   Returns:
     A summary for the terminal.
@@ -156,19 +157,18 @@ def unpack(
 def load(
   folder: str, overrides: Mapping[str, str] | None = None
 ) -> tuple[build.Experiment, dict[str, Any], dict[str, Any]]:
-  """Loads a folder as an experiment with parameters.
+  """Loads an experiment and its parameters from a model folder.
 
   Args:
-    folder: written by pack or pull.
-    overrides: 'section.key' -> text, for the config.
+    folder: model folder, from pack or pull.
+    overrides: 'section.key' -> text, changes of the config.
 
   Returns:
-    (experiment, parameters in float32, metadata as `read`). The config of the
+    (experiment, float32 parameters, metadata as `read`). The config of the
     experiment has no averages and does not name code.
 
   Raises:
-    UserError: as `read`; an unknown config, or one whose network has other
-      tensors.
+    UserError: as `read`; an invalid config, or tensors of another network.
   """
   raw, params, metadata = read(folder)
   read_result(folder)
@@ -183,17 +183,17 @@ def load(
 
 
 def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the config with values that name code replaced."""
+  """Returns the config after replacing values that name Python code."""
   config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
-  for path, plain in _CODE.items():
+  for path, replacement in _CODE_KEYS.items():
     section, key = path.split(".")
     values = config.get(section)
     if isinstance(values, dict) and ":" in str(values.get(key)):
-      values[key] = plain
+      values[key] = replacement
   return config
 
 
-def _check_shapes(place: str, experiment, params: Mapping[str, Any]) -> None:
+def _check_shapes(path: str, experiment, params: Mapping[str, Any]) -> None:
   """Raises UserError if the parameters do not fit the config's network."""
   method = experiment.method
   network = method.networks[method.sampled_network]
@@ -202,7 +202,7 @@ def _check_shapes(place: str, experiment, params: Mapping[str, Any]) -> None:
       network.init, jax.random.key(0), *build.example_batch(experiment)
     )
   )
-  expected, found = (
+  expected, actual = (
     {
       name: tuple(v.shape)
       for name, v in traverse_util.flatten_dict(tree, sep=".").items()
@@ -210,30 +210,32 @@ def _check_shapes(place: str, experiment, params: Mapping[str, Any]) -> None:
     for tree in (network.without_heads(shapes), params)
   )
   differing = [
-    f"{name} is {found[name]} and should be {shape}"
+    f"{name}: got {actual[name]}, expected {shape}"
     for name, shape in expected.items()
-    if found.get(name, shape) != shape
+    if actual.get(name, shape) != shape
   ]
   parts = [
-    f"{len(names)} {what}: {_first(names)}"
-    for names, what in (
-      (sorted(expected.keys() - found.keys()), "missing"),
-      (sorted(found.keys() - expected.keys()), "unexpected"),
+    f"{len(names)} {problem}: {_first(names)}"
+    for names, problem in (
+      (sorted(expected.keys() - actual.keys()), "missing"),
+      (sorted(actual.keys() - expected.keys()), "unexpected"),
       (differing, "of another shape"),
     )
     if names
   ]
   if parts:
     raise errors.UserError(
-      f"{place}: the tensors are not those of the config's network "
-      f"({experiment.config.model.name!r}): {'; '.join(parts)}; use the "
-      "config that they were trained with"
+      f"{path}: expected the tensors of the config's network "
+      f"({experiment.config.model.name!r}), got {'; '.join(parts)}; use the "
+      "config of their training"
     )
 
 
 def _first(names: list[str]) -> str:
-  more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-  return ", ".join(names[:_SHOWN]) + more
+  """Joins the first names and counts the others."""
+  others = len(names) - _MAX_NAMES
+  more = f" and {others} more" if others > 0 else ""
+  return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _eval_result(
@@ -249,7 +251,7 @@ def _eval_result(
       continue
     except ValueError as e:
       raise errors.UserError(
-        f"{path} is damaged ({e}); evaluate again, or remove it"
+        f"{path}: got corrupt JSON ({e}); evaluate again, or remove it"
       ) from e
     if (result.get("step"), result.get("average")) == (step, average):
       return result
@@ -257,17 +259,17 @@ def _eval_result(
 
 
 def _local_paths(config) -> Iterator[str]:
-  """Yields a warning about config values that are absolute local paths."""
-  found = [
+  """Yields a warning if config values are absolute local paths."""
+  paths = [
     f"{key}={text}"
     for key, value in resolve.flatten(config).items()
     for text in (value if isinstance(value, list) else [value])
     if isinstance(text, str) and text.startswith(("/", "~"))
   ]
-  if found:
+  if paths:
     yield (
-      f"{CONFIG} contains paths of this machine: {', '.join(found)}; set "
-      "others by --config.section.key=value if they should not be published"
+      f"{CONFIG} contains paths of this machine: {', '.join(paths)}; change "
+      "them by --config.section.key=value if they should not be published"
     )
 
 
@@ -280,29 +282,28 @@ def write(
   result: Mapping[str, Any] | None = None,
   license_id: str | None = None,
 ) -> None:
-  """Writes a folder atomically.
+  """Writes a model folder atomically.
 
   Args:
-    folder: must be empty or absent.
-    config: of the run, as `resolve.to_json` returns it.
-    params: nested dicts of arrays, of one network.
-    about: 'step', 'average', 'data' (a name) and 'image_shape' (height, width,
-      channels).
-    dtype: key of DTYPES; the smaller two round.
-    result: of mode eval for this step and average, or None.
-    license_id: identifier of a license on the hub for the card, or None.
+    folder: folder to create; must be empty or absent.
+    config: config of the run, from `resolve.to_json`.
+    params: parameters of one network, nested dicts of arrays.
+    about: 'step', 'average', 'data' (name of the dataset) and 'image_shape'
+      (H, W, C).
+    dtype: key of DTYPES; the 16-bit dtypes round.
+    result: result of mode eval for this step and average, or None.
+    license_id: license identifier of the hub for the model card, or None.
 
   Raises:
-    UserError: the folder exists; unknown dtype; overflow in that dtype; a
+    UserError: the folder exists; an unknown dtype; overflow in this dtype; a
       result of other weights; an invalid license.
   """
   if dtype not in DTYPES:
     raise errors.unknown_name("dtype", dtype, DTYPES)
   if license_id is not None and not _LICENSE.fullmatch(license_id):
     raise errors.UserError(
-      f"license: got {license_id!r}, expected an identifier of the hub's "
-      f"list "
-      "such as apache-2.0 or mit"
+      f"license: got {license_id!r}, expected an identifier of the hub such "
+      "as apache-2.0 or mit"
     )
   tensors = {
     name: _stored(name, np.asarray(value), dtype)
@@ -318,36 +319,36 @@ def write(
   }
   if result is not None:
     _check_result(result, metadata)
-  # One entry: safetensors writes several in random order.
+  # A single entry, since safetensors writes several in random order.
   header = json.dumps({"format": FORMAT, **metadata}, sort_keys=True)
   count = sum(value.size for value in tensors.values())
   card = model_card.text(config, metadata, count, result, license_id)
-  with files.new_folder(folder) as made:
+  with files.new_folder(folder) as new:
     files.write_bytes(
-      os.path.join(made, WEIGHTS),
+      os.path.join(new, WEIGHTS),
       safetensors.numpy.save(tensors, {_KEY: header}),
     )
-    files.write_json(os.path.join(made, CONFIG), config)
+    files.write_json(os.path.join(new, CONFIG), config)
     if result is not None:
-      files.write_json(os.path.join(made, RESULT), result)
-    files.write_bytes(os.path.join(made, CARD), card.encode())
+      files.write_json(os.path.join(new, RESULT), result)
+    files.write_bytes(os.path.join(new, CARD), card.encode())
 
 
 def read(folder: str) -> tuple[dict[str, Any], Params, dict[str, Any]]:
-  """Reads a folder without comparing the tensors with the config's network.
+  """Reads a model folder without building the config's network.
 
   Returns:
-    config: as a run's config.json, not resolved.
+    config: content of config.json, not resolved.
     params: nested dicts of float32 arrays.
-    metadata: 'format', 'bcm_jax' (version that wrote it), 'step', 'average',
+    metadata: 'format', 'bcm_jax' (version of the writer), 'step', 'average',
       'data', 'image_shape', 'dtype' as stored, 'config_digest' and
       'tensors_digest'.
 
   Raises:
-    UserError: a missing or damaged file, one of another library or of a newer
+    UserError: a missing or corrupt file, weights of another library or a newer
       format, or a config of other weights.
   """
-  _check_there(folder)
+  _check_files(folder)
   path = os.path.join(folder, WEIGHTS)
   file = weight_files.read(path)
   metadata = _metadata(path, file)
@@ -356,10 +357,9 @@ def read(folder: str) -> tuple[dict[str, Any], Params, dict[str, Any]]:
   config = _read_json(os.path.join(folder, CONFIG))
   if hashing.json_digest(config)[:12] != metadata["config_digest"]:
     raise errors.UserError(
-      f"{folder}: {CONFIG} is not the one that {WEIGHTS} was written with "
-      f"(digest {hashing.json_digest(config)[:12]}, expected "
-      f"{metadata['config_digest']}); pull or pack it again, and change "
-      "values by --config.section.key=value"
+      f"{folder}: got {CONFIG} of digest {hashing.json_digest(config)[:12]}, "
+      f"expected {metadata['config_digest']} as in {WEIGHTS}; pull or pack it "
+      "again, and change values by --config.section.key=value"
     )
   flat = {name: value.astype(np.float32) for name, value in tensors.items()}
   return config, traverse_util.unflatten_dict(flat, sep="."), metadata
@@ -369,7 +369,7 @@ def read_result(folder: str) -> dict[str, Any] | None:
   """Returns the result of mode eval for the weights, or None.
 
   Raises:
-    UserError: the file is damaged.
+    UserError: the file is corrupt.
   """
   path = os.path.join(folder, RESULT)
   return _read_json(path) if os.path.exists(path) else None
@@ -384,26 +384,29 @@ def _tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def _stored(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+  """Casts a tensor to its storage dtype; UserError if it overflows."""
   with np.errstate(over="ignore"):
     stored = np.asarray(value, DTYPES[dtype], order="C")
   if np.any(np.isfinite(value) & ~np.isfinite(stored.astype(np.float32))):
     raise errors.UserError(
-      f"tensor {name!r} overflows in {dtype}; use "
+      f"tensor {name!r}: got values that overflow in {dtype}; use "
       "--dtype=bfloat16 or --dtype=float32"
     )
   return stored
 
 
 def _check_result(result, metadata) -> None:
+  """Raises UserError if the result is of another step or average."""
   for key in ("step", "average"):
     if result.get(key) != metadata[key]:
       raise errors.UserError(
-        f"the result is of {key} {result.get(key)!r}, the weights are of "
-        f"{metadata[key]!r}; evaluate these, or omit the result"
+        f"{key}: got {result.get(key)!r} in the result, expected "
+        f"{metadata[key]!r} of the weights; evaluate these, or omit the result"
       )
 
 
-def _check_there(folder: str) -> None:
+def _check_files(folder: str) -> None:
+  """Raises UserError if a required file is missing."""
   missing = [
     name
     for name in (WEIGHTS, CONFIG)
@@ -411,48 +414,47 @@ def _check_there(folder: str) -> None:
   ]
   if missing:
     raise errors.UserError(
-      f"{folder} holds no {' and no '.join(missing)}; expected a folder "
-      f"written "
-      "by python -m bcm_jax.release.hub pack or pull"
+      f"{folder}: got no {' and no '.join(missing)}, expected a folder of "
+      "python -m bcm_jax.release.hub pack or pull"
     )
 
 
 def _read_json(path: str) -> dict[str, Any]:
+  """Reads a JSON object; UserError if the file is corrupt."""
   try:
     with open(path, encoding="utf-8") as file:
       content = json.load(file)
   except (OSError, ValueError, RecursionError) as e:
-    raise errors.UserError(
-      f"{path} is damaged ({str(e)[:80]}); pull or pack it again"
-    ) from None
+    raise _corrupt_file_error(path, str(e)[:80]) from None
   if not isinstance(content, dict):
-    raise errors.UserError(
-      f"{path} is damaged (no JSON object); pull or pack it again"
-    )
+    raise _corrupt_file_error(path, f"{type(content).__name__}, not an object")
   return content
 
 
 def _metadata(path: str, file: weight_files.WeightFile) -> dict[str, Any]:
-  """Returns the checked header of the weights."""
+  """Returns the header of the weights after checking it."""
   if file.kind != "safetensors" or _KEY not in file.metadata:
     raise errors.UserError(
-      f"{path} was not written by bcm_jax.export.hub; weights of other "
-      "libraries become a work directory by python -m bcm_jax.interop.convert"
+      f"{path}: got weights of another library, expected those of "
+      "bcm_jax.release.hub; convert them: python -m bcm_jax.interop.convert"
     )
   try:
-    found = json.loads(file.metadata[_KEY])
-    version = int(found["format"])
+    header = json.loads(file.metadata[_KEY])
+    version = int(header["format"])
   except (ValueError, TypeError, KeyError, RecursionError):
-    raise _damaged(path, "its header is no record of bcm_jax") from None
+    raise _corrupt_file_error(path, "an invalid header of bcm_jax") from None
   if version > FORMAT:
     raise errors.UserError(
-      f"{path} has format {version}, this bcm_jax reads formats up to "
-      f"{FORMAT}; update it: pip install -U bcm_jax"
+      f"{path}: got format {version}, expected at most {FORMAT}; update: pip "
+      "install -U bcm_jax"
     )
-  wrong = [k for k, kind in _KNOWN.items() if type(found.get(k)) is not kind]
-  if wrong or found["dtype"] not in DTYPES:
-    raise _damaged(path, f"its header lacks {', '.join(wrong or ['a dtype'])}")
-  return found
+  invalid = [
+    k for k, kind in _HEADER_TYPES.items() if type(header.get(k)) is not kind
+  ]
+  if invalid or header["dtype"] not in DTYPES:
+    fields = ", ".join(invalid or ["dtype"])
+    raise _corrupt_file_error(path, f"a header without a valid {fields}")
+  return header
 
 
 def _check_tensors(path: str, tensors, metadata) -> None:
@@ -460,14 +462,19 @@ def _check_tensors(path: str, tensors, metadata) -> None:
   dtype = DTYPES[metadata["dtype"]]
   for name, value in tensors.items():
     if value.dtype != dtype:
-      raise _damaged(path, f"tensor {name!r} is {value.dtype}, not {dtype}")
+      raise _corrupt_file_error(
+        path, f"tensor {name!r} of {value.dtype}, not {dtype}"
+      )
     parts = name.split(".")
-    above = (".".join(parts[:i]) for i in range(1, len(parts)))
-    if any(parent in tensors for parent in above):
-      raise _damaged(path, f"tensor {name!r} is below another")
+    parents = (".".join(parts[:i]) for i in range(1, len(parts)))
+    if any(parent in tensors for parent in parents):
+      raise _corrupt_file_error(path, f"tensor {name!r} below another tensor")
   if _tensors_digest(tensors) != metadata["tensors_digest"]:
-    raise _damaged(path, "its values do not match their digest")
+    raise _corrupt_file_error(path, "values of another digest")
 
 
-def _damaged(path: str, why: str) -> errors.UserError:
-  return errors.UserError(f"{path} is damaged ({why}); pull or pack it again")
+def _corrupt_file_error(path: str, problem: str) -> errors.UserError:
+  """Returns the error for a corrupt file of a model folder."""
+  return errors.UserError(
+    f"{path}: corrupt file (got {problem}); pull or pack it again"
+  )

@@ -1,14 +1,14 @@
 """Exports samplers: python -m bcm_jax.release.export WORKDIR OUT.zip.
 
-Writes the samplers of a run as StableHLO, with weights and a loader, into one
-file that needs only jax and flatbuffers to run (docs/export.md):
+Writes the samplers of a run as StableHLO, with weights and a loader, to one
+file that requires only jax and flatbuffers (docs/export.md):
 
   python -m bcm_jax.release.export runs/digits digits.zip \\
       --samplers=onestep,ancestral@0.7 --invert
 
---samplers takes the notation of bcm_jax/generate/planning.py; without it the
-sampler of section sample is exported. Sections sample and invert can be set,
-such as --config.sample.guidance=2. Exit status: 0 done, 65 bad input.
+--samplers uses the notation of bcm_jax/generate/planning.py; the default is
+`sample.sampler`. Config sections `sample` and `invert` can be changed, for
+example --config.sample.guidance=2. Exit status: 0 success, 65 invalid input.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,24 +48,24 @@ from bcm_jax.utils import provenance
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 DEFAULT_PLATFORMS = ("cpu", "cuda", "tpu")
-# What the manifest says of `seed` and `index`.
+# Description of `seed` and `index` in the manifest.
 SEEDS = (
   "sample: image i draws from keys of (seed, i), i its entry of index; "
   "invert: the same of other streams; seed is uint32, keys are threefry's"
 )
-# Floats of the 256 grey levels, looked up as in training/step.py.
-_GREY = image_source.to_float(np.arange(256, dtype=np.uint8))
+# Float values of the 256 gray levels, as in training/train_step.py.
+_GRAY_LEVELS = image_source.to_float(np.arange(256, dtype=np.uint8))
 
-Weights = dict[str, Any]  # 'network/path/of/tensor' -> array or its shape.
+Weights = dict[str, Any]  # 'network/path/of/tensor' -> array or its spec.
 
 
 class Function(NamedTuple):
-  """An exported function.
+  """A function to export.
 
   Attributes:
-    arguments: names of its arguments in order, keys of `specs`.
-    call: function of these.
-    plan: what it does.
+    arguments: names of the arguments in order, keys of `specs`.
+    call: function of these arguments.
+    plan: plan that the function executes.
   """
 
   arguments: tuple[str, ...]
@@ -76,70 +76,75 @@ class Function(NamedTuple):
 def write(
   workdir: str,
   out: str,
-  asked: Sequence[str] = (),
+  sampler_names: Sequence[str] = (),
   invert: bool = False,
   platforms: Sequence[str] = DEFAULT_PLATFORMS,
   average: str | None = None,
   step: int | None = None,
   overrides: Mapping[str, str] | None = None,
 ) -> str:
-  """Exports the samplers of a run into a file that `exported.load` reads.
+  """Exports the samplers of a run to a file for `stablehlo_runtime.load`.
 
   Args:
-    workdir: directory of the run.
-    out: file to make; must not be there yet.
-    asked: samplers in the notation of `planning`; none is section sample's.
-    invert: also export inversion, by section invert, and the way back.
-    platforms: of PLATFORMS; their devices need not be available.
-    average: which average, as sample.average.
-    step: of the checkpoint; None is the newest.
-    overrides: 'section.key' -> text.
+    workdir: work directory of the run.
+    out: file to create; must not exist.
+    sampler_names: samplers in the notation of `planning`; empty is
+      `sample.sampler`.
+    invert: also export inversion, with config section `invert`, and decoding.
+    platforms: keys of PLATFORMS; these devices need not be present.
+    average: name of the moving average; None is `sample.average`.
+    step: step of the checkpoint; None is the newest valid one.
+    overrides: 'section.key' -> text, changes of the config.
 
   Returns:
-    What was exported, for a terminal.
+    A summary for the terminal.
 
   Raises:
-    UserError: a run, sampler or platform that is not there or does not fit.
+    UserError: no readable checkpoint, an unknown sampler or platform, an
+      existing `out`, or a config that cannot be exported.
   """
   files.check_free(out)
   _check_platforms(platforms)
   if importlib.util.find_spec("flatbuffers") is None:
-    raise errors.UserError("needs flatbuffers: pip install 'bcm_jax[export]'")
+    raise errors.UserError(
+      "flatbuffers: got no such package, expected it for exports; pip install "
+      "'bcm_jax[export]'"
+    )
   experiment = _open(workdir, overrides)
-  planned = {s: planning.plan_of(experiment, s) for s in asked}
-  if not planned:
-    own = experiment.config.sample.sampler
-    planned = {own: planning.plan_of(experiment)}
+  plans = {s: planning.plan_of(experiment, s) for s in sampler_names}
+  if not plans:
+    plans = {experiment.config.sample.sampler: planning.plan_of(experiment)}
   inversion = planning.inversion_plan(experiment) if invert else None
   guide = guides.open_guide(experiment)
   step, average, params = runs.load_run(experiment, workdir, average, step)
   weights = to_weights(params, guide)
   functions = {
-    name: sampler(experiment, guide, plan) for name, plan in planned.items()
+    name: sampler(experiment, guide, plan) for name, plan in plans.items()
   }
-  if inversion is not None:  # No sampler has these names.
+  if inversion is not None:  # No sampler is named invert or decode.
     functions["invert"] = _inverter(experiment, guide, inversion)
     functions["decode"] = _decoder(experiment, guide)
   shapes = specs(experiment, weights)
-  blobs = [serialised(f, shapes, platforms) for f in functions.values()]
+  blobs = [serialize(f, shapes, platforms) for f in functions.values()]
   facts = dict(step=step, average=average, platforms=list(platforms))
   _store(out, _members(functions, blobs, weights, _facts(experiment) | facts))
-  shown = "\n".join(str(f.plan) for f in functions.values())
+  plan_texts = "\n".join(str(f.plan) for f in functions.values())
   return (
-    f"step {step}, {average}, for {', '.join(platforms)}\n{shown}\n"
+    f"step {step}, {average}, for {', '.join(platforms)}\n{plan_texts}\n"
     f"written: {out}, {os.path.getsize(out):,} bytes"
   )
 
 
-# What can be exported ---------------------------------------------------------
+# Validation -------------------------------------------------------------------
 
 
 def _check_platforms(platforms: Sequence[str]) -> None:
+  """Raises UserError for unknown or repeated platforms."""
   unknown = [p for p in platforms if p not in PLATFORMS]
   if unknown or len(set(platforms)) < len(platforms):
     raise errors.UserError(
-      f"--platforms={','.join(platforms)}: give each of "
-      f"{', '.join(PLATFORMS)} once at most; GPUs are cuda (NVIDIA) or rocm "
+      f"--platforms: got {','.join(platforms)}, expected each of "
+      f"{', '.join(PLATFORMS)} at most once; GPUs are cuda (NVIDIA) or rocm "
       "(AMD)"
     )
 
@@ -147,23 +152,23 @@ def _check_platforms(platforms: Sequence[str]) -> None:
 def _open(
   workdir: str, overrides: Mapping[str, str] | None
 ) -> build.Experiment:
-  """The experiment of a run, if a single program can hold its sampler."""
+  """Builds the experiment of a run; UserError if it cannot be exported."""
   config = resolve.of_existing_run(workdir, overrides)
   if config.sample.rejection:
     raise errors.UserError(
-      f"sample.rejection={config.sample.rejection} picks images by another "
-      "network, which is not exported; --config.sample.rejection=0"
+      f"sample.rejection: got {config.sample.rejection}, expected 0, since the "
+      "classifier is not exported; set --config.sample.rejection=0"
     )
   if config.model.get("attention") == "cudnn":
     raise errors.UserError(
-      "model.attention='cudnn' is for NVIDIA's GPUs alone and jax exports "
-      "none of its calls; --config.model.attention=xla computes the same"
+      "model.attention: got 'cudnn', expected 'xla', since jax cannot export "
+      "cuDNN calls; set --config.model.attention=xla, which computes the same"
     )
   return build.build(config, to_train=False)
 
 
 def to_weights(params: Any, guide: guides.Guide | None = None) -> Weights:
-  """Tensors by path, of the network and of one that guides it."""
+  """Returns the tensors of the network and of its guidance network by path."""
   networks = {"network": params}
   if guide is not None and guide.params is not None:
     networks["guide"] = guide.params
@@ -171,7 +176,7 @@ def to_weights(params: Any, guide: guides.Guide | None = None) -> Weights:
 
 
 def specs(experiment: build.Experiment, weights: Weights) -> dict[str, Any]:
-  """Shapes of all arguments; the batch is the symbol b."""
+  """Returns the specs of all arguments; the batch size is the symbol b."""
   (b,) = jax_export.symbolic_shape("b")
   spec, shape = jax.ShapeDtypeStruct, (b, *experiment.image_shape)
   return {
@@ -184,46 +189,46 @@ def specs(experiment: build.Experiment, weights: Weights) -> dict[str, Any]:
   }
 
 
-# The functions ----------------------------------------------------------------
+# Functions --------------------------------------------------------------------
 
 
 def _maps(
   experiment: build.Experiment, guide: guides.Guide | None
 ) -> Callable[[Weights], tuple[Callable, Callable | None]]:
-  """Function of the weights to (flow map, guided map or None), of batches.
+  """Returns a function weights -> (flow map, guided map or None).
 
-  Networks read the size of their batch, which is a symbol here: they are shown
-  one image at a time, and jax makes batches of that again. Jitted, so that a
-  network is written once however often a plan calls it.
+  Networks read their batch size, which is symbolic in an export. Therefore the
+  maps apply the network to one image and vmap over the batch. They are jitted,
+  so that the program contains the network only once per plan.
   """
   method = experiment.method
 
   def batched(f):
-    def one(*args):
+    def single(*args):
       return f(*jax.tree.map(lambda a: a[None], args))[0]
 
-    return jax.jit(jax.vmap(one))
+    return jax.jit(jax.vmap(single))
 
   def maps(weights):
     networks = traverse_util.unflatten_dict(weights, sep="/")
     main = method.flow_map(networks["network"])
     if guide is None:
       return batched(main), None
-    other = guide.flow_map(networks.get("guide", networks["network"]))
+    guide_map = guide.flow_map(networks.get("guide", networks["network"]))
     weight = experiment.config.sample.guidance
-    return batched(main), batched(guidance.guided(main, other, weight))
+    return batched(main), batched(guidance.guided(main, guide_map, weight))
 
   return maps
 
 
-def _named(experiment, *arguments: str) -> tuple[str, ...]:
-  """Names of arguments, with labels for a network that takes them."""
+def _argument_names(experiment, *arguments: str) -> tuple[str, ...]:
+  """Returns names of arguments; adds labels for conditional networks."""
   labels = [] if experiment.num_classes is None else ["labels"]
   return ("weights", *arguments, *labels)
 
 
 def sampler(experiment, guide, plan: sampling_plan.Plan) -> Function:
-  """Images number `index` of `seed`, as runner.generate draws them."""
+  """Returns the sampler of `batched_sampler.generate`: uint8 [b, H, W, C]."""
   maps = _maps(experiment, guide)
 
   def sample(weights, seed, index, labels=None):
@@ -237,23 +242,24 @@ def sampler(experiment, guide, plan: sampling_plan.Plan) -> Function:
         samplers.run_rolled(plan, *maps(weights), noise, labels, keys)
     )
 
-  return Function(_named(experiment, "seed", "index"), sample, plan)
+  return Function(_argument_names(experiment, "seed", "index"), sample, plan)
 
 
 def _inverter(experiment, guide, plan: sampling_plan.Plan) -> Function:
-  """Latents of images, as runner.invert_and_reconstruct finds them."""
+  """Returns the inversion of `Model.invert`: latents float32 [b, H, W, C]."""
   maps = _maps(experiment, guide)
 
   def invert(weights, seed, index, images, labels=None):
-    x = jnp.asarray(_GREY)[images]
+    x = jnp.asarray(_GRAY_LEVELS)[images]
     keys = rng.example_keys(seed, "invert/added", 0, index)
     return samplers.run_rolled(plan, *maps(weights), x, labels, keys)
 
-  return Function(_named(experiment, "seed", "index", "images"), invert, plan)
+  arguments = _argument_names(experiment, "seed", "index", "images")
+  return Function(arguments, invert, plan)
 
 
 def _decoder(experiment, guide) -> Function:
-  """Images of latents, in one step."""
+  """Returns one-step generation from latents: uint8 [b, H, W, C]."""
   maps = _maps(experiment, guide)
   plan = sampling_plan.ancestral((), experiment.levels)
 
@@ -262,38 +268,39 @@ def _decoder(experiment, guide) -> Function:
       samplers.run_rolled(plan, *maps(weights), latents, labels, None)
     )
 
-  return Function(_named(experiment, "latents"), decode, plan)
+  return Function(_argument_names(experiment, "latents"), decode, plan)
 
 
 def _to_uint8(x: jax.Array) -> jax.Array:
-  """data.source.to_uint8 of an array on the devices."""
+  """Computes image_source.to_uint8 in JAX."""
   return jnp.floor(jnp.clip((x + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
-# The file ---------------------------------------------------------------------
+# File -------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _without_paths() -> Iterator[None]:
-  """No stack traces, and so no file names of this machine, in programs."""
-  before = jax.config.jax_traceback_in_locations_limit
+  """Disables tracebacks in programs: they contain local file names."""
+  limit = jax.config.jax_traceback_in_locations_limit
   jax.config.update("jax_traceback_in_locations_limit", 0)
   try:
     yield
   finally:
-    jax.config.update("jax_traceback_in_locations_limit", before)
+    jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
-def serialised(
+def serialize(
   function: Function, shapes: dict[str, Any], platforms: Sequence[str]
 ) -> bytes:
-  """The jax.export.Exported of a function, as bytes."""
+  """Exports a function for some platforms; returns the serialized program."""
   with _without_paths():
     traced = jax_export.export(jax.jit(function.call), platforms=platforms)
     return bytes(traced(*(shapes[a] for a in function.arguments)).serialize())
 
 
 def _facts(experiment: build.Experiment) -> dict[str, Any]:
+  """Returns the manifest entries of a config and its network."""
   config, method = experiment.config, experiment.method
   return {
     "versions": {"bcm_jax": __version__, "jax": jax.__version__},
@@ -317,7 +324,7 @@ def _members(
   weights: Weights,
   facts: dict[str, Any],
 ) -> dict[str, bytes]:
-  """Contents of the file by name, the manifest first."""
+  """Returns the archive members by name, first the manifest."""
   entries, contents = {}, {}
   for (name, f), blob in zip(functions.items(), blobs, strict=True):
     file = f"{f.call.__name__}_{len(contents)}.bin"
@@ -357,42 +364,44 @@ def _members(
 
 
 def _store(out: str, members: dict[str, bytes]) -> None:
-  """Writes the file atomically; equal contents give equal bytes."""
+  """Writes the archive atomically; its bytes depend only on the members."""
   buffer = io.BytesIO()
   with zipfile.ZipFile(buffer, "w") as file:
     for name, content in members.items():
       info = zipfile.ZipInfo(name)
       info.external_attr = 0o644 << 16
-      if name != stablehlo_runtime.WEIGHTS:  # These do not become smaller.
+      if name != stablehlo_runtime.WEIGHTS:  # Weights are incompressible.
         info.compress_type = zipfile.ZIP_DEFLATED
       file.writestr(info, content)
   try:
     files.write_bytes(os.path.abspath(out), buffer.getvalue())
   except OSError as e:
     raise errors.UserError(
-      f"{out} cannot be written ({e}); choose another OUT"
+      f"OUT: got {out}, which is not writable ({e}); choose another path"
     ) from e
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Entry point; exits with 65 and one line on bad input."""
+  """Runs the command; exits with 65 and a one-line error on invalid input."""
   parser = cli.Parser("bcm_jax.release.export", __doc__, config="values")
   parser.add_argument(
     "workdir", metavar="WORKDIR", help="work directory of the run"
   )
-  parser.add_argument("out", metavar="OUT.zip", help="file to make")
+  parser.add_argument("out", metavar="OUT.zip", help="file to create")
   parser.add_argument(
     "--samplers", default="", metavar="LIST",
-    help="such as onestep,ancestral@0.7 (the config's)",
+    help="for example onestep,ancestral@0.7 (sample.sampler)",
   )
   parser.add_argument(
     "--invert", action="store_true", help="also export inversion and decoding"
   )
   parser.add_argument(
     "--platforms", default=",".join(DEFAULT_PLATFORMS), metavar="LIST",
-    help=f"of {','.join(PLATFORMS)} (%(default)s)",
+    help=f"subset of {','.join(PLATFORMS)} (%(default)s)",
   )
-  parser.add_argument("--average", metavar="NAME", help="the moving average")
+  parser.add_argument(
+    "--average", metavar="NAME", help="name of the moving average"
+  )
   parser.add_argument(
     "--step", type=int, metavar="N", help="step of the checkpoint"
   )

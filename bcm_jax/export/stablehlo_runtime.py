@@ -1,18 +1,18 @@
-"""Exported samplers without bcm_jax: needs only jax and flatbuffers.
+"""Loader of exported samplers; requires only jax and flatbuffers.
 
-Copy this file wherever it is needed; every exported file also holds it:
+This file may be copied; every exported file also contains it as exported.py:
 
   PYTHONPATH=digits.zip python
   >>> import exported
   >>> model = exported.load("digits.zip")
   >>> images = model.sample(16, seed=0)
   >>> latents = model.invert(images, labels=0)
-  >>> again = model.decode(latents, labels=0)
+  >>> decoded = model.decode(latents, labels=0)
 
-Image i of a seed is the one that bcm_jax's mode sample draws under these two
-numbers, however many are asked for at a time.
+Image i of a seed is the image that mode sample of bcm_jax generates for this
+seed and index; it does not depend on the batch.
 
-An exported file holds a program: load only those whose origin you trust.
+Security: an exported file contains a program. Load only trusted files.
 """
 
 from collections.abc import Sequence
@@ -34,50 +34,52 @@ WEIGHTS = "weights.npz"
 # Name of this file inside exported files: `import exported` with the file on
 # PYTHONPATH.
 LOADER = "exported.py"
-# Seeds are uint32, numbers of images int32.
+# Seeds are uint32, indices of images int32.
 MAX_SEED = 2**32 - 1
 MAX_INDEX = 2**31 - 1
-# How zipfile, zlib, json and numpy say that bytes are not what they were.
-_UNREADABLE = (
+# Exceptions of zipfile, zlib, json and numpy for corrupt bytes.
+_CORRUPT = (
     zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError,
     OSError, NotImplementedError, RuntimeError,
 )
 
 
 class ExportedError(ValueError):
-  """What was wrong, what was expected and what to do, in one line."""
+  """Base class of errors: one line with problem, expectation and remedy."""
 
 
 class DamagedError(ExportedError):
-  """The file is not as it was written."""
+  """Error for a corrupt file."""
 
 
 class PlatformError(ExportedError):
-  """It was not exported for the devices here."""
+  """Error for a file without the platform of the devices."""
 
 
 class VersionError(ExportedError):
-  """Another version of jax, or of this file, is needed."""
+  """Error for a file that requires another version of jax or of this module."""
 
 
 class InputError(ExportedError):
-  """An argument does not fit the network."""
+  """Error for an argument that does not match the network."""
 
 
 def load(path: str, batch_size: int = 256) -> "Model":
-  """Reads an exported file and checks every part of it.
+  """Loads an exported file and verifies its digests.
 
   Args:
-    path: what `python -m bcm_jax.release.export` wrote.
-    batch_size: images at a time; requests for more are cut into such parts.
+    path: file written by `python -m bcm_jax.release.export`.
+    batch_size: images per batch; larger requests run in several batches.
 
   Raises:
     OSError: the file cannot be opened.
-    DamagedError, VersionError, PlatformError: it cannot be used here.
+    DamagedError: the file is corrupt.
+    VersionError: this version of jax or of this module does not support it.
+    PlatformError: it was not exported for the platform of the devices.
     InputError: batch_size is not positive.
   """
   if batch_size < 1:
-    raise InputError(f"batch_size={batch_size} must be at least 1")
+    raise InputError(f"batch_size: got {batch_size}, expected at least 1")
   with open(path, "rb") as file:
     try:
       with zipfile.ZipFile(file) as members:
@@ -86,64 +88,67 @@ def load(path: str, batch_size: int = 256) -> "Model":
         contents = {name: members.read(name) for name in manifest["files"]}
     except ExportedError:
       raise
-    except _UNREADABLE as e:
-      raise _damaged(path, f"{type(e).__name__}: {e}") from e
+    except _CORRUPT as e:
+      raise _corrupt_file_error(path, f"{type(e).__name__}: {e}") from e
   for name, content in contents.items():
     if hashlib.sha256(content).hexdigest() != manifest["files"][name]:
-      raise _damaged(path, f"digest of {name}")
+      raise _corrupt_file_error(path, f"another digest of {name}")
   platform = export.default_export_platform()
   if platform not in manifest["platforms"]:
     raise PlatformError(
-        f"{path} was exported for {', '.join(manifest['platforms'])}, and jax "
-        f"runs on {platform} here; export again with --platforms={platform}, "
-        "or set JAX_PLATFORMS to one of those"
+        f"{path}: got a file for {', '.join(manifest['platforms'])}, expected "
+        f"{platform}, the platform of jax; export again with "
+        f"--platforms={platform}, or set JAX_PLATFORMS to one of the file's"
     )
   return Model(manifest, contents, batch_size)
 
 
 def record_digest(manifest: dict[str, Any]) -> str:
-  """Returns the SHA-256 of a manifest without its key 'sha256'."""
-  rest = {k: v for k, v in manifest.items() if k != "sha256"}
-  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+  """Computes the SHA-256 of a manifest without its key 'sha256'."""
+  record = {k: v for k, v in manifest.items() if k != "sha256"}
+  return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _damaged(path: str, what: str) -> DamagedError:
+def _corrupt_file_error(path: str, problem: str) -> DamagedError:
+  """Returns the error for a corrupt file."""
   return DamagedError(
-      f"{path} is damaged or no exported file ({what}); copy or export it again"
+      f"{path}: expected a whole exported file, got {problem}; copy or export"
+      " it again"
   )
 
 
 def _check_manifest(path: str, manifest: dict[str, Any]) -> None:
+  """Raises an ExportedError for a corrupt manifest or another version."""
   if manifest["sha256"] != record_digest(manifest):
-    raise _damaged(path, f"digest of {MANIFEST}")
+    raise _corrupt_file_error(path, f"another digest of {MANIFEST}")
   if manifest["format"] != FORMAT:
     raise VersionError(
-        f"{path} has format {manifest['format']}, and this exported.py reads "
-        f"{FORMAT}; take the exported.py inside that file"
+        f"{path}: got format {manifest['format']}, expected {FORMAT}; use the "
+        "exported.py inside this file"
     )
   version = manifest["calling_convention_version"]
   low = export.minimum_supported_calling_convention_version
   high = export.maximum_supported_calling_convention_version
   if not low <= version <= high:
     raise VersionError(
-        f"{path} was exported by jax {manifest['versions']['jax']} (calling "
-        f"convention {version}), and jax {jax.__version__} runs {low} to "
-        f"{high}; use a jax nearer to that one, or export again"
+        f"{path}: got calling convention {version} of jax "
+        f"{manifest['versions']['jax']}, expected {low} to {high} for jax "
+        f"{jax.__version__}; use a closer version of jax, or export again"
     )
 
 
 class Model:
-  """The functions of an exported file.
+  """A sampler with weights, loaded from an exported file.
 
   Attributes:
-    manifest: all that the file says of itself.
-    platforms: what it was exported for: 'cpu', 'cuda', 'rocm', 'tpu'.
+    manifest: content of manifest.json.
+    platforms: platforms of the export: 'cpu', 'cuda', 'rocm', 'tpu'.
     image_shape: (H, W, C).
-    num_classes: classes that images are conditioned on, or None.
-    samplers: name -> {'nfe': evaluations of the network, 'plan': what the
-      sampler does, for a person, 'steps': the same as data, levels in sigma};
-      the first one is the default.
-    inversion: the same of `invert`; None where it was not exported.
+    num_classes: number of classes, or None.
+    samplers: name -> {'nfe': network evaluations, 'plan': steps as text,
+      'steps': the same as dicts, levels in sigma units}; the first sampler is
+      the default.
+    inversion: the same entry for `invert`, or None if not exported.
   """
 
   def __init__(
@@ -174,23 +179,23 @@ class Model:
     """Generates images.
 
     Args:
-      n: how many, the first ones of the seed; or the numbers of those wanted.
+      n: number of images, or their indices [n].
       seed: 0 to MAX_SEED. Image i depends only on seed, i and its class.
-      labels: class of all, or [n] of each; None is i modulo the number of
+      labels: one class, or classes [n]; None is i modulo the number of
         classes, as in mode sample.
-      sampler: one of `samplers`.
+      sampler: key of `samplers`; None is the first one.
 
     Returns:
       uint8 [n, H, W, C].
 
     Raises:
-      InputError: an argument that does not fit.
+      InputError: an invalid argument.
     """
     names = list(self.samplers)
     sampler = names[0] if sampler is None else sampler
     if sampler not in names:
       raise InputError(
-          f"sampler {sampler!r} was not exported; there is {', '.join(names)}"
+          f"sampler: got {sampler!r}, expected one of {', '.join(names)}"
       )
     index = _index(n)
     if labels is None and self.num_classes is not None:
@@ -204,20 +209,21 @@ class Model:
       labels: int | Sequence[int] | None = None,
       seed: int = 0,
   ) -> np.ndarray:
-    """Maps images to the latents that `decode` maps back.
+    """Inverts images to latents at noise level sigma_max.
 
     Args:
       images: uint8 [n, H, W, C].
-      labels: class of all, or [n] of each; None for networks without classes.
-      seed: of the small noise that is added first; place in `images` counts.
+      labels: one class, or classes [n]; None for networks without classes.
+      seed: seed of the initial noise, which also depends on the index of an
+        image in `images`.
 
     Returns:
       float32 [n, H, W, C], of standard deviation about sigma_max.
 
     Raises:
-      InputError: an argument that does not fit, or --invert was not given.
+      InputError: an invalid argument, or exported without --invert.
     """
-    entry = self._inverting("invert")
+    entry = self._entry("invert")
     images = self._images(images, np.uint8, "images")
     rows = {"images": images, "index": _index(len(images))}
     return self._run(entry, rows | self._labels(labels, len(images)), seed)
@@ -225,105 +231,127 @@ class Model:
   def decode(
       self, latents: np.ndarray, labels: int | Sequence[int] | None = None
   ) -> np.ndarray:
-    """Maps latents, float32 [n, H, W, C], to uint8 images in one step.
+    """Generates images from latents in one step.
 
-    labels and errors are those of `invert`.
+    Args:
+      latents: float32 [n, H, W, C] at noise level sigma_max.
+      labels: one class, or classes [n]; None for networks without classes.
+
+    Returns:
+      uint8 [n, H, W, C].
+
+    Raises:
+      InputError: an invalid argument, or exported without --invert.
     """
-    entry = self._inverting("decode")
+    entry = self._entry("decode")
     latents = self._images(latents, np.float32, "latents")
     rows = {"latents": latents} | self._labels(labels, len(latents))
     return self._run(entry, rows, 0)
 
-  def _inverting(self, name: str) -> dict[str, Any]:
+  def _entry(self, name: str) -> dict[str, Any]:
+    """Returns the manifest entry of 'invert' or 'decode'."""
     if self.manifest[name] is None:
-      raise InputError(f"{name} was not exported; export again with --invert")
+      raise InputError(
+          f"{name}: got a file without it; export again with --invert"
+      )
     return self.manifest[name]
 
-  def _images(self, images, dtype, what: str) -> np.ndarray:
+  def _images(self, images, dtype, name: str) -> np.ndarray:
+    """Returns images as an array; InputError for another dtype or shape."""
     images = np.asarray(images)
     shape = ", ".join(map(str, self.image_shape))
     if images.dtype != dtype:
       raise InputError(
-          f"{what} are {images.dtype}, expected {np.dtype(dtype).name}"
+          f"{name}: got {images.dtype}, expected {np.dtype(dtype).name}"
           + ("; 0 is black, 255 white" if dtype == np.uint8 else "")
       )
     if images.shape[1:] != self.image_shape or not len(images):
       raise InputError(
-          f"{what} are {list(images.shape)}, expected [n, {shape}] with n at "
-          "least 1; resize them, or add the missing axis"
+          f"{name}: got shape {list(images.shape)}, expected [n, {shape}] with "
+          "n at least 1; resize them, or add the missing axis"
       )
     return images
 
   def _labels(self, labels, n: int) -> dict[str, np.ndarray]:
+    """Returns {'labels': int32 [n]}, or {} for networks without classes."""
     classes = self.num_classes
     if classes is None:
       if labels is not None:
-        raise InputError("labels were given to a network without classes")
+        raise InputError(
+            "labels: this network has no classes, expected None; omit them"
+        )
       return {}
     if labels is None:
       raise InputError(
-          f"labels are missing: the classes, 0 to {classes - 1}, of the images"
+          f"labels: got None, expected classes from 0 to {classes - 1}"
       )
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.shape not in ((), (n,)):
       raise InputError(
-          f"labels are {labels.dtype} {list(labels.shape)}, expected one whole "
-          f"number or {n}"
+          f"labels: got {labels.dtype} {list(labels.shape)}, expected one "
+          f"integer or {n}"
       )
     if labels.min() < 0 or labels.max() >= classes:
       raise InputError(
-          f"labels reach from {labels.min()} to {labels.max()}; this network "
-          f"knows classes 0 to {classes - 1}"
+          f"labels: got {labels.min()} to {labels.max()}, expected classes "
+          f"from 0 to {classes - 1}"
       )
     return {"labels": np.broadcast_to(labels, (n,)).astype(np.int32)}
 
   def _run(
       self, entry: dict[str, Any], rows: dict[str, np.ndarray], seed: int
   ) -> np.ndarray:
-    """Calls a function on rows of arrays, batch_size of them at a time."""
+    """Calls a function in batches of at most batch_size rows of the arrays."""
     function = self._function(entry["file"])
     fixed = {"weights": self._weights, "seed": _seed(seed)}
     n, results = len(next(iter(rows.values()))), []
     size = min(n, self._batch_size)
     for first in range(0, n, size):
-      # The last part is filled up, so that nothing compiles twice.
-      taken = np.minimum(np.arange(first, first + size), n - 1)
-      given = fixed | {name: array[taken] for name, array in rows.items()}
-      result = function(*(given[name] for name in entry["arguments"]))
+      # Pads the last batch to the same size, which avoids a second compilation.
+      index = np.minimum(np.arange(first, first + size), n - 1)
+      values = fixed | {name: array[index] for name, array in rows.items()}
+      result = function(*(values[name] for name in entry["arguments"]))
       results.append(np.asarray(result)[: n - first])
     return np.concatenate(results)
 
   def _function(self, name: str):
+    """Deserializes a function once."""
     if name not in self._functions:
       try:
         loaded = export.deserialize(bytearray(self._contents[name]))
       except ImportError:
-        raise  # flatbuffers is missing, and jax says so.
-      except Exception as e:  # The bytes are as written.
+        raise  # flatbuffers is missing; the message names it.
+      # The digest was verified, so any other error is one of versions.
+      except Exception as e:
         raise VersionError(
-            f"exported by jax {self.manifest['versions']['jax']}, which jax "
-            f"{jax.__version__} cannot read ({e}); use a jax nearer to that "
-            "one, or export again"
+            f"jax: got {jax.__version__}, expected a version that can read "
+            f"exports of jax {self.manifest['versions']['jax']} ({e}); use a "
+            "closer version, or export again"
         ) from e
       self._functions[name] = jax.jit(loaded.call)
     return self._functions[name]
 
 
 def _seed(seed: int) -> np.uint32:
+  """Returns the seed as uint32; InputError if it is out of range."""
   if not 0 <= operator.index(seed) <= MAX_SEED:
-    raise InputError(f"seed={seed} is out of range; give 0 to {MAX_SEED}")
+    raise InputError(f"seed: got {seed}, expected 0 to {MAX_SEED}")
   return np.uint32(seed)
 
 
 def _index(n: int | Sequence[int]) -> np.ndarray:
-  """Numbers of the images: 0 .. n - 1, or those given; int32 [n]."""
+  """Returns the indices of images, int32 [n]: 0 .. n - 1, or the list n."""
   index = np.asarray(n)
   if index.dtype.kind in "iu" and index.ndim == 0:
     index = np.arange(index)
   if index.dtype.kind not in "iu" or index.ndim != 1 or not len(index):
     raise InputError(
-        f"{n!r} images; give how many, at least 1, or a list of numbers"
+        f"n: got {n!r}, expected a number of images of at least 1, or a list "
+        "of indices"
     )
   if index.min() < 0 or index.max() > MAX_INDEX:
-    raise InputError(f"numbers of images are 0 to {MAX_INDEX}")
+    raise InputError(
+        f"n: got indices {index.min()} to {index.max()}, expected 0 to "
+        f"{MAX_INDEX}"
+    )
   return index.astype(np.int32)

@@ -1,1 +1,1 @@
-"""Batched sampling, guides, teacher pairs and conversion of weights."""
+"""Batched sampling, guidance networks, teacher pairs, weight conversion."""

@@ -23,15 +23,16 @@ Params = Any
 
 
 class BatchedSampler:
-  """Runs plans over many images in batches, on all local devices.
+  """Runs sampling plans on many images in batches, on all local devices.
 
-  One executable serves every plan: noise levels are arguments of the flow map.
-  A second one is the guided map, if config section `sample` has guidance.
+  Noise levels are arguments of the flow map, so that all plans use the same
+  executable. With guidance in config section `sample`, the guided flow map is a
+  second executable.
 
   Attributes:
     experiment: method, network and config.
-    params: of the network, on the devices.
-    batch_size: rounded up to a multiple of the number of devices.
+    params: parameters of the network, on the devices.
+    batch_size: batch size, rounded up to a multiple of the number of devices.
   """
 
   def __init__(
@@ -41,8 +42,8 @@ class BatchedSampler:
     self._devices = devices = sharding.Jit(mesh)
     self.experiment, method = experiment, experiment.method
     self.params = params = devices.place(params)
-    per = mesh.devices.size
-    self.batch_size = -(-batch_size // per) * per
+    num_devices = mesh.devices.size
+    self.batch_size = -(-batch_size // num_devices) * num_devices
     flow_map = jax.jit(
         lambda p, x, t, u, labels: method.flow_map(p)(x, t, u, labels)
     )
@@ -51,13 +52,15 @@ class BatchedSampler:
     guide = guides.open_guide(experiment)
     if guide is not None:
       weight = experiment.config.sample.guidance
-      other = params if guide.params is None else devices.place(guide.params)
+      guide_params = (
+          params if guide.params is None else devices.place(guide.params)
+      )
       guided_map = jax.jit(
           lambda p, q, *args: guidance.guided(
               method.flow_map(p), guide.flow_map(q), weight
           )(*args)
       )
-      self._guided_map = functools.partial(guided_map, params, other)
+      self._guided_map = functools.partial(guided_map, params, guide_params)
 
   def __call__(
       self,
@@ -66,16 +69,16 @@ class BatchedSampler:
       labels: np.ndarray | None,
       keys: np.ndarray,
   ) -> np.ndarray:
-    """Runs a plan on images [n, H, W, C] at its start level.
+    """Runs a plan on images at its start level.
 
     Args:
-      plan: the jumps and noise injections.
-      images: float32.
-      labels: [n] int32; ignored by an unconditional network.
+      plan: jumps and noise injections.
+      images: [n, H, W, C] float32.
+      labels: [n] int32 or None; ignored by an unconditional network.
       keys: [n] keys of the noise that the plan adds.
 
     Returns:
-      [n, H, W, C] float32.
+      [n, H, W, C] float32, images at the end level of the plan.
     """
     return self._in_batches(
         lambda x, labels, keys: samplers.run(
@@ -85,7 +88,7 @@ class BatchedSampler:
     )
 
   def resized(self, batch_size: int) -> "BatchedSampler":
-    """Returns a sampler of the same parameters with another batch size."""
+    """Returns a sampler with the same parameters and another batch size."""
     return BatchedSampler(self.experiment, self.params, batch_size)
 
   def apply(
@@ -95,19 +98,18 @@ class BatchedSampler:
       labels: np.ndarray | None,
       keys: np.ndarray,
   ) -> Any:
-    """Runs function(flow map, arrays, labels, keys) in batches.
+    """Runs function(flow_map, arrays, labels, keys) in batches.
 
-    Only the flow map is jitted, so that a function with many calls of it does
-    not compile them all.
+    Only the flow map is jitted: a function with many calls of it compiles one.
 
     Args:
-      function: returns a tree of arrays [b, ...].
+      function: maps batches [b, ...] to a tree of arrays [b, ...].
       arrays: tree of arrays [n, ...].
       labels: [n] int32; None for an unconditional network.
-      keys: [n].
+      keys: [n] keys.
 
     Returns:
-      The function's tree, with arrays [n, ...].
+      The tree of the function, with arrays [n, ...].
     """
     return self._in_batches(
         lambda x, labels, keys: function(self._flow_map, x, labels, keys),
@@ -120,10 +122,16 @@ class BatchedSampler:
       images: np.ndarray,
       labels: np.ndarray | None,
   ) -> Any:
-    """Runs function(flow map, x, labels), jitted, on images [n, H, W, C].
+    """Runs function(flow_map, x, labels), jitted as a whole, in batches.
 
-    The function returns a tree of arrays [b, ...]; the result is the same tree
-    of arrays [n, ...].
+    Args:
+      function: maps images x [b, H, W, C] and labels [b] or None to a tree of
+        arrays [b, ...].
+      images: [n, H, W, C] float32.
+      labels: [n] int32; None for an unconditional network.
+
+    Returns:
+      The tree of the function, with arrays [n, ...].
     """
     method = self.experiment.method
     jitted = jax.jit(
@@ -135,13 +143,13 @@ class BatchedSampler:
 
   def _in_batches(self, function, arrays, labels, keys=None) -> Any:
     """Computes function(arrays, labels, keys) batch by batch."""
-    given = {"arrays": arrays}
+    inputs = {"arrays": arrays}
     if keys is not None:
-      given["keys"] = jax.random.key_data(keys)
+      inputs["keys"] = jax.random.key_data(keys)
     if labels is not None and self.experiment.num_classes is not None:
-      given["labels"] = labels
+      inputs["labels"] = labels
     results = []
-    for batch, count in batching.padded_batches(given, self.batch_size):
+    for batch, count in batching.padded_batches(inputs, self.batch_size):
       batch = self._devices.batch(batch)
       if keys is not None:
         batch["keys"] = jax.random.wrap_key_data(batch["keys"])
@@ -162,10 +170,20 @@ def generate(
     index: np.ndarray,
     seed: int,
 ) -> np.ndarray:
-  """Generates images number `index` [n] of a seed: uint8 [n, H, W, C].
+  """Generates images by their index in a seeded sequence.
 
-  Image i depends only on (seed, i) and its label. `labels` are those of all
-  images, or None.
+  Image i depends only on (seed, i, labels[i]).
+
+  Args:
+    experiment: image shape and noise levels.
+    runner: sampler with the parameters.
+    plan: sampling plan.
+    labels: int32 labels of all images of the sequence, or None.
+    index: [n] int, positions in the sequence.
+    seed: seed of the sequence.
+
+  Returns:
+    [n, H, W, C] uint8.
   """
   images = []
   for first in range(0, len(index), runner.batch_size):
@@ -182,16 +200,19 @@ def generate(
 
 
 def on_all_hosts(n: int, rows: Callable[[np.ndarray], Any]) -> Any:
-  """Computes rows 0 .. n - 1, each on one host; returns all on every host.
+  """Distributes the computation of rows over hosts and gathers the result.
 
   Args:
     n: number of rows.
-    rows: indices [m] -> tree of arrays [m, ...]; each host computes a
-      contiguous part, the last one some rows twice if n is not a multiple.
+    rows: indices [m] -> tree of arrays [m, ...]. Each host computes a
+      contiguous block; if n is not divisible, the last row is repeated.
+
+  Returns:
+    Tree of arrays [n, ...], on every host.
   """
   hosts = jax.process_count()
-  each = -(-n // hosts)
-  indices = np.minimum(np.arange(each) + each * jax.process_index(), n - 1)
+  block = -(-n // hosts)
+  indices = np.minimum(np.arange(block) + block * jax.process_index(), n - 1)
   result = rows(indices)
   if hosts == 1:
     return result
@@ -202,9 +223,17 @@ def on_all_hosts(n: int, rows: Callable[[np.ndarray], Any]) -> Any:
 def test_images(
     experiment: build.Experiment, count: int | None
 ) -> dict[str, np.ndarray]:
-  """Returns `count` images spread evenly over the test split; None is all.
+  """Returns test images, spaced evenly over the split.
 
-  Folders are sorted by class: the first images would be of one class.
+  Image folders are sorted by class, so that the first images would all have the
+  same class.
+
+  Args:
+    experiment: the data set.
+    count: number of images; None is all.
+
+  Returns:
+    Batch with 'image' [count, H, W, C] uint8 and 'label' [count].
   """
   source = experiment.source("test")
   count = len(source) if count is None else min(count, len(source))
@@ -218,12 +247,23 @@ def invert_and_reconstruct(
     batch: dict[str, np.ndarray],
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Inverts by a plan, decodes in one step: (latents, uint8 images)."""
+  """Encodes images to latents by a plan and decodes them in one step.
+
+  Args:
+    experiment: noise levels.
+    runner: sampler with the parameters.
+    plan: inversion plan.
+    batch: 'image' [n, H, W, C] uint8 and 'label' [n].
+    seed: seed of the noise that the plan adds.
+
+  Returns:
+    (latents [n, H, W, C] float32 at sigma_max, images [n, H, W, C] uint8).
+  """
   index = jnp.arange(len(batch["image"]))
   keys = rng.example_keys(seed, "invert/added", 0, index)
   latents = runner(
       plan, image_source.to_float(batch["image"]), batch["label"], keys
   )
-  back = sampling_plan.ancestral((), experiment.levels)
-  images = runner(back, latents, batch["label"], keys)
+  decoding = sampling_plan.ancestral((), experiment.levels)
+  images = runner(decoding, latents, batch["label"], keys)
   return latents, image_source.to_uint8(images)

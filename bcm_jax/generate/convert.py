@@ -1,12 +1,12 @@
 """Converts published weights: python -m bcm_jax.interop.convert SOURCE OUT.
 
 SOURCE is a published checkpoint (PyTorch .pt or .pth, safetensors, an EDM or
-EDM2 .pkl, a jcm msgpack); OUT becomes a work directory for modes sample,
-invert and eval, from which training can start. With --reverse, SOURCE is a
-work directory and OUT a .safetensors under PyTorch's names.
+EDM2 .pkl, a jcm msgpack). OUT becomes a work directory for modes sample, invert
+and eval, and for training.init_from. With --reverse, SOURCE is a work directory
+and OUT a .safetensors file with PyTorch's parameter names.
 
-Settings that tensors do not determine are those published; they are printed
-and can be set, such as --config.model.num_head_channels=32
+Settings that the tensors do not determine have the published values; they are
+printed and can be changed, such as --config.model.num_head_channels=32
 (docs/checkpoints.md). Exit status: 0 done, 65 bad input.
 """
 
@@ -29,7 +29,7 @@ from bcm_jax.interop.families import sections
 from bcm_jax.utils import cli
 from bcm_jax.utils import files
 
-# Name in the config of a family's network.
+# Family of checkpoints -> model.name of the config.
 _MODELS = {
     "openai": "adm", "edm-adm": "dhariwal", "edm-song": "ddpmpp",
     "edm2": "edm2", "jcm": "ncsnpp",
@@ -37,14 +37,19 @@ _MODELS = {
 _FAMILIES = {model: family for family, model in _MODELS.items()} | {
     "ncsnpp": "edm-song"
 }
-# Tensors to use of a file with several networks; the first that exists.
+# Default network of a file with several: the first of these that it contains.
 _GROUPS = ("ema", "params_ema", "model_ema", "", "params", "model", "net")
 
 
 def data_of(model: dict[str, Any], image_size: int) -> dict[str, Any]:
-  """The data set that a network was made for, by size and classes."""
-  known = {(64, 1000): "imagenet64", (32, 10): "cifar10", (32, None): "cifar10"}
-  name = known.get((image_size, model["num_classes"]), "none")
+  """Returns config section data of a converted network.
+
+  Args:
+    model: config section model.
+    image_size: height and width in pixels.
+  """
+  names = {(64, 1000): "imagenet64", (32, 10): "cifar10", (32, None): "cifar10"}
+  name = names.get((image_size, model["num_classes"]), "none")
   if name != "none":
     return {"name": name}
   return {
@@ -54,29 +59,31 @@ def data_of(model: dict[str, Any], image_size: int) -> dict[str, Any]:
   }
 
 
-def _choose_group(groups: dict[str, Any], asked: str | None) -> str:
-  if asked is None:
-    asked = next((g for g in _GROUPS if g in groups), None)
-  if asked is None and len(groups) == 1:
+def _choose_group(groups: dict[str, Any], name: str | None) -> str:
+  if name is None:
+    name = next((g for g in _GROUPS if g in groups), None)
+  if name is None and len(groups) == 1:
     return next(iter(groups))
-  if asked not in groups:
+  if name not in groups:
     raise errors.UserError(
-        f"--group={asked}: the file holds {', '.join(map(repr, groups))}; "
-        "choose one of these"
+        f"--group: got {name}, expected one of "
+        f"{', '.join(map(repr, groups))}, the networks of the file; choose one"
     )
-  return asked
+  return name
 
 
 def _split_model(
     overrides: dict[str, str], model: dict[str, Any], kind: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
-  """Applies --config.model.*; returns (model section, the other overrides)."""
-  mine = {k: v for k, v in overrides.items() if k.startswith("model.")}
+  """Applies --config.model.*; returns (model section, other overrides)."""
+  model_overrides = {
+      k: v for k, v in overrides.items() if k.startswith("model.")
+  }
   section = {"name": _MODELS[kind]} | model
   config = resolve.resolve(
-      {"model": section, **sections.of(kind, model)}, mine
+      {"model": section, **sections.of(kind, model)}, model_overrides
   )
-  rest = {k: v for k, v in overrides.items() if k not in mine}
+  rest = {k: v for k, v in overrides.items() if k not in model_overrides}
   return config.model.to_dict(), rest
 
 
@@ -89,22 +96,23 @@ def to_workdir(
     overrides: dict[str, str] | None = None,
     image_size: int | None = None,
 ) -> str:
-  """Converts a published checkpoint into a work directory.
+  """Converts a published checkpoint to a work directory.
 
   Args:
-    source: the file.
-    out: directory to make; must not hold anything yet.
-    kind: family, or 'auto' to recognise it.
-    group: which network of the file; None takes its moving average.
-    step: step of the checkpoint; None takes what the file's name says.
-    overrides: 'section.key' -> text, for settings tensors do not determine.
-    image_size: pixels per side; None is the family's default.
+    source: file of the checkpoint.
+    out: directory to create; must be empty or absent.
+    kind: family of the checkpoint, or 'auto' to detect it.
+    group: name of the network, for a file with several; None is its EMA.
+    step: step of the new checkpoint; None takes it from the file name.
+    overrides: 'section.key' -> text, for settings that the tensors do not
+      determine.
+    image_size: height and width in pixels; None is the default of the family.
 
   Returns:
-    What was found and assumed, for a terminal.
+    Summary of detected and assumed settings, several lines of text.
 
   Raises:
-    UserError: a file that cannot be read or does not fit its network.
+    UserError: the file cannot be read or does not fit its network.
   """
   files.check_free(out)
   file = weight_files.read(source)
@@ -112,11 +120,11 @@ def to_workdir(
   metadata = dict(file.metadata)
   if image_size is not None:
     metadata["image_size"] = image_size
-  family, tensors, found = transfer.recognize(
+  family, tensors, options = transfer.recognize(
       file.groups[group], kind, metadata
   )
-  size = found.pop("image_size")
-  config = _config(found, family.NAME, size, overrides or {})
+  size = options.pop("image_size")
+  config = _config(options, family.NAME, size, overrides or {})
   experiment = build.build(config)
   params = transfer.read_params(
       family, experiment.method.network, size, tensors
@@ -134,19 +142,19 @@ def to_workdir(
     facts,
   )
   count = sum(v.size for v in jax.tree.leaves(params))
-  shown = ", ".join(f"{k}={v}" for k, v in sorted(found.items()))
+  listed = ", ".join(f"{k}={v}" for k, v in sorted(options.items()))
   return (
     f"{file.kind}, network {group or 'of the file'!r}, kind {family.NAME}: "
     f"{len(tensors)} tensors, {count:,} parameters, {size}x{size}\n"
-    f"found: {shown}\n"
+    f"found: {listed}\n"
     f"sampled as method {config.method.name!r} with preconditioning "
     f"{config.method.preconditioning!r}\nwritten: {out}"
   )
 
 
-def _config(found, kind, image_size, overrides) -> ml_collections.ConfigDict:
-  """The config of a converted network, with what the user sets."""
-  model, rest = _split_model(overrides, found, kind)
+def _config(options, kind, image_size, overrides) -> ml_collections.ConfigDict:
+  """Returns the config of a converted network, with the user's overrides."""
+  model, rest = _split_model(overrides, options, kind)
   return resolve.resolve(
     {
       "model": model,
@@ -159,10 +167,10 @@ def _config(found, kind, image_size, overrides) -> ml_collections.ConfigDict:
 
 
 def step_of(source: str) -> int:
-  """The step in a file's name: 'ema_0.99997_234000.pt', 'model006000.pt'.
+  """Returns the step in a file name: 'ema_0.99997_234000.pt', 'model006000.pt'.
 
-  The last whole number that stands alone or after 'model'; EDM's are thousands
-  of images. 0 where there is none.
+  The last integer between separators or after 'model'; 0 without one. In EDM's
+  file names it counts thousands of images.
   """
   stem = re.sub(r"\.[a-zA-Z]\w*$", "", pathlib.Path(source).name)
   numbers = re.findall(r"(?:^|[-_]|model)(\d+)(?=$|[-_])", stem)
@@ -170,23 +178,26 @@ def step_of(source: str) -> int:
 
 
 def to_file(workdir: str, out: str, average: str | None = None) -> str:
-  """Writes a run's weights under PyTorch's names.
+  """Writes the weights of a run with PyTorch's parameter names.
 
   Args:
-    workdir: directory of the run.
-    out: .safetensors file.
-    average: which average, as sample.average.
+    workdir: work directory of the run.
+    out: .safetensors file to create.
+    average: name of the average, as in sample.average.
 
   Returns:
-    What was written, for a terminal.
+    Summary, one line of text.
+
+  Raises:
+    UserError: no run, no good checkpoint, or out exists.
   """
   weight_files.check_suffix(out)
   files.check_free(out)
   config = resolve.of_run(workdir)
   if config is None:
     raise errors.UserError(
-      f"{workdir} holds no run (no config.json); SOURCE must be a work "
-      "directory with --reverse"
+      f"SOURCE: got {workdir}, which has no config.json, expected a work "
+      "directory; omit --reverse to convert a file"
     )
   experiment = build.build(config, to_train=False)
   step, _, params = runs.load_run(experiment, workdir, average)
@@ -199,7 +210,7 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Entry point; exits with 65 and one line on bad input."""
+  """Runs the command; exits with status 65 and one line on bad input."""
   parser = cli.Parser("bcm_jax.interop.convert", __doc__, config="values")
   add = parser.add_argument
   add("source", metavar="SOURCE", help="file; with --reverse a work directory")
@@ -211,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     help=", ".join(["auto", *transfer.FAMILIES]),
   )
   add("--group", metavar="NAME", help="the network, of a file with several")
-  add("--step", type=int, metavar="N", help="step to write in the checkpoint")
+  add("--step", type=int, metavar="N", help="step of the new checkpoint")
   add("--image-size", type=int, metavar="N", help="side in pixels")
   add("--average", metavar="NAME", help="with --reverse: the moving average")
   add("--reverse", action="store_true", help="from a run to PyTorch's names")

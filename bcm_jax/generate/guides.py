@@ -1,5 +1,4 @@
-"""What a config's sample.guidance_network stands for: the network that
-guides."""
+"""Guidance networks: sample.guidance_network of the config."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,11 +13,11 @@ Params = Any
 
 
 class Guide(NamedTuple):
-  """A guiding network.
+  """A guidance network.
 
   Attributes:
-    flow_map: parameters -> its map.
-    params: its own parameters; None takes those of the guided network.
+    flow_map: parameters -> flow map.
+    params: parameters; None uses those of the guided network.
   """
 
   flow_map: Callable[[Params], Callable]
@@ -26,10 +25,13 @@ class Guide(NamedTuple):
 
 
 def open_guide(experiment: build.Experiment) -> Guide | None:
-  """The guide that section sample asks for, None for none.
+  """Returns the guidance network of config section sample, or None.
+
+  Classifier-free guidance (Ho & Salimans, 2022) without
+  sample.guidance_network; autoguidance (Karras et al., 2024) with it.
 
   Raises:
-    UserError: it cannot guide this network.
+    UserError: the network cannot be guided as configured.
   """
   sample = experiment.sample
   if sample.guidance == 1.0:
@@ -39,10 +41,9 @@ def open_guide(experiment: build.Experiment) -> Guide | None:
     hidden = getattr(method, "label_dropout", 0.0)
     if experiment.num_classes is None or not hidden:
       raise errors.UserError(
-          f"sample.guidance={sample.guidance} without sample.guidance_network "
-          f"takes the "
-          "network without its class, which it has not learnt: train with "
-          "method.label_dropout=0.1, or name another run by "
+          f"sample.guidance: got {sample.guidance} without "
+          "sample.guidance_network, expected a network trained with label "
+          "dropout; train with method.label_dropout=0.1 or set "
           "sample.guidance_network"
       )
     return Guide(
@@ -51,19 +52,18 @@ def open_guide(experiment: build.Experiment) -> Guide | None:
   workdir, step = runs.split_place(
     sample.guidance_network, "sample.guidance_network"
   )
-  other = build.build(resolve.of_existing_run(workdir), to_train=False)
-  if not other.method.is_denoiser:
+  run = build.build(resolve.of_existing_run(workdir), to_train=False)
+  if not run.method.is_denoiser:
     raise errors.UserError(
-      f"sample.guidance_network={workdir} is no denoiser; give a worse "
-      f"network of the "
-      "same kind, such as an early checkpoint DIR@STEP"
+      f"sample.guidance_network: got {workdir}, expected a denoiser; use a "
+      "weaker network of the same kind, such as an early checkpoint DIR@STEP"
     )
-  mine, its = ((e.image_shape, e.num_classes) for e in (experiment, other))
-  if mine != its:
+  expected, data = ((e.image_shape, e.num_classes) for e in (experiment, run))
+  if expected != data:
     raise errors.UserError(
-      f"sample.guidance_network={workdir} makes images {its[0]} of {its[1]} "
-      f"classes, "
-      f"not {mine[0]} of {mine[1]}; give a network of the same data"
+      f"sample.guidance_network: got {workdir} with images {data[0]} of "
+      f"{data[1]} classes, expected {expected[0]} of {expected[1]}; use a "
+      "network of the same data"
     )
-  _, _, params = runs.load_run(other, workdir, step=step)
-  return Guide(other.method.flow_map, params)
+  _, _, params = runs.load_run(run, workdir, step=step)
+  return Guide(run.method.flow_map, params)

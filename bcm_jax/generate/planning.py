@@ -1,9 +1,9 @@
-"""Plans of a config's sampler and inversion, and the notation of samplers.
+"""Sampling and inversion plans of a config, and the notation of samplers.
 
-A sampler is written 'ancestral' (with the times of config section `sample`),
-'ancestral:4' (four evaluations, at those times if they match, else at default
-times) or 'mixture@3/0.12>0.4' (times in sigma: intermediate ones, and pairs
-'e>t' of a zigzag).
+Notation: 'ancestral' uses the times of config section `sample`. 'ancestral:4'
+uses four network evaluations (NFE), at those times if their number matches,
+else at default times. 'mixture@3/0.12>0.4' sets the times in units of sigma:
+intermediate times, and pairs 'e>t' of a zigzag.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from bcm_jax.sampling import sampling_plan
 
 SAMPLERS = typing.get_args(schema.Sampler)
 _TAKES_TIMES = ("ancestral", "mixture", "cm_multistep", "gamma")
-# ODE solvers, each on its own grid.
+# ODE solvers; they use sample.num_levels instead of times.
 _SOLVERS = ("ddim", "heun")
 _TAKES_PAIRS = ("zigzag", "mixture")
 # Published zigzag of the three-step sampler on ImageNet-64 (Li & He, 2024).
@@ -37,9 +37,9 @@ class Request(NamedTuple):
 
   Attributes:
     name: one of SAMPLERS.
-    nfe: number of evaluations, or None.
+    nfe: number of network evaluations, None without ':'.
     times: intermediate times; None without '@'.
-    pairs: zigzag's (e, t); None without '@'.
+    pairs: (e, t) of the zigzags; None without '@'.
   """
 
   name: str
@@ -63,14 +63,14 @@ def parse(text: str) -> Request:
     times, pairs = _parse_times(tail) if at else (None, None)
   except ValueError as e:
     raise errors.UserError(
-        f"sampler {text!r} is not understood ({e}); write {name}, {name}:4 "
-        f"for four evaluations, or {name}@3/0.12>0.4 for these times"
+        f"sampler: got {text!r} ({e}), expected NAME, NAME:NFE or NAME@TIMES; "
+        f"write for example {name}:4 or {name}@3/0.12>0.4"
     ) from e
   if (times and name not in _TAKES_TIMES) or (
       pairs and name not in _TAKES_PAIRS
   ):
     raise errors.UserError(
-        f"sampler {text!r}: {name} takes no "
+        f"sampler: got {text!r}, expected {name} without "
         f"{'intermediate times' if name not in _TAKES_TIMES else 'pairs e>t'}; "
         "omit them or choose 'mixture'"
     )
@@ -81,12 +81,12 @@ def _parse_times(text: str) -> tuple[tuple[float, ...], Pairs]:
   parts = [p for p in text.split("/") if p]
   pairs = [tuple(float(v) for v in p.split(">")) for p in parts if ">" in p]
   if any(len(p) != 2 for p in pairs):
-    raise ValueError("a zigzag is e>t")
+    raise ValueError("a zigzag is written e>t")
   return tuple(float(p) for p in parts if ">" not in p), tuple(pairs)
 
 
 def write(name: str, times: Sequence[float], pairs: Pairs = ()) -> str:
-  """Returns the notation of a sampler with times."""
+  """Returns the notation of a sampler with times; the inverse of `parse`."""
   parts = [f"{t:g}" for t in times] + [f"{e:g}>{t:g}" for e, t in pairs]
   return f"{name}@{'/'.join(parts)}" if parts else name
 
@@ -94,25 +94,40 @@ def write(name: str, times: Sequence[float], pairs: Pairs = ()) -> str:
 def _mid_times(
     start: float, end: float, count: int, rho: float
 ) -> tuple[float, ...]:
-  """Returns interior points of a Karras grid from start to end."""
+  """Returns the interior points of a Karras grid (EDM, eq. 5) from start to
+  end."""
   low, high = min(start, end), max(start, end)
   inner = schedules.karras_sigmas(count + 2, low, high, rho)[1:-1]
   return tuple(float(t) for t in (inner if start < end else inner[::-1]))
 
 
 def times_between(
-    given: Sequence[float], nfe: int | None, start, end, rho, section: str
+    times: Sequence[float], nfe: int | None, start, end, rho, section: str
 ) -> tuple[float, ...]:
-  """Returns the given intermediate times, or default ones for an NFE."""
-  if given:
-    if nfe is not None and nfe != len(given) + 1:
+  """Returns intermediate times of a sampler.
+
+  Args:
+    times: configured times; empty selects a Karras grid.
+    nfe: number of network evaluations, or None.
+    start: first noise level.
+    end: last noise level.
+    rho: rho of the Karras grid.
+    section: config section, for errors.
+
+  Raises:
+    UserError: nfe is not positive or does not match times.
+  """
+  if times:
+    if nfe is not None and nfe != len(times) + 1:
       raise errors.UserError(
-          f"{section}.nfe={nfe} needs {nfe - 1} intermediate times, but "
-          f"{section}.times has {len(given)}; omit one of the two"
+          f"{section}.times: got {len(times)} with {section}.nfe={nfe}, "
+          f"expected {nfe - 1} intermediate times; omit one of the two keys"
       )
-    return tuple(given)
+    return tuple(times)
   if nfe is not None and nfe < 1:
-    raise errors.UserError(f"{section}.nfe={nfe} must be at least 1")
+    raise errors.UserError(
+        f"{section}.nfe: got {nfe}, expected at least 1; increase it"
+    )
   return _mid_times(start, end, (nfe or 1) - 1, rho)
 
 
@@ -120,30 +135,41 @@ def _pairs(sample: schema.Sample) -> Pairs:
   noise, level = sample.zigzag_noise, sample.zigzag_level
   if len(noise) != len(level):
     raise errors.UserError(
-        f"sample.zigzag_noise has {len(noise)} values and zigzag_level "
-        f"{len(level)}; give as many of each"
+        f"sample.zigzag_noise: got {len(noise)} values, expected {len(level)} "
+        "as in sample.zigzag_level; set as many of each"
     )
   return tuple(zip(noise, level, strict=True)) or _ZIGZAG
 
 
-def asked_labels(
+def requested_labels(
     experiment: build.Experiment, sample: schema.Sample
 ) -> np.ndarray | None:
-  """Returns classes of the images to generate: one, or all equally often."""
+  """Returns the labels of the images to generate.
+
+  Args:
+    experiment: number of classes.
+    sample: config section; without `label` the classes alternate.
+
+  Returns:
+    [num_samples] int32, or None for an unconditional network.
+
+  Raises:
+    UserError: sample.label is not a class of the network.
+  """
   classes = experiment.num_classes
   if classes is None:
     if sample.label is not None:
       raise errors.UserError(
-          f"sample.label={sample.label}, but the network is unconditional; "
-          "omit it"
+          f"sample.label: got {sample.label}, expected None for an "
+          "unconditional network; omit it"
       )
     return None
   if sample.label is None:
     return (np.arange(sample.num_samples) % classes).astype(np.int32)
   if not 0 <= sample.label < classes:
     raise errors.UserError(
-        f"sample.label={sample.label} is out of range; this network has "
-        f"classes 0 to {classes - 1}"
+        f"sample.label: got {sample.label}, expected a class in 0 .. "
+        f"{classes - 1}; choose one"
     )
   return np.full(sample.num_samples, sample.label, np.int32)
 
@@ -151,46 +177,46 @@ def asked_labels(
 def plan_of(
     experiment: build.Experiment, sampler: str | None = None
 ) -> sampling_plan.Plan:
-  """Returns the plan of `sample.sampler` or of another sampler.
+  """Returns the plan of a sampler.
 
   Args:
-    experiment: gives noise levels and config section `sample`.
+    experiment: noise levels and config section `sample`.
     sampler: in the notation of the module; None is `sample.sampler`.
 
   Raises:
-    UserError: unknown sampler, times that do not match, or a sampler that
-      needs end levels of a network without them.
+    UserError: unknown sampler, times that do not match, or a sampler that the
+      network does not support.
   """
   sample = experiment.sample
   request = parse(sampler or sample.sampler)
-  name, nfe, given = request.name, request.nfe, sample.times
+  name, nfe, times = request.name, request.nfe, sample.times
   if sampler is None or (nfe is None and name == sample.sampler):
     nfe = sample.nfe
   if name in _SOLVERS:
     return _guided(experiment, _solver_plan(experiment, name, nfe))
   pairs = request.pairs
-  if request.times is not None:  # '@': only the written times.
-    nfe, given = None, request.times
+  if request.times is not None:  # '@' overrides section sample.
+    nfe, times = None, request.times
   elif pairs is None and name in _TAKES_PAIRS:
     pairs = _pairs(sample)
   pairs = pairs or ()
   mid: tuple[float, ...] = ()
   if name in _TAKES_TIMES and not (request.times == ()):
     inner = None if nfe is None else nfe - 2 * len(pairs)
-    if request.nfe is not None and inner != len(given) + 1:
-      given = ()
-    if inner is None and not given:
+    if request.nfe is not None and inner != len(times) + 1:
+      times = ()
+    if inner is None and not times:
       inner = 2
     levels = experiment.levels
     mid = times_between(
-        given, inner, levels.sigma_max, levels.sigma_min,
+        times, inner, levels.sigma_max, levels.sigma_min,
         experiment.method.rho, "sample",
     )
   plan = _plan(name, mid, pairs, sample.gamma, experiment.levels)
   if nfe is not None and plan.nfe != nfe:
     raise errors.UserError(
-        f"sample.nfe={nfe}, but {name} with these times makes {plan.nfe} "
-        "evaluations; omit sample.nfe or change the times"
+        f"sample.nfe: got {nfe}, expected {plan.nfe} for {name} with these "
+        "times; omit sample.nfe or change the times"
     )
   _check_end_levels(experiment, plan)
   return _guided(experiment, plan)
@@ -212,24 +238,26 @@ def _plan(
 def _solver_plan(
     experiment: build.Experiment, name: str, nfe: int | None
 ) -> sampling_plan.Plan:
-  """Returns the plan of an ODE solver; nfe None is sample.num_levels."""
+  """Returns the plan of an ODE solver; None for nfe uses sample.num_levels."""
   sample = experiment.sample
   if not experiment.method.is_denoiser:
     raise errors.UserError(
-        f"sampler {name!r} solves the ODE of a denoiser, and this network "
-        "predicts jumps; use 'onestep', 'ancestral' or 'cm_multistep'"
+        f"sampler: got {name!r}, which solves the ODE of a denoiser, expected "
+        "a sampler for a network that predicts jumps; use 'onestep', "
+        "'ancestral' or 'cm_multistep'"
     )
   count = sample.num_levels
   if nfe is not None:
     count = nfe if name == "ddim" else (nfe + 1) // 2
     if name == "heun" and nfe % 2 == 0:
       raise errors.UserError(
-          f"sampler 'heun' makes 2 N - 1 evaluations, never {nfe}; ask for "
-          f"{nfe - 1} or {nfe + 1}"
+          f"sampler: got 'heun' with {nfe} evaluations, expected an odd number "
+          f"2 N - 1; use {nfe - 1} or {nfe + 1}"
       )
   if count < 2:
     raise errors.UserError(
-        f"sampler {name!r} needs a grid of 2 levels or more, not {count}"
+        f"sample.num_levels: got {count}, expected at least 2 for {name!r}; "
+        "increase it or the NFE"
     )
   high = math.inf if sample.s_tmax is None else sample.s_tmax
   churn = solvers.Churn(sample.s_churn, sample.s_tmin, high, sample.s_noise)
@@ -251,14 +279,15 @@ def _guided(
     return plan
   if not experiment.method.is_denoiser:
     raise errors.UserError(
-        f"sample.guidance={sample.guidance} guides denoisers, and this network "
-        "predicts jumps; set sample.guidance=1"
+        f"sample.guidance: got {sample.guidance}, expected 1 for a network "
+        "that predicts jumps, since guidance needs a denoiser; set "
+        "sample.guidance=1"
     )
   interval = sample.guidance_interval
   if interval and not (len(interval) == 2 and interval[0] < interval[1]):
     raise errors.UserError(
-        f"sample.guidance_interval={interval} must be (low, high), levels with "
-        "low < high; empty guides all levels"
+        f"sample.guidance_interval: got {interval}, expected (low, high) with "
+        "low < high; set it, or () to guide at all noise levels"
     )
   return sampling_plan.guide(plan, *interval)
 
@@ -269,35 +298,38 @@ def inversion_plan(
     noise: float | None = None,
     times: tuple[float, ...] = (),
 ) -> sampling_plan.Plan:
-  """Returns the plan of an inversion.
+  """Returns the plan of an inversion (Li & He, 2024).
 
   Args:
-    experiment: gives noise levels and config section `invert`.
-    nfe: network evaluations; None is `invert.nfe`.
+    experiment: noise levels and config section `invert`.
+    nfe: number of network evaluations; None is `invert.nfe`.
     noise: standard deviation of the initial noise; None is `invert.noise`.
     times: intermediate times; empty is `invert.times` if their number matches
       nfe, else default times.
+
+  Raises:
+    UserError: times that do not match, or a network without inversion.
   """
   section = experiment.invert
-  given, e = section.times, section.noise if noise is None else noise
-  if times:
-    given = times
-  elif nfe is None:
-    nfe = section.nfe
-  elif nfe != len(given) + 1:
-    given = ()
+  e = section.noise if noise is None else noise
+  if not times:
+    times = section.times
+    if nfe is None:
+      nfe = section.nfe
+    elif nfe != len(times) + 1:
+      times = ()
   levels = experiment.levels
   mid = times_between(
-      given, nfe, e, levels.sigma_max, experiment.method.rho, "invert"
+      times, nfe, e, levels.sigma_max, experiment.method.rho, "invert"
   )
   plan = sampling_plan.inversion(e, mid, levels)
   _check_end_levels(experiment, plan)
   method = experiment.method
   if not (method.supports_inversion or method.is_denoiser):
     raise errors.UserError(
-        "this network maps only from noise to images; inversion and editing "
-        f"need one of {registry.methods_with('supports_inversion')}, or a "
-        "denoiser"
+        "method.name: got a network that maps only from noise to images, "
+        "expected one that supports inversion and editing; train with "
+        f"{registry.methods_with('supports_inversion')}, or a denoiser"
     )
   return plan
 
@@ -308,8 +340,8 @@ def _check_end_levels(experiment: build.Experiment, plan) -> None:
     return
   if any(isinstance(s, sampling_plan.Jump) and s.u != low for s in plan.steps):
     raise errors.UserError(
-        f"{plan.name} jumps to other levels than sigma_min, which this "
-        "network cannot (model.two_time=False); use sampler 'onestep' or "
-        "'cm_multistep', or fine-tune it with "
+        f"model.two_time: got False for sampler {plan.name}, expected True, "
+        "since it jumps to levels other than sigma_min; use sampler 'onestep' "
+        "or 'cm_multistep', or fine-tune with "
         f"{registry.methods_with('supports_inversion')}"
     )

@@ -1,10 +1,11 @@
-"""Mode pairs: (noise, teacher sample) pairs for DMD's regression loss.
+"""Mode pairs: generates (noise, teacher sample) pairs for DMD's regression.
 
   python -m bcm_jax.main --workdir=runs/edm --mode=pairs \\
       --config.sample.num_samples=10000
 
-writes runs/edm/pairs.npz, which --config.data.pairs takes. Sampler, guidance,
-number and seed are those of section sample; classes are equally frequent.
+writes runs/edm/pairs.npz, the file for --config.data.pairs. Config section
+sample sets sampler, guidance, number of pairs and seed; all classes have the
+same number of pairs. Source: DMD (Yin et al., 2024), section 4.1.
 """
 
 import json
@@ -27,10 +28,19 @@ from bcm_jax.utils import provenance
 
 
 def run(experiment: build.Experiment, workdir: str) -> str:
-  """Writes the file; returns its path.
+  """Generates the pairs of a run.
+
+  Args:
+    experiment: experiment of the teacher.
+    workdir: work directory of the teacher.
+
+  Returns:
+    Path of pairs.npz: 'noise' [n, H, W, C] float16 of standard deviation 1,
+    'image' [n, H, W, C] uint8, 'label' [n] int32, 'facts' JSON.
 
   Raises:
-    UserError: no deterministic solver, or no checkpoint.
+    UserError: the sampler is not a deterministic solver of a denoiser, or the
+      run has no good checkpoint.
   """
   section = experiment.sample
   plan = planning.plan_of(experiment)
@@ -38,10 +48,12 @@ def run(experiment: build.Experiment, workdir: str) -> str:
       isinstance(step, sampling_plan.AddNoise) for step in plan.steps
   ):
     raise errors.UserError(
-        "mode pairs needs a denoiser and a sampler that adds no noise, so that "
-        "an image follows from its noise: sample.sampler=heun, s_churn=0"
+        f"sample.sampler: got {section.sampler!r} with "
+        f"sample.s_churn={section.s_churn}, expected a deterministic solver "
+        "(mode pairs) of a denoiser; set sample.sampler=heun and "
+        "sample.s_churn=0"
     )
-  labels = planning.asked_labels(experiment, section)
+  labels = planning.requested_labels(experiment, section)
   step, average, params = runs.load_run(experiment, workdir)
   runner = batched_sampler.BatchedSampler(
     experiment, params, section.batch_size
@@ -51,8 +63,8 @@ def run(experiment: build.Experiment, workdir: str) -> str:
   def rows(index):
     noise = _noise(experiment, section.seed, index)
     start = noise.astype(np.float32) * np.float32(plan.start)
-    asked = None if labels is None else labels[index]
-    images = runner(plan, start, asked, _keys(section.seed, index))
+    row_labels = None if labels is None else labels[index]
+    images = runner(plan, start, row_labels, _keys(section.seed, index))
     return noise, image_source.to_uint8(images)
 
   noise, images = batched_sampler.on_all_hosts(section.num_samples, rows)
@@ -77,6 +89,9 @@ def _keys(seed: int, index: np.ndarray) -> jax.Array:
 
 
 def _noise(experiment, seed: int, index: np.ndarray) -> np.ndarray:
-  """Draws float16 noise of images `index`; rounded before it is used."""
+  """Returns the noise [n, H, W, C] of the images at `index` [n].
+
+  Rounded to float16, as stored, before the teacher uses it.
+  """
   draw = jax.vmap(lambda k: jax.random.normal(k, experiment.image_shape))
   return np.asarray(draw(_keys(seed, index)), np.float16)

@@ -1,9 +1,9 @@
-"""PyTorch's zip and legacy files and EDM's pickles, read without torch.
+"""Reads PyTorch's zip and legacy formats and EDM's pickles without torch.
 
-Formats: `torch.serialization` and `torch._utils` of torch 2; the legacy one is
-that of torch.save before 1.6 or with _use_new_zipfile_serialization=False;
-`torch_utils.persistence` of EDM (Karras et al., 2022), version 6, whose source
-code is skipped.
+Formats: `torch.serialization` and `torch._utils` of torch 2; the legacy format
+of torch.save before version 1.6 or with _use_new_zipfile_serialization=False;
+`torch_utils.persistence` of EDM (Karras et al., 2022), version 6, without its
+embedded source code.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ from bcm_jax.utils import unpickle
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
-# An expanded tensor repeats few numbers; no weight repeats this many.
+# Largest tensor that may repeat the numbers of a smaller storage (stride 0).
 _MAX_EXPANDED = 1 << 20
 
-# Dtypes of storages by their names in torch.
+# Dtypes of storages by class name in torch.
 STORAGES = {f"{name}Storage": np.dtype(dtype) for name, dtype in dict(
     Float="f4", Double="f8", Half="f2", BFloat16=ml_dtypes.bfloat16, Char="i1",
     Short="i2", Int="i4", Long="i8", Byte="u1", Bool="?", ComplexFloat="c8",
     ComplexDouble="c16",
 ).items()}
 
-# Dtypes since torch 2.1, kept in storages of bytes.
+# Dtypes since torch 2.1, saved in untyped storages.
 _UNTYPED = {np.dtype(name) for name in (
     *("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e4m3fnuz"),
     *("float8_e5m2", "float8_e5m2fnuz"),
@@ -41,13 +41,13 @@ _UNTYPED = {np.dtype(name) for name in (
 
 @dataclasses.dataclass(eq=False)
 class Storage:
-  """One-dimensional numbers, of which tensors are views.
+  """A one-dimensional array, of which tensors are views.
 
   Attributes:
-    key: its name in the file.
-    dtype: of the numbers; uint8 if untyped.
-    numel: number of elements as declared in the pickle.
-    numbers: [numel], read-only; None until the file's record was read.
+    key: name in the file.
+    dtype: dtype of the elements; uint8 if untyped.
+    numel: number of elements, as declared in the pickle.
+    numbers: [numel], read-only; None before the record is read.
   """
 
   key: str
@@ -56,7 +56,7 @@ class Storage:
   numbers: np.ndarray | None = None
 
   def fill(self, content: bytes, big_endian: bool = False) -> None:
-    """Takes the record's bytes; UserError if they are not `numel` numbers."""
+    """Sets `numbers` from a record; UserError if its length is wrong."""
     unpickle.require(
         len(content) == self.numel * self.dtype.itemsize,
         f"storage {unpickle.shown(self.key)}: got {len(content)} bytes,"
@@ -64,10 +64,10 @@ class Storage:
     )
     raw = np.frombuffer(content, np.uint8)
     if big_endian:
-      # A complex number is two numbers, each swapped by itself.
+      # Byte order applies to the real and imaginary parts separately.
       width = self.dtype.itemsize // (2 if self.dtype.kind == "c" else 1)
       raw = raw.view(f"u{width}").byteswap().view(np.uint8)
-    # Bytes other than 0 and 1 are no valid NumPy bools.
+    # NumPy bools must be 0 or 1.
     is_bool = self.dtype == np.bool_
     self.numbers = raw != 0 if is_bool else raw.view(self.dtype)
     self.numbers.flags.writeable = False
@@ -75,7 +75,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tensor:
-  """A view of a storage: offset and strides in elements of `dtype`."""
+  """A view of a storage; offset and strides are in elements of `dtype`."""
 
   storage: Storage
   offset: int
@@ -85,11 +85,15 @@ class Tensor:
 
 
 def as_array(tensor: Tensor, name: str) -> np.ndarray:
-  """Returns a tensor's numbers, read-only and not copied.
+  """Returns a tensor as a read-only array that shares its storage.
+
+  Args:
+    tensor: view of a storage.
+    name: name of the tensor, for errors.
 
   Raises:
-    UserError: the tensor is not within its storage, or expands few numbers
-      to very many.
+    UserError: the tensor exceeds its storage, or is expanded to more than
+      2^20 elements.
   """
   size, stride, flat = tensor.size, tensor.stride, tensor.storage.numbers
   count, width = math.prod(size), tensor.dtype.itemsize
@@ -98,7 +102,7 @@ def as_array(tensor: Tensor, name: str) -> np.ndarray:
   end = tensor.offset + (last + 1) * bool(count)
   problem = None
   if flat is None:
-    problem = "has a storage without a record"
+    problem = "is a view of a storage without a record"
   elif end * width > flat.nbytes:
     problem = (
         f"reaches element {unpickle.shown(end)} of a storage of"
@@ -110,13 +114,13 @@ def as_array(tensor: Tensor, name: str) -> np.ndarray:
     problem = f"expands {flat.size} stored numbers"
   if problem:
     raise errors.UserError(
-        f"tensor {unpickle.shown(name)} of size {unpickle.shown(size)} and"
-        f" stride {unpickle.shown(stride)} {problem}; the file is damaged, or"
-        " save a contiguous copy"
+        f"tensor {unpickle.shown(name)}: got size {unpickle.shown(size)} and"
+        f" stride {unpickle.shown(stride)}, which {problem}; save a contiguous"
+        " copy, or copy the file again"
     )
   if not count:
     return np.empty(size, tensor.dtype)
-  # A step along an axis of length 1 is never taken and may be any number.
+  # The stride of an axis of length 1 has no effect and may be any number.
   steps = [s * width if n > 1 else 0 for n, s in zip(size, stride, strict=True)]
   raw = flat.view(np.uint8)
   return np.ndarray(size, tensor.dtype, raw, tensor.offset * width, steps)
@@ -124,51 +128,71 @@ def as_array(tensor: Tensor, name: str) -> np.ndarray:
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any):
   """Replaces _rebuild_tensor and _rebuild_tensor_v2."""
-  # A storage that is a view of another one is a tensor here.
+  # A legacy storage that is a view of another storage is a Tensor here.
   is_view = isinstance(storage, Tensor)
   root, start = (storage.storage, storage.offset) if is_view else (storage, 0)
-  # rest: requires_grad, hooks, and marks of lazy conjugation or negation.
-  unpickle.require(isinstance(root, Storage), "a tensor has no storage")
-  unpickle.require(not any(rest[2:3]), "a tensor is conjugated or negated")
+  # rest: requires_grad, hooks, flags of lazy conjugation and negation.
+  unpickle.require(
+      isinstance(root, Storage),
+      f"storage of a tensor: got {unpickle.shown(root)}, expected a storage",
+  )
+  unpickle.require(
+      not any(rest[2:3]),
+      "a tensor: got a lazy conjugation or negation, expected none",
+  )
   (offset,) = unpickle.counts((offset,), "offset of a tensor")
   size = unpickle.counts(size, "size of a tensor")
   stride = unpickle.counts(stride, "stride of a tensor")
-  unpickle.require(len(size) == len(stride), f"a tensor: {size=}, {stride=}")
+  unpickle.require(
+      len(size) == len(stride),
+      f"a tensor: got size {size} and stride {stride}, expected equal lengths",
+  )
   return Tensor(root, start + offset, size, stride, root.dtype)
 
 
 def _tensor_v3(storage, offset, size, stride, grad, hooks, dtype, *rest):
-  """Replaces _rebuild_tensor_v3, for dtypes without a storage of their own."""
+  """Replaces _rebuild_tensor_v3, for dtypes in untyped storages."""
   tensor = _tensor(storage, offset, size, stride, grad, hooks, *rest)
   untyped = tensor.dtype == np.uint8 and dtype.value in _UNTYPED
-  unpickle.require(untyped, f"a tensor is of {unpickle.shown(dtype)}")
+  unpickle.require(
+      untyped, f"dtype of a tensor: got {unpickle.shown(dtype)} without support"
+  )
   return dataclasses.replace(tensor, dtype=dtype.value)
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:
-  unpickle.require(isinstance(data, Tensor), "a parameter is no tensor")
+  """Replaces Parameter: returns its tensor."""
+  unpickle.require(
+      isinstance(data, Tensor),
+      f"a parameter: got {unpickle.shown(data)}, expected a tensor",
+  )
   return data
 
 
 def _with_attributes(function: Any, _: Any, args: Any, *__: Any) -> Tensor:
   """Replaces _rebuild_from_type_v2, without the Python attributes."""
   rebuilds = (_tensor, _tensor_v3, _parameter)
-  unpickle.require(function.make in rebuilds, "a tensor is of its own class")
+  unpickle.require(
+      function.make in rebuilds,
+      f"class of a tensor: got {unpickle.shown(function)}, expected"
+      " torch.Tensor",
+  )
   return function.make(*args)
 
 
 def _persistent(meta: Any) -> unpickle.Object:
   """Replaces EDM's persistent objects, without their source code."""
-  named = type(meta) is dict and type(meta.get("class_name")) is str
-  unpickle.require(named, "a persistent object has no class")
+  has_class = type(meta) is dict and type(meta.get("class_name")) is str
+  unpickle.require(has_class, "persistent object: got none with a class name")
   return unpickle.Object(meta["class_name"], meta.get("state"))
 
 
 def _device(*args: Any) -> str:
+  """Replaces torch.device by its name."""
   return ":".join(a if type(a) is str else unpickle.shown(a) for a in args)
 
 
-_GLOBALS = unpickle.GLOBALS | {each.name: each for each in (
+_GLOBALS = unpickle.GLOBALS | {entry.name: entry for entry in (
     *(unpickle.Global(name, make) for name, make in (
         ("torch._utils._rebuild_tensor", _tensor),
         ("torch._utils._rebuild_tensor_v2", _tensor),
@@ -196,13 +220,13 @@ _GLOBALS = unpickle.GLOBALS | {each.name: each for each in (
 
 
 def _lookup(dotted: str) -> unpickle.Global | None:
-  """Returns the stand-in for a global that weights need."""
+  """Returns the stand-in for a global of weight files, or None."""
   module, _, name = dotted.rpartition(".")
   if dotted.startswith("torch.nn.modules."):
     return unpickle.Global(
         dotted, lambda: unpickle.Object(name), unpickle.Object
     )
-  # Functions that are attributes of networks.
+  # Functions that are attributes of networks, such as activations.
   if module in ("torch.nn.functional", "torch._C._nn"):
     return unpickle.Global(dotted)
   return _GLOBALS.get(dotted)
@@ -216,54 +240,66 @@ def _declared(pid: Any, length: int, storages: dict[str, Storage]) -> Storage:
       tag == "storage" and isinstance(kind, unpickle.Global)
       and isinstance(kind.value, np.dtype)
       and type(key) is str and type(numel) is int and 0 <= numel < 1 << 60,
-      "the pickle refers to something else than a storage",
+      f"persistent id: got {unpickle.shown(pid)}, expected a storage",
   )
-  new = Storage(unpickle.key(key), kind.value, numel)
-  first = storages.setdefault(key, new)
+  storage = storages.setdefault(
+      key, Storage(unpickle.key(key), kind.value, numel)
+  )
   unpickle.require(
-      (first.dtype, first.numel) == (new.dtype, new.numel),
-      f"storage {unpickle.shown(key)} is declared twice and differently",
+      (storage.dtype, storage.numel) == (kind.value, numel),
+      f"storage {unpickle.shown(key)}: got two different declarations, expected"
+      " one",
   )
-  return first
+  return storage
 
 
 class _Archive:
-  """A zip archive of torch.save and the storages read from it so far."""
+  """A zip archive of torch.save and its storages that were read."""
 
   def __init__(self, archive: zipfile.ZipFile, size: int):
     self.archive, self.bytes_left = archive, size
     self.infos = {info.filename: info for info in archive.infolist()}
     self.storages: dict[str, Storage] = {}
-    found = [n for n in self.infos if re.fullmatch(r"[^/]*/data\.pkl", n)]
-    where = f"the zip archive holds {len(found)} records */data.pkl"
-    unpickle.require(len(found) == 1, f"{where}, expected one")
-    self.folder = found[0].removesuffix("data.pkl")
+    pickles = [n for n in self.infos if re.fullmatch(r"[^/]*/data\.pkl", n)]
+    unpickle.require(
+        len(pickles) == 1,
+        f"zip archive: got {len(pickles)} records */data.pkl, expected one",
+    )
+    self.folder = pickles[0].removesuffix("data.pkl")
     if any(name.startswith(self.folder + "code/") for name in self.infos):
       raise errors.UserError(
-          "the file is TorchScript, which is code; save the model's"
-          " state_dict() with torch.save instead"
+          "file: got TorchScript, which is code, expected weights; save the"
+          " state_dict() of the model with torch.save"
       )
-    # Before torch 2.1 this record was not written.
-    known = self.folder + "byteorder" in self.infos
-    order = self.record("byteorder").strip() if known else b"little"
-    known = order in (b"little", b"big")
-    unpickle.require(known, f"byteorder is {unpickle.shown(order)}")
+    order = b"little"  # torch before 2.1 does not write the byte order.
+    if self.folder + "byteorder" in self.infos:
+      order = self.record("byteorder").strip()
+    unpickle.require(
+        order in (b"little", b"big"),
+        f"byteorder: got {unpickle.shown(order)}, expected b'little' or b'big'",
+    )
     self.big_endian = order == b"big"
 
   def record(self, name: str) -> bytes:
-    """Returns a record's bytes, whose checksum has been verified."""
+    """Returns the bytes of a record after verifying its checksum."""
     info = self.infos.get(self.folder + name)
-    where = f"the record {unpickle.shown(name)}"
-    unpickle.require(info, f"the file lacks {where}")
-    plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
-    unpickle.require(plain, f"{where} is compressed or encrypted")
-    # Records that overlap could need far more memory than the file has bytes.
+    where = f"record {unpickle.shown(name)}: got"
+    unpickle.require(info, f"{where} none, expected one")
+    is_stored = info.compress_type == zipfile.ZIP_STORED
+    unpickle.require(
+        is_stored and not info.flag_bits & 1,
+        f"{where} compressed or encrypted data, expected stored data",
+    )
+    # Overlapping records could need far more memory than the file has bytes.
     self.bytes_left -= info.file_size
-    unpickle.require(self.bytes_left >= 0, f"{where} is longer than the file")
+    unpickle.require(
+        self.bytes_left >= 0,
+        f"{where} {info.file_size} bytes, expected at most those of the file",
+    )
     return self.archive.read(info)
 
   def persistent(self, pid: Any) -> Storage:
-    """Returns the storage of a persistent id, after reading its record."""
+    """Returns the storage of a persistent id; reads its record once."""
     storage = _declared(pid, 5, self.storages)
     if storage.numbers is None:
       storage.fill(self.record(f"data/{storage.key}"), self.big_endian)
@@ -274,32 +310,32 @@ def read_zip(file: BinaryIO) -> Any:
   """Reads a file of torch.save.
 
   Args:
-    file: seekable, a zip archive.
+    file: seekable zip archive.
 
   Returns:
-    the saved object: a tree of dicts, lists, `Tensor` (whose storages are
-    filled), `unpickle.Object` and plain values.
+    The saved object: a tree of dicts, lists, `Tensor`, `unpickle.Object` and
+    plain values.
 
   Raises:
-    UserError: an archive that is damaged, cut short, compressed or not of
-      torch.save, or a pickle that is refused.
+    UserError: a corrupt, truncated, compressed or other archive, or a pickle
+      that could run code.
   """
   try:
     with zipfile.ZipFile(file) as archive:
-      found = _Archive(archive, file.seek(0, 2))
-      reader = unpickle.Reader(found.record("data.pkl"))
-      return unpickle.Unpickler(reader, _lookup, found.persistent).load()
+      records = _Archive(archive, file.seek(0, 2))
+      reader = unpickle.Reader(records.record("data.pkl"))
+      return unpickle.Unpickler(reader, _lookup, records.persistent).load()
   except (errors.UserError, MemoryError):
     raise
-  except Exception as e:  # zipfile has no common ancestor for its errors.
+  except Exception as e:  # zipfile raises various exceptions.
     raise errors.UserError(
-        f"the zip archive is damaged or cut short ({unpickle.shown(str(e))});"
-        " copy or download it again"
+        f"zip archive: cannot be read ({unpickle.shown(str(e))}), expected a"
+        " whole file of torch.save; copy or download it again"
     ) from None
 
 
 def is_legacy(head: bytes) -> bool:
-  """Returns True for the first bytes of a file of torch's legacy format."""
+  """Returns whether `head`, the first bytes of a file, is in legacy format."""
   return head[:1] == b"\x80" and _MAGIC.to_bytes(10, "little") in head[:40]
 
 
@@ -307,61 +343,67 @@ def read_legacy(content: bytes) -> Any:
   """Reads a file of torch.save(..., _use_new_zipfile_serialization=False).
 
   Args:
-    content: of the whole file.
+    content: bytes of the file.
 
   Returns:
-    as `read_zip`.
+    The saved object, see `read_zip`.
 
   Raises:
-    UserError: as `read_zip`.
+    UserError: see `read_zip`.
   """
   reader = unpickle.Reader(content)
   storages: dict[str, Storage] = {}
 
   def persistent(pid: Any) -> Any:
     if type(pid) is tuple and len(pid) == 4 and pid[0] == "module":
-      return pid[1]  # The class of a whole module, without its source.
+      return pid[1]  # Class of a pickled module; its source code is ignored.
     storage = _declared(pid, 6, storages)
     if pid[5] is None:
       return storage
-    # A part of another storage, as torch 0.3 and older wrote it.
+    # A view of another storage (torch 0.3 and older).
     _, start, numel = pid[5]
     start, numel = unpickle.counts((start, numel), "view of a storage")
     return Tensor(storage, start, (numel,), (1,), storage.dtype)
 
-  for what, expected in (("magic number", _MAGIC), ("version", _PROTOCOL)):
-    found = unpickle.Unpickler(reader, _lookup).load()
-    same = type(found) is int and found == expected
-    unpickle.require(same, f"{what} is {unpickle.shown(found)}")
-  # Sizes of C's types on the machine that wrote the file.
+  for field, expected in (("magic number", _MAGIC), ("version", _PROTOCOL)):
+    value = unpickle.Unpickler(reader, _lookup).load()
+    unpickle.require(
+        type(value) is int and value == expected,
+        f"{field}: got {unpickle.shown(value)}, expected {expected}",
+    )
+  # Skips byte order and sizes of C types of the writing machine.
   unpickle.Unpickler(reader, _lookup).load()
   tree = unpickle.Unpickler(reader, _lookup, persistent).load()
   keys = unpickle.Unpickler(reader, _lookup).load()
   for key in keys if type(keys) is list else [None]:
-    where = f"storage {unpickle.shown(key)}"
-    known = type(key) is str and key in storages
-    unpickle.require(known, f"{where} of no tensor")
+    where = f"storage {unpickle.shown(key)}: got"
+    is_declared = type(key) is str and key in storages
+    unpickle.require(is_declared, f"{where} no tensor, expected at least one")
     storage = storages[key]
     (numel,) = struct.unpack("<q", reader.read(8))
-    same = numel == storage.numel and storage.numbers is None
-    unpickle.require(same, f"{where} has {numel} numbers, not {storage.numel}")
-    # Always little-endian, whatever the machine that wrote them.
+    unpickle.require(
+        numel == storage.numel and storage.numbers is None,
+        f"{where} {numel} numbers, expected {storage.numel} and only once",
+    )
+    # Storages are little-endian on all machines.
     storage.fill(reader.read(numel * storage.dtype.itemsize))
   return tree
 
 
 def _nested_storage(content: Any) -> Storage:
   """Replaces torch.storage._load_from_bytes."""
-  legacy = type(content) is bytes and is_legacy(content[:64])
-  storage = read_legacy(content) if legacy else None
-  nested = isinstance(storage, Storage)
-  unpickle.require(nested, "the pickle nests something else than a storage")
+  is_file = type(content) is bytes and is_legacy(content[:64])
+  storage = read_legacy(content) if is_file else content
+  unpickle.require(
+      isinstance(storage, Storage),
+      f"nested file: got {unpickle.shown(storage)}, expected a storage",
+  )
   return storage
 
 
 def read_pickle(content: bytes) -> Any:
-  """Reads a plain pickle, as EDM writes: returns and raises as `read_zip`."""
-  # Only here storages are nested, each as a legacy file.
+  """Reads a pickle of EDM; see `read_zip` for the result and errors."""
+  # Storages are nested legacy files, only in this format.
   name = "torch.storage._load_from_bytes"
   nested = {name: unpickle.Global(name, _nested_storage)}
   return unpickle.Unpickler(

@@ -34,7 +34,7 @@ FAMILIES = {
     for f in (openai_names, edm_names, edm_adm_names, edm2_names, jcm_names)
 }
 
-# (part of a tensor name, config keys that determine whether it exists).
+# (part of a tensor name, config keys that determine its existence and shape).
 _EXPLAINED = (
     ("label", "model.num_classes"),
     ("augment", "model.augment_dim"),
@@ -73,6 +73,7 @@ def shapes(network, image_size: int) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 @functools.cache
 def _takes_size(function) -> bool:
+  """Returns whether a function has the parameter image_size."""
   return "image_size" in inspect.signature(function).parameters
 
 
@@ -80,9 +81,9 @@ def entries(
     family: ModuleType, network, image_size: int
 ) -> list[tuple[layouts.Entry, tuple[int, ...]]]:
   """Returns (entry, Flax shape) of every parameter of a network."""
-  extra = {"image_size": image_size} if _takes_size(family.entry) else {}
+  options = {"image_size": image_size} if _takes_size(family.entry) else {}
   return [
-      (family.entry(network, path, shape, **extra), shape)
+      (family.entry(network, path, shape, **options), shape)
       for path, shape in shapes(network, image_size).items()
   ]
 
@@ -110,8 +111,8 @@ def read_params(
     The parameter tree. Every tensor is used exactly once.
 
   Raises:
-    UserError: tensors are missing, unexpected, or have another shape or other
-      constants; names them and the config keys that determine them.
+    UserError: tensors are missing, unexpected, or of another shape, or buffers
+      have other values; the message names tensors and config keys.
   """
   if hasattr(family, "join"):
     tensors = family.join(tensors)
@@ -182,10 +183,12 @@ def _constants(family: ModuleType, network, names: list[str]) -> Tensors:
 
 
 def _explain(name: str) -> str:
+  """Returns the config keys that determine a tensor."""
   return next(key for part, key in _EXPLAINED if part in name)
 
 
 def _check_names(expected, tensors) -> None:
+  """Raises UserError for missing or unexpected names of tensors."""
   missing = sorted(expected - tensors.keys())
   unexpected = sorted(tensors.keys() - expected)
   if not missing and not unexpected:
@@ -244,6 +247,7 @@ def recognize(
 
 
 def _levels_to_pixels(attributes: dict[str, Any]) -> None:
+  """Replaces attention_levels by attention_resolutions, in place."""
   levels = attributes.pop("attention_levels", None)
   if levels is not None:
     attributes["attention_resolutions"] = tuple(

@@ -10,22 +10,23 @@ from bcm_jax.utils import unpickle
 
 Tensors = dict[str, np.ndarray]
 
-# A few bytes can describe an endless tree, or endless names.
+# Limits of the work: a few bytes can describe an infinite tree or huge names.
 _MAX_DEPTH = 100
 _MAX_NODES = 1_000_000
 _MAX_NAME = 4096
 
 _LEAVES = (torch_files.Tensor, unpickle.Array, np.ndarray)
 
-# Replaces a subtree that held only tensors.
-_GONE = object()
+# Replaces a subtree that contains only tensors.
+_REMOVED = object()
 
 
 class Walker:
-  """Splits trees; one walker per file, since it bounds the work.
+  """Splits trees. Use one walker per file, since it limits the total work.
 
   Attributes:
-    modules: class and constructor's arguments of each module, by dotted name.
+    modules: class name and constructor arguments of each module, by dotted
+      name.
   """
 
   def __init__(self, separator: str = "."):
@@ -33,31 +34,31 @@ class Walker:
     self._separator, self._nodes = separator, 0
 
   def split(self, tree: Any) -> tuple[Tensors, Any]:
-    """Returns the tensors of a tree by joined names, and the rest or None.
+    """Splits a tree into (tensors by joined name, plain values or None).
 
     Raises:
-      UserError: two tensors of one name, one outside of its storage, a tree
-        that contains itself or is too large.
+      UserError: two tensors of one name, a tensor outside of its storage, or a
+        tree that contains itself or is too large.
     """
     tensors: Tensors = {}
     rest = self._walk(tree, "", tensors)
-    return tensors, None if rest is _GONE else rest
+    return tensors, None if rest is _REMOVED else rest
 
   def plain(self, tree: Any, depth: int = 0) -> Any:
-    """Returns a tree with its tensors and objects described in words."""
+    """Replaces tensors and objects of a tree by descriptions."""
     return self._walk(tree, "", None, depth)
 
   def _walk(
       self, value: Any, name: str, out: Tensors | None, depth: int = 0
   ) -> Any:
-    # Names take memory like values, about 64 characters as much as one.
+    # Counts nodes; 64 characters of a name take as much memory as a node.
     self._nodes += 1 + len(name) // 64
     self._nodes += len(value) if isinstance(value, set) else 0
     if self._nodes > _MAX_NODES or depth > _MAX_DEPTH:
       raise errors.UserError(
-          f"the file holds more than {_MAX_NODES} values, or objects that"
-          f" contain themselves or are nested deeper than {_MAX_DEPTH}; save a"
-          " plain state dict instead"
+          f"file: got more than {_MAX_NODES} values, or objects that contain"
+          f" themselves or are nested deeper than {_MAX_DEPTH}; save a plain"
+          " state dict"
       )
     if isinstance(value, _LEAVES):
       return self._leaf(value, name, out)
@@ -67,14 +68,14 @@ class Walker:
       return sorted(map(str, value))
     if isinstance(value, (dict, list, tuple)):
       items = value.items() if isinstance(value, dict) else enumerate(value)
-      kept = [
+      plain = [
           (k, rest) for k, v in items
           if (rest := self._walk(v, self._join(name, k), out, depth + 1))
-          is not _GONE
+          is not _REMOVED
       ]
-      if value and not kept:
-        return _GONE
-      return dict(kept) if isinstance(value, dict) else [v for _, v in kept]
+      if value and not plain:
+        return _REMOVED
+      return dict(plain) if isinstance(value, dict) else [v for _, v in plain]
     if isinstance(value, unpickle.Global):
       return value.name
     if isinstance(value, np.generic):
@@ -84,14 +85,16 @@ class Walker:
   def _leaf(self, value: Any, name: str, out: Tensors | None) -> Any:
     if isinstance(value, unpickle.Array):
       value = value.value
-      unpickle.require(value is not None, "an array has no numbers")
+      unpickle.require(value is not None, "NumPy array: got no state")
     is_tensor = isinstance(value, torch_files.Tensor)
     if out is None:
       return f"{value.dtype} {value.size if is_tensor else value.shape}"
     where = unpickle.shown(name)
-    unpickle.require(name not in out, f"two tensors have the name {where}")
+    unpickle.require(
+        name not in out, f"tensor {where}: got two of this name, expected one"
+    )
     out[name] = torch_files.as_array(value, name) if is_tensor else value
-    return _GONE
+    return _REMOVED
 
   def _object(
       self, value: unpickle.Object, name: str, out: Tensors | None, depth: int
@@ -105,15 +108,22 @@ class Walker:
     self.modules[name] = described
     for kind in ("_parameters", "_buffers", "_modules"):
       part = value.state.get(kind) or {}
-      unpickle.require(type(part) is dict, f"{kind} is no dict")
+      unpickle.require(
+          type(part) is dict,
+          f"{kind}: got {unpickle.shown(part)}, expected dict",
+      )
       for key, child in part.items():
         if child is not None:
           self._walk(child, self._join(name, key), out, depth)
-    return _GONE if name else described
+    return _REMOVED if name else described
 
   def _join(self, name: str, key: Any) -> str:
     joined = f"{name}{self._separator}{key}" if name else str(key)
-    unpickle.require(len(joined) <= _MAX_NAME, "a tensor's name is too long")
+    unpickle.require(
+        len(joined) <= _MAX_NAME,
+        f"name of a tensor: got {len(joined)} characters, expected at most"
+        f" {_MAX_NAME}",
+    )
     return joined
 
 
@@ -122,19 +132,19 @@ def groups_of(
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
   """Splits a checkpoint into groups of tensors and plain values.
 
-  Each entry of the outermost dict that holds tensors is a group; tensors that
-  are entries themselves are the group '', and so is a tree that is no dict.
+  Each entry of the outermost dict that contains tensors is a group. The group
+  '' contains the entries that are tensors, or a whole tree of another type.
 
   Args:
-    tree: of dicts, lists, objects, tensors and plain values.
-    separator: between the parts of a name.
+    tree: dicts, lists, objects, tensors and plain values.
+    separator: separator between the parts of a name.
 
   Returns:
     groups: {group: {name: array}}.
     metadata: the outermost dict without its tensors.
 
   Raises:
-    UserError: as `Walker.split`, or there is no tensor at all.
+    UserError: as `Walker.split`, or the tree contains no tensor.
   """
   walker = Walker(separator)
   entries = tree if type(tree) is dict else {"": tree}
@@ -145,45 +155,49 @@ def groups_of(
       continue
     tensors, rest = walker.split(value)
     name = str(key)
-    twice = name in metadata or tensors and groups.get(name)
-    where = unpickle.shown(name)
-    unpickle.require(not twice, f"the file has two entries {where}")
+    is_repeated = name in metadata or tensors and groups.get(name)
+    unpickle.require(
+        not is_repeated,
+        f"entry {unpickle.shown(name)}: got two of this name, expected one",
+    )
     metadata[name] = rest
     if tensors:
       groups[name] = tensors
   groups = {name: group for name, group in groups.items() if group}
   if not groups:
-    raise errors.UserError(f"the file holds no tensors (only {_held(tree)})")
+    raise errors.UserError(
+        f"file: got no tensors (only {_summary(tree)}), expected at least one"
+    )
   return groups, {k: v for k, v in metadata.items() if v is not None}
 
 
 def network_of(tree: Any) -> tuple[dict[str, Tensors], dict[str, Any]]:
-  """Splits an EDM pickle's averaged network, or else the trained one.
+  """Splits the network of an EDM pickle: 'ema' if it exists, else 'net'.
 
   Args:
-    tree: of the pickle.
+    tree: content of the pickle.
 
   Returns:
-    groups: {'ema': {dotted name: array}}, or 'net'; parameters and buffers,
-      in the dtype they were saved in.
-    metadata: of the network class_name, init_args and init_kwargs (its
-      constructor's arguments) and attributes (its plain attributes); modules,
-      {dotted name: the same three of each part}; and the file's other entries
-      under their own names, described.
+    groups: {'ema' or 'net': {dotted name: array}}, parameters and buffers in
+      the saved dtype.
+    metadata: class_name, init_args and init_kwargs (constructor arguments) and
+      attributes (plain attributes) of the network; modules, {dotted name: the
+      first three entries for each submodule}; descriptions of the other
+      entries of the file by name.
 
   Raises:
     UserError: as `Walker.split`, or a pickle without a network.
   """
   entries = tree if type(tree) is dict else {}
-  found = next((name for name in ("ema", "net") if name in entries), None)
-  network, walker = entries.get(found), Walker()
+  group = next((name for name in ("ema", "net") if name in entries), None)
+  network, walker = entries.get(group), Walker()
   tensors, rest = walker.split(network)
   if not tensors:
     raise errors.UserError(
-        f"the pickle holds {_held(tree)}, expected a network with tensors under"
-        " 'ema' or 'net'; give a network snapshot of EDM or EDM2"
+        f"pickle: got {_summary(tree)}, expected a network with tensors under"
+        " 'ema' or 'net'; use a network snapshot of EDM or EDM2"
     )
-  metadata = {str(k): walker.plain(v) for k, v in entries.items() if k != found}
+  metadata = {str(k): walker.plain(v) for k, v in entries.items() if k != group}
   if isinstance(network, unpickle.Object):
     attributes = {
         name: walker.plain(value)
@@ -192,9 +206,10 @@ def network_of(tree: Any) -> tuple[dict[str, Tensors], dict[str, Any]]:
         and not isinstance(value, unpickle.Object)
     }
     metadata |= rest | dict(attributes=attributes, modules=walker.modules)
-  return {found: tensors}, metadata
+  return {group: tensors}, metadata
 
 
-def _held(tree: Any) -> str:
-  some = list(tree)[:20] if type(tree) is dict else [tree]
-  return ", ".join(map(unpickle.shown, some))[:400]
+def _summary(tree: Any) -> str:
+  """Returns the first keys of a dict, or a description of another value."""
+  items = list(tree)[:20] if type(tree) is dict else [tree]
+  return ", ".join(map(unpickle.shown, items))[:400]

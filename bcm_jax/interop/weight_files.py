@@ -1,4 +1,4 @@
-"""Reads weight files of all kinds and writes .safetensors.
+"""Reads weight files of several formats and writes .safetensors.
 
     weights = read("edm-cifar10.pkl")
     weights.groups["ema"]["model.map_layer0.weight"]
@@ -26,7 +26,7 @@ from bcm_jax.utils import unpickle
 _Groups = dict[str, dict[str, np.ndarray]]
 _Read = tuple[_Groups, dict[str, Any]]
 
-# Dtypes by their names in safetensors.
+# Dtypes by name in safetensors.
 _SAFETENSORS = {
     **{f"F{8 * n}": np.dtype(f"f{n}") for n in (2, 4, 8)},
     **{f"I{8 * n}": np.dtype(f"i{n}") for n in (1, 2, 4, 8)},
@@ -40,8 +40,8 @@ _SAFETENSORS = {
 
 _NUMBERS = {*_SAFETENSORS.values(), np.dtype(np.complex128)}
 
-# Entries of a Flax training state whose names are groups; a file without any
-# of them is one tree of parameters.
+# Entries of a Flax training state that become groups; a file without them is a
+# single parameter tree.
 _FLAX_GROUPS = {"params", "params_ema", "target_params", "ema_params"}
 
 
@@ -52,13 +52,13 @@ class WeightFile:
   Attributes:
     kind: 'torch_zip', 'torch_legacy', 'edm_pickle', 'safetensors' or
       'flax_msgpack'.
-    groups: {group: {name: array}}, never without a tensor. A plain state dict
-      is the group ''; a checkpoint {'model': ..., 'ema': ...} has groups
-      'model' and 'ema'; an EDM pickle has 'ema'; a Flax training state has
-      'params', 'params_ema' and others, with names joined by '/', elsewhere
-      by '.'. Arrays are as saved: dtype, layout and shape; do not write to
-      them.
-    metadata: plain values besides the tensors; for EDM pickles see
+    groups: {group: {name: array}}, at least one tensor per group. A plain
+      state dict is the group ''; a checkpoint {'model': ..., 'ema': ...} has
+      groups 'model' and 'ema'; an EDM pickle has 'ema'; a Flax training state
+      has 'params', 'params_ema' and others. Parts of a name are joined by '/'
+      for Flax, else by '.'. Arrays are read-only and have the dtype, layout
+      and shape of the file.
+    metadata: plain values in addition to the tensors; for EDM pickles see
       `trees.network_of`.
   """
 
@@ -68,16 +68,17 @@ class WeightFile:
 
 
 def read(path: str) -> WeightFile:
-  """Reads a weight file, whose kind follows from its content.
+  """Reads a weight file; detects its format from the content.
 
-  The name of the file is ignored, and nothing in it is executed or imported.
+  The file name is ignored. Nothing in the file is executed or imported.
 
   Args:
-    path: a local file.
+    path: local file.
 
   Raises:
-    UserError: the file cannot be read, is of no known kind, damaged, cut
-      short, or a pickle that could run code; the message starts with the path.
+    UserError: the file is not readable, of an unknown format, corrupt,
+      truncated, or a pickle that could run code; the message starts with the
+      path.
   """
   try:
     with open(path, "rb") as file:
@@ -91,14 +92,14 @@ def read(path: str) -> WeightFile:
     ) from None
   except MemoryError:
     raise errors.UserError(
-        f"{path}: does not fit into memory; use a machine with more, or check"
-        " whether the file is damaged"
+        f"{path}: does not fit into memory; use a machine with more memory, or"
+        " check whether the file is corrupt"
     ) from None
   return WeightFile(kind, groups, metadata)
 
 
 def check_suffix(path: str) -> None:
-  """Raises UserError for a path that `write` does not write."""
+  """Raises UserError for a path without the suffix .safetensors."""
   if not path.endswith(".safetensors"):
     raise errors.UserError(
         f"{path}: got suffix {os.path.splitext(path)[1]!r}, expected"
@@ -110,18 +111,18 @@ def write(path: str, tensors: Mapping[str, np.ndarray]) -> None:
   """Writes tensors atomically.
 
   Args:
-    path: ends in '.safetensors'; its folders are created.
+    path: path with suffix '.safetensors'; its folders are created.
     tensors: arrays by name.
 
   Raises:
-    UserError: another suffix, a name that is not text, or a dtype that the
-      format cannot hold.
+    UserError: another suffix, a name that is not a string, or a dtype that
+      safetensors does not support.
   """
   check_suffix(path)
-  plain = {}
+  arrays = {}
   for name, value in tensors.items():
     if not isinstance(name, str):
-      raise errors.UserError(f"name of a tensor: got {name!r}; expected text")
+      raise errors.UserError(f"name of a tensor: got {name!r}, expected text")
     array = np.asarray(value, order="C")
     if array.dtype.byteorder == ">":
       array = array.astype(array.dtype.newbyteorder("<"))
@@ -130,12 +131,12 @@ def write(path: str, tensors: Mapping[str, np.ndarray]) -> None:
           f"tensor {name!r}: got {array.dtype}, expected one of"
           f" {', '.join(_SAFETENSORS)}; convert it"
       )
-    plain[name] = array
-  files.write_bytes(os.path.abspath(path), safetensors.numpy.save(plain))
+    arrays[name] = array
+  files.write_bytes(os.path.abspath(path), safetensors.numpy.save(arrays))
 
 
 def _kind(file: BinaryIO) -> str:
-  """Returns the kind of a file from its first bytes, and rewinds it."""
+  """Returns the format of a file from its first bytes; rewinds the file."""
   head = file.read(64)
   size = file.seek(0, os.SEEK_END)
   file.seek(0)
@@ -147,64 +148,65 @@ def _kind(file: BinaryIO) -> str:
     return "torch_legacy"
   if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
     return "edm_pickle"
-  # A map of MessagePack that is not empty.
+  # Nonempty map of MessagePack.
   if head[:1] in (b"\xde", b"\xdf") or head[:1] and 0x81 <= head[0] <= 0x8F:
     return "flax_msgpack"
   raise errors.UserError(
-      f"is of no known kind (it has {size} bytes and starts with {head[:8]!r});"
-      " expected a whole file of torch.save, an EDM .pkl, .safetensors or Flax"
-      " msgpack"
+      f"got {size} bytes that start with {head[:8]!r}, expected a whole file of"
+      " torch.save, an EDM .pkl, .safetensors or Flax msgpack"
   )
 
 
 def _read_safetensors(file: BinaryIO) -> _Read:
+  """Reads .safetensors: (groups, metadata)."""
   try:
-    # Checks the header against the file's length before anything is read.
+    # Compares the header with the file size before reading the tensors.
     with safetensors.safe_open(file.name, framework="np") as opened:
       metadata = opened.metadata() or {}
     tensors = safetensors.deserialize(file.read())
   except safetensors.SafetensorError as e:
     raise errors.UserError(
-        f"is no whole .safetensors ({unpickle.shown(str(e))}); copy or download"
-        " it again"
+        f"cannot be read ({unpickle.shown(str(e))}), expected a whole"
+        " .safetensors file; copy or download it again"
     ) from None
-  found = {}
+  group = {}
   for name, view in tensors:
     if view["dtype"] not in _SAFETENSORS:
       raise errors.UserError(
-          f"tensor {name!r} is {view['dtype']}, which is not supported (known:"
-          f" {', '.join(_SAFETENSORS)}); convert it"
+          f"tensor {name!r}: got {view['dtype']}, expected one of"
+          f" {', '.join(_SAFETENSORS)}; convert it"
       )
     flat = np.frombuffer(view["data"], _SAFETENSORS[view["dtype"]])
     shape = unpickle.counts(view["shape"], f"shape of tensor {name!r}")
     unpickle.require(
         not math.prod(n for n in shape if n) >> 56,
-        f"tensor {name!r} is of shape {shape}",
+        f"tensor {name!r}: got shape {shape}, expected less than 2^56 elements",
     )
-    found[name] = flat.reshape(shape)
-  if not found:
-    raise errors.UserError("the file holds no tensors")
-  return {"": found}, metadata
+    group[name] = flat.reshape(shape)
+  if not group:
+    raise errors.UserError("file: got no tensors, expected at least one")
+  return {"": group}, metadata
 
 
 def _read_flax(file: BinaryIO) -> _Read:
+  """Reads Flax msgpack: (groups, metadata)."""
   try:
     tree = serialization.msgpack_restore(file.read())
-  except Exception as e:  # msgpack has no common ancestor for its errors.
+  except Exception as e:  # msgpack raises various exceptions.
     raise errors.UserError(
-        f"is no whole Flax msgpack ({type(e).__name__}:"
-        f" {unpickle.shown(str(e))}); copy or download it again"
+        f"cannot be read ({type(e).__name__}: {unpickle.shown(str(e))}),"
+        " expected a whole Flax msgpack; copy or download it again"
     ) from None
   if type(tree) is not dict or not _FLAX_GROUPS & tree.keys():
     tree = {"": tree}
-  # Counters are kept as arrays of no dimension.
+  # Counters are saved as zero-dimensional arrays.
   scalars = {
       key: value.item()
       for key, value in tree.items()
       if isinstance(value, np.ndarray) and not value.ndim
   }
-  rest = {key: value for key, value in tree.items() if key not in scalars}
-  groups, metadata = trees.groups_of(rest, "/")
+  arrays = {key: value for key, value in tree.items() if key not in scalars}
+  groups, metadata = trees.groups_of(arrays, "/")
   for group in groups.values():
     for name, array in group.items():
       if array.dtype not in _NUMBERS:

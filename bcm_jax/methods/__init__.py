@@ -1,1 +1,1 @@
-"""What is learnt: one file a method, pure per-example losses."""
+"""Training methods, one module per method: pure per-example losses."""

@@ -1,8 +1,8 @@
 """The interface of a method: a frozen dataclass of options and modules.
 
 A method declares networks, losses, averages, phases, a curriculum and a flow
-map. The engine in `training` computes gradients, accumulation, moving averages,
-sharding and metrics. docs/methods.md has a complete example.
+map. Package `training` computes gradients, gradient accumulation, moving
+averages, sharding and metrics. docs/methods.md has a complete example.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,16 +29,16 @@ class Context(NamedTuple):
     labels: [B] int32, or None.
     keys: stream name -> [B] keys, one per example. The keys of a stream depend
       only on (seed, stream, step, position in the global batch).
-    curriculum: numbers and tables of `Method.curriculum(step)`.
-    networks: parameters of every trained network, stop-gradiented.
+    curriculum: `Method.curriculum(step)`.
+    networks: parameters of all trained networks, stop-gradiented.
     averages: moving averages by name, stop-gradiented.
-    augment_labels: [B, 9], the augmentation of the images; None without one.
+    augment_labels: [B, 9], parameters of the augmentation; None without one.
     index: [B] int32, positions in the global batch.
     frozen: parameters of networks that are not trained, such as 'teacher'.
     shared_key: stream name -> one key of (seed, stream, step), the same for all
       examples of the global batch.
-    extra: further fields of an example, [B, ...] each, such as the noise that
-      an image was generated from.
+    extra: other fields of the batch, [B, ...] each, such as the noise from
+      which an image was generated.
   """
 
   images: jax.Array
@@ -60,15 +60,16 @@ Loss = Callable[[Params, Context], tuple[Any, Metrics]]
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveWeight:
-  """Weights of a loss's terms, computed from their gradients.
+  """Adaptive weights of the terms of a loss (VQGAN; Esser et al., 2021, eq. 7).
 
-  The norms are of gradients of the mean over the global batch, so weights do
+  The weights depend on the gradient norms of the terms in the last layer. The
+  gradients are those of the mean over the global batch, so that the weights do
   not depend on devices, hosts or microbatches.
 
   Attributes:
     terms: names of the terms.
-    last_layer: gradient of all parameters -> the tensor whose norm counts.
-    loss_weights: {term: norm}, scalars -> {term: weight}, scalars.
+    last_layer: tree of gradients -> gradient of the last layer.
+    loss_weights: {term: gradient norm} -> {term: weight}, scalars.
   """
 
   terms: tuple[str, ...]
@@ -83,18 +84,18 @@ class TrainableNetwork:
   Attributes:
     network: the Linen module.
     init: (key, images, labels) -> parameters.
-    load_pretrained: (parameters of another run's network, fresh parameters) ->
-      parameters to start from; raises ValueError where they do not fit. None
-      takes them unchanged.
-    init_from: name of the frozen network that it starts from where the run
-      names no other; None starts fresh.
-    project: parameters after an update -> parameters, such as forced weight
-      normalization; None leaves them.
-    adaptive_weight: weights of the terms of its loss; None where the loss is
-      one number per example.
-    heads: top-level names in its parameters that only losses read, such as a
-      learned loss weight. Sampling, conversion and export omit them, and a
-      start from parameters without them initializes them.
+    load_pretrained: (pretrained parameters, fresh parameters) -> initial
+      parameters; raises ValueError if they do not fit. None uses the
+      pretrained parameters unchanged.
+    init_from: name of the frozen network whose parameters are the pretrained
+      ones, unless training.init_from is set; None is random initialization.
+    project: parameters -> parameters after each update, such as forced weight
+      normalization; None is the identity.
+    adaptive_weight: adaptive weights of the terms of the loss; None for a loss
+      with one value per example.
+    heads: top-level names of parameters that only losses use, such as a
+      learned loss weight. Sampling, conversion and export omit them; if
+      pretrained parameters lack them they are initialized.
   """
 
   network: nn.Module
@@ -106,7 +107,7 @@ class TrainableNetwork:
   heads: tuple[str, ...] = ()
 
   def without_heads(self, params: Params) -> Params:
-    """Returns the parameters that sampling needs."""
+    """Returns the parameters without the heads, as for sampling."""
     if not self.heads:
       return params
     return {k: v for k, v in params.items() if k not in self.heads}
@@ -114,13 +115,13 @@ class TrainableNetwork:
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-  """A moving average that the losses read.
+  """A moving average that the losses use, such as a target network.
 
-  It moves in steps that update its network, and only in those.
+  It is updated only in steps that update its network.
 
   Attributes:
-    network: whose parameters are averaged.
-    rate: key of the curriculum that holds the rate of a step.
+    network: name of the network whose parameters are averaged.
+    rate: key of the curriculum with the decay rate of a step.
   """
 
   network: str
@@ -129,16 +130,17 @@ class Average:
 
 @dataclasses.dataclass(frozen=True)
 class FrozenRun:
-  """The sampled network of another run; `Method.frozen` names it.
+  """Declaration of the sampled network of another run, such as a teacher.
 
-  It adds the config keys method.NAME, a work directory or None, and
-  method.NAME_average. The method's field NAME is that run's method, or None;
-  `Context.frozen[NAME]` holds the parameters.
+  `Method.frozen[NAME]` adds the config keys method.NAME, a work directory or
+  None, and method.NAME_average. Field NAME of the method is the method of that
+  run, or None; `Context.frozen[NAME]` are the parameters.
 
   Attributes:
-    required_by: section method -> the setting that needs it, or None.
-    is_denoiser: whether it must be a denoiser.
-    shares: properties in which it must agree with the student.
+    required_by: config section method -> the setting that requires the run, or
+      None if it is optional.
+    is_denoiser: whether the network must be a denoiser.
+    shares: properties that must equal those of the student.
   """
 
   required_by: Callable[[Any], str | None] = lambda options: None
@@ -146,24 +148,24 @@ class FrozenRun:
   shares: tuple[str, ...] = ("images", "classes", "sigma_data", "data")
 
   def keys(self, name: str) -> dict[str, tuple[Any, Any]]:
-    """Returns the config keys that it adds: key -> (type, default)."""
+    """Returns the config keys of the run: key -> (type, default)."""
     return {name: (str | None, None), f"{name}_average": (str | None, None)}
 
   def paths(self, name: str) -> tuple[str, ...]:
-    """Returns the config keys of its files, which may move between starts."""
+    """Returns the config keys of paths, which may change when a run resumes."""
     return (name,)
 
 
 @dataclasses.dataclass(frozen=True)
 class FrozenNetwork:
-  """A network out of weight files or of a user's code.
+  """Declaration of a network from weight files or user code, such as LPIPS.
 
   Attributes:
-    build: section method -> an object whose init(key, images, labels) returns
-      the parameters; None where the options do not ask for the network. The
-      method's field NAME, if it has one, is that object.
-    config_keys: config keys that it adds: key -> (type, default).
-    path_keys: config keys of its files, which may move between starts.
+    build: config section method -> an object whose init(key, images, labels)
+      returns the parameters, or None if the options do not use the network. It
+      becomes field NAME of the method, if the method has that field.
+    config_keys: config keys to add: key -> (type, default).
+    path_keys: config keys of paths, which may change when a run resumes.
   """
 
   build: Callable[[Any], Any]
@@ -173,26 +175,27 @@ class FrozenNetwork:
   path_keys: tuple[str, ...] = ()
 
   def keys(self, name: str) -> dict[str, tuple[Any, Any]]:
-    """Returns the config keys that it adds: key -> (type, default)."""
+    """Returns the config keys of the network: key -> (type, default)."""
     del name
     return dict(self.config_keys)
 
   def paths(self, name: str) -> tuple[str, ...]:
-    """Returns the config keys of its files."""
+    """Returns the config keys of paths, which may change when a run resumes."""
     return self.path_keys or (name,)
 
 
 def frozen_field() -> Any:
-  """Returns the dataclass field of a frozen network; no config key sets it."""
+  """Returns the dataclass field of a frozen network; not a config key."""
   return dataclasses.field(kw_only=True, default_factory=lambda: None)
 
 
 class Preset(NamedTuple):
-  """A published method that is another one with these options.
+  """Options that turn a method into another published method.
 
   Attributes:
-    options: values of config keys in place of the class's defaults.
-    title, paper: in place of the class's.
+    options: config key of section method -> default value.
+    title: replaces Method.title; None keeps it.
+    paper: replaces Method.paper; None keeps it.
   """
 
   options: Mapping[str, Any] = NOTHING
@@ -201,29 +204,30 @@ class Preset(NamedTuple):
 
 
 class Method:
-  """The interface, with the usual declarations.
+  """Base class of methods.
 
   Fields with a default are config keys, except functions. `network` is a field
-  without default: the Linen module of section model.
+  without default: the Linen module of config section model.
 
   Attributes:
-    title: what the sampled network is, in a few words.
-    paper: the publication.
+    title: noun phrase for the trained network.
+    paper: authors and year of the publication.
     networks: trained networks by name.
-    losses: network -> (params, context) -> (loss [B], metrics of [B] each);
-      pure, one per example, not averaged. With an AdaptiveWeight the first is
+    losses: network -> (params, context) -> (loss [B], metrics [B] by name);
+      pure, per example, not averaged. With an AdaptiveWeight the loss is
       {term: [B]}.
-    averages: moving averages that the losses read.
+    averages: moving averages that the losses use, by name.
     frozen: networks that are not trained, by name.
-    sampled_network: the network whose parameters `flow_map` takes.
-    auxiliary_networks: whether it trains others; section auxiliary_optimizer
-      is for them.
-    takes_end_time: whether the flow map takes any end level, or only
+    sampled_network: name of the network that `flow_map` uses.
+    auxiliary_networks: whether other networks are trained, too; they use config
+      section auxiliary_optimizer.
+    takes_end_time: whether the flow map accepts any end level, or only
       sigma_min.
-    supports_inversion: whether it also leads from images to noise.
-    is_denoiser: whether it is Euler's step of a denoiser, which solvers may
-      correct and guidance may change.
-    sigma_min, sigma_max: levels between which the flow map is trained.
+    supports_inversion: whether the flow map also maps images to noise.
+    is_denoiser: whether the flow map is an Euler step of a denoiser, to which
+      higher-order solvers and guidance apply.
+    sigma_min: lowest noise level of the flow map.
+    sigma_max: highest noise level of the flow map.
   """
 
   title = ""
@@ -240,41 +244,56 @@ class Method:
 
   @classmethod
   def constraints(cls, config) -> str | None:
-    """Returns why sections of a config contradict the method, or None."""
+    """Checks a resolved config.
+
+    Returns:
+      Error text `key: got X, expected Y; fix`, or None.
+    """
     del config
 
   @classmethod
   def extra_fields(cls, options) -> dict[str, str]:
-    """Returns fields of `Context.extra` that the losses read under section
-    method's options, each with the setting that reads it."""
+    """Declares the fields of `Context.extra` that the losses use.
+
+    Args:
+      options: config section method.
+
+    Returns:
+      Field -> the setting that requires it, for errors.
+    """
     del options
     return {}
 
   def phase(self, step: int) -> tuple[str, ...]:
-    """Returns the networks to update at a step; static, on the host."""
+    """Returns the names of the networks to update at a step; static."""
     del step
     return tuple(self.networks)
 
   def phases(self) -> tuple[tuple[str, ...], ...]:
-    """Returns every value that `phase` can take."""
+    """Returns all values of `phase`."""
     return (self.phase(0),)
 
   def curriculum(self, step: int) -> dict[str, Any]:
-    """Returns scalars and arrays of a step, of shapes that never change."""
+    """Returns scalars and arrays of a step, with the same shapes at all steps.
+    """
     del step
     return {}
 
   def flow_map(self, params: Params) -> Callable[..., jax.Array]:
-    """Returns f(x, t, u, labels): [B, H, W, C] from levels t [B] to u [B]."""
+    """Returns f(x, t, u, labels) of parameters.
+
+    f maps x [B, H, W, C] at noise levels t [B] to noise levels u [B]; labels
+    are [B] int32 or None.
+    """
     raise NotImplementedError
 
 
 class SingleNetworkMethod(Method):
-  """A method that trains one network: it has `network`, `init` and `loss`."""
+  """Base class of methods with one network, from `network`, `init`, `loss`."""
 
   @property
   def networks(self) -> Mapping[str, TrainableNetwork]:
-    """The student."""
+    """The trained network, 'student'."""
     return {"student": TrainableNetwork(
         self.network, self.init,
         load_pretrained=getattr(self, "load_pretrained", None),
@@ -283,27 +302,31 @@ class SingleNetworkMethod(Method):
 
   @property
   def losses(self) -> Mapping[str, Loss]:
-    """The student's."""
+    """The loss of the student."""
     return {"student": self.loss}
 
 
-# By other names: a field hides the module in the class below.
+# Aliases, since a field of the class below hides the module.
 Preconditioning = preconditioning.Preconditioning
 PreconditioningName = preconditioning.Name
 
 
 @dataclasses.dataclass(frozen=True)
 class PreconditionedNetwork:
-  """f(x, t, u) = c_skip x + c_out F(c_in x, c_noise(t), c_noise(u)).
+  """Preconditioned network (EDM; Karras et al., 2022, eq. 7) with an end level.
+
+    f(x, t, u) = c_skip x + c_out F(c_in x, c_noise(t), c_noise(u))
 
   Attributes:
     network: F(x, c_noise, c_noise_end, labels, dropout_keys).
-    c_noise: conditioning value of a level; ln(t) / 4 (EDM, table 1) unless a
-      method wants another. A network may need it on a scale of its own
-      (registry.Model.c_noise_scale).
-    preconditioning: name of c_skip, c_out and c_in, see diffusion.
+    c_noise: noise level -> conditioning value; default ln(t) / 4 (EDM, table
+      1). Multiplied by registry.Model.c_noise_scale for some networks.
+    preconditioning: name of the coefficients c_skip, c_out and c_in, see
+      diffusion/preconditioning.py.
     sigma_data: standard deviation of images in [-1, 1].
-    sigma_min, sigma_max, rho: range of levels and spacing of Karras grids.
+    sigma_min: lowest noise level.
+    sigma_max: highest noise level.
+    rho: exponent of Karras grids (EDM, eq. 5).
   """
 
   network: nn.Module
@@ -316,12 +339,12 @@ class PreconditionedNetwork:
 
   @property
   def takes_end_time(self) -> bool:
-    """Whether the network takes an end level."""
+    """True if the network has an end level u."""
     return self.network.two_time
 
   @property
   def coefficients(self) -> Preconditioning:
-    """(t, u) -> c_skip, c_out and c_in."""
+    """Preconditioning: (t, u) -> c_skip, c_out and c_in."""
     return preconditioning.by_name(
         self.preconditioning, self.sigma_data, self.sigma_min
     )
@@ -335,8 +358,8 @@ class PreconditionedNetwork:
   def apply_network(
       self, params, labels, dropout_keys=None, augment_labels=None
   ) -> Callable[..., jax.Array]:
-    """Returns F(x, c_noise, c_noise_end) of these parameters."""
-    # Only networks with augment_dim take them.
+    """Returns F(x, c_noise, c_noise_end) with these parameters and labels."""
+    # Only networks with augment_dim have this argument.
     extra = () if augment_labels is None else (augment_labels,)
 
     def network(x, c_noise, c_noise_end):
@@ -357,6 +380,8 @@ class PreconditionedNetwork:
     )
 
   def flow_map(self, params):
-    """Returns f(x, t, u, labels) in evaluation mode; of a network without end
-    level u must be sigma_min."""
+    """Returns f(x, t, u, labels) without dropout.
+
+    For a network without end level u must be sigma_min.
+    """
     return lambda x, t, u, labels=None: self.f(params, x, t, u, labels)

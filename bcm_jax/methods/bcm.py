@@ -1,7 +1,7 @@
 """Bidirectional consistency training (BCM; Li & He, 2024).
 
-One network f(x, t, u) for jumps between any two noise levels. To L_CT of
-`consistency` it adds the soft trajectory constraint
+One network f(x, t, u) maps between any two noise levels. The loss is L_CT of
+`consistency` plus the soft trajectory constraint
 
   L_ST = d( f_stopgrad(theta)( f_theta(x_t, t, u), u, eps ), b ) / |t - u|
 
@@ -25,14 +25,14 @@ from bcm_jax.models import end_time
 
 @dataclasses.dataclass(frozen=True)
 class BidirectionalTraining(consistency.ConsistencyTraining):
-  """L = L_CT + bidirectional_weight L_ST, all four passes under one mask.
+  """Loss L = L_CT + bidirectional_weight L_ST.
 
   Attributes:
     bidirectional_weight: coefficient of L_ST; 1 in the published method, 0
-      leaves it out (the negative control).
-    concat_jumps: take both jumps of an example in one pass of twice the batch.
-      Two passes give the same up to rounding; then all passes of a step have
-      one batch size, and XLA has fewer shapes to compile.
+      omits it (negative control).
+    concat_jumps: whether both jumps of an example use one forward pass of twice
+      the batch size. Two passes give the same result up to rounding, and XLA
+      compiles fewer shapes.
   """
 
   preconditioning: base.PreconditioningName = "bcm"
@@ -45,37 +45,42 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
 
   @classmethod
   def constraints(cls, config):
-    """Returns why jumps to any level cannot be learned, or None."""
+    """Checks that network, grid and preconditioning have an end level."""
     options = config.method
     if not config.model.get("two_time"):
       return (
-          f"method.name={options.name!r} needs a network with an end level; "
-          "set model.two_time=True"
+          "model.two_time: got False, expected a network with an end level for "
+          f"method.name={options.name!r}; set model.two_time=True"
       )
     if options.time_distribution == "continuous":
       return (
-          "method.time_distribution='continuous' has no grid to draw end "
-          "levels from; use 'lognormal' or 'uniform' with "
-          f"method.name={options.name!r}"
+          "method.time_distribution: got 'continuous', expected a grid of "
+          f"levels for method.name={options.name!r}; use 'lognormal' or "
+          "'uniform'"
       )
     if options.preconditioning not in ("bcm", "ctm"):
       return (
-          f"method.preconditioning={options.preconditioning!r} has no end "
-          f"level; use 'bcm' with method.name={options.name!r}"
+          f"method.preconditioning: got {options.preconditioning!r}, expected "
+          f"one with an end level for method.name={options.name!r}; use 'bcm'"
       )
     return super().constraints(config)
 
   def load_pretrained(self, source, fresh):
-    """Starts from a consistency model's parameters, F unchanged.
+    """Adds the second time branch to a consistency model's parameters.
 
-    Parameters that have the second time branch already are taken as they are.
+    F is unchanged. Parameters that already have the branch are returned as is.
     """
     if self.network.ALIGN in source:
       return source
     return end_time.add_second_time(self.network, source, fresh)
 
   def sample_end(self, ctx: base.Context, index: jax.Array) -> jax.Array:
-    """End levels u != t, [B], given t's index in the grid."""
+    """Draws end levels u != t, [B], from the grid.
+
+    Args:
+      ctx: keys and tables of the grid.
+      index: [B] positions of t in the grid.
+    """
     tables = ctx.curriculum["tables"]
     uniform = jax.vmap(jax.random.uniform)(ctx.keys("u"))
     other = schedules.sample_other_index(
@@ -86,10 +91,22 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
   def two_jump_outputs(
       self, params, x, t, ends, labels, dropout_keys, augment_labels=None
   ):
-    """f(x, t, u) for both of two end levels, under one dropout mask.
+    """Returns f(x, t, u) at two end levels, with the same dropout mask.
 
-    In a doubled batch each example is doubled in place, so that a batch cut
-    over devices stays where it is, and takes its dropout key along.
+    With concat_jumps each example is repeated next to itself, so that a sharded
+    batch needs no communication.
+
+    Args:
+      params: parameters of the network.
+      x: [B, H, W, C] at levels t.
+      t: [B].
+      ends: two arrays u [B].
+      labels: [B] int32 or None.
+      dropout_keys: [B].
+      augment_labels: [B, 9] or None.
+
+    Returns:
+      Two arrays [B, H, W, C].
     """
     if not self.concat_jumps:
       return tuple(
@@ -111,7 +128,10 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     return out[:, 0], out[:, 1]
 
   def soft_term(self, params, ctx: base.Context, y, t, u, b, dropout_keys):
-    """L_ST [B] of y = f(x_t, t, u); its gradient flows through y alone."""
+    """Returns L_ST [B] (eq. 10) of y = f(x_t, t, u).
+
+    Gradients flow only through y. b is the target of L_CT.
+    """
     end = jnp.full_like(t, self.sigma_min)
     frozen = jax.lax.stop_gradient(ctx.averages.get("target", params))
     v = self.f(
@@ -120,14 +140,14 @@ class BidirectionalTraining(consistency.ConsistencyTraining):
     return self.weight(t, u) * self.distance(v, b, ctx)
 
   def loss(self, params, ctx: base.Context):
-    """L_CT + L_ST: per-example loss [B] and metrics."""
+    """Returns L_CT + bidirectional_weight L_ST [B], and metrics."""
     if self.bidirectional_weight == 0.0:
       return super().loss(params, ctx)
     times = self.sample_times(ctx)
     u = self.sample_end(ctx, times.index)
     z = process.normal_like(ctx.keys("noise"), ctx.images)
     x_t = process.add_noise(ctx.images, times.t, z)
-    # The same keys to each pass: one dropout mask shared by all four.
+    # The same keys for all four passes give one shared dropout mask.
     keys = ctx.keys("dropout")
     end = jnp.full_like(times.t, self.sigma_min)
     a, y = self.two_jump_outputs(

@@ -1,11 +1,11 @@
-"""Consistency distillation: the path that f follows is a teacher's.
+"""Consistency distillation (CD; Song et al., 2023) from a frozen denoiser.
 
   L_CD = w(t) d( f_theta(x_t, t), f_target(x_r, r) ),
   x_r = one step of the teacher's ODE solver from x_t = x_0 + t z down to r
 
-for adjacent levels r < t of a fixed grid: Song et al. (2023), eq. 6 and 7 and
-algorithm 2. The distance may be LPIPS, as published, or one between the
-teacher's own features, which needs no network trained on ImageNet.
+for adjacent levels r < t of a fixed grid (eq. 6 and 7, algorithm 2). The
+distance is LPIPS, as published, or a distance of the teacher's features, which
+needs no network trained on ImageNet.
 """
 
 import dataclasses
@@ -23,19 +23,19 @@ from bcm_jax.methods import consistency
 from bcm_jax.methods import edm
 from bcm_jax.metrics import lpips
 
-# Song et al.'s on CIFAR-10 except the distance: 18 levels, a target network.
+# Published CIFAR-10 settings except the distance: 18 levels, a target network.
 CD = base.Preset(dict(
     discretization="fixed", s0=17, s1=17, time_distribution="uniform",
     metric="features", weighting="uniform", target_mu0=0.95,
 ))
 
 
-# The denoiser that a student learns from.
+# The teacher, a frozen denoiser.
 TEACHER = base.FrozenRun(lambda options: f"method.name={options['name']!r}")
 
 
 class _Lpips(NamedTuple):
-  """LPIPS's networks, out of these files."""
+  """The networks of LPIPS, loaded from files."""
 
   path: tuple[str, ...]
 
@@ -55,14 +55,15 @@ LPIPS = base.FrozenNetwork(
 
 @dataclasses.dataclass(frozen=True)
 class ImageDistance:
-  """d(a, b) between images, of a method with the field `teacher`.
+  """Distance d(a, b) of images, for methods with a field `teacher`.
 
   Attributes:
     metric: 'pseudo_huber', 'l2', 'l1', 'features' of the teacher, or 'lpips'.
-    huber_c: width of the pseudo-Huber; None is iCT's 0.00054 sqrt(D).
-    feature_sigma: level that the teacher gets for 'features'.
-    lpips_path: weights of LPIPS, as eval.lpips_path.
-    lpips_pooling: in its network; released is 'average', published 'max'.
+    huber_c: c of the pseudo-Huber distance; None is 0.00054 sqrt(D) (iCT).
+    feature_sigma: noise level input of the teacher for 'features'.
+    lpips_path: weight files of LPIPS, as eval.lpips_path.
+    lpips_pooling: pooling of the LPIPS network: 'average' in the released code,
+      'max' in the published network.
   """
 
   metric: Literal["pseudo_huber", "l2", "l1", "features", "lpips"] = "features"
@@ -75,11 +76,12 @@ class ImageDistance:
 
   @staticmethod
   def distance_constraints(config) -> str | None:
-    """Returns what the distance lacks, or None."""
+    """Checks that weights of LPIPS are set; returns an error text or None."""
     if config.method.metric == "lpips" and not config.method.lpips_path:
       return (
-          "method.metric='lpips' needs weights: set method.lpips_path as "
-          "docs/evaluation.md says, or method.metric='features'"
+          "method.lpips_path: got (), expected weight files for "
+          "method.metric='lpips'; see docs/evaluation.md, or set "
+          "method.metric='features'"
       )
     return None
 
@@ -101,11 +103,11 @@ class ImageDistance:
 
 @dataclasses.dataclass(frozen=True)
 class ConsistencyDistillation(ImageDistance, consistency.ConsistencyTraining):
-  """The loss above; its other options are consistency training's.
+  """The loss L_CD of the module docstring.
 
   Attributes:
-    teacher: the frozen denoiser that the network starts from.
-    solver: of the teacher's step, 'heun' or 'euler'.
+    teacher: frozen denoiser, which also initializes the network.
+    solver: ODE solver of the teacher's step, 'heun' or 'euler'.
   """
 
   teacher: edm.Diffusion | None = base.frozen_field()
@@ -117,17 +119,18 @@ class ConsistencyDistillation(ImageDistance, consistency.ConsistencyTraining):
 
   @classmethod
   def constraints(cls, config):
-    """Returns what is wrong with the distance or the curriculum, or None."""
+    """Checks the distance and the curriculum."""
     return cls.distance_constraints(config) or super().constraints(config)
 
   @property
   def networks(self):
-    """The student, which starts from the teacher."""
+    """The student, initialized from the teacher."""
     network = super().networks["student"]
     return {"student": dataclasses.replace(network, init_from="teacher")}
 
   def x_r(self, ctx: base.Context, z, times) -> jax.Array:
-    """Returns one step of the teacher's solver from x_t (eq. 6)."""
+    """Returns x_r [B, H, W, C], a solver step of the teacher from x_t (eq. 6).
+    """
     x_t = process.add_noise(ctx.images, times.t, z)
     t, r = (process.expand(s, x_t.ndim) for s in (times.t, times.r))
     denoiser = self.teacher.solver_denoiser(ctx.frozen["teacher"], ctx.labels)

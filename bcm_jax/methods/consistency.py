@@ -51,7 +51,13 @@ ECT = base.Preset(
 
 
 class Times(NamedTuple):
-  """Noise levels of a batch, [B] each; index is t's position in the grid."""
+  """Noise levels of a batch, [B] each.
+
+  Attributes:
+    t: start level.
+    r: next lower level, start of the target.
+    index: position of t in the grid; None for continuous t.
+  """
 
   t: jax.Array
   r: jax.Array
@@ -62,24 +68,31 @@ class Times(NamedTuple):
 class ConsistencyTraining(
     base.PreconditionedNetwork, base.SingleNetworkMethod
 ):
-  """The loss above with its options; the defaults are iCT's.
+  """The loss L_CT of the module docstring; the defaults are those of iCT.
 
   Attributes:
-    time_distribution: law of (t, r): 'lognormal' or 'uniform' over the
+    time_distribution: distribution of (t, r): 'lognormal' or 'uniform' over the
       intervals of the grid, or 'continuous' (ECT: ln t ~ N(p_mean, p_std^2)).
-    p_mean, p_std: of the log-normal laws.
-    include_T: train at sigma_max too, see schedules.grid_tables.
-    discretization: curriculum of N; s0, s1: its first and last number of
-      intervals; curriculum_steps: K, the steps it spans.
-    ect_q, ect_stage_steps, ect_k, ect_b: ECT's r(t), see schedules.
+    p_mean: mean of ln t.
+    p_std: standard deviation of ln t.
+    include_T: whether to train at sigma_max, too; see schedules.grid_tables.
+    discretization: discretization curriculum N(k).
+    s0: initial number of intervals.
+    s1: final number of intervals.
+    curriculum_steps: K, length of the curriculum in steps.
+    ect_q: q of ECT's r(t), see schedules.ect_gap_ratio.
+    ect_stage_steps: steps per stage of ECT.
+    ect_k: k of ECT's r(t), see schedules.ect_earlier_time.
+    ect_b: b of ECT's r(t).
     metric: 'pseudo_huber', 'l2' or 'l1'.
-    huber_c: width of the pseudo-Huber; None is iCT's 0.00054 sqrt(D).
-    huber_normalize: divide it by sqrt(D), as BCM's and iCT's code does.
+    huber_c: c of the pseudo-Huber distance; None is 0.00054 sqrt(D) (iCT).
+    huber_normalize: whether to divide the distance by sqrt(D), as in the code
+      of BCM and iCT.
     weighting: 'inverse_gap' 1/(t - r), 'uniform' 1, 'snr' 1/t^2, 'snr+1'
       1/t^2 + 1, 'truncated-snr' max(1/t^2, 1), 'karras' 1/t^2 + 1/sd^2, or
-      'edm' (t^2 + sd^2) / (t sd)^2.
-    target_mu0: start rate of the target network's average (CT); 0 takes the
-      online network, stop-gradiented.
+      'edm' (t^2 + sd^2) / (t sd)^2, with sd = sigma_data.
+    target_mu0: initial EMA rate of the target network (CT); 0 uses the online
+      network, stop-gradiented.
   """
 
   time_distribution: Literal["lognormal", "uniform", "continuous"] = "lognormal"
@@ -104,28 +117,31 @@ class ConsistencyTraining(
 
   @classmethod
   def constraints(cls, config):
-    """Returns what is wrong with the curriculum, or None."""
+    """Checks the number of intervals of the curriculum."""
     s0, s1 = config.method.s0, config.method.s1
     if not 1 <= s0 <= s1:
-      return f"method.s0={s0} and s1={s1} must satisfy 1 <= s0 <= s1"
+      return (
+          f"method.s0: got {s0} with method.s1={s1}, expected 1 <= s0 <= s1; "
+          "change one of them"
+      )
     return None
 
   @property
   def averages(self) -> Mapping[str, base.Average]:
-    """The target network, where it lags behind the online one."""
+    """The target network, if target_mu0 > 0."""
     if self.target_mu0 == 0.0:
       return {}
     return {"target": base.Average("student", "target_ema_rate")}
 
   def num_scales(self, step: int) -> int:
-    """N of a step."""
+    """Returns N(k), the number of intervals at a step."""
     step = min(step, self.curriculum_steps)
     return schedules.CURRICULA[self.discretization](
         step, self.curriculum_steps, self.s0, self.s1
     )
 
   def curriculum(self, step: int) -> dict[str, Any]:
-    """N, its tables and the target's rate; or ECT's gap ratio."""
+    """Returns N, grid tables and the target's EMA rate; for ECT (t - r) / t."""
     if self.time_distribution == "continuous":
       ratio = schedules.ect_gap_ratio(step, self.ect_stage_steps, self.ect_q)
       return {"gap_ratio": jnp.float32(ratio)}
@@ -157,14 +173,14 @@ class ConsistencyTraining(
     return Times(sigmas[index], sigmas[index - 1], index)
 
   def distance(self, a, b, ctx: base.Context) -> jax.Array:
-    """d(a, b) for [B, ...] twice -> [B]."""
-    del ctx  # For distances that read frozen networks.
+    """Returns d(a, b) [B] of images [B, H, W, C]."""
+    del ctx  # Used by distances with frozen networks, see cd.
     return distances.by_name(
         self.metric, a, b, self.huber_c, self.huber_normalize
     )
 
   def weight(self, t, r) -> jax.Array:
-    """Weight of the distance between levels t and r: [B]."""
+    """Returns the weight w(t, r) [B] of levels t [B] and r [B]."""
     sd = self.sigma_data
     return {
         "inverse_gap": lambda: 1 / (jnp.abs(t - r) + 1e-20),
@@ -177,11 +193,11 @@ class ConsistencyTraining(
     }[self.weighting]()
 
   def x_r(self, ctx: base.Context, z, times) -> jax.Array:
-    """x_r [B, ...], on the ODE's path through x_t: of the same noise."""
+    """Returns x_r = x_0 + r z [B, H, W, C], with the noise z of x_t."""
     return process.add_noise(ctx.images, times.r, z)
 
   def target(self, params, ctx: base.Context, z, times, dropout_keys):
-    """Target b [B, ...] of the consistency term, stop-gradiented."""
+    """Returns the target b = f(x_r, r) [B, H, W, C], stop-gradiented."""
     frozen = jax.lax.stop_gradient(ctx.averages.get("target", params))
     end = jnp.full_like(times.r, self.sigma_min)
     x_r = self.x_r(ctx, z, times)
@@ -189,20 +205,20 @@ class ConsistencyTraining(
         frozen, x_r, times.r, end, ctx.labels, dropout_keys, ctx.augment_labels
     )
     if self.time_distribution == "continuous":
-      # ECT's r may be 0, where the target is the image itself.
+      # r may be 0 in ECT; the target is then the image.
       b = jnp.where(process.expand(times.r, b.ndim) > 0, b, ctx.images)
     return jax.lax.stop_gradient(b)
 
   def ct_term(self, a, b, times, ctx: base.Context) -> jax.Array:
-    """L_CT [B] of the online output a and the target b."""
+    """Returns L_CT [B] of the online output a and the target b."""
     return self.weight(times.t, times.r) * self.distance(a, b, ctx)
 
   def loss(self, params, ctx: base.Context):
-    """L_CT: per-example loss [B] and metrics."""
+    """Returns L_CT [B], and metrics."""
     times = self.sample_times(ctx)
     z = process.normal_like(ctx.keys("noise"), ctx.images)
     x_t = process.add_noise(ctx.images, times.t, z)
-    # The same keys to both passes: one dropout mask.
+    # The same keys for both passes give one dropout mask.
     keys = ctx.keys("dropout")
     end = jnp.full_like(times.t, self.sigma_min)
     a = self.f(

@@ -1,7 +1,7 @@
 """Consistency trajectory models (CTM; Kim et al., 2024, section 3).
 
-G(x, t, s) = (s/t) x + (1 - s/t) g(x, t, s) jumps down the ODE from level t to
-any lower s, and g(x, t, t) is a denoiser. theta- is a moving average of theta.
+G(x, t, s) = (s/t) x + (1 - s/t) g(x, t, s) maps from level t to any lower level
+s along the ODE, and g(x, t, t) is a denoiser. theta- is an EMA of theta.
 
   estimate = G_theta-( G_theta(x_t, t, s), s, 0 )
   target   = G_theta-( G_sg(theta)(x_u, u, s), s, 0 ),
@@ -10,13 +10,14 @@ any lower s, and g(x, t, t) is a denoiser. theta- is a moving average of theta.
   L_DSM = w(sigma) |g_theta(x_sigma, sigma, sigma) - x_0|^2     (DSM loss)
   L_GAN = -D(estimate)                                         (GAN loss)
 
-and L = L_CTM + lambda_DSM L_DSM + lambda_GAN L_GAN, the weights such that the
-gradients of all three have the same norm in one convolution near the output.
-s = 0 is sigma_min throughout, as in the released code.
+The total loss is L = L_CTM + lambda_DSM L_DSM + lambda_GAN L_GAN with adaptive
+weights (VQGAN): the gradients of the three terms have the same norm in the last
+layer. s = 0 means sigma_min throughout, as in the released code.
 
-Released code and paper differ in the target's inner jump (target_inner). Unlike
-the released code, weights are computed on the global batch and not on each
-device's microbatch, and all devices share one discriminator.
+The inner jump of the target differs between released code and paper, see
+target_inner. Unlike the released code, the weights are computed on the global
+batch instead of each device's microbatch, and all devices share one
+discriminator.
 """
 
 from collections.abc import Mapping
@@ -38,17 +39,20 @@ from bcm_jax.methods import gan
 from bcm_jax.models import discriminator
 from bcm_jax.models import end_time
 
-# Weights of the released code: floor of the denominator, and bounds.
-_EPSILON, _MOST, _GAN_BOUNDS = 1e-4, 1e4, (0.01, 10.0)
+# Adaptive weights of the released code: epsilon of the denominator and bounds.
+_EPSILON, _MAX_WEIGHT, _GAN_BOUNDS = 1e-4, 1e4, (0.01, 10.0)
 
 
 class Times(NamedTuple):
-  """Levels s <= u < t of a batch, [B] each.
+  """Noise levels s <= u < t of a batch, [B] each.
 
   Attributes:
-    t, u, s: start of the student, start of the target, end of both.
-    index: t's position in the grid, 0 the noisiest.
-    solver_steps: h, grid steps from t to u; a scalar, one for all examples.
+    t: start level of the estimate.
+    u: start level of the target.
+    s: end level of both jumps.
+    index: position of t in the grid; 0 is sigma_max.
+    solver_steps: h, number of grid steps from t to u; a scalar, the same for
+      all examples.
   """
 
   t: jax.Array
@@ -68,35 +72,44 @@ def _teacher_for(options) -> str | None:
 class TrajectoryDistillation(
     cd.ImageDistance, base.PreconditionedNetwork, base.Method
 ):
-  """The losses above; the defaults are the released CIFAR-10 settings.
+  """The losses of the module docstring; defaults: released CIFAR-10 settings.
 
   Attributes:
-    num_levels: N, levels of the grid.
-    max_solver_steps: M, most teacher steps from t to u.
-    solver_steps_law: of h in 1 .. M: 'weighted' (P(h) ~ h), 'uniform' or
-      'fixed' (M).
-    end_law: of s: 'uniform' over the levels from u down, or 'smallest'.
-    teacher: the frozen denoiser; None learns from scratch, x_u =
+    num_levels: N, number of levels of the grid.
+    max_solver_steps: M, maximum number of teacher steps from t to u.
+    solver_steps_law: distribution of h in 1 .. M: 'weighted' (P(h) ~ h),
+      'uniform' or 'fixed' (h = M).
+    end_law: distribution of s: 'uniform' over the levels from u down, or
+      'smallest' (sigma_min).
+    teacher: frozen denoiser; None trains from scratch with x_u =
       G_theta-(x_t, t, u).
-    target_mu: rate of theta-.
-    target_inner: the target's first jump by 'online' (released) or 'average'
-      parameters (paper), or 'none': one jump of theta- from x_u.
-    dsm_weight: of L_DSM; 0 omits it.
-    p_mean, p_std, dsm_high_share: levels of L_DSM: log-normal for one half of
-      the batch; the other's are uniform in sigma^(1 / rho), over this share of
-      the range, counted from sigma_max.
-    adaptive: weights of terms from their gradients; False takes the plain ones.
-    gan: train a discriminator too.
-    gan_weight: of L_GAN.
-    gan_start: first step of the discriminator.
-    gan_period: steps of a round; the discriminator is updated in its last one.
-    gan_own_times: draw new levels for L_GAN (released on ImageNet-64).
-    gan_max_solver_steps: M of these.
-    gan_encoder: features for the discriminator; None is the teacher's encoder.
-    gan_sigma_max: of a denoiser's encoder; others see images without noise.
-    gan_levels, gan_features, gan_augment: see gan and discriminator.
-    end_init: the second time branch starts at 'zero' (G starts as the teacher's
-      Euler step) or 'random' (released).
+    target_mu: EMA rate of theta-.
+    target_inner: parameters of the target's inner jump: 'online' (released
+      code) or 'average' (paper); 'none' replaces both jumps by one of theta-
+      from x_u.
+    dsm_weight: weight of L_DSM; 0 omits it.
+    p_mean: mean of ln sigma in L_DSM, for one half of the batch.
+    p_std: standard deviation of ln sigma in L_DSM.
+    dsm_high_share: levels of the other half are uniform in sigma^(1 / rho) over
+      this fraction of the range, from sigma_max down.
+    adaptive: whether to use adaptive weights; False uses constant ones.
+    gan: whether to train a discriminator.
+    gan_weight: weight of L_GAN.
+    gan_start: first step of GAN training.
+    gan_period: the discriminator is updated instead of the student in every
+      gan_period-th step.
+    gan_own_times: whether to draw separate levels for L_GAN (released on
+      ImageNet-64).
+    gan_max_solver_steps: M of these levels.
+    gan_encoder: feature network of the discriminator; None is the encoder of
+      the teacher.
+    gan_sigma_max: maximum noise level of images for the teacher's encoder; for
+      other encoders images have no noise.
+    gan_levels: levels of features with heads, see discriminator.Heads.
+    gan_features: width of the heads, see discriminator.Heads.
+    gan_augment: whether to use DiffAugment, see gan.
+    end_init: initialization of the second time branch: 'zero' (G is an Euler
+      step of the teacher) or 'random' (released code).
   """
 
   frozen = {
@@ -133,14 +146,17 @@ class TrajectoryDistillation(
   title = "consistency trajectory model"
   paper = "Kim et al., 2024"
   auxiliary_networks = True
+
   @classmethod
   def constraints(cls, config):
-    """Returns what the network or the distance lacks, or None."""
+    """Checks that the network has an end level in all blocks, and the distance.
+    """
     if not config.model.get("two_time") or config.model.end_branch != "blocks":
       return (
-          f"method.name={config.method.name!r} needs a network with an end "
-          "level in every block; set model.two_time=True and "
-          "model.end_branch='blocks'"
+          f"model.end_branch: got {config.model.get('end_branch')!r} with "
+          f"model.two_time={config.model.get('two_time')}, expected an end "
+          f"level in every block for method.name={config.method.name!r}; set "
+          "model.two_time=True and model.end_branch='blocks'"
       )
     return cls.distance_constraints(config)
 
@@ -148,7 +164,7 @@ class TrajectoryDistillation(
 
   @property
   def networks(self) -> Mapping[str, base.TrainableNetwork]:
-    """The student, and the discriminator if there is one."""
+    """The student and, with gan, the discriminator."""
     terms = (
         "ctm", *(["dsm"] if self.dsm_weight else []),
         *(["gan"] if self.gan else []),
@@ -167,12 +183,12 @@ class TrajectoryDistillation(
     return networks
 
   def load_pretrained(self, source, fresh):
-    """Starts from the teacher; parameters that have s already stay."""
+    """Adds the end level s to the teacher's parameters, unless they have it."""
     return end_time.add_end(source, fresh, self.end_init == "zero")
 
   @property
   def discriminator(self) -> "gan.Discriminator":
-    """Heads on the teacher's encoder, or on the user's network."""
+    """The discriminator on the teacher's encoder or on gan_encoder."""
     heads = discriminator.Heads(self.gan_levels, self.gan_features)
     if self.gan_encoder is not None:
       return gan.Discriminator(self.gan_encoder, heads, None, self.gan_augment)
@@ -181,7 +197,14 @@ class TrajectoryDistillation(
     )
 
   def discriminate(self, params, images, ctx: base.Context, stream: str):
-    """Returns logits [B, heads] of images by the discriminator's parameters."""
+    """Returns logits [B, heads] of images [B, H, W, C].
+
+    Args:
+      params: parameters of the heads.
+      images: real or generated images in [-1, 1].
+      ctx: frozen encoder and keys.
+      stream: name of the random stream.
+    """
     encoder = "teacher" if self.gan_encoder is None else "gan_encoder"
     return self.discriminator(
         params, ctx.frozen[encoder], images, ctx.labels, ctx, stream
@@ -189,7 +212,7 @@ class TrajectoryDistillation(
 
   @property
   def losses(self) -> Mapping[str, base.Loss]:
-    """By network."""
+    """Losses of the student and the discriminator."""
     losses = {"student": self.student_loss}
     if self.gan:
       losses["discriminator"] = self.discriminator_loss
@@ -197,32 +220,33 @@ class TrajectoryDistillation(
 
   @property
   def averages(self) -> Mapping[str, base.Average]:
-    """theta-."""
+    """The target network theta-."""
     return {"target": base.Average("student", "target_ema_rate")}
 
   def phase(self, step: int) -> tuple[str, ...]:
-    """The student's turn, or the discriminator's, once per round."""
-    turn = step % self.gan_period == self.gan_period - 1
-    if self.gan and step >= self.gan_start and turn:
+    """Returns the discriminator in every gan_period-th step, else the student.
+    """
+    is_last = step % self.gan_period == self.gan_period - 1
+    if self.gan and step >= self.gan_start and is_last:
       return ("discriminator",)
     return ("student",)
 
   def phases(self) -> tuple[tuple[str, ...], ...]:
-    """Both turns."""
+    """Returns one phase per network."""
     return tuple((name,) for name in self.networks)
 
   def curriculum(self, step: int) -> dict[str, Any]:
-    """theta-'s rate, and whether L_GAN counts."""
+    """Returns the EMA rate of theta- and a factor 0 or 1 on L_GAN."""
     return {
         "target_ema_rate": jnp.float32(self.target_mu),
         "gan": jnp.float32(self.gan and step >= self.gan_start),
     }
 
   def loss_weights(self, norms) -> dict[str, jax.Array]:
-    """lambda by term, from the norms of the gradients: VQGAN's rule."""
+    """Returns {term: lambda} from {term: gradient norm} (VQGAN, eq. 7)."""
     weights = {"ctm": jnp.ones(()), "dsm": self.dsm_weight,
                "gan": self.gan_weight}
-    bounds = {"dsm": (0.0, _MOST), "gan": _GAN_BOUNDS}
+    bounds = {"dsm": (0.0, _MAX_WEIGHT), "gan": _GAN_BOUNDS}
     if self.adaptive:
       for name in bounds:
         if name in norms:
@@ -234,25 +258,30 @@ class TrajectoryDistillation(
 
   @property
   def grid(self) -> jax.Array:
-    """[N] levels, the noisiest first."""
+    """Karras grid [N], descending from sigma_max."""
     ascending = schedules.karras_sigmas(
         self.num_levels, self.sigma_min, self.sigma_max, self.rho
     )
     return jnp.asarray(ascending[::-1])
 
   def sample_times(self, ctx: base.Context, gan: bool = False) -> Times:
-    """Draws h for all, and t, u, s for every example."""
+    """Draws one h for the batch and t, u, s for every example.
+
+    Args:
+      ctx: keys.
+      gan: whether the levels are those of L_GAN.
+    """
     stream = "gan/" if gan else ""
     law = "uniform" if gan else self.solver_steps_law
-    most = self.gan_max_solver_steps if gan else self.max_solver_steps
+    m = self.gan_max_solver_steps if gan else self.max_solver_steps
     n = self.num_levels
-    most = min(most, n - 1)
+    m = min(m, n - 1)
     v = jax.random.uniform(ctx.shared_key(f"{stream}solver_steps"))
-    if law == "weighted":  # Inverts h (h + 1) / (M (M + 1)).
-      h = jnp.ceil((jnp.sqrt(1 + 4 * v * most * (most + 1)) - 1) / 2)
+    if law == "weighted":  # Inverts the CDF h (h + 1) / (M (M + 1)).
+      h = jnp.ceil((jnp.sqrt(1 + 4 * v * m * (m + 1)) - 1) / 2)
     else:
-      h = jnp.ceil(v * most) if law == "uniform" else jnp.asarray(most)
-    h = jnp.clip(h, 1, most).astype(jnp.int32)
+      h = jnp.ceil(v * m) if law == "uniform" else jnp.asarray(m)
+    h = jnp.clip(h, 1, m).astype(jnp.int32)
     draw = jax.vmap(jax.random.uniform)
     i = _uniform_index(draw(ctx.keys(f"{stream}t")), 0, n - 1 - h)
     j = jnp.full_like(i, n - 1)
@@ -262,7 +291,11 @@ class TrajectoryDistillation(
     return Times(grid[i], grid[i + h], grid[j], i, h)
 
   def dsm_levels(self, ctx: base.Context) -> jax.Array:
-    """Draws levels of L_DSM: two laws, in turns along the global batch."""
+    """Draws levels of L_DSM [B].
+
+    Even positions of the global batch have log-normal levels, odd positions
+    levels that are uniform in sigma^(1 / rho).
+    """
     z = jax.vmap(jax.random.normal)(ctx.keys("dsm/normal"))
     v = self.dsm_high_share * jax.vmap(jax.random.uniform)(
         ctx.keys("dsm/uniform")
@@ -274,7 +307,7 @@ class TrajectoryDistillation(
     )
 
   def sampled_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
-    """Draws the levels that mode inspect shows."""
+    """Draws noise levels by name, for the report of mode inspect."""
     times = self.sample_times(ctx)
     return {
         "t, start of the student": times.t,
@@ -286,7 +319,7 @@ class TrajectoryDistillation(
   # Jumps ----------------------------------------------------------------------
 
   def denoise(self, params, x, sigma, labels, dropout_keys=None) -> jax.Array:
-    """Returns g(x, sigma, sigma), the denoiser inside G."""
+    """Returns g(x, sigma, sigma) [B, H, W, C], the denoiser inside G."""
     network = self.apply_network(params, labels, dropout_keys)
     return preconditioning.precondition(
         lambda x, c_noise, _: network(x, c_noise, c_noise),
@@ -294,7 +327,10 @@ class TrajectoryDistillation(
     )
 
   def solve(self, ctx: base.Context, x_t, times) -> jax.Array:
-    """Returns x_u [B, ...]: h Heun steps of the teacher, or theta-'s jump."""
+    """Returns x_u [B, H, W, C]: h Heun steps of the teacher from x_t.
+
+    Without a teacher it is G_theta-(x_t, t, u).
+    """
     if self.teacher is None:
       return self.f(
           ctx.averages["target"], x_t, times.t, times.u, ctx.labels,
@@ -304,36 +340,39 @@ class TrajectoryDistillation(
     denoiser = self.teacher.solver_denoiser(ctx.frozen["teacher"], ctx.labels)
 
     def step(k, x):
-      t, after = (
+      t, t_next = (
           process.expand(grid[times.index + k + i], x.ndim) for i in (0, 1)
       )
-      return solvers.heun_step(denoiser, x, t, after)
+      return solvers.heun_step(denoiser, x, t, t_next)
 
     return jax.lax.fori_loop(0, times.solver_steps, step, x_t)
 
   def jump_to_zero(self, ctx: base.Context, x, s, stream: str) -> jax.Array:
-    """Returns G_theta-(x, s, 0); gradients flow only to x."""
+    """Returns G_theta-(x, s, 0) [B, H, W, C]; gradients flow only to x."""
     return self.f(
         ctx.averages["target"], x, s, jnp.full_like(s, self.sigma_min),
         ctx.labels, ctx.keys(f"dropout/{stream}"),
     )
 
   def sample_x_t(self, ctx: base.Context, t, stream="noise") -> jax.Array:
-    """Returns x_0 + t z."""
+    """Returns x_t = x_0 + t z [B, H, W, C]."""
     z = process.normal_like(ctx.keys(stream), ctx.images)
     return process.add_noise(ctx.images, t, z)
 
   # Losses ---------------------------------------------------------------------
 
   def estimate(self, params, ctx: base.Context, x_t, times) -> jax.Array:
-    """Returns G_theta-(G_theta(x_t, t, s), s, 0)."""
+    """Returns the estimate G_theta-(G_theta(x_t, t, s), s, 0) [B, H, W, C]."""
     y = self.f(
         params, x_t, times.t, times.s, ctx.labels, ctx.keys("dropout/student")
     )
     return self.jump_to_zero(ctx, y, times.s, "estimate")
 
   def target(self, params, ctx: base.Context, x_t, times) -> jax.Array:
-    """Returns G_theta-(G(x_u, u, s), s, 0), stop-gradiented."""
+    """Returns the target G_theta-(G(x_u, u, s), s, 0), stop-gradiented.
+
+    See target_inner for the parameters of the inner jump.
+    """
     x_u = jax.lax.stop_gradient(self.solve(ctx, x_t, times))
     if self.target_inner == "none":
       return self.jump_to_zero(ctx, x_u, times.u, "target_end")
@@ -346,7 +385,7 @@ class TrajectoryDistillation(
     return jax.lax.stop_gradient(y)
 
   def dsm_term(self, params, ctx: base.Context) -> jax.Array:
-    """Returns L_DSM [B]."""
+    """Returns L_DSM [B], the denoising loss of g(x, sigma, sigma)."""
     sigma = self.dsm_levels(ctx).astype(ctx.images.dtype)
     d = self.denoise(
         params, self.sample_x_t(ctx, sigma, "dsm/noise"), sigma, ctx.labels,
@@ -356,7 +395,7 @@ class TrajectoryDistillation(
     return weight * distances.l2(d, ctx.images)
 
   def student_loss(self, params, ctx: base.Context):
-    """Returns the terms, [B] each; their sum if the weights are fixed."""
+    """Returns {term: loss [B]}; with constant weights the weighted sum [B]."""
     times = self.sample_times(ctx)
     x_t = self.sample_x_t(ctx, times.t)
     estimate = self.estimate(params, ctx, x_t, times)
@@ -377,12 +416,12 @@ class TrajectoryDistillation(
     return loss, {f"loss_{name}": term for name, term in terms.items()}
 
   def fake(self, params, ctx: base.Context) -> jax.Array:
-    """Returns generated images: the estimate at the levels of L_GAN."""
+    """Returns generated images [B, H, W, C]: estimates at the GAN levels."""
     times = self.sample_times(ctx, gan=self.gan_own_times)
     return self.estimate(params, ctx, self.sample_x_t(ctx, times.t), times)
 
   def discriminator_loss(self, params, ctx: base.Context):
-    """Returns the hinge loss [B] of the discriminator, and its logits."""
+    """Returns the hinge loss [B] of the discriminator, and mean logits."""
     fake = jax.lax.stop_gradient(self.fake(ctx.networks["student"], ctx))
     logits = {
         name: self.discriminate(params, images, ctx, name)
@@ -393,7 +432,7 @@ class TrajectoryDistillation(
 
 
 def _uniform_index(uniform, low, high) -> jax.Array:
-  """Returns integers low .. high [B] from draws in [0, 1)."""
+  """Returns integers in low .. high [B] from uniform draws in [0, 1)."""
   count = high - low + 1
   return low + jnp.minimum(jnp.floor(uniform * count), count - 1).astype(
       jnp.int32

@@ -8,14 +8,15 @@ and algorithm 2),
   L_DM = 1/2 |x - sg(x - grad)|^2
 
 with mu_real the frozen teacher and mu_fake a second network, trained to denoise
-the generator's images. DMD (algorithm 1) adds a regression on pairs of noises
-and the teacher's samples (data.pairs). DMD2 omits it, updates mu_fake five
-times as often (section 4.2), adds a GAN loss on mu_fake's encoder (section
-4.3), and generates in several steps, x <- G(x + sigma_k z), trained on inputs
-of its own (backward simulation, section 4.5).
+generated images. DMD (algorithm 1) adds a regression loss on pairs of noise and
+teacher sample (data.pairs). DMD2 omits it, updates mu_fake five times per
+generator update (section 4.2), adds a GAN loss on the encoder of mu_fake
+(section 4.3), and samples in several steps x <- G(x + sigma_k z), trained on
+its own intermediate images (backward simulation, section 4.5).
 
-The released code hides a vanishing denominator by nan_to_num; here it has a
-floor. DMD2's code takes |x - mu_real| too, where FastGen takes the noised x.
+If the denominator vanishes, the released code uses nan_to_num; here it has a
+lower bound. The released code of DMD2 also divides by |x - mu_real|, while
+FastGen uses the noised x.
 """
 
 from collections.abc import Mapping
@@ -43,31 +44,36 @@ DMD2 = base.Preset(
     "few-step generator, distilled by distribution matching,",
     "Yin et al., 2024 (DMD2)",
 )
-# Of the released grids of 1,000 levels: the generator's losses omit the first
-# and the last fiftieth.
+# The generator's losses omit the lowest and highest 2% of the 1,000 levels of
+# the released grids.
 _LOW, _HIGH = 0.02, 0.98
-_FLOOR = 1e-6
+# Lower bound of the denominator.
+_EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributionMatching(
     cd.ImageDistance, base.PreconditionedNetwork, base.Method
 ):
-  """The losses above.
+  """The losses of the module docstring.
 
   Attributes:
-    network, preconditioning, c_noise: of the generator and of mu_fake.
-    teacher: mu_real; all three start from it.
-    steps: evaluations of the generator; their start levels are those of a
-      Karras grid of steps + 1 points.
-    dm_weight: factor of mu_fake - mu_real: 'normalized' as above, 'sigma'
-      1 / s, 'sigma3' s, or 'none' 1: s, s^3 and s^2 times the difference of
-      the scores (DMD, section 4.2).
-    regression_weight: of d(G(z), y) over pairs (z, y); 0 omits it.
+    network: network of the generator and of mu_fake.
+    preconditioning: preconditioning of both.
+    c_noise: noise conditioning of both.
+    teacher: mu_real; it initializes the generator and mu_fake.
+    steps: number of evaluations of the generator; the start levels are those
+      of a Karras grid with steps + 1 points.
+    dm_weight: factor on mu_fake - mu_real, which is s^2 times the difference of
+      scores: 'normalized' as in the module docstring, 'sigma' 1 / s, 'sigma3'
+      s, or 'none' 1 (DMD, section 4.2).
+    regression_weight: weight of d(G(z), y) over pairs (z, y); 0 omits it.
     fake_updates: updates of mu_fake per update of the generator.
-    gan_weight: of the generator's adversarial loss; 0 omits the head.
-    gan_fake_weight: of mu_fake's.
-    gan_levels, gan_features: see discriminator; empty is the coarsest level.
+    gan_weight: weight of the generator's GAN loss; 0 omits the discriminator.
+    gan_fake_weight: weight of the discriminator's loss in that of mu_fake.
+    gan_levels: levels of features with heads, see discriminator.Heads; empty is
+      the coarsest level.
+    gan_features: width of the heads, see discriminator.Heads.
   """
 
   teacher: edm.Diffusion | None = base.frozen_field()
@@ -83,17 +89,17 @@ class DistributionMatching(
   gan_features: int | None = None
 
   auxiliary_networks = True
-  takes_end_time = False  # Its map leads only to images.
+  takes_end_time = False  # The generator maps only to images.
   frozen = {"teacher": cd.TEACHER, "lpips": cd.LPIPS}
 
   @classmethod
   def constraints(cls, config):
-    """Returns what the network or the distance lacks, or None."""
+    """Checks that the network has no end level, and the distance."""
     return edm.needs_one_time(config) or cls.distance_constraints(config)
 
   @classmethod
   def extra_fields(cls, options):
-    """The noise of each image, for the regression."""
+    """Declares the noise of each image, for the regression loss."""
     weight = options["regression_weight"]
     if not weight:
       return {}
@@ -103,7 +109,7 @@ class DistributionMatching(
 
   @property
   def networks(self) -> Mapping[str, base.TrainableNetwork]:
-    """The generator, and mu_fake with its head; both start from the teacher."""
+    """The generator, and mu_fake with the discriminator's head."""
     return {
         "student": base.TrainableNetwork(
             self.network, self.denoiser.init, init_from="teacher"
@@ -116,29 +122,29 @@ class DistributionMatching(
 
   @property
   def losses(self) -> Mapping[str, base.Loss]:
-    """By network."""
+    """Losses of the generator and of mu_fake."""
     return {"student": self.student_loss, "fake_score": self.fake_loss}
 
   def phase(self, step: int) -> tuple[str, ...]:
-    """mu_fake in every step, the generator in every fake_updates-th."""
+    """Returns mu_fake in every step, the generator in every fake_updates-th."""
     if step % self.fake_updates:
       return ("fake_score",)
     return ("student", "fake_score")
 
   def phases(self) -> tuple[tuple[str, ...], ...]:
-    """Both kinds of steps."""
+    """Returns the phases with and without an update of the generator."""
     both = ("student", "fake_score")
     return (both,) if self.fake_updates == 1 else (both, ("fake_score",))
 
   def flow_map(self, params):
-    """Returns f(x, t, u, labels) = G(x, t), whatever u."""
+    """Returns f(x, t, u, labels) = G(x, t); ignores u."""
     return lambda x, t, u, labels=None: self.denoiser.denoise(
         params, x, t, labels
     )
 
   @property
   def denoiser(self) -> edm.Diffusion:
-    """The denoiser that the generator and mu_fake are evaluated as."""
+    """Preconditioned denoiser that evaluates the generator and mu_fake."""
     return edm.Diffusion(
         self.network, self.c_noise, self.preconditioning, self.sigma_data,
         self.sigma_min, self.sigma_max, self.rho,
@@ -146,14 +152,14 @@ class DistributionMatching(
 
   @property
   def discriminator(self) -> gan.Discriminator:
-    """The head on mu_fake's encoder; images are noised, not augmented."""
+    """Discriminator on the encoder of mu_fake, with noise, no augmentation."""
     heads = discriminator.Heads(self.gan_levels or (-1,), self.gan_features)
     return gan.Discriminator(
         self.denoiser, heads, self.sigma_max, augment=False
     )
 
   def init_fake(self, key, images, labels):
-    """Returns parameters of mu_fake, with a head if its loss counts."""
+    """Returns parameters of mu_fake and, with gan_weight, of the head."""
     params = {"network": self.denoiser.init(key, images, labels)}
     if self.gan_weight:
       params["head"] = self.discriminator.init(key, images, labels)
@@ -163,16 +169,16 @@ class DistributionMatching(
 
   @property
   def start_levels(self) -> tuple[float, ...]:
-    """Levels at which the generator is evaluated, noisiest first."""
+    """Noise levels of the generator's evaluations, descending."""
     return tuple(
         float(_karras(k / self.steps, self)) for k in range(self.steps)
     )
 
   def generate(self, params, ctx: base.Context, labels) -> jax.Array:
-    """Returns images x [B, H, W, C] of step m, one m drawn for all examples.
+    """Returns generated images x [B, H, W, C] (DMD2, section 4.5).
 
-    The steps before it generate its input without gradients (DMD2, section
-    4.5).
+    Draws one step m for the batch. Steps before m run without gradients and
+    generate the input of step m.
     """
     levels = jnp.asarray(self.start_levels, ctx.images.dtype)
     m = jax.random.randint(ctx.shared_key("generator/step"), (), 0, self.steps)
@@ -196,7 +202,7 @@ class DistributionMatching(
     return denoise(params, jax.lax.stop_gradient(x), m)
 
   def labels(self, ctx: base.Context) -> jax.Array | None:
-    """Draws classes of the images to generate, independent of the data."""
+    """Draws labels [B] of the images to generate, independent of the data."""
     if ctx.labels is None:
       return None
     classes = self.network.num_classes
@@ -205,21 +211,29 @@ class DistributionMatching(
     )
 
   def levels(self, ctx: base.Context, stream: str, low: float, high: float):
-    """Draws levels [B], uniform in sigma^(1 / rho) between two shares of the
-    range, counted from sigma_min."""
+    """Draws noise levels [B], uniform in sigma^(1 / rho).
+
+    Args:
+      ctx: keys.
+      stream: name of the random stream.
+      low: lower end, as a fraction of the range from sigma_min up.
+      high: upper end, as a fraction of the range.
+    """
     v = jax.vmap(jax.random.uniform)(ctx.keys(f"{stream}/sigma"))
     return _karras(1 - (low + v * (high - low)), self).astype(ctx.images.dtype)
 
   def sampled_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
-    """Draws the levels that mode inspect shows."""
+    """Draws noise levels by name, for the report of mode inspect."""
     return {
         "sigma of the gradient": self.levels(ctx, "dm", _LOW, _HIGH),
         "sigma of the fake score": self.levels(ctx, "fake", 0.0, 1.0),
     }
 
   def gradient(self, ctx: base.Context, x, labels) -> jax.Array:
-    """Returns grad [B, H, W, C] of images x (DMD, algorithm 2), without
-    gradients of its own."""
+    """Returns grad [B, H, W, C] of images x (DMD, algorithm 2).
+
+    Stop-gradiented.
+    """
     sigma = self.levels(ctx, "dm", _LOW, _HIGH)
     z = process.normal_like(ctx.keys("dm/noise"), x)
     x_s = process.add_noise(x, sigma, z)
@@ -229,7 +243,7 @@ class DistributionMatching(
     )
     size = jnp.mean(jnp.abs(x - real), axis=(1, 2, 3))
     factor = {
-        "normalized": lambda: 1 / jnp.maximum(size, _FLOOR),
+        "normalized": lambda: 1 / jnp.maximum(size, _EPSILON),
         "sigma": lambda: 1 / sigma, "sigma3": lambda: sigma,
         "none": lambda: jnp.ones_like(sigma),
     }[self.dm_weight]()
@@ -238,13 +252,13 @@ class DistributionMatching(
     )
 
   def student_loss(self, params, ctx: base.Context):
-    """Returns the generator's loss [B] and its parts."""
+    """Returns the generator's loss [B] and its terms."""
     labels = self.labels(ctx)
     x = self.generate(params, ctx, labels)
-    goal = jax.lax.stop_gradient(
+    target = jax.lax.stop_gradient(
         x - self.gradient(ctx, jax.lax.stop_gradient(x), labels)
     )
-    parts = {"loss_dm": distances.l2(x, goal) / 2}
+    parts = {"loss_dm": distances.l2(x, target) / 2}
     loss = parts["loss_dm"]
     if self.regression_weight:
       parts["loss_regression"] = self._regression(params, ctx)
@@ -258,7 +272,7 @@ class DistributionMatching(
     return loss, parts
 
   def _regression(self, params, ctx: base.Context) -> jax.Array:
-    """Returns d [B] between G and the teacher's solver, on pairs."""
+    """Returns d(G(z), y) [B] of pairs of noise z and teacher sample y."""
     start = self.sigma_max * ctx.extra["noise"].astype(ctx.images.dtype)
     sigma = jnp.full(len(start), self.sigma_max, start.dtype)
     x = self.denoiser.denoise(params, start, sigma, ctx.labels)
@@ -267,14 +281,16 @@ class DistributionMatching(
   # mu_fake --------------------------------------------------------------------
 
   def logits(self, fake, images, labels, ctx: base.Context, stream: str):
-    """Returns logits [B, heads] by mu_fake's parameters."""
+    """Returns logits [B, heads] of images by the parameters of mu_fake."""
     return self.discriminator(
         fake["head"], fake["network"], images, labels, ctx, stream
     )
 
   def fake_loss(self, params, ctx: base.Context):
-    """Returns mu_fake's loss [B]: denoising of generated images, and the
-    discriminator's loss."""
+    """Returns the loss of mu_fake [B] and its terms.
+
+    The denoising loss on generated images plus the discriminator's loss.
+    """
     labels = self.labels(ctx)
     x = jax.lax.stop_gradient(
         self.generate(ctx.networks["student"], ctx, labels)
@@ -300,8 +316,12 @@ class DistributionMatching(
 
 
 def _karras(share, method) -> jax.Array:
-  """Returns the level at a share of the range from sigma_max down, uniform in
-  sigma^(1 / rho)."""
+  """Returns a point of the Karras grid (EDM, eq. 5).
+
+  Args:
+    share: position in [0, 1] from sigma_max to sigma_min.
+    method: gives sigma_min, sigma_max and rho.
+  """
   high, low = (
       s ** (1 / method.rho) for s in (method.sigma_max, method.sigma_min)
   )
@@ -309,5 +329,5 @@ def _karras(share, method) -> jax.Array:
 
 
 def _with_head(source, fresh):
-  """mu_fake from the teacher's parameters; the head stays fresh."""
+  """Returns parameters of mu_fake: the teacher's, with a fresh head."""
   return fresh | {"network": source}

@@ -1,12 +1,12 @@
-"""Diffusion training: a denoiser D(x, sigma) ~ E[x_0 | x_0 + sigma z].
+"""Denoising diffusion (EDM; Karras et al., 2022): D(x, sigma) ~ E[x_0 | x].
 
   L = w(sigma) |D(x_0 + sigma z, sigma) - x_0|^2,  w = 1 / c_out(sigma)^2
 
-with ln sigma ~ N(p_mean, p_std^2): Karras et al. (EDM, 2022), eq. 7 and 8 and
-table 1. With EDM2's log-variance u(sigma) it is e^-u L + u (Karras et al.,
-2024). As in the released code, the squares are averaged over pixels.
+with x = x_0 + sigma z and ln sigma ~ N(p_mean, p_std^2) (eq. 7 and 8, table 1).
+With the log-variance u(sigma) of EDM2 (Karras et al., 2024) the loss is
+e^-u L + u. As in the released code, squares are averaged over pixels.
 
-A network of it is the teacher of every distillation here.
+The teacher of every distillation method is a network of this method.
 """
 
 import dataclasses
@@ -23,14 +23,18 @@ from bcm_jax.models import layers
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion(base.PreconditionedNetwork, base.SingleNetworkMethod):
-  """The loss above; the defaults are EDM's.
+  """The loss of the module docstring; the defaults are those of EDM.
 
   Attributes:
-    sigma_min, sigma_max, rho: grid of the samplers; training draws any level.
-    p_mean, p_std: mean and standard deviation of ln sigma.
-    label_dropout: fraction of labels that training hides, so that the network
-      can guide itself without a class.
-    uncertainty: train EDM2's log-variance too; only that network has one.
+    sigma_min: lowest level of the samplers; training has no bounds.
+    sigma_max: highest level of the samplers.
+    rho: exponent of the samplers' Karras grid.
+    p_mean: mean of ln sigma.
+    p_std: standard deviation of ln sigma.
+    label_dropout: fraction of labels that training replaces by "no class", for
+      classifier-free guidance.
+    uncertainty: whether to train EDM2's log-variance u(sigma), for model.name
+      'edm2'.
   """
 
   preconditioning: base.PreconditioningName = "edm"
@@ -41,12 +45,12 @@ class Diffusion(base.PreconditionedNetwork, base.SingleNetworkMethod):
 
   title = "denoising diffusion model"
   paper = "Karras et al., 2022"
-  takes_end_time = True  # Its flow map is DDIM's step, to any level.
+  takes_end_time = True  # The flow map is a DDIM step to any level.
   is_denoiser = True
 
   @classmethod
   def constraints(cls, config):
-    """Returns why the network is no denoiser, or None."""
+    """Checks that the network has no end level."""
     return needs_one_time(config)
 
   def denoise(
@@ -63,8 +67,17 @@ class Diffusion(base.PreconditionedNetwork, base.SingleNetworkMethod):
     return lambda x, s: self.denoise(params, x, s.reshape(-1), labels)
 
   def features(self, params, x, sigma, labels) -> list[jax.Array]:
-    """Returns activations of the encoder at x, one tensor per resolution,
-    fine to coarse."""
+    """Returns features of the encoder, [B, H, W, C] per resolution.
+
+    Args:
+      params: parameters of the network.
+      x: [B, H, W, C] at levels sigma.
+      sigma: [B].
+      labels: [B] int32 or None.
+
+    Returns:
+      Feature maps, fine to coarse.
+    """
     c_in = self.coefficients(sigma, jnp.zeros_like(sigma)).c_in
     _, sown = self.network.apply(
         {"params": params}, process.expand(c_in, 4) * x, self.c_noise(sigma),
@@ -73,7 +86,7 @@ class Diffusion(base.PreconditionedNetwork, base.SingleNetworkMethod):
     return layers.sown_levels(sown)
 
   def flow_map(self, params):
-    """Returns f(x, t, u, labels): DDIM's step of the ODE from level t to u."""
+    """Returns f(x, t, u, labels): a DDIM (Euler) step from levels t to u."""
 
     def step(x, t, u, labels=None):
       ratio = process.expand(u / t, x.ndim)
@@ -82,20 +95,20 @@ class Diffusion(base.PreconditionedNetwork, base.SingleNetworkMethod):
     return step
 
   def weight(self, sigma) -> jax.Array:
-    """Returns (sigma^2 + sd^2) / (sigma sd)^2 [B], lambda of table 1."""
+    """Returns lambda(sigma) = (sigma^2 + sd^2) / (sigma sd)^2 [B] (table 1)."""
     return preconditioning.edm_weight(sigma, self.sigma_data)
 
   def lognormal_sigma(self, ctx: base.Context) -> jax.Array:
-    """Draws a level for every example (table 1, training): [B]."""
+    """Draws log-normal noise levels [B] (table 1)."""
     z = jax.vmap(jax.random.normal)(ctx.keys("t"))
     return jnp.exp(self.p_mean + self.p_std * z)
 
   def sampled_levels(self, ctx: base.Context) -> dict[str, jax.Array]:
-    """Draws the levels that mode inspect shows."""
+    """Draws noise levels by name, for the report of mode inspect."""
     return {"sigma": self.lognormal_sigma(ctx)}
 
   def loss(self, params, ctx: base.Context):
-    """Returns L [B], a mean over pixels, and metrics."""
+    """Returns the denoising loss [B] and metrics."""
     sigma = self.lognormal_sigma(ctx)
     labels = ctx.labels
     if labels is not None and self.label_dropout:
@@ -117,10 +130,10 @@ class Diffusion(base.PreconditionedNetwork, base.SingleNetworkMethod):
 
 
 def needs_one_time(config) -> str | None:
-  """Returns why the network of a config is no denoiser, or None."""
+  """Checks that a network has no end level; returns an error text or None."""
   if not config.model.get("two_time"):
     return None
   return (
-      f"method.name={config.method.name!r} trains a denoiser, which takes no "
-      "end level; set model.two_time=False"
+      "model.two_time: got True, expected a network without end level for "
+      f"method.name={config.method.name!r}; set model.two_time=False"
   )

@@ -1,11 +1,11 @@
 """Adversarial training: losses, DiffAugment and a discriminator on features.
 
-Images are augmented (Zhao et al., 2020), noised to a random low level (Wang et
-al., 2023, Diffusion-GAN), turned into features by a denoiser's encoder, and
-into logits by trained heads (DMD2, appendix F.1). No network trained on
-ImageNet takes part unless a user names one, so metrics on such features stay
-independent of the training. One discriminator serves all devices; in CTM's
-released code every device trains its own.
+Images are augmented (DiffAugment; Zhao et al., 2020) and noised to a random
+level (Diffusion-GAN; Wang et al., 2023). A denoiser's encoder computes features
+and trained heads compute logits (DMD2, appendix F.1). By default no network
+trained on ImageNet is used, so that metrics on such features are independent of
+the training. All devices share one discriminator; in the released code of CTM
+every device trains its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,45 +32,53 @@ Params = Any
 
 
 def hinge_generator(fake: jax.Array) -> jax.Array:
-  """Returns -logit, a mean over heads (CTM)."""
+  """Returns the generator's hinge loss -logit [B], a mean over heads (CTM)."""
   return -fake.mean(axis=-1)
 
 
 def hinge_discriminator(fake: jax.Array, real: jax.Array) -> jax.Array:
-  """Returns max(0, 1 + fake) + max(0, 1 - real) (CTM)."""
+  """Returns the hinge loss max(0, 1 + fake) + max(0, 1 - real) [B] (CTM)."""
   loss = jax.nn.relu(1 + fake).mean(axis=-1)
   return loss + jax.nn.relu(1 - real).mean(axis=-1)
 
 
 def softplus_generator(fake: jax.Array) -> jax.Array:
-  """Returns -log sigmoid(logit), the non-saturating loss (DMD2)."""
+  """Returns the non-saturating loss -log sigmoid(logit) [B] (DMD2)."""
   return jax.nn.softplus(-fake).mean(axis=-1)
 
 
 def softplus_discriminator(fake: jax.Array, real: jax.Array) -> jax.Array:
-  """Returns -log(1 - sigmoid(fake)) - log sigmoid(real) (DMD2)."""
+  """Returns -log(1 - sigmoid(fake)) - log sigmoid(real) [B] (DMD2)."""
   loss = jax.nn.softplus(fake).mean(axis=-1)
   return loss + jax.nn.softplus(-real).mean(axis=-1)
 
 
-# DiffAugment, as StyleGAN-XL's projected discriminator does it ----------------
+# DiffAugment with the settings of StyleGAN-XL --------------------------------
 
-# Shift by up to an eighth of the side; a square of a fifth of it is cut out.
+# Maximum translation and size of the cutout, as fractions of the image size.
 _TRANSLATION, _CUTOUT = 0.125, 0.2
 
 
 def augment(images: jax.Array, keys: jax.Array) -> jax.Array:
-  """Augments [B, H, W, C] in [-1, 1] by keys [B]; colors may leave it."""
+  """Applies DiffAugment: color, translation and cutout.
 
-  def one(image, key):
+  Args:
+    images: [B, H, W, C] in [-1, 1].
+    keys: [B].
+
+  Returns:
+    [B, H, W, C]; values may be outside of [-1, 1].
+  """
+
+  def augment_image(image, key):
     keys = jax.random.split(key, 3)
     return _cutout(_translate(_color(image, keys[0]), keys[1]), keys[2])
 
-  return jax.vmap(one)(images, keys)
+  return jax.vmap(augment_image)(images, keys)
 
 
 def _color(image, key):
-  """Brightness, saturation about each gray, contrast about the image's mean."""
+  """Changes brightness, saturation and contrast."""
   u = jax.random.uniform(key, (3,), image.dtype)
   image = image + u[0] - 0.5
   gray = image.mean(axis=-1, keepdims=True)
@@ -80,18 +88,18 @@ def _color(image, key):
 
 
 def _translate(image, key):
-  """Shifts by whole pixels; fills with zeros."""
+  """Translates by whole pixels and pads with zeros."""
   height, width, _ = image.shape
-  most = [round(_TRANSLATION * n) for n in (height, width)]
-  padded = jnp.pad(image, [(most[0],) * 2, (most[1],) * 2, (0, 0)])
+  limit = [round(_TRANSLATION * n) for n in (height, width)]
+  padded = jnp.pad(image, [(limit[0],) * 2, (limit[1],) * 2, (0, 0)])
   shift = jax.random.randint(
-      key, (2,), 0, 2 * jnp.asarray(most, jnp.int32) + 1
+      key, (2,), 0, 2 * jnp.asarray(limit, jnp.int32) + 1
   )
   return jax.lax.dynamic_slice(padded, (*shift, 0), image.shape)
 
 
 def _cutout(image, key):
-  """Zeros in a square that is centered anywhere; edges may cut it."""
+  """Sets a square with a random center to zero; clipped at the edges."""
   height, width, _ = image.shape
   sizes = jnp.asarray([round(_CUTOUT * n) for n in (height, width)], jnp.int32)
   ends = jnp.asarray([height, width], jnp.int32) + (1 - sizes % 2)
@@ -109,14 +117,14 @@ def _cutout(image, key):
 
 @dataclasses.dataclass(frozen=True)
 class Discriminator:
-  """Logits of images.
+  """Discriminator: trained heads on a frozen encoder.
 
   Attributes:
-    encoder: computes the features: a denoiser, or `Projected`.
-    heads: the trained part.
-    sigma_max: highest level of the noise; levels are uniform in
-      sigma^(1 / rho). None adds no noise.
-    augment: whether images go through DiffAugment first.
+    encoder: feature network, a denoiser or `Projected`.
+    heads: trained module, features -> logits.
+    sigma_max: maximum noise level; levels are uniform in sigma^(1 / rho). None
+      adds no noise.
+    augment: whether to apply DiffAugment.
   """
 
   encoder: "edm.Diffusion | Projected"
@@ -125,7 +133,7 @@ class Discriminator:
   augment: bool = True
 
   def init(self, key, images, labels):
-    """Returns parameters of the heads."""
+    """Returns parameters of the heads for images [B, H, W, C]."""
     sigma = jnp.ones(images.shape[:1], jnp.float32)
 
     def features():
@@ -142,12 +150,13 @@ class Discriminator:
     """Returns logits [B, heads] of images [B, H, W, C].
 
     Args:
-      params: of the heads.
-      frozen: parameters of the encoder, or of a network like it.
-      images: in [-1, 1].
-      labels: [B] or None.
-      ctx: gives keys.
-      stream: name of its draws; real and generated images have their own.
+      params: parameters of the heads.
+      frozen: parameters of the encoder.
+      images: real or generated images in [-1, 1].
+      labels: [B] int32 or None.
+      ctx: keys.
+      stream: name of the random stream, different for real and generated
+        images.
     """
     if self.augment:
       images = augment(images, ctx.keys(f"{stream}/augment"))
@@ -160,7 +169,7 @@ class Discriminator:
     return self.heads.apply({"params": params}, features)
 
   def levels(self, keys) -> jax.Array:
-    """Draws levels [B] between the denoiser's sigma_min and sigma_max."""
+    """Draws levels [B], uniform in sigma^(1 / rho), from keys [B]."""
     rho = self.encoder.rho
     low, high = (
         s ** (1 / rho) for s in (self.encoder.sigma_min, self.sigma_max)
@@ -170,53 +179,58 @@ class Discriminator:
 
 # Features of a user's network -------------------------------------------------
 
-# Channels of the finest level; every coarser one has twice as many.
+# Channels of the finest level; doubled at every coarser level.
 _WIDTH = 64
 
 
 class Projection(nn.Module):
-  """Frozen random mixing of features (projected GANs; Sauer et al., 2021).
+  """Random cross-scale mixing (Projected GANs; Sauer et al., 2021, sec. 3.2).
 
-  A random 1x1 convolution on every level, and, from coarse to fine, the sum
-  with the enlarged next coarser level through another one, so that a
-  discriminator cannot rely on a few channels. CTM's released code enlarges
-  every level once more at the end; here it keeps its size. The parameters are
-  drawn once and never trained.
+  A random 1x1 convolution per level mixes channels. From coarse to fine, the
+  upsampled coarser level is added and another random 1x1 convolution follows.
+  The discriminator then cannot rely on few channels. The parameters are never
+  trained. The released code of CTM upsamples every output once more; here the
+  resolution is kept.
   """
 
   @nn.compact
   def __call__(self, features: Sequence[jax.Array]) -> list[jax.Array]:
-    """Features [B, H, W, C] of all levels, fine to coarse -> as many."""
+    """Mixes features [B, H, W, C] of all levels, fine to coarse.
+
+    Returns:
+      Mixed features of the same resolutions, fine to coarse.
+    """
 
     def mix(h, width, name):
       init = nn.initializers.he_normal()
       return nn.Conv(width, (1, 1), kernel_init=init, name=name)(h)
 
-    own = [
+    channel_mixed = [
         mix(h, _WIDTH * 2**i, f"channels{i}") for i, h in enumerate(features)
     ]
-    mixed, below = [], None
-    for i in reversed(range(len(own))):
-      h = own[i]
-      if below is not None:
-        shape = (*h.shape[:3], below.shape[-1])
-        h = h + jax.image.resize(below, shape, "bilinear")
-      # The finest keeps its width; others take that of the level above.
-      below = mix(h, _WIDTH * 2 ** max(i - 1, 0), f"scales{i}")
-      mixed.insert(0, below)
+    mixed, coarser = [], None
+    for i in reversed(range(len(channel_mixed))):
+      h = channel_mixed[i]
+      if coarser is not None:
+        shape = (*h.shape[:3], coarser.shape[-1])
+        h = h + jax.image.resize(coarser, shape, "bilinear")
+      # The width of the next finer level, to which the result is added.
+      coarser = mix(h, _WIDTH * 2 ** max(i - 1, 0), f"scales{i}")
+      mixed.insert(0, coarser)
     return mixed
 
 
 @dataclasses.dataclass(frozen=True)
 class Projected:
-  """A frozen network with its mixing, in place of a denoiser's encoder.
+  """Feature network of a projected GAN: a frozen backbone with `Projection`.
 
-  CTM was published with DeiT and EfficientNet.
+  The published CTM uses DeiT and EfficientNet as backbones.
 
   Attributes:
     backbone: (parameters, images [B, H, W, C] in [-1, 1]) -> features
       [B, H, W, C] of one or more levels, fine to coarse; differentiable.
-    load: () -> its parameters.
+    load: () -> parameters of the backbone.
+    mixing: the random projection.
   """
 
   backbone: Callable[[Params, jax.Array], list[jax.Array]]
@@ -224,7 +238,7 @@ class Projected:
   mixing = Projection()
 
   def init(self, key, images, labels) -> Params:
-    """Returns the network's and the mixing's parameters."""
+    """Returns the parameters of backbone and projection."""
     del labels
     params = self.load()
     shapes = jax.eval_shape(self.backbone, params, images)
@@ -234,36 +248,39 @@ class Projected:
     return {"backbone": params, "mixing": mixing["params"]}
 
   def features(self, params, images, sigma, labels) -> list[jax.Array]:
-    """Returns mixed features [B, H, W, C], one tensor per level."""
-    del sigma, labels  # The network takes neither.
+    """Returns mixed features [B, H, W, C] per level, fine to coarse."""
+    del sigma, labels  # Not inputs of the backbone.
     features = self.backbone(params["backbone"], images)
     return self.mixing.apply({"params": params["mixing"]}, features)
 
 
 def _vgg(params: Params, images: jax.Array) -> list[jax.Array]:
-  """Returns features of VGG16 after blocks two to five."""
+  """Returns features of VGG16 after blocks 2 to 5."""
   return lpips.features(params, lpips.enlarge(images))[1:]
 
 
 @functools.cache
 def projected(name: str, path: tuple[str, ...]) -> Projected | None:
-  """Returns the network that `method.gan_encoder` names.
+  """Returns the feature network of `method.gan_encoder`.
 
   Args:
-    name: 'vgg', or 'module:function' of a function that takes no arguments and
-      returns (backbone, parameters); 'teacher' is None.
-    path: files of VGG16's weights, as eval.lpips_path.
+    name: 'teacher'; 'vgg'; or 'module:function', a function without arguments
+      that returns (backbone, parameters).
+    path: weight files of VGG16, as eval.lpips_path.
+
+  Returns:
+    The network; None for 'teacher'.
 
   Raises:
-    UserError: unknown name, a function that cannot be imported, no weights.
+    UserError: unknown name, import failed, or no weight files.
   """
   if name == "teacher":
     return None
   if name == "vgg":
     if not path:
       raise errors.UserError(
-          "method.gan_encoder='vgg' needs weights: set method.gan_encoder_path "
-          "as docs/evaluation.md says of eval.lpips_path"
+          "method.gan_encoder_path: got (), expected weight files for "
+          "method.gan_encoder='vgg'; see eval.lpips_path in docs/evaluation.md"
       )
     return Projected(_vgg, lambda: vgg_names.load_lpips(*path)["vgg"])
   if ":" not in name:
@@ -276,7 +293,7 @@ def projected(name: str, path: tuple[str, ...]) -> Projected | None:
   return Projected(backbone, lambda: params)
 
 
-# Of a method with the field `gan_encoder`.
+# Declaration for methods with a field `gan_encoder`.
 ENCODER = base.FrozenNetwork(
     lambda options: projected(
         options["gan_encoder"], tuple(options["gan_encoder_path"])

@@ -44,7 +44,9 @@ def overview(experiment: build.Experiment, workdir: str) -> str:
   if os.path.isdir(inversions):
     name = sorted(os.listdir(inversions))[0]
     with np.load(os.path.join(inversions, name, "inversion.npz")) as f:
-      latents = sample.visible(f["latents"], experiment.method.sigma_max)
+      latents = sample.latents_as_images(
+          f["latents"], experiment.method.sigma_max
+      )
       rows += [
           ("real image", f["originals"][:_COLUMNS]),
           (f"latent\n{name}", latents[:_COLUMNS]),

@@ -1,1 +1,1 @@
-"""How a learnt map is used: plans, samplers, inversion, editing."""
+"""Sampling plans, samplers, inversion, likelihood and zero-shot editing."""

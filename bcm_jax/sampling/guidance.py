@@ -1,12 +1,12 @@
-"""Guidance: one denoiser is pushed away from another.
+"""Classifier-free guidance and autoguidance.
 
   D_w = D_0 + w (D_1 - D_0)
 
-with D_1 the network itself and D_0 the same without its class (classifier-free
-guidance; Ho & Salimans, 2022), or a smaller or less trained network with it
-(autoguidance; Karras et al., 2024). w = 1 is no guidance. A flow map that is
-Euler's step is affine in its denoiser, so the same holds for it; the wrappers
-take either.
+D_1 is the class-conditional denoiser. D_0 is the same network without the
+class (classifier-free guidance; Ho & Salimans, 2022) or a smaller or less
+trained network with the class (autoguidance; Karras et al., 2024). w = 1
+disables guidance. A flow map given by Euler's step is affine in its denoiser,
+so the formula also holds for flow maps; the wrappers accept both.
 """
 
 from collections.abc import Callable
@@ -18,23 +18,23 @@ Map = Callable[..., jax.Array]
 
 
 def guided(main: Map, guide: Map, weight: float) -> Map:
-  """w main + (1 - w) guide.
+  """Returns the guided map D_w = guide + w (main - guide).
 
   Args:
-    main: D_1, of arguments (x, levels ..., labels).
-    guide: D_0, of the same.
-    weight: w.
+    main: D_1, function (x [B, ...], levels [B] ..., labels [B]) -> [B, ...].
+    guide: D_0, with the same arguments.
+    weight: guidance weight w.
   """
 
-  def both(*args):
-    a, b = main(*args), guide(*args)
-    return b + weight * (a - b)
+  def guided_map(*args):
+    d1, d0 = main(*args), guide(*args)
+    return d0 + weight * (d1 - d0)
 
-  return both
+  return guided_map
 
 
 def without_class(main: Map) -> Map:
-  """The map for no class, label -1; labels are its last argument."""
+  """Returns the unconditional map: the last argument, labels, becomes -1."""
 
   def unconditional(*args):
     *rest, labels = args

@@ -1,17 +1,17 @@
-"""Likelihood of images in bits a dimension, by the ODE of a denoiser.
+"""Likelihood of images in bits/dim by the probability-flow ODE.
 
-The change of variables along the probability-flow ODE (Song et al., 2021,
-section 4.3) gives the density at the smallest level,
+The instantaneous change of variables (Song et al., 2021, section 4.3) gives
+the log-density at the smallest noise level sigma_0, in nats,
 
   log p(x_0) = log N(x_T; 0, sigma_max^2) + int div dx/dsigma dsigma,
 
-with Hutchinson's estimate of the divergence, and a bound of one step the rest
-of the way (Kim et al., CTM, 2024): from x + sigma_0 e, less
-|x - D|^2 / (2 sigma_0^2) - |e|^2 / 2.
+with Hutchinson's estimator of the divergence. The step from sigma_0 to the
+image is bounded variationally (Kim et al., CTM, 2024): with the noisy image
+x + sigma_0 e, the bound subtracts |x - D|^2 / (2 sigma_0^2) - |e|^2 / 2.
 
-The released code of CTM has two errors, both of which flatter: sigma_0 in that
-bound is its seventh root, and images are not dequantised. `legacy_ctm`
-reproduces them.
+The released code of CTM has two errors, both of which lower the reported
+bits/dim: it uses the seventh root of sigma_0 in this bound, and it does not
+dequantize the images. `legacy_ctm` reproduces them.
 """
 
 from collections.abc import Callable
@@ -26,20 +26,24 @@ from scipy import integrate
 
 Denoiser = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
 
-# Grey levels a unit of [-1, 1].
+# Grey levels per unit of the range [-1, 1].
 _LEVELS = 127.5
-# Where the integration starts, in the clock of the grid.
+# Start of the integration: tau with sigma(tau) = sigma_0.
 _FIRST = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-  """Settings of the estimate.
+  """Settings of the likelihood estimate.
+
+  The ODE is integrated over tau in [0, 1] with the noise level sigma(tau) =
+  (sigma_min^(1/rho) + tau (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho (Karras
+  et al., EDM, 2022, equation 5).
 
   Attributes:
-    sigma_min, sigma_max, rho: the clock tau -> sigma(tau) of Karras' grid.
-    tolerance: relative and absolute, of the adaptive solver (RK45).
-    legacy_ctm: the released code's two errors, for its numbers.
+    sigma_min, sigma_max, rho: constants of sigma(tau).
+    tolerance: relative and absolute tolerance of the adaptive solver (RK45).
+    legacy_ctm: reproduce the two errors of CTM's released code.
   """
 
   sigma_min: float = 0.002
@@ -49,16 +53,16 @@ class Likelihood:
   legacy_ctm: bool = False
 
   def root(self, tau):
-    """sigma^(1 / rho) at a time in [0, 1]."""
+    """Returns sigma(tau)^(1 / rho)."""
     low, high = (s ** (1 / self.rho) for s in (self.sigma_min, self.sigma_max))
     return low + tau * (high - low)
 
   def sigma(self, tau):
-    """The level at a time."""
+    """Returns the noise level sigma(tau)."""
     return self.root(tau) ** self.rho
 
   def speed(self, tau):
-    """d sigma / d tau."""
+    """Returns the derivative d sigma / d tau."""
     low, high = (s ** (1 / self.rho) for s in (self.sigma_min, self.sigma_max))
     return self.rho * self.root(tau) ** (self.rho - 1) * (high - low)
 
@@ -71,18 +75,19 @@ def bits_per_dim(
     key: jax.Array,
     settings: Likelihood = Likelihood(),
 ) -> tuple[np.ndarray, int]:
-  """Bits a dimension of uint8 images, an upper bound up to the solver's error.
+  """Computes an upper bound of bits/dim, up to the solver's error.
 
   Args:
-    denoise: D(params, x, sigma [B], labels).
-    params: of the denoiser.
+    denoise: D(params, x, sigma [B], labels) -> [B, H, W, C].
+    params: parameters of the denoiser.
     images: uint8 [B, H, W, C].
-    labels: [B] or None.
-    key: of dequantisation, noise and Hutchinson's vectors.
+    labels: int [B], or None.
+    key: key of dequantization, noise and Hutchinson's vectors.
     settings: see Likelihood.
 
   Returns:
-    (bits [B] float64, evaluations of the denoiser and its derivative).
+    (bits/dim float64 [B], number of function evaluations; each evaluates the
+    denoiser and one Jacobian-vector product).
   """
   keys = jax.random.split(key, 3)
   x = np.asarray(images, np.float64) / _LEVELS - 1
@@ -96,7 +101,7 @@ def bits_per_dim(
   e = np.asarray(jax.random.normal(keys[1], x.shape), np.float64)
   start = x + first * e
   residual = _residual(denoise, params, x, start, e, labels, settings)
-  end, gained, calls = _integrate(
+  end, divergence, calls = _integrate(
       denoise, params, start, labels,
       jax.random.rademacher(keys[2], x.shape, jnp.float32), settings,
   )
@@ -104,7 +109,7 @@ def bits_per_dim(
   prior = -0.5 * _squares(end / settings.sigma_max) - n * math.log(
       settings.sigma_max * math.sqrt(2 * math.pi)
   )
-  log_p = prior + gained - residual
+  log_p = prior + divergence - residual
   return bits - log_p / (n * math.log(2)), calls
 
 
@@ -113,29 +118,29 @@ def _squares(x: np.ndarray) -> np.ndarray:
 
 
 def _residual(denoise, params, x, start, e, labels, settings) -> np.ndarray:
-  """What the last step from sigma_0 to the image costs: [B], nats."""
+  """Returns the variational bound of the step sigma_0 -> 0: [B], nats."""
   first = settings.sigma(_FIRST)
   sigma = jnp.full(len(x), first, jnp.float32)
   d = np.asarray(
       denoise(params, jnp.asarray(start, jnp.float32), sigma, labels),
       np.float64,
   )
-  spread = settings.root(_FIRST) if settings.legacy_ctm else first
-  kept = x[0].size / 2 if settings.legacy_ctm else _squares(e) / 2
-  return _squares(x - d) / (2 * spread**2) - kept
+  sigma_0 = settings.root(_FIRST) if settings.legacy_ctm else first
+  half_noise = x[0].size / 2 if settings.legacy_ctm else _squares(e) / 2
+  return _squares(x - d) / (2 * sigma_0**2) - half_noise
 
 
 def _integrate(denoise, params, start, labels, probe, settings):
-  """(x_T, integral of the divergence [B], evaluations)."""
+  """Integrates the ODE: (x_T, integrated divergence [B], evaluations)."""
   shape, size = start.shape, start.size
 
   @jax.jit
   def velocity(params, x, sigma):
     t = jnp.full(shape[0], sigma, jnp.float32)
-    d, along = jax.jvp(
+    d, tangent = jax.jvp(
         lambda x: denoise(params, x, t, labels), (x,), (probe,)
     )
-    trace = jnp.sum((probe * along).reshape(shape[0], -1), axis=1)
+    trace = jnp.sum((probe * tangent).reshape(shape[0], -1), axis=1)
     return (x - d) / sigma, (size // shape[0] - trace) / sigma
 
   def derivative(tau, y):
@@ -146,9 +151,9 @@ def _integrate(denoise, params, start, labels, probe, settings):
     return speed * flat.astype(np.float64)
 
   y = np.concatenate([start.ravel(), np.zeros(shape[0])])
-  done = integrate.solve_ivp(
+  solution = integrate.solve_ivp(
       derivative, (_FIRST, 1.0), y, method="RK45",
       rtol=settings.tolerance, atol=settings.tolerance,
   )
-  last = done.y[:, -1]
-  return last[:size].reshape(shape), last[size:], done.nfev
+  last = solution.y[:, -1]
+  return last[:size].reshape(shape), last[size:], solution.nfev

@@ -1,9 +1,8 @@
-"""Sampling plans: the steps of a sampler, with times in units of sigma.
+"""Sampling plans: samplers and inversions as lists of steps.
 
-A plan is a list of jumps x <- f(x, t, u), corrected jumps (Heun's steps) and
-noise injections x <- x + e z. All samplers and inversions of this package are
-plans; one executor runs them (`samplers.run`). Times are checked here, NFE is
-counted here.
+A plan is a list of jumps x <- f(x, t, u), Heun steps and noise injections
+x <- x + e z. Noise levels are in sigma units. `samplers.run` executes plans;
+this module checks their levels and counts their network evaluations (NFE).
 """
 
 from collections.abc import Sequence
@@ -16,11 +15,11 @@ from bcm_jax.diffusion import solvers
 
 @dataclasses.dataclass(frozen=True)
 class Jump:
-  """x <- f(x, t, u): one network evaluation.
+  """Jump x <- f(x, t, u), one network evaluation.
 
   Attributes:
-    t, u: levels before and after.
-    guided: take the guided map, see sampling.guidance.
+    t, u: noise levels before and after.
+    guided: use the guided map, see sampling.guidance.
   """
 
   t: float
@@ -30,17 +29,19 @@ class Jump:
   NFE, WORD = 1, "jump "
 
   def __str__(self):
-    way = "generate" if self.u < self.t else "invert"
+    direction = "generate" if self.u < self.t else "invert"
     guided = ", guided" if self.guided else ""
-    return f"{self.WORD}  {self.t:g} -> {self.u:g}  ({way}{guided})"
+    return f"{self.WORD}  {self.t:g} -> {self.u:g}  ({direction}{guided})"
 
 
 @dataclasses.dataclass(frozen=True)
 class HeunJump(Jump):
-  """Heun's step from t to u, of a map f that is Euler's: two evaluations.
+  """Heun step from t to u, two network evaluations.
 
-  y = f(x, t, u), then x <- y + (x - f(y, u, t)) / 2: half of what the way
-  there and back misses is the trapezoidal rule's correction.
+  Requires a flow map f that is Euler's step. y = f(x, t, u), then
+  x <- y + (x - f(y, u, t)) / 2. For Euler's step, half of the round-trip error
+  x - f(y, u, t) is the correction of the trapezoidal rule (Karras et al., EDM,
+  2022, algorithm 1).
   """
 
   NFE, WORD = 2, "heun "
@@ -48,7 +49,7 @@ class HeunJump(Jump):
 
 @dataclasses.dataclass(frozen=True)
 class AddNoise:
-  """x <- x + scale z, z ~ N(0, I); the level is `level` afterwards."""
+  """Noise injection x <- x + scale z, z ~ N(0, I), to noise level `level`."""
 
   scale: float
   level: float
@@ -59,11 +60,11 @@ class AddNoise:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """An ordered list of steps.
+  """Ordered list of steps.
 
   Attributes:
-    name: sampler's name.
-    start: noise level at which the input is expected.
+    name: name of the sampler.
+    start: noise level of the input.
     steps: jumps and noise injections.
   """
 
@@ -73,19 +74,19 @@ class Plan:
 
   @property
   def nfe(self) -> int:
-    """Number of network evaluations."""
+    """Number of network evaluations, without those of a guidance network."""
     return sum(s.NFE for s in self.steps if isinstance(s, Jump))
 
   @property
   def guide_nfe(self) -> int:
-    """Evaluations of the guidance network, in addition to `nfe`."""
+    """Number of evaluations of the guidance network, in addition to `nfe`."""
     return sum(
         s.NFE for s in self.steps if isinstance(s, Jump) and s.guided
     )
 
   @property
   def end(self) -> float:
-    """Noise level of the result."""
+    """Noise level of the output."""
     last = self.steps[-1]
     return last.u if isinstance(last, Jump) else last.level
 
@@ -99,29 +100,29 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class NoiseRange:
-  """The noise levels that a network was trained on."""
+  """Range of noise levels [sigma_min, sigma_max] in training."""
 
   sigma_min: float = 0.002
   sigma_max: float = 80.0
 
-  def check(self, times: Sequence[float], what: str) -> None:
+  def check(self, times: Sequence[float], name: str) -> None:
     """Raises UserError for a level outside [sigma_min, sigma_max]."""
     for t in times:
       if not (math.isfinite(t) and self.sigma_min <= t <= self.sigma_max):
         raise errors.UserError(
-            f"{what} {t:g} lies outside the trained noise levels "
-            f"[{self.sigma_min:g}, {self.sigma_max:g}]; give times in sigma "
-            "units"
+            f"{name}: got {t:g}, expected a noise level in "
+            f"[{self.sigma_min:g}, {self.sigma_max:g}], the range of training;"
+            " give times in sigma units"
         )
 
 
-def _check_monotone(times: Sequence[float], what: str, up: bool) -> None:
+def _check_monotone(times: Sequence[float], name: str, up: bool) -> None:
   pairs = zip(times, times[1:], strict=False)
   if any((b <= a) if up else (b >= a) for a, b in pairs):
-    way = "increasing" if up else "decreasing"
+    order = "increasing" if up else "decreasing"
     raise errors.UserError(
-        f"{what} {', '.join(f'{t:g}' for t in times)} are not strictly {way}; "
-        f"reorder them"
+        f"{name}: got {', '.join(f'{t:g}' for t in times)}, expected strictly "
+        f"{order} levels; reorder them"
     )
 
 
@@ -132,9 +133,13 @@ def _jumps(times: Sequence[float]) -> tuple[Jump, ...]:
 
 
 def ancestral(mid: Sequence[float], levels: NoiseRange) -> Plan:
-  """sigma_max -> mid[0] -> ... -> sigma_min, no fresh noise.
+  """Returns ancestral sampling (Li & He, BCM, 2024).
 
-  One step is `mid` empty. Li & He (BCM, 2024), 'ancestral sampling'.
+  Jumps sigma_max -> mid[0] -> ... -> sigma_min without fresh noise,
+  len(mid) + 1 NFE. An empty `mid` is one-step sampling.
+
+  Raises:
+    UserError: a level outside of the range, or levels not decreasing.
   """
   times = [levels.sigma_max, *mid, levels.sigma_min]
   levels.check(times, "ancestral time")
@@ -149,10 +154,11 @@ def _zigzag_steps(pairs, levels: NoiseRange) -> tuple[Jump | AddNoise, ...]:
     levels.check((noise, up), "zigzag time")
     if up <= noise:
       raise errors.UserError(
-          f"zigzag amplifies noise from {noise:g} to {up:g}, which is not a "
-          "higher level; give pairs (noise, level) with noise < level"
+          f"zigzag pair: got noise amplification from {noise:g} to {up:g}, "
+          "expected a higher level; give pairs (noise, level) with noise < "
+          "level"
       )
-    # Plain `noise`, not sqrt(noise^2 - sigma_min^2): as published.
+    # The paper uses `noise`, not sqrt(noise^2 - sigma_min^2).
     steps += [
         AddNoise(noise, noise),
         Jump(noise, up),
@@ -162,10 +168,14 @@ def _zigzag_steps(pairs, levels: NoiseRange) -> tuple[Jump | AddNoise, ...]:
 
 
 def zigzag(pairs: Sequence[tuple[float, float]], levels: NoiseRange) -> Plan:
-  """One step, then for each (e, t): add e z, jump e -> t -> sigma_min.
+  """Returns zigzag sampling (Li & He, BCM, 2024).
 
-  1 + 2 len(pairs) NFE. Li & He (BCM, 2024), 'zigzag sampling': the injected
-  noise is small, so that content is kept; the network itself amplifies it.
+  One-step sampling, then for each pair (e, t): adds e z and jumps
+  e -> t -> sigma_min; 1 + 2 len(pairs) NFE. The added noise e is small, which
+  preserves the content; the network amplifies it to level t.
+
+  Raises:
+    UserError: a level outside of the range, or a pair with t <= e.
   """
   return mixture((), pairs, levels, name="zigzag")
 
@@ -176,7 +186,7 @@ def mixture(
     levels: NoiseRange,
     name: str = "mixture",
 ) -> Plan:
-  """Ancestral through `mid`, then zigzag by `pairs`."""
+  """Returns ancestral sampling through `mid`, then zigzags with `pairs`."""
   first = ancestral(mid, levels)
   return Plan(
       name, levels.sigma_max, first.steps + _zigzag_steps(pairs, levels)
@@ -184,19 +194,25 @@ def mixture(
 
 
 def zigzags(pairs: Sequence[tuple[float, float]], levels: NoiseRange) -> Plan:
-  """From an image: for each (e, t) add e z, jump e -> t -> sigma_min."""
+  """Returns zigzags from an image: add e z, jump e -> t ->
+  sigma_min,
+  repeat."""
   if not pairs:
-    raise errors.UserError("zigzags need at least one pair (noise, level)")
+    raise errors.UserError("zigzags: got no pairs, expected at least one "
+                           "(noise, level)")
   return Plan("zigzags", levels.sigma_min, _zigzag_steps(pairs, levels))
 
 
 def cm_multistep(
     mid: Sequence[float], levels: NoiseRange, start: float | None = None
 ) -> Plan:
-  """Denoise, add fresh noise to the next level, denoise, ...
+  """Returns multistep consistency sampling (Song et al., 2023, algorithm 1).
 
-  Song et al. (CM, 2023), algorithm 1: sqrt(t^2 - sigma_min^2) z is added to
-  reach level t. The first level is sigma_max, or `start`.
+  Alternates denoising to sigma_min with noise sqrt(t^2 - sigma_min^2) z that
+  reaches the next level t of `mid`. The first level is sigma_max, or `start`.
+
+  Raises:
+    UserError: a level outside of the range, or levels not decreasing.
   """
   times = [levels.sigma_max if start is None else start, *mid]
   levels.check(times, "multistep time")
@@ -209,10 +225,14 @@ def cm_multistep(
 
 
 def inversion(noise: float, mid: Sequence[float], levels: NoiseRange) -> Plan:
-  """Add noise e to an image, then jump e -> mid[0] -> ... -> sigma_max.
+  """Returns the inversion of an image (Li & He, BCM, 2024).
 
-  len(mid) + 1 NFE. Li & He (BCM, 2024), section on inversion: a network is
-  badly trained at the lower end, so a small initial noise (0.07) helps.
+  Adds noise e = `noise`, then jumps e -> mid[0] -> ... -> sigma_max,
+  len(mid) + 1 NFE. The noise (0.07 in the paper) avoids the lowest levels,
+  where the network is least accurate.
+
+  Raises:
+    UserError: a level outside of the range, or levels not increasing.
   """
   times = [noise, *mid, levels.sigma_max]
   levels.check(times, "inversion time")
@@ -225,48 +245,57 @@ def inversion(noise: float, mid: Sequence[float], levels: NoiseRange) -> Plan:
 def gamma_sampling(
     mid: Sequence[float], gamma: float, levels: NoiseRange
 ) -> Plan:
-  """Jump short of the next level by gamma, and add noise up to it.
+  """Returns gamma-sampling (Kim et al., CTM, 2024, algorithm 3).
 
-  Kim et al. (CTM, 2024), algorithm 3, as released: from t_k to s_k =
-  sqrt(1 - gamma^2) (t_k+1 - sigma_min) + sigma_min, so that the last jump ends
-  at sigma_min. gamma 0 is `ancestral`, 1 is `cm_multistep`.
+  As in the released code: jumps from t_k to s_k = sqrt(1 - gamma^2)
+  (t_{k+1} - sigma_min) + sigma_min, then adds noise up to t_{k+1}; the last
+  jump ends at sigma_min. gamma = 0 is `ancestral`, gamma = 1 `cm_multistep`.
 
   Raises:
-    UserError: gamma outside [0, 1], or bad levels.
+    UserError: gamma outside of [0, 1], a level outside of the range, or levels
+      not decreasing.
   """
   if not 0 <= gamma <= 1:
-    raise errors.UserError(f"gamma is {gamma}; it lies in [0, 1]")
+    raise errors.UserError(f"gamma: got {gamma}, expected a number in [0, 1]")
   times = [levels.sigma_max, *mid, levels.sigma_min]
   levels.check(times, "gamma-sampling time")
   _check_monotone(times, "gamma-sampling times", up=False)
   low, rest = levels.sigma_min, math.sqrt(1 - gamma**2)
   steps: list[Jump | AddNoise] = []
-  for t, after in zip(times, times[1:], strict=False):
-    short = rest * (after - low) + low
-    steps.append(Jump(t, short))
-    if after > low and gamma:
-      steps.append(AddNoise(math.sqrt(after**2 - short**2), after))
+  for t, u in zip(times, times[1:], strict=False):
+    s = rest * (u - low) + low
+    steps.append(Jump(t, s))
+    if u > low and gamma:
+      steps.append(AddNoise(math.sqrt(u**2 - s**2), u))
   return Plan("gamma", levels.sigma_max, tuple(steps))
 
 
 def ode(
   sigmas: Sequence[float], churn: solvers.Churn, heun: bool, levels: NoiseRange
 ) -> Plan:
-  """A solver of the ODE on a grid, of a map that is Euler's step.
+  """Returns EDM's sampler (Karras et al., 2022, algorithms 1 and 2).
 
-  Karras et al. (EDM, 2022), algorithms 1 and 2: N levels and then 0, which
-  Euler's step reaches; N NFE, or 2 N - 1 by Heun's rule. Churn adds noise
-  before a step.
+  Steps through N levels and then to 0, the last step by Euler; N NFE, or
+  2 N - 1 with Heun steps. The flow map must be Euler's step.
+
+  Args:
+    sigmas: [N] decreasing noise levels.
+    churn: noise added before each step, algorithm 2.
+    heun: Heun steps instead of Euler steps.
+    levels: range of noise levels in training.
+
+  Raises:
+    UserError: a level outside of the range, or levels not decreasing.
   """
   levels.check(sigmas, "grid level")
   _check_monotone(sigmas, "grid levels", up=False)
   steps: list[Jump | AddNoise] = []
-  for t, after in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
-    raised = t * (1 + churn.gamma(t, len(sigmas)))
-    if raised > t:
-      scale = churn.s_noise * math.sqrt(raised**2 - t**2)
-      steps.append(AddNoise(scale, raised))
-    steps.append((HeunJump if heun and after else Jump)(raised, after))
+  for t, u in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+    t_hat = t * (1 + churn.gamma(t, len(sigmas)))
+    if t_hat > t:
+      scale = churn.s_noise * math.sqrt(t_hat**2 - t**2)
+      steps.append(AddNoise(scale, t_hat))
+    steps.append((HeunJump if heun and u else Jump)(t_hat, u))
   name = "heun" if heun else "ddim"
   return Plan(
     name + ("_churn" if churn.s_churn else ""), sigmas[0], tuple(steps)
@@ -274,9 +303,10 @@ def ode(
 
 
 def guide(plan: Plan, low: float = 0.0, high: float = math.inf) -> Plan:
-  """The plan with guidance in the jumps that start at low < t <= high.
+  """Enables guidance in an interval (Kynkaanniemi et al., 2024).
 
-  Kynkaanniemi et al. (2024); both evaluations of a Heun step go by its start.
+  Guides jumps with start level low < t <= high; the start level of a Heun step
+  decides for both of its evaluations.
   """
   return dataclasses.replace(
     plan,

@@ -1,10 +1,10 @@
 """Zero-shot editing of images, as pure functions of a flow map.
 
-Two families. A two-way map f(x, t, u, labels) inverts a real image to its
-latent, where it is changed, and decodes it (Li & He, BCM, 2024). A one-way map
-regenerates the image and puts the known part back after each jump (Song et al.,
-CM, 2023, algorithm 4). Images are [B, H, W, C] in [-1, 1]; keys [B] are of the
-added noise. The plans of each task are in editing/tasks.py.
+There are two families. A two-way map f(x, t, u, labels) inverts a real image
+to its latent, edits the latent and decodes it (Li & He, BCM, 2024). A one-way
+map regenerates the image and restores the known part after each jump (Song et
+al., CM, 2023, algorithm 4). Images are [B, H, W, C] in [-1, 1]; keys [B] are
+the noise keys, one per image. Each task's plan is in editing/tasks.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ from bcm_jax.diffusion import process
 from bcm_jax.sampling import samplers
 from bcm_jax.sampling import sampling_plan
 
-# Luma of ITU-R BT.601, as CM's released code weighs red, green and blue.
+# Luma weights of red, green and blue (ITU-R BT.601), as in CM's released code.
 LUMA = (0.2989, 0.5870, 0.1140)
-# Alternating projections onto two intersecting convex sets (range and known
-# part) that end a regeneration.
+# Final number of alternating projections onto two convex sets: the range
+# [-1, 1] and the images with the known part.
 _INTO_RANGE = 30
 
 Keep = Callable[[jax.Array], jax.Array]
@@ -30,11 +30,11 @@ def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
   """Interpolates spherically between latents, image by image.
 
   sin((1-w) h) / sin h a + sin(w h) / sin h b with h the angle between the
-  flattened a and b; linear where sin h < 1e-4. The result scales with its
-  inputs, so latents of any noise level will do.
+  flattened a and b; linear where sin h < 1e-4. The function is homogeneous in
+  (a, b), so latents may have any noise level.
 
   Args:
-    a, b: [B, ...].
+    a, b: latents [B, ...].
     weight: [B] in [0, 1]; 0 gives a, 1 gives b.
 
   Returns:
@@ -59,47 +59,49 @@ def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
 def round_trip(
     flow_map: samplers.FlowMap,
     images: jax.Array,
-    there: sampling_plan.Plan,
-    back: sampling_plan.Plan,
+    inversion: sampling_plan.Plan,
+    generation: sampling_plan.Plan,
     labels: jax.Array | None = None,
     keys: jax.Array | None = None,
     new_labels: jax.Array | None = None,
     shift: jax.Array | None = None,
 ) -> jax.Array:
-  """Inverts images, changes latents or classes, and decodes.
+  """Inverts images, changes the latents or classes, and decodes.
 
   Without an edit this is blind restoration (Li & He, 2024): the inversion noise
   removes small artifacts and adversarial perturbations.
 
   Args:
     flow_map: f(x, t, u, labels).
-    images: real images.
-    there: plan of the inversion.
-    back: plan from its end to images.
-    labels: [B] classes of the images, or None.
-    keys: [B] of the added noise.
-    new_labels: [B] classes of the result; None is `labels`.
-    shift: [H, W, C] or [B, H, W, C], added to the latents.
+    images: [B, H, W, C].
+    inversion: plan from the images to latents.
+    generation: plan from the latents to images.
+    labels: int [B], classes of the images, or None.
+    keys: [B].
+    new_labels: int [B], classes of the result; None is `labels`.
+    shift: [H, W, C] or [B, H, W, C], added to the latents; None adds nothing.
 
   Returns:
     [B, H, W, C], not clipped.
   """
-  latents = samplers.run(there, flow_map, images, labels, keys)
+  latents = samplers.run(inversion, flow_map, images, labels, keys)
   if shift is not None:
     latents = latents + shift
   new_labels = labels if new_labels is None else new_labels
-  return samplers.run(back, flow_map, latents, new_labels, keys)
+  return samplers.run(generation, flow_map, latents, new_labels, keys)
 
 
 def direction(latents: jax.Array, present: jax.Array) -> jax.Array:
-  """Mean latent difference between images with and without an attribute.
+  """Computes the latent direction of an attribute.
+
+  The difference of the mean latents of images with and without the attribute.
 
   Args:
-    latents: [B, H, W, C], of real images.
-    present: [B] bool.
+    latents: [B, H, W, C], inverted real images.
+    present: bool [B], true for images with the attribute.
 
   Returns:
-    [H, W, C], to be added to latents.
+    [H, W, C], a shift of latents.
   """
   weight = present / present.sum() - ~present / (~present).sum()
   return jnp.einsum("b,bhwc->hwc", weight, latents)
@@ -118,25 +120,25 @@ def inpaint(
   """Fills holes by inverting and decoding the image several times.
 
   Li & He (2024): the hole starts as noise; each round inverts the whole image
-  to a level t_k, decreasing over rounds, decodes it, and puts the known pixels
-  back, feathered. The inverted noise of the known pixels agrees with them;
-  fresh noise would not. The constants of the paper are not published; ours are
-  in editing/tasks.py.
+  to a level t_k, decreasing over rounds, decodes it, and restores the known
+  pixels with a feathered border. Inverted noise is consistent with the known
+  pixels, unlike fresh noise. The paper does not publish its constants; those
+  used are in editing/tasks.py.
 
   Args:
-    flow_map: f(x, t, u, labels), both ways.
-    images: pixels in the holes have no effect.
+    flow_map: two-way f(x, t, u, labels).
+    images: [B, H, W, C]; pixels in the holes have no effect.
     mask: [B, H, W, 1], 1 where a pixel is known, else 0.
     plan: see sampling_plan.zigzags.
-    labels: [B] or None.
+    labels: int [B], or None.
     keys: [B].
-    fill: standard deviation of the noise in the hole.
-    width: of the feathered border, pixels.
+    fill: standard deviation of the initial noise in the hole.
+    width: width of the feathered border, see `feather`; pixels.
 
   Returns:
     [B, H, W, C]; known pixels equal those of `images` exactly.
   """
-  # Steps of the plan have smaller numbers.
+  # Steps of the plan use the noise numbers 0 .. len(plan.steps) - 1.
   noise = process.normal_like(keys, images, len(plan.steps))
   x = keep_pixels(fill * noise, images, mask)
   soft = feather(mask, width)
@@ -154,7 +156,18 @@ def latent_variance(
     sigma_max: float,
     labels: jax.Array | None = None,
 ) -> jax.Array:
-  """Mean square [B] at sigma_max of images taken to be at sigma [B]."""
+  """Computes the mean square of latents.
+
+  Args:
+    flow_map: two-way f(x, t, u, labels).
+    images: [B, H, W, C].
+    sigma: [B], assumed noise level of the images.
+    sigma_max: noise level of the latents.
+    labels: int [B], or None.
+
+  Returns:
+    [B], the mean square of f(images, sigma, sigma_max).
+  """
   end = jnp.full_like(sigma, sigma_max)
   latents = flow_map(images, sigma, end, labels)
   return jnp.mean(latents**2, axis=tuple(range(1, images.ndim)))
@@ -169,26 +182,27 @@ def noise_level(
     labels: jax.Array | None = None,
     evaluations: int = 12,
 ) -> jax.Array:
-  """Estimates the standard deviation of white noise in images by a two-way map.
+  """Estimates the standard deviation of white noise by a two-way map.
 
-  A jump from level t to sigma_max yields noise of the variance expected at t if
-  t is the level of the image, of a larger variance if t is too low and of a
-  smaller one if it is too high: bisection of ln t. An exact map has variance
-  sigma_max^2 + sigma_data^2 for every t; a trained one deviates at low levels,
-  so `expected` is measured on images with known noise. For Gaussian data the
-  estimate is exact except for the spread of an image's norm, 1 / sqrt(2 H W C).
+  A jump from level t to sigma_max gives latents of the expected variance if t
+  is the noise level of the image, of larger variance if t is too low and of
+  smaller variance if t is too high: bisection in ln t. An exact map has
+  variance sigma_max^2 + sigma_data^2 for every t; a trained one deviates at
+  low levels, so `expected` is measured on images with known noise. For
+  Gaussian data the estimate is exact except for the spread of an image's norm,
+  1 / sqrt(2 H W C).
 
   Args:
-    flow_map: f(x, t, u, labels), both ways.
-    images: [B, H, W, C] with noise.
-    levels: on which the map was trained.
-    grid: [G] ascending levels of `expected`.
-    expected: [G], mean `latent_variance` of images with that noise.
-    labels: [B] or None.
-    evaluations: of the map; each halves the interval.
+    flow_map: two-way f(x, t, u, labels).
+    images: noisy images [B, H, W, C].
+    levels: range of noise levels in training.
+    grid: [G], increasing noise levels.
+    expected: [G], mean `latent_variance` of images at these noise levels.
+    labels: int [B], or None.
+    evaluations: number of evaluations of the map; each halves the interval.
 
   Returns:
-    [B], in [grid[0], grid[-1]].
+    Noise levels sigma [B], in [grid[0], grid[-1]].
   """
   logs = jnp.log(grid)
   low = jnp.full(images.shape[:1], logs[0])
@@ -198,8 +212,9 @@ def noise_level(
     variance = latent_variance(
         flow_map, images, jnp.exp(middle), levels.sigma_max, labels
     )
-    more = variance > jnp.interp(middle, logs, expected)
-    low, high = jnp.where(more, middle, low), jnp.where(more, high, middle)
+    too_low = variance > jnp.interp(middle, logs, expected)
+    low = jnp.where(too_low, middle, low)
+    high = jnp.where(too_low, high, middle)
   return jnp.exp((low + high) / 2)
 
 
@@ -231,20 +246,20 @@ def class_errors(
     num_classes: int,
     keys: jax.Array,
 ) -> jax.Array:
-  """Denoising errors of a conditional map, for each class.
+  """Computes the denoising error of a conditional map for each class.
 
   The class with the lowest error is the prediction of the diffusion classifier
   (Li et al., Diffusion Classifier, 2023; Chen et al., Robust Classification via
   a Single Diffusion Model, 2024), which transfers poorly from attacks on other
-  classifiers. All classes share the same noises; levels have equal weight.
+  classifiers. All classes share the same noise; levels have equal weight.
 
   Args:
     flow_map: f(x, t, sigma_min, labels).
     images: [B, H, W, C].
-    times: levels of the noise that is added.
-    draws: noises per level.
-    levels: on which the map was trained.
-    num_classes: K.
+    times: noise levels at which the images are denoised.
+    draws: number of noise samples per level.
+    levels: range of noise levels in training.
+    num_classes: number of classes K.
     keys: [B].
 
   Returns:
@@ -277,21 +292,22 @@ def regenerate(
 ) -> jax.Array:
   """Adds noise up to the plan's start and denoises, keeping the known part.
 
-  With `keep`: algorithm 4 of Song et al., for inpainting, colorization and
-  super-resolution, with the projection that puts the known part back. Without
-  it: SDEdit (Meng et al., 2022), their stroke-guided generation.
+  With `keep`, this is algorithm 4 of Song et al. (2023) for inpainting,
+  colorization and super-resolution; `keep` is the projection that restores the
+  known part. Without `keep`, this is SDEdit (Meng et al., 2022).
 
   Args:
     flow_map: f(x, t, sigma_min, labels).
-    images: the known part, or the guide.
-    plan: sampling_plan.cm_multistep, from any level.
-    labels: [B] or None.
+    images: [B, H, W, C], the known part, or the guide of SDEdit.
+    plan: plan of sampling_plan.cm_multistep, from any level.
+    labels: int [B], or None.
     keys: [B].
-    keep: x -> x with the known part.
+    keep: function [B, H, W, C] -> [B, H, W, C], or None.
 
   Returns:
-    [B, H, W, C]. The known part is put back after clipping to [-1, 1]; at the
-    end both alternate until the image is also within the range.
+    [B, H, W, C]. After each jump, images are clipped to [-1, 1] and projected
+    by `keep`; at the end both alternate, so that the image with the known part
+    is also in the range.
   """
   noise = process.normal_like(keys, images, len(plan.steps))
   if keep is None:
@@ -311,15 +327,14 @@ def regenerate(
 def wavelet_noise_level(images: jax.Array) -> jax.Array:
   """Estimates the standard deviation of white noise without a network.
 
-  Donoho & Johnstone (1994): the median of the finest diagonal coefficients of
-  Haar's wavelet over 0.6745. Biased upwards where the image has details of one
-  pixel.
+  Donoho & Johnstone (1994): the median absolute value of the finest diagonal
+  Haar coefficients, divided by 0.6745. Details of one pixel bias it upwards.
 
   Args:
     images: [B, H, W, C], H and W even.
 
   Returns:
-    [B].
+    Noise levels sigma [B].
   """
   a, b = images[:, ::2], images[:, 1::2]
   diagonal = (a[:, :, ::2] - a[:, :, 1::2] - b[:, :, ::2] + b[:, :, 1::2]) / 2
@@ -327,61 +342,63 @@ def wavelet_noise_level(images: jax.Array) -> jax.Array:
   return jnp.median(flat, axis=1) / 0.6745
 
 
-# Projections onto the set of images that agree with a measurement -----------
+# Projections onto the measurement-consistent set ----------------------------
 #
-# Each `keep_*` takes images x and known ones [B, H, W, C] in any range and
-# returns the nearest image to x that has the known part: with an orthogonal
-# projection P, x + P (known - x). Song et al. (CM, 2023), section 5 and
-# algorithm 4, write the same with an orthogonal basis whose first vector spans
-# the known part.
+# Each `keep_*` takes images x and known images [B, H, W, C] and returns the
+# image nearest to x that has the known part: x + P (known - x) with an
+# orthogonal projection P. Song et al. (CM, 2023), section 5 and algorithm 4,
+# write the same with an orthogonal basis whose first vector spans the known
+# part.
 
 
 def keep_pixels(x: jax.Array, known: jax.Array, mask: jax.Array) -> jax.Array:
-  """Takes pixels of `known` where mask is 1 and of x where it is 0, exactly.
+  """Replaces pixels of x by `known` where mask is 1.
+
+  Exact where mask is 0 or 1; values between blend both.
 
   Args:
     x, known: [B, H, W, C], finite.
-    mask: [B, H, W, 1] in [0, 1]; values between mix both.
+    mask: [B, H, W, 1] in [0, 1].
   """
   return mask * known + (1 - mask) * x
 
 
-def keep_grey(x: jax.Array, known: jax.Array) -> jax.Array:
-  """Takes the luma of `known` [B, H, W, 3] and the chroma of x."""
+def keep_gray(x: jax.Array, known: jax.Array) -> jax.Array:
+  """Replaces the luma of RGB images x by that of `known`, [B, H, W, 3]."""
   luma = jnp.asarray(LUMA, x.dtype)
-  along = jnp.einsum("bhwc,c->bhw", known - x, luma) / jnp.sum(luma**2)
-  return x + along[..., None] * luma
+  change = jnp.einsum("bhwc,c->bhw", known - x, luma) / jnp.sum(luma**2)
+  return x + change[..., None] * luma
 
 
 def keep_means(x: jax.Array, known: jax.Array, size: int) -> jax.Array:
-  """Takes the means of size x size blocks of `known` and the details of x."""
+  """Replaces the means of size x size blocks of x by those of `known`."""
   return x + enlarge(shrink(known - x, size), size)
 
 
-def to_grey(x: jax.Array) -> jax.Array:
+def to_gray(x: jax.Array) -> jax.Array:
   """Returns the luma of images [B, H, W, 3], in three equal channels."""
   luma = jnp.asarray(LUMA, x.dtype)
-  grey = jnp.einsum("bhwc,c->bhw", x, luma / luma.sum())
-  return jnp.broadcast_to(grey[..., None], x.shape)
+  gray = jnp.einsum("bhwc,c->bhw", x, luma / luma.sum())
+  return jnp.broadcast_to(gray[..., None], x.shape)
 
 
 def shrink(x: jax.Array, size: int) -> jax.Array:
-  """Averages blocks: [B, H, W, C] -> [B, H / size, W / size, C]."""
+  """Averages size x size blocks: [B, H, W, C] -> [B, H / size, W / size, C]."""
   b, h, w, c = x.shape
   blocks = x.reshape(b, h // size, size, w // size, size, c)
   return blocks.mean(axis=(2, 4))
 
 
 def enlarge(x: jax.Array, size: int) -> jax.Array:
-  """Repeats pixels to blocks: [B, H, W, C] -> [B, size H, size W, C]."""
+  """Repeats pixels: [B, H, W, C] -> [B, size H, size W, C]."""
   return x.repeat(size, axis=1).repeat(size, axis=2)
 
 
 def feather(mask: jax.Array, width: float) -> jax.Array:
   """Fades a mask [B, H, W, 1] to 0 towards its holes.
 
-  A Gaussian of standard deviation `width` pixels blurs it where it is 1; holes
-  stay 0. Width 0 changes nothing.
+  A Gaussian of standard deviation `width` pixels blurs the mask; holes stay 0.
+  Width 0 returns the mask unchanged.
   """
   if not width:
     return mask

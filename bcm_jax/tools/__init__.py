@@ -1,1 +1,1 @@
-"""Inspection, ahead-of-time compilation, a classifier for metrics."""
+"""Config inspection, ahead-of-time compilation and classifier training."""

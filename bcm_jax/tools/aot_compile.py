@@ -1,11 +1,10 @@
 """Mode compile: ahead-of-time compilation for a TPU topology, without a TPU.
-needed.
 
   python -m bcm_jax.main --config=FILE --mode=compile --topology=v5e:16x16
 
 The compiler of libtpu (`pip install libtpu`) compiles the executable of a pod
-on any Linux machine, so that whether a config fits is known before a pod is
-rented. Nothing is run: times are roofline bounds from published peaks.
+on any Linux machine. It reports whether a config fits into memory. Nothing is
+run: times are roofline bounds from published peaks.
 """
 
 import importlib.util
@@ -27,24 +26,31 @@ from bcm_jax.training import train_step
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 
-# By default libtpu looks for TPUs of this machine and locks them.
+# By default libtpu searches for local TPUs and locks them.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
 _GIB = 2**30
-# Share of usable memory; the rest is for batches, metrics and fragmentation.
+# Largest fraction of usable memory that fits; the rest is for batches, metrics
+# and fragmentation.
 FITS = 0.9
 
 
 def run(
     config: ml_collections.ConfigDict, topology: str | None, out: str | None
 ) -> None:
-  """Compiles for a topology and prints, or writes, the report.
+  """Compiles for a topology; prints the report and writes it as JSON.
+
+  Args:
+    config: resolved config.
+    topology: for example 'v5e:4x4'.
+    out: path of the JSON file, or None.
 
   Raises:
-    UserError: unknown topology, no libtpu, or the step does not fit.
+    UserError: an unknown topology, libtpu is not installed, or the step does
+      not fit into memory.
   """
   report = compile_for(config, topology)
   print(as_text(report))
@@ -56,11 +62,15 @@ def run(
 def compile_for(
     config: ml_collections.ConfigDict, topology: str | None
 ) -> dict[str, Any]:
-  """Returns the report of a config on a topology, as JSON values."""
+  """Compiles a config for a topology; returns the report as JSON values.
+
+  Raises:
+    UserError: as `run`.
+  """
   if topology is None:
     raise errors.UserError(
-        "mode compile needs --topology, such as v5e:4x4; TPUs are "
-        + ", ".join(hlo_cost.CHIPS)
+        "--topology: got None, expected for example v5e:4x4 in mode compile; "
+        "TPUs are " + ", ".join(hlo_cost.CHIPS)
     )
   chip = hlo_cost.find_chip(topology)
   devices = _devices(topology, chip)
@@ -88,30 +98,33 @@ def compile_for(
 
 
 def _devices(topology: str, chip: hlo_cost.Chip) -> list[Any]:
+  """Returns the abstract devices of a topology."""
   if importlib.util.find_spec("libtpu") is None:
     raise errors.UserError(
-        "mode compile needs TPU's compiler: pip install libtpu"
+        "libtpu: got no such package, expected it for mode compile; pip "
+        "install libtpu"
     )
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   # Imported here because the import reads the environment.
   from jax.experimental import topologies
 
-  extra = {"chip_config_name": "megacore"} if chip.megacore else {}
+  options = {"chip_config_name": "megacore"} if chip.megacore else {}
   try:
-    found = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology, **extra
+    description = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, **options
     )
-  except Exception as e:  # XLA's errors have no class of their own here.
+  except Exception as e:  # XLA raises plain exceptions here.
     text = " ".join(str(e).split())[:200]
     raise errors.UserError(
-        f"--topology={topology} is unknown to libtpu ({text}); give a shape "
-        "that is sold, such as v4:2x2x1, v5e:4x4, v5p:2x2x1 or v6e:8x8"
+        f"--topology: got {topology}, expected a topology of libtpu such as "
+        f"v4:2x2x1, v5e:4x4, v5p:2x2x1 or v6e:8x8 ({text})"
     ) from e
-  return list(found.devices)
+  return list(description.devices)
 
 
 def _abstract(tree: Any, placed: jax.sharding.Sharding) -> Any:
+  """Returns the shapes of a tree with one sharding."""
   return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(
           np.shape(x), np.asarray(x).dtype, sharding=placed
@@ -133,9 +146,9 @@ def abstract_inputs(
   if experiment.config.data.pairs is not None:
     fields["noise"] = (shape, np.float16)
   batch = build.network_inputs(experiment, {
-      k: jax.ShapeDtypeStruct(
-          (n, *rest), dtype, sharding=backend.batch_sharding()
-      ) for k, (rest, dtype) in fields.items()
+      name: jax.ShapeDtypeStruct(
+          (n, *field_shape), dtype, sharding=backend.batch_sharding()
+      ) for name, (field_shape, dtype) in fields.items()
   })
   curriculum = _abstract(
       sharding.curricula(experiment.method, 0, 1),
@@ -149,7 +162,7 @@ def lower(
     backend: sharding.Jit,
     phase: tuple[str, ...],
 ) -> jax.stages.Lowered:
-  """Lowers the training step of a phase, from shapes only."""
+  """Lowers the training step of a phase from abstract inputs."""
   step = train_step.make_step(
       experiment.method, experiment.optimizers(),
       experiment.step_options(backend),
@@ -161,7 +174,7 @@ def lower(
 
 def _report(experiment, backend, phase, chip: hlo_cost.Chip) -> dict[str, Any]:
   """Compiles the step of a phase; returns its cost per chip."""
-  began = time.monotonic()
+  start = time.monotonic()
   lowered = lower(experiment, backend, phase)
   traced = time.monotonic()
   print(f"compiling phase {'+'.join(phase)}; minutes for a large network",
@@ -170,15 +183,15 @@ def _report(experiment, backend, phase, chip: hlo_cost.Chip) -> dict[str, Any]:
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as e:
-    raise _does_not_fit(e) or e from e
-  done = time.monotonic()
+    raise _out_of_memory_error(e) or e from e
+  end = time.monotonic()
   cost = hlo_cost.cost(compiled)
   times = experiment.step_options(backend).microbatches
   flops, moved = cost.flops * times, cost.bytes_moved * times
   compute, memory = flops / chip.flops, moved / chip.bandwidth
   return {
-      # Wall time, and "cpu" of all threads, which other load affects less.
-      "seconds": {"trace": traced - began, "compile": done - traced,
+      # Wall time, and CPU time of all threads, which varies less with load.
+      "seconds": {"trace": traced - start, "compile": end - traced,
                   "cpu": time.process_time() - cpu},
       "bytes": {
           "arguments": cost.arguments, "temporaries": cost.temporaries,
@@ -200,8 +213,8 @@ def _report(experiment, backend, phase, chip: hlo_cost.Chip) -> dict[str, Any]:
   }
 
 
-def _does_not_fit(error: Exception) -> errors.UserError | None:
-  """Converts an out-of-memory error of XLA; None for any other error."""
+def _out_of_memory_error(error: Exception) -> errors.UserError | None:
+  """Converts an out-of-memory error of XLA; returns None for other errors."""
   match = re.search(
       r"Ran out of memory in memory space hbm.*?(?:Used|of) ([\d.]+\w) of "
       r"([\d.]+\w)|memory on HBM.*?\(([\d.]+\w)\) exceeds available HBM "
@@ -209,13 +222,12 @@ def _does_not_fit(error: Exception) -> errors.UserError | None:
   )
   if match is None:
     return None
-  need, have = (g for g in match.groups() if g is not None)
+  required, available = (g for g in match.groups() if g is not None)
   return errors.UserError(
-      f"the step needs {need} per chip, and a program may use {have}; take "
-      f"more "
-      "chips, parallel.fsdp=0 with parallel.sharding=fsdp, "
-      "parallel.microbatch_size_per_device for gradient accumulation, or "
-      "model.remat=True"
+      f"memory per chip: got {required} for the step, expected at most "
+      f"{available}; use more chips, parallel.fsdp=0 with "
+      "parallel.sharding=fsdp, parallel.microbatch_size_per_device for "
+      "gradient accumulation, or model.remat=True"
   )
 
 
@@ -231,8 +243,7 @@ def as_text(report: dict[str, Any]) -> str:
       f"{report['topology']}: {report['chips']} chips on {report['hosts']} "
       f"host(s), mesh {report['mesh']}, sharding {report['sharding']}",
       f"batch {report['batch_size']}: {report['examples_per_chip']} per chip "
-      f"in "
-      f"{report['microbatches']} part(s)",
+      f"in {report['microbatches']} microbatch(es)",
   ]
   for name, phase in report["phases"].items():
     size, roof = phase["bytes"], phase["roofline_ms"]
@@ -249,7 +260,7 @@ def as_text(report: dict[str, Any]) -> str:
         f"  roofline   {roof['bound']:.0f} ms per step at least (compute "
         f"{roof['compute']:.0f}, memory {roof['memory']:.0f}; published peaks)",
     ]
-    for kind, each in phase["collectives"].items():
-      lines.append(f"  {kind:<18} {each['count']:4d} x, "
-                   f"{each['bytes'] / 1e6:.1f} MB in all")
+    for kind, total in phase["collectives"].items():
+      lines.append(f"  {kind:<18} {total['count']:4d} x, "
+                   f"{total['bytes'] / 1e6:.1f} MB in total")
   return "\n".join(lines)

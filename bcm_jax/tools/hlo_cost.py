@@ -1,9 +1,8 @@
 """Cost of a compiled step per device: memory, FLOPs, bytes, collectives.
 
-Taken from the executable that XLA compiled, not estimated. Loops are the
-exception: XLA counts the body of a loop once, so a step that accumulates
-gradients over microbatches is counted for one of them, and the caller
-multiplies.
+Costs are read from the executable of XLA. XLA counts the body of a loop once,
+so that the cost of a step with gradient accumulation is that of one
+microbatch; callers multiply it.
 """
 
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import jax
 
 from bcm_jax import errors
 
-# Names in the HLO text; '-start' marks the asynchronous form.
+# Names in HLO text; the suffix '-start' marks asynchronous collectives.
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all",
                 "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
@@ -34,13 +33,13 @@ _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant",
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Published peaks of a TPU device as JAX sees it.
+  """Published peaks of a TPU device, one entry of jax.devices().
 
   Attributes:
-    flops: peak bfloat16 operations per second.
-    bandwidth: bytes per second from its memory.
-    memory: bytes that a program may use.
-    megacore: whether its two cores are one device.
+    flops: peak bfloat16 FLOP/s.
+    bandwidth: memory bandwidth, bytes/s.
+    memory: memory available to a program, bytes.
+    megacore: whether two cores form one device.
   """
 
   flops: float
@@ -50,9 +49,9 @@ class Chip:
 
 
 _GIB = 2**30
-# Google Cloud's documentation, system architecture pages of TPU v4, v5e, v5p
-# and v6e (Trillium), recalled without a look-up. Usable memory is what the
-# compiler (libtpu 0.0.52) allows.
+# Peaks: Google Cloud documentation, system architecture of TPU v4, v5e, v5p
+# and v6e (Trillium); recalled, not verified. Memory: limit of the compiler of
+# libtpu 0.0.52.
 CHIPS = {
     "v4": Chip(275e12, 1.228e12, 30.75 * _GIB, megacore=True),
     "v5e": Chip(197e12, 0.819e12, 15.75 * _GIB),
@@ -65,7 +64,7 @@ def find_chip(topology: str) -> Chip:
   """Returns the chip of a topology such as 'v5e:16x16'.
 
   Raises:
-    UserError: unknown name.
+    UserError: an unknown chip.
   """
   name = topology.partition(":")[0]
   if name not in CHIPS:
@@ -75,14 +74,14 @@ def find_chip(topology: str) -> Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Cost of one step (or one of its microbatches) on one device.
+  """Cost of one step, or of one microbatch, on one device.
 
   Attributes:
-    arguments, outputs, temporaries, code: bytes.
-    aliased: bytes of outputs in the buffers of donated arguments.
-    flops: floating-point operations.
-    bytes_moved: read from and written to the device's main memory.
-    collectives: kind -> (count, total bytes of their results).
+    arguments, outputs, temporaries, code: sizes in bytes.
+    aliased: bytes of outputs that reuse the buffers of donated arguments.
+    flops: number of floating-point operations.
+    bytes_moved: bytes read from and written to main memory.
+    collectives: kind -> (count, total bytes of the results).
   """
 
   arguments: int
@@ -96,7 +95,7 @@ class Cost:
 
   @property
   def peak(self) -> int:
-    """Peak bytes in memory."""
+    """Peak memory in bytes."""
     return (self.arguments + self.outputs - self.aliased + self.temporaries
             + self.code)
 
@@ -119,12 +118,12 @@ def cost(compiled: jax.stages.Compiled) -> Cost:
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-  """Returns kind -> (count, bytes of results) of the collectives in HLO text.
+  """Counts collectives in HLO text: kind -> (count, bytes of the results).
 
-  The output of an asynchronous start includes operands; its largest part is the
-  result.
+  The output of an asynchronous start includes its operands; the largest element
+  is the result.
   """
-  found: dict[str, tuple[int, int]] = {}
+  totals: dict[str, tuple[int, int]] = {}
   for line in text.splitlines():
     match = _COLLECTIVE.search(line)
     if match is None:
@@ -135,27 +134,27 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
       size = max(sizes, default=0)
     else:
       size = sum(sizes)
-    count, total = found.get(kind, (0, 0))
-    found[kind] = count + 1, total + size
-  return found
+    count, total = totals.get(kind, (0, 0))
+    totals[kind] = count + 1, total + size
+  return totals
 
 
 def bytes_moved(text: str) -> int:
-  """Counts bytes that a module reads from and writes to main memory.
+  """Counts the bytes that a module reads from and writes to main memory.
 
-  XLA's own 'bytes accessed' includes the chip's fast memory, twice where it is
-  prefetched. Here every instruction outside of a fusion reads its operands and
-  writes its result, except those in fast memory (space 1 and up in their
-  layout), and an asynchronous copy counts at its start. Of branches the largest
-  counts; the body of a loop counts once.
+  XLA's 'bytes accessed' includes fast on-chip memory, twice for prefetches.
+  Here every instruction outside of a fusion reads its operands and writes its
+  result, except values in fast memory (memory space 1 or higher in the layout).
+  An asynchronous copy counts at its start. Only the most expensive branch of a
+  conditional counts; the body of a loop counts once.
   """
   computations: dict[str, list[str]] = {}
   entry, lines = "", []
   for line in text.splitlines():
-    head = re.match(r"(ENTRY )?(%[\w.\-]+) \(", line)
-    if head:
-      lines = computations.setdefault(head.group(2), [])
-      entry = head.group(2) if head.group(1) else entry
+    header = re.match(r"(ENTRY )?(%[\w.\-]+) \(", line)
+    if header:
+      lines = computations.setdefault(header.group(2), [])
+      entry = header.group(2) if header.group(1) else entry
     else:
       lines.append(line)
 
@@ -173,18 +172,23 @@ def bytes_moved(text: str) -> int:
 
 
 def _called(op: str, line: str) -> list[str]:
-  """Returns the computations that an instruction calls, not fused."""
+  """Returns the computations that an instruction calls, without fusions."""
   key = {"while": "body", "call": "to_apply", "conditional": (
       "branch_computations|true_computation|false_computation"
   )}.get(op)
   if key is None:
     return []
-  found = re.findall(rf"(?:{key})=(\{{[^}}]*\}}|%[\w.\-]+)", line)
-  return re.findall(r"%[\w.\-]+", " ".join(found))
+  calls = re.findall(rf"(?:{key})=(\{{[^}}]*\}}|%[\w.\-]+)", line)
+  return re.findall(r"%[\w.\-]+", " ".join(calls))
 
 
 def _traffic(match: re.Match, shapes: dict[str, int]) -> int:
-  """Returns bytes of an instruction; adds those of its result to shapes."""
+  """Returns the traffic of an instruction in bytes; records its result size.
+
+  Args:
+    match: match of _INSTRUCTION.
+    shapes: name -> bytes of earlier results in main memory; updated.
+  """
   name, result, op, operands = match.groups()
   shapes[name] = _slow_bytes(result)
   if op in _FREE or op.endswith("-done"):
@@ -192,16 +196,16 @@ def _traffic(match: re.Match, shapes: dict[str, int]) -> int:
   read = sum(
       shapes.get(operand, 0) for operand in re.findall(r"%[\w.\-]+", operands)
   )
-  if op == "slice-start":  # Its result names the operand, then the slice.
-    taken = [_bytes(*s[:2]) for s in _SHAPE.findall(result)[1:2]]
-    read, shapes[name] = min([read, *taken]), 0
-  elif op == "copy-start":  # Its result names destination and source.
+  if op == "slice-start":  # The result shape is (operand, slice, ...).
+    slices = [_bytes(*s[:2]) for s in _SHAPE.findall(result)[1:2]]
+    read, shapes[name] = min([read, *slices]), 0
+  elif op == "copy-start":  # The result shape is (destination, source, ...).
     shapes[name] -= read
   return read + shapes[name]
 
 
 def _slow_bytes(shapes: str) -> int:
-  """Returns bytes in main memory of a shape, or a tuple of shapes."""
+  """Returns the bytes in main memory of a shape or a tuple of shapes."""
   return sum(
       _bytes(dtype, dims)
       for dtype, dims, layout in _SHAPE.findall(shapes)
@@ -210,6 +214,7 @@ def _slow_bytes(shapes: str) -> int:
 
 
 def _bytes(dtype: str, dims: str) -> int:
+  """Returns the size in bytes of an HLO shape such as ('f32', '8,16')."""
   bits = _BITS.get(dtype)
   if bits is None:
     digits = re.search(r"\d+", dtype)
@@ -221,19 +226,19 @@ def _bytes(dtype: str, dims: str) -> int:
 def count_flops(function: Any, *args: Any, **kwargs: Any) -> int:
   """Counts FLOPs of the matrix products and convolutions of a function.
 
-  Counted in its jaxpr, loops as often as they run: two per multiply-add. These
-  are the model FLOPs of MFU; norms, activations and optimizers do not count,
-  and the result does not depend on how XLA shards the work.
+  Counts two FLOPs per multiply-add in the jaxpr, and loops as often as they
+  run. These are the model FLOPs of MFU (Chowdhery et al., PaLM, 2022): norms,
+  activations and optimizers are excluded, and sharding has no effect.
 
   Args:
-    function: to trace; static arguments by functools.partial.
-    *args: arrays or their shapes.
-    **kwargs: the same.
+    function: function to trace; bind static arguments by functools.partial.
+    *args, **kwargs: arguments of the function, arrays or their shapes.
   """
   return _flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
 
 def _flops(jaxpr: Any) -> int:
+  """Counts FLOPs of a jaxpr and of the jaxprs in its equations."""
   total = 0
   for eqn in jaxpr.eqns:
     inner = sum(map(_flops, _inner(eqn.params)))
@@ -256,15 +261,16 @@ def _inner(params: Mapping[str, Any]):
 
 
 def _dot_flops(eqn: Any) -> int:
+  """Counts FLOPs of a dot_general."""
   (contracted, _), _ = eqn.params["dimension_numbers"]
   left = eqn.invars[0].aval.shape
   return 2 * eqn.outvars[0].aval.size * math.prod(left[i] for i in contracted)
 
 
 def _conv_flops(eqn: Any) -> int:
-  """Counts padding as image and omits the zeros of dilation.
+  """Counts FLOPs of a convolution, with padding, without dilation zeros.
 
-  With that the forward pass and its two gradients have equal counts.
+  With this convention the forward pass and both gradients have equal counts.
   """
   numbers = eqn.params["dimension_numbers"]
   kernel = eqn.invars[1].aval.shape

@@ -1,4 +1,4 @@
-"""Mode inspect: what a config means, and what a checkpoint holds."""
+"""Mode inspect: describes a config and a checkpoint."""
 
 import os
 from typing import Any
@@ -20,9 +20,10 @@ from bcm_jax.training import goodput
 from bcm_jax.training import hooks
 from bcm_jax.training import rng
 
-_DRAWS = 20_000
-# Of these; some draws are one for all examples of a step.
-_STEPS = 200
+# Number of sampled noise levels in histograms, over this many training steps;
+# some levels are shared by all examples of a step.
+_DRAWS, _STEPS = 20_000, 200
+# Number of rows of tables and histograms.
 _ROWS = 12
 
 
@@ -31,13 +32,19 @@ def report(
     workdir: str | None,
     compare: str | None,
 ) -> str:
-  """Describes a config and, where workdir holds a run, its checkpoint.
+  """Describes a config and, if workdir contains a run, its checkpoint.
 
   Args:
     config: resolved config.
-    workdir: directory of a run, or None.
-    compare: 'DIR', 'DIR@STEP' or '@STEP': a checkpoint to compare the newest
-      one of workdir with.
+    workdir: work directory, or None.
+    compare: 'DIR', 'DIR@STEP' or '@STEP', a checkpoint to compare with the
+      newest one of workdir, or None.
+
+  Returns:
+    Text of several sections.
+
+  Raises:
+    UserError: `compare` without `workdir`, or no readable checkpoint.
   """
   experiment = build.build(config)
   sections = [
@@ -52,14 +59,14 @@ def report(
   if compare is not None:
     if workdir is None:
       raise errors.UserError(
-          f"--compare={compare} needs --workdir, the run to compare with"
+          f"--workdir: got None, expected a run for --compare={compare}"
       )
     sections.append((f"compared with {compare}", _compare(workdir, compare)))
   return "\n\n".join(f"== {title}\n{text}" for title, text in sections)
 
 
 def _noise_levels(experiment) -> list[tuple[str, str]]:
-  """What a method says of its curriculum, levels and weights."""
+  """Returns sections on curriculum, noise levels and weighting of a method."""
   if hasattr(experiment.method, "sampled_levels"):
     return [("levels", _levels(experiment))]
   if not hasattr(experiment.method, "num_scales"):
@@ -72,6 +79,7 @@ def _noise_levels(experiment) -> list[tuple[str, str]]:
 
 
 def _config(experiment) -> str:
+  """Lists all config values."""
   flat = resolve.flatten(experiment.config)
   width = max(map(len, flat))
   lines = [f"digest {resolve.digest(experiment.config)}"]
@@ -79,6 +87,7 @@ def _config(experiment) -> str:
 
 
 def _networks(experiment) -> str:
+  """Lists networks with their initialization, phases and averages."""
   method: base.Method = experiment.method
   lines = []
   for name, network in method.networks.items():
@@ -95,34 +104,34 @@ def _networks(experiment) -> str:
 
 
 def _changes(values: list[Any]) -> list[int]:
-  """Indices at which a list changes, thinned to a few rows."""
-  at = [i for i, v in enumerate(values) if i == 0 or v != values[i - 1]]
-  if len(at) > _ROWS:
-    at = [at[round(i)] for i in np.linspace(0, len(at) - 1, _ROWS)]
-  return at
+  """Returns at most _ROWS indices at which a list changes."""
+  indices = [i for i, v in enumerate(values) if i == 0 or v != values[i - 1]]
+  if len(indices) > _ROWS:
+    rows = np.linspace(0, len(indices) - 1, _ROWS)
+    indices = [indices[round(i)] for i in rows]
+  return indices
 
 
 def _schedule(experiment) -> str:
+  """Tabulates the discretization curriculum and the learning rate."""
   method, steps = experiment.method, experiment.config.training.num_steps
   rate = experiment.optimizer.rate()
-  stride = max(1, steps // 100_000)
-  at = list(range(0, steps, stride))
   if method.time_distribution == "continuous":
-    values = [float(method.curriculum(s)["gap_ratio"]) for s in
-              range(0, steps, max(1, steps // 1000))]
-    at = list(range(0, steps, max(1, steps // 1000)))
-    name = "gap ratio"
+    grid, name = range(0, steps, max(1, steps // 1000)), "gap ratio"
+    values = [float(method.curriculum(s)["gap_ratio"]) for s in grid]
   else:
-    values, name = [method.num_scales(s) for s in at], "N"
-  lines = [f"{'from step':>10}  {name:>10}  learning rate there"]
+    grid, name = range(0, steps, max(1, steps // 100_000)), "N"
+    values = [method.num_scales(s) for s in grid]
+  lines = [f"{'from step':>10}  {name:>10}  learning rate"]
   for i in _changes(values):
-    lines.append(f"{at[i]:>10}  {values[i]:>10.6g}  {float(rate(at[i])):.3g}")
+    step = grid[i]
+    lines.append(f"{step:>10}  {values[i]:>10.6g}  {float(rate(step)):.3g}")
   lines.append(f"{steps - 1:>10}  {'(last)':>10}  {float(rate(steps - 1)):.3g}")
   return "\n".join(lines)
 
 
 def _draw(experiment) -> tuple[Any, np.ndarray | None]:
-  """Times of many examples at the last step's curriculum."""
+  """Samples (times, end levels or None) at the curriculum of the last step."""
   method = experiment.method
   curriculum = method.curriculum(experiment.config.training.num_steps - 1)
   index = jnp.arange(_DRAWS)
@@ -139,7 +148,7 @@ def _draw(experiment) -> tuple[Any, np.ndarray | None]:
 
 
 def _levels(experiment) -> str:
-  """Levels that a method draws, over many steps of few examples."""
+  """Returns histograms of the noise levels that a method samples."""
   method = experiment.method
   curriculum = method.curriculum(experiment.config.training.num_steps - 1)
   index = jnp.arange(_DRAWS // _STEPS)
@@ -152,26 +161,28 @@ def _levels(experiment) -> str:
         shared_key=lambda stream: rng.step_key(0, stream, step),
     ))
 
-  drawn = jax.vmap(draw)(jnp.arange(_STEPS))
+  samples = jax.vmap(draw)(jnp.arange(_STEPS))
   edges = np.geomspace(
       method.sigma_min * 0.9999, method.sigma_max * 1.0001, _ROWS + 1
   )
   lines = []
-  for name, values in drawn.items():
+  for name, values in samples.items():
     lines += [f"{name} ({_DRAWS} draws)", *_bars(np.ravel(values), edges)]
   return "\n".join(lines)
 
 
 def _bars(values: np.ndarray, edges: np.ndarray) -> list[str]:
-  counts = np.histogram(values, edges)[0] / len(values)
+  """Formats a histogram."""
+  shares = np.histogram(values, edges)[0] / len(values)
   lines = []
-  for low, high, share in zip(edges, edges[1:], counts, strict=False):
+  for low, high, share in zip(edges, edges[1:], shares, strict=False):
     bar = "#" * round(200 * share)
     lines.append(f"  {low:>9.4g} .. {high:<9.4g} {share:>6.1%} {bar}")
   return lines
 
 
 def _times(experiment) -> str:
+  """Returns histograms of start levels t and end levels u."""
   times, ends = _draw(experiment)
   method = experiment.method
   t = np.asarray(times.t)
@@ -187,6 +198,7 @@ def _times(experiment) -> str:
 
 
 def _weighting(experiment) -> str:
+  """Tabulates the loss weight over quantiles of t."""
   times, ends = _draw(experiment)
   method = experiment.method
   t, r = np.asarray(times.t), np.asarray(times.r)
@@ -208,6 +220,7 @@ def _weighting(experiment) -> str:
 
 
 def _plans(experiment) -> str:
+  """Describes the plans of sampling and inversion."""
   parts = [str(planning.plan_of(experiment))]
   if experiment.method.supports_inversion:
     parts.append(str(planning.inversion_plan(experiment)))
@@ -215,6 +228,7 @@ def _plans(experiment) -> str:
 
 
 def _parameters(experiment) -> str:
+  """Tabulates the parameters of each network."""
   images, labels = build.example_batch(experiment)
   parts = []
   for name, network in experiment.method.networks.items():
@@ -227,29 +241,31 @@ def _parameters(experiment) -> str:
 
 
 def _run(workdir: str) -> str:
-  saved = checkpoint.Checkpoints(runs.checkpoint_dir(workdir))
-  step, state, meta = saved.read_raw()
+  """Describes the checkpoints of a run."""
+  checkpoints = checkpoint.Checkpoints(runs.checkpoint_dir(workdir))
+  step, state, meta = checkpoints.read_raw()
   lines = [
-      f"checkpoints at steps {', '.join(map(str, saved.all_steps()))}",
-      f"newest good one: step {step}, written by bcm_jax "
+      f"checkpoints at steps {', '.join(map(str, checkpoints.all_steps()))}",
+      f"newest valid checkpoint: step {step}, written by bcm_jax "
       f"{meta.get('version')}",
   ]
-  if "skipped" in state:  # Converted and pulled networks have no such counts.
+  if "skipped" in state:  # Absent in converted networks.
     lines.append(f"skipped steps: {int(state['skipped'])}")
   for name, network in state["networks"].items():
-    known = "num_updates" in network
-    updates = f"{int(network['num_updates'])} updates, " if known else ""
+    updates = ""
+    if "num_updates" in network:
+      updates = f"{int(network['num_updates'])} updates, "
     lines.append(
         f"network {name}: {updates}"
         f"norm of parameters {_norm(network['params']):.6g}"
     )
   for name, average in state["averages"].items():
     lines.append(f"average {name}: norm {_norm(average):.6g}")
-  return "\n".join(lines + _accounts(workdir))
+  return "\n".join(lines + _goodput(workdir))
 
 
-def _accounts(workdir: str) -> list[str]:
-  """Formats the wall-clock breakdown of a run."""
+def _goodput(workdir: str) -> list[str]:
+  """Describes the wall-clock breakdown of a run."""
   total = goodput.total(workdir)
   if total is None:
     return []
@@ -258,56 +274,58 @@ def _accounts(workdir: str) -> list[str]:
       for name, secs in total["seconds"].items() if secs >= 0.5
   )
   return [
-      f"{total['starts']} start(s), {hooks.format_secs(total['wall'])} in all: "
-      f"{parts}",
-      f"{total['repeated_steps']} step(s) done again; "
-      f"{100 * total['goodput']:.1f}% of the time in steps that count",
+      f"{total['starts']} start(s), {hooks.format_secs(total['wall'])} in "
+      f"total: {parts}",
+      f"{total['repeated_steps']} step(s) repeated; goodput "
+      f"{100 * total['goodput']:.1f}% of the time",
   ]
 
 
 def _norm(tree: Any) -> float:
+  """Computes the global L2 norm of a tree."""
   leaves = jax.tree.leaves(tree)
   return float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64))
                            for x in leaves)))
 
 
 def _read(place: str, workdir: str) -> tuple[str, Any, dict[str, Any]]:
+  """Reads a checkpoint: (DIR@STEP, state, metadata)."""
   folder, step = runs.split_place(place, "--compare")
   folder = folder or workdir
-  saved = checkpoint.Checkpoints(runs.checkpoint_dir(folder))
-  found, state, meta = saved.read_raw(step)
-  return f"{folder}@{found}", state, meta
+  checkpoints = checkpoint.Checkpoints(runs.checkpoint_dir(folder))
+  step, state, meta = checkpoints.read_raw(step)
+  return f"{folder}@{step}", state, meta
 
 
 def _compare(workdir: str, compare: str) -> str:
-  """Configs' and parameters' difference of two checkpoints."""
+  """Compares configs and parameters of two checkpoints."""
   (a_name, a, a_meta), (b_name, b, b_meta) = (
       _read(place, workdir) for place in (workdir, compare)
   )
   lines = [f"a = {a_name}, b = {b_name}"]
-  flat = [
+  configs = [
       traverse_util.flatten_dict(m.get("config", {}), sep=".")
       for m in (a_meta, b_meta)
   ]
-  for key in sorted(flat[0].keys() | flat[1].keys()):
-    if flat[0].get(key) != flat[1].get(key):
-      lines.append(f"config {key}: {flat[0].get(key)!r} against "
-                   f"{flat[1].get(key)!r}")
+  for key in sorted(configs[0].keys() | configs[1].keys()):
+    x, y = (config.get(key) for config in configs)
+    if x != y:
+      lines.append(f"config {key}: {x!r} against {y!r}")
   trees = [traverse_util.flatten_dict(
       {n: p["params"] for n, p in s["networks"].items()}, sep=".")
            for s in (a, b)]
-  same, rows = 0, []
+  num_equal, rows = 0, []
   for key in sorted(trees[0].keys() | trees[1].keys()):
     x, y = (tree.get(key) for tree in trees)
     if x is None or y is None or x.shape != y.shape:
       shapes = [None if v is None else v.shape for v in (x, y)]
       rows.append((np.inf, f"{key}: {shapes[0]} against {shapes[1]}"))
     elif np.array_equal(x, y):
-      same += 1
+      num_equal += 1
     else:
       relative = _norm(x - y) / max(_norm(x), 1e-30)
       rows.append((relative, f"{key}: |a - b| / |a| = {relative:.3g}"))
-  lines.append(f"{same} tensors equal, {len(rows)} differ"
+  lines.append(f"{num_equal} tensors equal, {len(rows)} differ"
                + (", largest difference first:" if rows else ""))
   rows.sort(key=lambda row: -row[0])
   return "\n".join(lines + [f"  {text}" for _, text in rows[:40]])

@@ -1,9 +1,9 @@
 """Trains a classifier: python -m bcm_jax.train_classifier --config=F --out=DIR.
 
-A small ResNet learns the classes of the images of the config's section data;
-its pooled activations are features for Frechet distances:
+Trains a small ResNet on the labeled images of config section `data`. Its
+pooled activations are features for Frechet distances:
 --config.eval.features=classifier --config.eval.features_path=DIR
-(docs/evaluation.md). Exit status: 0 done, 65 bad input.
+(docs/evaluation.md). Exit status: 0 success, 65 invalid input.
 """
 
 import contextlib
@@ -37,26 +37,26 @@ from bcm_jax.utils import cli
 from bcm_jax.utils import provenance
 
 _MIN_SIDE = 8
-# Test images fetched at a time.
+# Number of test images per block.
 _BLOCK = 1000
-# Small sets are learnt after as many epochs; the steps are ten minutes of two
-# cores on 32x32 images.
+# Default number of steps: 50 epochs, at most 4,500 (ten minutes on two cores
+# for 32x32 images).
 _EPOCHS, _MAX_STEPS = 50, 4500
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """The numbers of a training.
+  """Hyperparameters of the classifier training.
 
   Attributes:
-    steps: of the optimiser; None is 50 epochs, at most 4,500 steps.
+    steps: number of optimizer steps; None is 50 epochs, at most 4,500 steps.
     batch_size: images per step.
-    learning_rate: peak rate of AdamW; it rises for a tenth of the steps, then
-      falls to 0 as a cosine.
-    seed: of initial weights, order, flips and crops.
-    weight_decay: decoupled decay.
-    grad_clip: bound of the gradient's global norm.
-    label_smoothing: share of the probability that is spread over all classes
+    learning_rate: peak learning rate of AdamW, with linear warmup over a tenth
+      of the steps and cosine decay to 0.
+    seed: seed of initialization, order, flips and crops.
+    weight_decay: decoupled weight decay.
+    grad_clip: maximal global norm of the gradient.
+    label_smoothing: probability mass that is spread over all classes
       (Szegedy et al., "Rethinking the Inception Architecture", 2016).
   """
 
@@ -72,19 +72,22 @@ class Settings:
     for name, low in (("steps", 1), ("batch_size", 1), ("seed", 0)):
       value = getattr(self, name)
       if value is not None and value < low:
-        raise errors.UserError(f"--{name}={value} must be at least {low}")
+        raise errors.UserError(
+            f"--{name}: got {value}, expected at least {low}"
+        )
     if not 0 < self.learning_rate < math.inf:
       raise errors.UserError(
-          f"--learning_rate={self.learning_rate} must be above 0"
+          f"--learning_rate: got {self.learning_rate}, expected a positive "
+          "finite number"
       )
 
   def for_images(self, count: int) -> "Settings":
-    """These settings with a number of steps, for so many images."""
+    """Returns settings with the default number of steps for `count` images."""
     steps = min(_MAX_STEPS, -(-_EPOCHS * count // self.batch_size))
     return dataclasses.replace(self, steps=self.steps or steps)
 
   def optimizer(self) -> optax.GradientTransformation:
-    """AdamW with its schedule."""
+    """Returns AdamW with its learning-rate schedule."""
     return optim.Optimizer(
         name="adamw",
         learning_rate=self.learning_rate,
@@ -97,14 +100,14 @@ class Settings:
 
 
 def crop_margin(image_shape: tuple[int, int, int]) -> int:
-  """Pixels of padding for random crops: 1 of 8, 4 of 32 and more."""
+  """Returns the padding of random crops: an eighth of the size, at most 4."""
   return min(4, min(image_shape[:2]) // 8)
 
 
 def random_crop(key: jax.Array, image: jax.Array, margin: int) -> jax.Array:
-  """Moves an image [H, W, C] by up to `margin` pixels; edges are reflected.
+  """Shifts an image [H, W, C] by up to `margin` pixels with reflected edges.
 
-  The crop of 4 pixels is that of He et al. (2016) on CIFAR-10.
+  He et al. (2016) use a margin of 4 pixels on CIFAR-10.
   """
   padded = jnp.pad(image, [(margin, margin)] * 2 + [(0, 0)], mode="reflect")
   corner = jax.random.randint(key, (2,), 0, 2 * margin + 1)
@@ -114,9 +117,9 @@ def random_crop(key: jax.Array, image: jax.Array, margin: int) -> jax.Array:
 def make_step(network: resnet.ResNet, settings: Settings, margin: int):
   """Returns step(params, opt_state, step, batch) -> (params, opt_state, loss).
 
-  batch: 'image' uint8 [B, H, W, C], 'label' int32 [B] and 'index' int32 [B],
-  the positions in the batch, by which crops are keyed. loss is the mean
-  cross-entropy before the step.
+  `batch` contains 'image' uint8 [B, H, W, C], 'label' int32 [B] and 'index'
+  int32 [B], the position in the batch, which determines the key of the crop.
+  `loss` is the mean cross-entropy before the update.
   """
   optimizer = settings.optimizer()
 
@@ -148,15 +151,17 @@ def fit(
   """Trains a network on all devices.
 
   Args:
-    source: labelled images, those that `network` takes.
-    flip: mirror images left to right at random.
-    progress: shows steps and losses.
+    network: ResNet for the images of `source`.
+    source: labeled images.
+    settings: hyperparameters.
+    flip: apply random horizontal flips.
+    progress: displays steps and losses.
 
   Returns:
     Parameters, on the host.
 
   Raises:
-    UserError: a batch larger than the data set, or a loss that is not finite.
+    UserError: a batch larger than the dataset, or a non-finite loss.
   """
   batches = pipeline.Batches(
       source, settings.seed, settings.batch_size, flip=flip
@@ -176,18 +181,19 @@ def fit(
       params, opt_state, loss = step_fn(
           params, opt_state, step, runner.batch(batch)
       )
-      # Waited for: where devices are cores of one host, many steps under way
-      # can take each other's threads and never end.
+      # Blocks until the step is done: with several CPU devices, many concurrent
+      # steps can deadlock in the thread pool.
       if not np.isfinite(loss):
         raise errors.UserError(
-            f"step {step + 1}: the loss is {float(loss)}; lower "
-            f"--learning_rate={settings.learning_rate}"
+            f"loss: got {float(loss)} at step {step + 1}, expected a finite "
+            f"number; lower --learning_rate={settings.learning_rate}"
         )
       progress.update(step + 1, loss=loss)
   return jax.device_get(params)
 
 
 def _init(network, image_shape, seed: int) -> Any:
+  """Initializes the parameters."""
   images = jnp.zeros((1, *image_shape))
   key = rng.stream_key(seed, "init")
   return jax.jit(network.init)(key, images)["params"]
@@ -196,13 +202,13 @@ def _init(network, image_shape, seed: int) -> Any:
 def accuracy(
     model: classifier.Classifier, source: image_source.Source
 ) -> float:
-  """Share of the images of a source whose class is recognised, in [0, 1]."""
-  right = 0
+  """Computes the top-1 accuracy in [0, 1]."""
+  num_correct = 0
   for first in range(0, len(source), _BLOCK):
     ids = np.arange(first, min(first + _BLOCK, len(source)))
     batch = source.fetch(ids)
-    right += np.sum(model.classify(batch["image"]) == batch["label"])
-  return float(right / len(source))
+    num_correct += np.sum(model.classify(batch["image"]) == batch["label"])
+  return float(num_correct / len(source))
 
 
 def train_classifier(
@@ -212,21 +218,21 @@ def train_classifier(
     name: str | None = None,
     overwrite: bool = False,
 ) -> str:
-  """Trains a classifier, measures and writes it.
+  """Trains a classifier, computes its test accuracy and writes it.
 
   Args:
-    config: resolved config; its section data gives the images.
-    out: folder, receives classifier.safetensors and classifier.json.
-    settings: numbers of the training.
-    name: of the features; None is '<data set> ResNet'.
+    config: resolved config; section `data` specifies the images.
+    out: folder of classifier.safetensors and classifier.json.
+    settings: hyperparameters.
+    name: name of the features; None is '<dataset> ResNet'.
     overwrite: replace an existing classifier.
 
   Returns:
-    What was written, for a terminal.
+    A summary for the terminal.
 
   Raises:
     UserError: images without labels or too small, a batch larger than the
-      data set, a folder that cannot be written or holds a classifier.
+      dataset, a folder that is not writable or contains a classifier.
   """
   _check_out(out, overwrite)
   experiment = build.build(config, to_train=False)
@@ -240,12 +246,12 @@ def train_classifier(
   with contextlib.closing(progress):
     params = fit(network, train, settings, config.data.flip, progress)
   data_name = provenance.data_name(config.data)
-  found = classifier.Classifier(
+  model = classifier.Classifier(
       name or f"{data_name} ResNet", network, params, train.image_shape
   )
-  share = None if test is None else accuracy(found, test)
-  classifier.save_classifier(out, found, {
-      "test_accuracy": share,
+  test_accuracy = None if test is None else accuracy(model, test)
+  classifier.save_classifier(out, model, {
+      "test_accuracy": test_accuracy,
       "test_images": None if test is None else len(test),
       "data": {
           "name": data_name,
@@ -257,46 +263,53 @@ def train_classifier(
       },
       **provenance.machine(),
   })
-  told = "no test split" if share is None else f"{share:.2%} of {len(test):,}"
-  return f"{found.name} ({found.digest}): test accuracy {told}\nwritten: {out}"
+  summary = "not measured (no test split)"
+  if test_accuracy is not None:
+    summary = f"{test_accuracy:.2%} of {len(test):,}"
+  return (
+      f"{model.name} ({model.digest}): test accuracy {summary}\n"
+      f"written: {out}"
+  )
 
 
 def _check_out(out: str, overwrite: bool) -> None:
-  """Finds out before the training that its result could not be written."""
+  """Raises UserError if `out` is not writable or contains a classifier."""
   if os.path.exists(os.path.join(out, classifier.FACTS)) and not overwrite:
     raise errors.UserError(
-        f"--out={out} holds a classifier already; choose another folder, or "
-        "replace it with --overwrite"
+        f"--out: got {out}, which contains a classifier; choose another "
+        "folder, or replace it with --overwrite"
     )
   try:
     os.makedirs(out, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()
   except OSError as e:
     raise errors.UserError(
-        f"cannot write to --out={out}: {e.strerror}; choose another folder"
+        f"--out: got {out}, expected a writable folder ({e.strerror}); choose "
+        "another one"
     ) from e
 
 
 def _test_source(experiment: build.Experiment) -> image_source.Source | None:
-  """The test split; where there is none, that is said."""
+  """Returns the test split; prints a warning and returns None without one."""
   try:
     return experiment.source("test")
   except errors.UserError as e:
-    print(f"the accuracy will not be measured: {e}", file=sys.stderr)
+    print(f"warning: test accuracy will not be measured: {e}", file=sys.stderr)
     return None
 
 
 def _check_source(source: image_source.Source) -> None:
+  """Raises UserError for images without labels or too small."""
   if source.num_classes is None:
     raise errors.UserError(
-        f"{source.name} has no labels, but a classifier needs classes; use "
-        "labelled images, for example one folder a class"
+        f"data.name: got {source.name} without labels, expected labeled "
+        "images, for example one folder per class"
     )
   if min(source.image_shape[:2]) < _MIN_SIDE:
     height, width, _ = source.image_shape
     raise errors.UserError(
-        f"images of {source.name} are {height}x{width}, expected at least "
-        f"{_MIN_SIDE}x{_MIN_SIDE}; enlarge them"
+        f"data.name: got {source.name} of {height}x{width} pixels, expected at "
+        f"least {_MIN_SIDE}x{_MIN_SIDE}; enlarge them"
     )
 
 
@@ -304,7 +317,7 @@ def _parser() -> cli.Parser:
   parser = cli.Parser("bcm_jax.train_classifier", __doc__, config="file")
   default = Settings()
   add = parser.add_argument
-  add("--out", required=True, metavar="DIR", help="folder to make")
+  add("--out", required=True, metavar="DIR", help="folder to create")
   add("--steps", type=int, metavar="N",
       help="optimizer steps (50 epochs, at most 4500)")
   add("--batch_size", type=int, default=default.batch_size, metavar="N",
@@ -313,21 +326,21 @@ def _parser() -> cli.Parser:
       metavar="RATE", help="peak learning rate of AdamW (%(default)s)")
   add("--seed", type=int, default=default.seed, metavar="N",
       help="seed of weights, order and augmentation (%(default)s)")
-  add("--name", help="name of the features ('<data set> ResNet')")
+  add("--name", help="name of the features ('<dataset> ResNet')")
   add("--overwrite", action="store_true", help="replace a classifier in DIR")
   return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Entry point; exits with 65 and one line on bad input."""
+  """Runs the command; exits with 65 and a one-line error on invalid input."""
   with cli.reporting():
     flags = vars(_parser().parse_args(argv))
     file, overrides = flags.pop("config"), flags.pop("overrides")
-    where = {k: flags.pop(k) for k in ("out", "name", "overwrite")}
+    output = {k: flags.pop(k) for k in ("out", "name", "overwrite")}
     settings = Settings(**flags)
     config = resolve.load(file, overrides, None, False)
     multihost.use_cores(config.parallel.cpu_devices, settings.batch_size)
-    print(train_classifier(config, settings=settings, **where))
+    print(train_classifier(config, settings=settings, **output))
 
 
 if __name__ == "__main__":

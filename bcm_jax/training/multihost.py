@@ -38,7 +38,7 @@ def connect(
   """Joins the other processes of the run; call before any computation.
 
   On Cloud TPU pods, GKE, SLURM and Open MPI, JAX detects the cluster; elsewhere
-  pass all of coordinator, num_processes and process_id, or none of them for a
+  pass all of coordinator, num_processes and process_id, or none for a
   run of one process.
 
   Args:

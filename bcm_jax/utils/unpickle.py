@@ -1,12 +1,12 @@
 """Restricted unpickler for weight files: nothing is imported or executed.
 
-`Unpickler` is Python's `pickle._Unpickler` with fewer opcodes, those that
-protocols 2 to 5 write. A global becomes a `Global` of an allow list or an
-error, and only these are called. Memory and time are bounded by the length of
-the input: elements, memo indices and copied bytes are counted, lengths are
-checked before anything is allocated, and keys are short text or integers.
+`Unpickler` is Python's `pickle._Unpickler` with only the opcodes that protocols
+2 to 5 write. A global becomes a `Global` of an allow list or an error; only
+these are called. Memory and time are bounded by the length of the input:
+elements, memo indices and copied bytes are counted, lengths are checked before
+allocation, and keys are short text or integers.
 
-The C unpickler cannot be restricted like this: it allocates its memo by index
+The C unpickler cannot be restricted in this way: it allocates its memo by index
 and resolves EXT opcodes without `find_class`.
 """
 
@@ -24,13 +24,13 @@ import numpy as np
 
 from bcm_jax import errors
 
-CUT = "the file ends early or is damaged; copy or download it again"
+CUT = "the file ends early or is corrupt; copy or download it again"
 
-# Equal keys are compared character by character, and names are copied.
+# Limits the cost of comparing equal keys and of copying names, characters.
 _MAX_TEXT = 4096
 _MAX_ELEMENTS = 2_000_000
 
-# Names of Python 2, which protocol 2 still writes.
+# Module names of Python 2 in protocol 2.
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 _NUMBERS = "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16".split()
@@ -41,9 +41,9 @@ class Global:
   """Stand-in for a global of the allow list.
 
   Attributes:
-    name: dotted, as in the pickle.
-    make: replaces a call of the global; None if it must not be called.
-    value: replaces the global where it is only named, for example a dtype.
+    name: dotted name in the pickle.
+    make: function that replaces a call of the global; None forbids calls.
+    value: value of a global that is not called, for example a dtype.
   """
 
   name: str
@@ -52,21 +52,21 @@ class Global:
 
 
 class Object:
-  """Stand-in for an object: the name of its class and its attributes."""
+  """Stand-in for an object: class name and attributes."""
 
   def __init__(self, class_name: str, state: Any = None):
     self.class_name = class_name
     self.build({} if state is None else state)
 
   def build(self, state: Any) -> None:
-    """Takes the attributes, a dict."""
+    """Sets the attributes; UserError if they are not a dict."""
     where = f"attributes of {shown(self.class_name)}"
     require(type(state) is dict, f"{where}: got {shown(state)}, expected dict")
     self.state = state
 
 
 class Dtype:
-  """Stand-in for the NumPy dtype of plain numbers."""
+  """Stand-in for a numeric NumPy dtype."""
 
   def __init__(self, code: Any, *_: Any):
     match = re.fullmatch("[<>|=]?([a-z][0-9]+)", code)
@@ -75,18 +75,18 @@ class Dtype:
     self.value = np.dtype(match[1])
 
   def build(self, state: Any) -> None:
-    """Takes (version, byte order, ...); plain numbers need no more."""
+    """Sets the byte order from the state (version, byte order, ...)."""
     if state[1] == ">":
       self.value = self.value.newbyteorder(">")
 
 
 class Array:
-  """Stand-in for a NumPy array, whose `value` is set by its state."""
+  """Stand-in for a NumPy array; `build` sets `value`."""
 
   value: np.ndarray | None = None
 
   def build(self, state: Any) -> "Array":
-    """Takes (version, shape, dtype, Fortran order, raw bytes)."""
+    """Sets `value` from (version, shape, dtype, is_fortran, bytes)."""
     _, shape, dtype, fortran, raw = state
     raw = raw.encode("latin-1") if type(raw) is str else raw
     shape = counts(shape, "shape of a NumPy array")
@@ -100,7 +100,7 @@ class Array:
 
 
 class Reader(io.BytesIO):
-  """Byte stream that raises UserError instead of reading too few bytes."""
+  """Byte stream whose `read` raises UserError at a premature end."""
 
   def __init__(self, content: bytes):
     super().__init__(content)
@@ -116,14 +116,14 @@ class Reader(io.BytesIO):
 def require(condition: Any, problem: str) -> None:
   """Raises UserError with the problem unless the condition holds."""
   if not condition:
-    raise errors.UserError(f"{problem}; the file is damaged or hostile")
+    raise errors.UserError(f"{problem}; the file is corrupt or malicious")
 
 
 def shown(value: Any) -> str:
-  """Returns a short text of a value that the file's author has chosen."""
+  """Formats an untrusted value as short text, for errors."""
   if isinstance(value, Global):
     return shown(value.name)
-  # The repr of nested lists may be endless, that of a long integer raises.
+  # The repr of nested lists can be huge; that of a long integer raises.
   is_flat = type(value) is tuple and tuple not in map(type, value)
   if is_flat and len(value) <= 32:
     return f"({', '.join(map(shown, value))})"
@@ -136,41 +136,48 @@ def shown(value: Any) -> str:
 
 
 def key(value: Any) -> Any:
-  """Returns a key of a dict or member of a set; UserError if unsuitable."""
+  """Returns a valid key of a dict or set; UserError for other values."""
   if type(value) is str and len(value) <= _MAX_TEXT:
     return value
-  # Many longer integers can have one hash.
+  # Longer integers could all have the same hash.
   is_short = type(value) is int and value.bit_length() <= 64
   require(is_short, f"key: got {shown(value)}, expected short text or integer")
   return value
 
 
-def counts(value: Any, what: str) -> tuple[int, ...]:
-  """Returns a shape (or strides) of up to 32 numbers; UserError otherwise."""
+def counts(value: Any, name: str) -> tuple[int, ...]:
+  """Returns a valid shape or strides, up to 32 numbers.
+
+  Args:
+    value: value in the file.
+    name: name of the value, for errors.
+
+  Raises:
+    UserError: another type, more numbers, or a negative or huge number.
+  """
   if type(value) in (tuple, list) and len(value) <= 32:
     if all(type(n) is int and 0 <= n < 1 << 63 for n in value):
       return tuple(value)
   raise errors.UserError(
-      f"{what}: got {shown(value)}, expected up to 32 numbers of at least 0;"
-      " the file is damaged or hostile"
+      f"{name}: got {shown(value)}, expected up to 32 numbers of at least 0;"
+      " the file is corrupt or malicious"
   )
 
 
 class _Opcodes(dict):
-  """Actions by opcode; any other opcode is a UserError."""
+  """Actions by opcode; UserError for other opcodes."""
 
   def __missing__(self, code: int):
-    known = pickletools.code2op.get(chr(code))
+    opcode = pickletools.code2op.get(chr(code))
     raise errors.UserError(
-        f"the pickle contains opcode {known.name if known else code}, which"
-        " weight files of protocols 2 to 5 do not need and which could run"
-        " code; the file is refused and nothing of it was run; save the"
-        " weights again with torch.save"
+        f"pickle: got opcode {opcode.name if opcode else code}, which could run"
+        " code, expected opcodes of weight files in protocols 2 to 5; nothing"
+        " was executed; save the weights again with torch.save"
     )
 
 
 def _standard(names: str, elements: int = 0) -> dict[int, Callable[..., Any]]:
-  """Returns the standard library's actions, which count what they make."""
+  """Returns the standard library's actions; counts `elements` per call."""
 
   def counted(action: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self: (self.spend(elements), action(self))
@@ -184,14 +191,16 @@ class Unpickler(pickle._Unpickler):
   """Reads one pickle.
 
   `load` returns dicts (also for their subclasses), lists, tuples, sets, str,
-  int, float, bool, bytes, None, `Global`, and what their `make` returned. It
+  int, float, bool, bytes, None, `Global`, and results of `Global.make`. It
   raises UserError for globals, opcodes and keys that are not allowed and for
   malformed or truncated pickles.
 
   Args:
-    reader: at the first opcode; `load` moves it past the last.
-    lookup: from a dotted name to its stand-in, None to refuse it.
-    persistent: from a persistent id to its object; None refuses them.
+    reader: stream at the first opcode; `load` moves it past the last one.
+    lookup: function from a dotted name to its stand-in, or None if it is not
+      allowed.
+    persistent: function from a persistent id to its object; None forbids
+      persistent ids.
   """
 
   def __init__(
@@ -200,7 +209,7 @@ class Unpickler(pickle._Unpickler):
       lookup: Callable[[str], Global | None],
       persistent: Callable[[Any], Any] | None = None,
   ):
-    # A str of Python 2 may be text or bytes; Latin-1 keeps either.
+    # A str of Python 2 may be text or bytes; Latin-1 preserves both.
     super().__init__(reader, encoding="latin-1")
     self.size, self.lookup = reader.size, lookup
     if persistent:
@@ -216,22 +225,22 @@ class Unpickler(pickle._Unpickler):
     # A malformed pickle can raise nearly any exception in the standard opcodes.
     except Exception as e:
       raise errors.UserError(
-          f"the pickle is malformed ({type(e).__name__}: {shown(str(e))});"
+          f"pickle: got a malformed one ({type(e).__name__}: {shown(str(e))});"
           f" {CUT}"
       ) from None
 
   def spend(self, elements: int, copies: int = 0) -> None:
-    """Counts elements that are made and bytes that are copied."""
+    """Counts created elements and copied bytes; UserError above the limits."""
     self.elements_left -= elements
     self.copies_left -= copies
     if min(self.elements_left, self.copies_left) < 0:
       raise errors.UserError(
-          f"the pickle makes too many objects or copies for {self.size} bytes;"
-          " the file is damaged or hostile"
+          f"pickle: got too many objects or copies for {self.size} bytes; the"
+          " file is corrupt or malicious"
       )
 
   def charge(self, values: Any) -> None:
-    """Counts what is made from values that may be large and shared."""
+    """Counts the objects that a call may create from large or shared values."""
     values = values if type(values) is tuple else (values,)
     self.spend(4 + len(values))
     for value in values:
@@ -244,39 +253,47 @@ class Unpickler(pickle._Unpickler):
     dotted = f"{_RENAMED.get(module, module)}.{name}"
     self.charge(dotted)
     allowed = name.isidentifier() and len(dotted) <= _MAX_TEXT
-    found = self.lookup(dotted) if allowed else None
-    if found is None:
+    stand_in = self.lookup(dotted) if allowed else None
+    if stand_in is None:
       raise errors.UserError(
-          f"the pickle contains {shown(dotted)}, which weights do not need and"
-          " which could run code; the file is refused and nothing of it was"
-          " run; ask its author for a plain state dict or .safetensors"
+          f"pickle: got {shown(dotted)}, which could run code, expected names"
+          " of weight files; nothing was executed; ask its author for a plain"
+          " state dict or .safetensors"
       )
-    return found
+    return stand_in
 
   def call(self) -> None:
-    """Replaces REDUCE and NEWOBJ."""
+    """Action of REDUCE and NEWOBJ: calls a `Global` of the allow list."""
     args, function = self.stack.pop(), self.stack.pop()
     is_call = isinstance(function, Global) and type(args) is tuple
     allowed = is_call and function.make is not None
-    require(allowed, f"the pickle calls {shown(function)}, which is refused")
+    require(
+        allowed,
+        f"pickle: got a call of {shown(function)}, expected only those of"
+        " weight files",
+    )
     self.charge(args)
     self.append(function.make(*args))
 
   def build(self) -> None:
-    """Replaces BUILD."""
+    """Action of BUILD: sets the state of a stand-in."""
     state, target = self.stack.pop(), self.stack[-1]
     self.charge(state)
     if isinstance(target, (Object, Dtype, Array)):
       target.build(state)
     else:  # Attributes of a dict, such as _metadata, are not weights.
       allowed = type(target) is dict and type(state) in (dict, type(None))
-      require(allowed, f"the pickle sets the state of {shown(target)}")
+      require(
+          allowed, f"pickle: got a state of {shown(target)}, expected an object"
+      )
 
   def add(self, kind: type, items: list[Any]) -> None:
     """Adds items to the list, dict or set on top of the stack."""
     target = self.stack[-1]
-    where = f"the pickle adds items to {shown(target)}"
-    require(type(target) is kind, f"{where}, expected a {kind.__name__}")
+    require(
+        type(target) is kind,
+        f"pickle: got items of {shown(target)}, expected a {kind.__name__}",
+    )
     if kind is list:
       target.extend(items)
     elif kind is set:
@@ -285,18 +302,21 @@ class Unpickler(pickle._Unpickler):
       target.update(zip(map(key, items[::2]), items[1::2], strict=True))
 
   def frozen(self) -> None:
-    """Replaces FROZENSET."""
+    """Action of FROZENSET."""
     self.spend(4)
     items = self.pop_mark()
     self.append(_set(items))
 
   def remember(self, index: int) -> None:
-    """Puts the top of the stack into the memo."""
-    require(index < self.size, f"memo index {index} in {self.size} bytes")
+    """Stores the top of the stack in the memo."""
+    require(
+        index < self.size,
+        f"memo index: got {index}, expected less than {self.size}",
+    )
     self.spend(1)
     self.memo[index] = self.stack[-1]
 
-  # A set takes as much memory as four lists.
+  # A set needs as much memory as four lists.
   dispatch = _Opcodes(
       _standard(
           "PROTO FRAME STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE BININT"
@@ -319,7 +339,7 @@ class Unpickler(pickle._Unpickler):
           pickle.SETITEMS: lambda s: s.add(dict, s.pop_mark()),
           pickle.ADDITEMS: lambda s: s.add(set, s.pop_mark()),
           pickle.FROZENSET: frozen,
-          # The library's BYTEARRAY8 allocates before it reads.
+          # The library's action of BYTEARRAY8 allocates before it reads.
           pickle.BYTEARRAY8: pickle._Unpickler.load_binbytes8,
           pickle.BINPUT: lambda s: s.remember(s.read(1)[0]),
           pickle.LONG_BINPUT: lambda s: s.remember(
@@ -336,25 +356,32 @@ def make_dict(items: Any = ()) -> dict[Any, Any]:
 
 
 def _set(items: Any = ()) -> set[Any]:
+  """Returns a set of valid keys."""
   return set(map(key, items))
 
 
 def _bytes(content: Any = b"", encoding: Any = None) -> bytes:
-  # Protocol 2 writes bytes as Latin-1 text.
+  """Returns bytes; protocol 2 writes them as Latin-1 text."""
   if type(content) is str and encoding in ("latin1", "latin-1"):
     return content.encode("latin-1")
-  require(type(content) is bytes and not encoding, "bytes are not in latin1")
+  require(
+      type(content) is bytes and not encoding,
+      f"bytes: got {shown(content)} in encoding {shown(encoding)}, expected"
+      " latin1",
+  )
   return content
 
 
-def _instance(known: Any, *_: Any) -> Any:
-  # copyreg._reconstructor(class, base, None); a state comes with BUILD.
-  require(known.value is Object, "the pickle makes an object that is no module")
-  return known.make()
+def _instance(cls: Any, *_: Any) -> Any:
+  """Replaces copyreg._reconstructor; BUILD sets the state."""
+  require(
+      cls.value is Object, f"object: got {shown(cls)}, expected a module"
+  )
+  return cls.make()
 
 
 # Allowed globals of Python and NumPy, by dotted name.
-GLOBALS = {each.name: each for each in (
+GLOBALS = {entry.name: entry for entry in (
     Global("collections.OrderedDict", make_dict),
     Global("collections.defaultdict", lambda _=None: {}),
     Global("argparse.Namespace", lambda: Object("Namespace"), Object),

@@ -22,9 +22,9 @@ def experiment(stds=STDS, average=None, heads=()):
   config = ml_collections.ConfigDict(
       {"training": {"ema_stds": stds}, "sample": {"average": average}}
   )
-  network = base.TrainableNetwork(None, None, heads=heads)
   method = types.SimpleNamespace(
-      sampled_network="student", networks={"student": network}
+      sampled_network="student",
+      networks={"student": base.TrainableNetwork(None, None)},
   )
   return types.SimpleNamespace(config=config, method=method)
 

@@ -276,7 +276,7 @@ def test_classes_of_files_are_found(tmp_path, capsys):
   with np.load(run(tmp_path, built) / "edit.npz") as f:
     labels = list(f["labels"])
   assert labels == [0, 4]  # 100 of 127.5 grey levels, nearest to 4 tints.
-  assert "classes found: 0 4" in capsys.readouterr().out
+  assert "labels: 0 4" in capsys.readouterr().out
   record = json.loads((tmp_path / "run/edits/restore/result.json").read_text())
   assert record["nfe_to_classify"] == 100 and record["nfe"] == 3
 

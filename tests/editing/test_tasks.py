@@ -30,7 +30,7 @@ def jumps(recipe):
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_a_recipe_counts_what_it_does_and_ends_at_images(both_ways, task):
   recipe = tasks.recipe(both_ways, task)
-  assert recipe.nfe == len(jumps(recipe)) + recipe.more > 0
+  assert recipe.nfe == len(jumps(recipe)) + recipe.extra_nfe > 0
   assert str(recipe).splitlines()[0].endswith(f"{recipe.nfe} NFE")
   if recipe.plans:
     assert recipe.plans[-1].end == 0.002

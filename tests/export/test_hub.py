@@ -168,7 +168,7 @@ def test_every_mode_takes_an_unpacked_run(run, folder, tmp_path, capsys):
   main("--mode=inspect", f"--workdir={out}", f"--compare={out}@4")
   text = capsys.readouterr().out
   assert "network student: norm of parameters" in text
-  assert "newest good one: step 4, written by bcm_jax 0" in text
+  assert "newest valid checkpoint: step 4, written by bcm_jax 0" in text
   # Training starts from it.
   toys.assert_equal(runs.load_params(str(out), None), params_of(run)[2])
 
@@ -194,7 +194,7 @@ def test_averages_and_steps(run, tmp_path, average, step):
   evaluated = (average, step) == ("ema_0.5", 4)
   assert (model_folder.read_result(str(out)) is not None) == evaluated
   card = (out / "README.md").read_text()
-  assert ("## Numbers\n\nnot measured\n" in card) != evaluated
+  assert ("## Metrics\n\nnot measured\n" in card) != evaluated
 
 
 def test_half_the_size_rounds_a_run(run, folder, tmp_path, capsys):
@@ -293,7 +293,7 @@ def grow(params):
     ),
     (
       grow,
-      "time_embed_align.kernel is (2, 3)",
+      "time_embed_align.kernel: got (2, 3)",
     ),
     (lambda p: [p.pop(k) for k in sorted(p)[1:]], "71 more"),
   ],
@@ -376,7 +376,7 @@ def test_pushed_and_pulled_is_the_same_to_the_byte(
   (source / "sub").mkdir()
   (source / "sub" / "README.md").write_text("mine too")
   hub("push", source, "me/digits")
-  assert "sent: " in capsys.readouterr().out
+  assert "uploaded: " in capsys.readouterr().out
   assert online.repositories["me/digits"].files == files_of(folder)
   assert not online.repositories["me/digits"].private
   # Nor does what others put there.

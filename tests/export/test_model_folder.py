@@ -364,7 +364,7 @@ def test_without_a_result_nothing_is_measured():
     == found["training time"]
     == ["not measured"]
   )
-  assert "## Numbers\n\nnot measured\n" in text
+  assert "## Metrics\n\nnot measured\n" in text
   assert not {"KID", "mse", "bits_per_dim"} & found.keys()
 
 
@@ -382,8 +382,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it():
 
 
 def test_every_method_has_words():
-  for method in registry.METHODS.values():
-    assert method.title
+  assert all(method.title for method in registry.METHODS.values())
   other = json.loads(json.dumps(CONFIG))
   other["method"]["name"] = "new"
   metadata = dict(ABOUT, dtype="float32", config_digest="a", bcm_jax="0.1")

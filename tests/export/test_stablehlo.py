@@ -334,7 +334,7 @@ def test_every_network_is_lowered_for_all_platforms(name):
   plan = planning.plan_of(built, "ddim:2")
   program = jax_export.deserialize(
     bytearray(
-      stablehlo.serialised(
+      stablehlo.serialize(
         stablehlo.sampler(built, None, plan),
         stablehlo.specs(built, weights),
         stablehlo.PLATFORMS,
@@ -595,7 +595,7 @@ def test_places_that_cannot_be_written(run, path, tmp_path):
 
 
 def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
-  original, calls = stablehlo.serialised, []
+  original, calls = stablehlo.serialize, []
 
   def fails_at_the_second(*args):
     calls.append(original(*args))
@@ -603,7 +603,7 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
       raise RuntimeError("no more")
     return calls[-1]
 
-  monkeypatch.setattr(stablehlo, "serialised", fails_at_the_second)
+  monkeypatch.setattr(stablehlo, "serialize", fails_at_the_second)
   with pytest.raises(RuntimeError, match="no more"):
     stablehlo.write(
       str(run), str(tmp_path / "a.zip"), SAMPLERS[:2], platforms=["cpu"]
@@ -691,7 +691,7 @@ def test_the_loader_imports_jax_numpy_and_python_alone():
 
 def test_the_page_names_every_flag_and_call():
   page = pathlib.Path(__file__).parents[2] / "docs" / "export.md"
-  text = page.read_text(encoding="utf-8")
+  text = " ".join(page.read_text(encoding="utf-8").split())
   source = pathlib.Path(stablehlo.__file__).read_text(encoding="utf-8")
   flags = {
     node.args[0].value

@@ -167,10 +167,10 @@ def test_strides_of_axes_of_length_one_are_free(tmp_path):
         (storage(numel=5), bytes(24), "'0': got 24 bytes, expected 5 "),
         (storage(numel=6), bytes(20), "'0': got 20 bytes, expected 6 "),
         (storage(kind="DoubleStorage"), bytes(24), "6 numbers of float64"),
-        (storage(numel=-1), bytes(24), "something else than a storage"),
-        (storage(numel=1 << 90), bytes(24), "something else than a storage"),
-        (storage(key="7"), bytes(24), "lacks the record 'data/7'"),
-        (storage(key="../../x"), bytes(24), "lacks the record"),
+        (storage(numel=-1), bytes(24), "expected a storage"),
+        (storage(numel=1 << 90), bytes(24), "expected a storage"),
+        (storage(key="7"), bytes(24), "record 'data/7': got none"),
+        (storage(key="../../x"), bytes(24), "got none"),
     ],
 )
 def test_storages_must_be_as_long_as_declared(tmp_path, of, content, words):
@@ -181,12 +181,12 @@ def test_storages_must_be_as_long_as_declared(tmp_path, of, content, words):
 def test_legacy_storages_must_be_as_long_as_declared(tmp_path):
   path = tmp_path / "a.pth"
   body = craft.dict_of(w=tensor(storage(view=b"N")))
-  for numel, words in ((1 << 60, "has 1152921504606846976"), (-1, "has -1")):
+  for numel, words in ((1 << 60, "got 1152921504606846976"), (-1, "got -1")):
     records = numel.to_bytes(8, "little", signed=True) + bytes(24)
     path.write_bytes(craft.legacy(body, ["0"], records))
     assert words in error_of(str(path))
   path.write_bytes(craft.legacy(body, ["1"], bytes(24)))
-  assert "storage '1' of no tensor" in error_of(str(path))
+  assert "storage '1': got no tensor" in error_of(str(path))
   path.write_bytes(craft.legacy(body))
   assert "storage without a record" in error_of(str(path))
 
@@ -194,7 +194,7 @@ def test_legacy_storages_must_be_as_long_as_declared(tmp_path):
 def test_a_storage_is_declared_once(tmp_path):
   twice = [tensor(storage()), tensor(storage(kind="IntStorage"))]
   body = craft.dict_of(a=twice[0], b=twice[1])
-  assert "declared twice" in error_of(_zip(tmp_path, body))
+  assert "two different declarations" in error_of(_zip(tmp_path, body))
 
 
 HONEST = craft.dict_of(w=tensor(storage()))
@@ -245,13 +245,13 @@ def _entry(entries: list, file: str, content: bytes, length: int) -> bytes:
 def test_records_that_overlap_are_refused(tmp_path):
   path = tmp_path / "a.pt"
   path.write_bytes(_overlapping(400, 1 << 18))
-  assert "is longer than the file" in error_of(str(path))
+  assert "expected at most those of the file" in error_of(str(path))
 
 
 @pytest.mark.parametrize(
     "records, words",
     [
-        ({"byteorder": b"middle"}, "byteorder is b'middle'"),
+        ({"byteorder": b"middle"}, "byteorder: got b'middle'"),
         ({"code/x.py": b""}, "TorchScript"),
     ],
 )
@@ -263,7 +263,7 @@ def test_archives_of_another_kind(tmp_path, records, words):
 
 def test_an_npz_is_no_checkpoint(tmp_path):
   np.savez(tmp_path / "a.npz", w=np.ones(3))
-  assert "holds 0 records */data.pkl" in error_of(str(tmp_path / "a.npz"))
+  assert "got 0 records */data.pkl" in error_of(str(tmp_path / "a.npz"))
 
 
 def _doubled() -> bytes:
@@ -283,7 +283,7 @@ def _copied() -> bytes:
 
 
 BOMBS = {
-    "memo": (b"Nr\xff\xff\xff\x7f", "memo index 2147483647"),
+    "memo": (b"Nr\xff\xff\xff\x7f", "memo index: got 2147483647"),
     "bytearray": (b"\x96" + (1 << 40).to_bytes(8, "little"), "ends early"),
     "bytes": (b"\x8e" + (1 << 62).to_bytes(8, "little"), "ends early"),
     "text": (b"\x8d" + b"\xff" * 8, "ends early"),
@@ -296,7 +296,7 @@ BOMBS = {
     "copied": (_copied(), "too many objects or copies"),
     "bytes_of_a_number": (
         call(name("builtins", "bytearray"), number(1 << 40)),
-        "bytes are not",
+        "expected latin1",
     ),
     "array": (
         call(name("numpy.core.multiarray", "_reconstruct"), b"N")
@@ -354,4 +354,4 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
   body = b"}(" + text("a.b") + tensor(storage()) + text("a")
   body += craft.dict_of(b=tensor(storage())) + b"u"
   path = _zip(tmp_path, craft.dict_of(group=body))
-  assert "two tensors have the name 'a.b'" in error_of(path)
+  assert "tensor 'a.b': got two" in error_of(path)

@@ -186,7 +186,7 @@ def test_plain_values_of_every_protocol(tmp_path, protocol, optimize):
 def test_pickle_without_a_network_lists_its_keys(tmp_path):
   path = tmp_path / "other.pkl"
   path.write_bytes(craft.pickled(craft.dict_of(G=b"N", D=b"N")))
-  with pytest.raises(UserError, match="holds 'G', 'D', expected .*'ema'"):
+  with pytest.raises(UserError, match="got 'G', 'D', expected .*'ema'"):
     weight_files.read(str(path))
 
 
@@ -307,7 +307,7 @@ def test_flax_parameters_alone_are_one_group(tmp_path):
 def test_other_files_are_of_no_known_kind(tmp_path, content):
   path = tmp_path / "x.pt"
   path.write_bytes(content)
-  with pytest.raises(UserError, match="x.pt: is of no known kind") as error:
+  with pytest.raises(UserError, match="x.pt: got .* bytes") as error:
     weight_files.read(str(path))
   assert "\n" not in str(error.value)
 
@@ -404,7 +404,7 @@ def test_a_sparse_file_is_not_read(tmp_path):
     file.truncate(1 << 32)
   tracemalloc.start()
   try:
-    with pytest.raises(UserError, match="sparse.safetensors: is no whole"):
+    with pytest.raises(UserError, match="sparse.safetensors: .*whole"):
       weight_files.read(str(path))
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
   finally:

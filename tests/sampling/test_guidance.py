@@ -88,7 +88,7 @@ def test_a_guided_plan_without_a_guide_is_an_error():
   plan = sampling_plan.guide(
     sampling_plan.ode(GRID, solvers.Churn(), False, LEVELS)
   )
-  with pytest.raises(ValueError, match="needs a guided map"):
+  with pytest.raises(ValueError, match="guided_map"):
     samplers.run(plan, euler(denoiser(0.1)), X, LABELS)
 
 
@@ -110,5 +110,5 @@ def test_gamma_spans_from_ancestral_to_multistep():
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.1])
 def test_gamma_out_of_range(gamma):
-  with pytest.raises(errors.UserError, match=r"lies in \[0, 1\]"):
+  with pytest.raises(errors.UserError, match="gamma"):
     sampling_plan.gamma_sampling((1.0,), gamma, LEVELS)

@@ -23,12 +23,12 @@ def holes(size=8):
 
 KEEP = {
     "pixels": lambda x, known: zero_shot.keep_pixels(x, known, holes()),
-    "grey": zero_shot.keep_grey,
+    "grey": zero_shot.keep_gray,
     "means": lambda x, known: zero_shot.keep_means(x, known, 2),
 }
 KNOWN = {
     "pixels": lambda x: x * holes(),
-    "grey": lambda x: zero_shot.to_grey(x),
+    "grey": lambda x: zero_shot.to_gray(x),
     "means": lambda x: zero_shot.shrink(x, 2),
 }
 
@@ -69,10 +69,10 @@ def test_known_pixels_are_kept_to_the_bit():
 
 def test_grey_is_the_luma_and_of_grey_images_themselves():
   x, _ = images()
-  grey = zero_shot.to_grey(x)
+  grey = zero_shot.to_gray(x)
   expected = x @ jnp.asarray(zero_shot.LUMA) / sum(zero_shot.LUMA)
   toys.assert_close(grey[..., 1], expected, toys.rounding(16))
-  toys.assert_close(zero_shot.to_grey(grey), grey, toys.rounding(16))
+  toys.assert_close(zero_shot.to_gray(grey), grey, toys.rounding(16))
 
 
 def test_shrinking_undoes_enlarging():

@@ -84,7 +84,7 @@ def test_noise_of_a_step_and_an_example_is_its_own():
 
 def test_plan_with_noise_needs_keys():
   x = jnp.zeros((4, 5))
-  with pytest.raises(ValueError, match="zigzag.*keys"):
+  with pytest.raises(ValueError, match="keys"):
     samplers.run(
       sampling_plan.zigzag([(0.1, 1.0)], LEVELS), gaussian.flow_map, x
     )

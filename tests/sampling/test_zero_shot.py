@@ -208,7 +208,7 @@ OPERATORS = {
   "pixels": lambda x: functools.partial(
     zero_shot.keep_pixels, known=x, mask=known(x)
   ),
-  "grey": lambda x: functools.partial(zero_shot.keep_grey, known=x),
+  "grey": lambda x: functools.partial(zero_shot.keep_gray, known=x),
   "means": lambda x: functools.partial(zero_shot.keep_means, known=x, size=2),
 }
 
@@ -234,7 +234,7 @@ def test_regeneration_puts_the_known_part_back_every_time(name):
     inside = (abs(h) <= 1).reshape(shape).all(axis=axes, keepdims=True)
     inside = np.broadcast_to(inside, shape).reshape(x.shape)
     assert 0.3 < inside.mean() < 0.99
-    plain = zero_shot.to_grey(x) if name == "grey" else keep(0 * x)
+    plain = zero_shot.to_gray(x) if name == "grey" else keep(0 * x)
     possible = abs(plain) <= 0.9  # White and black have no colour, no detail.
     assert np.abs(out)[possible & ~inside].max() < 1.02
     close(keep(out), out)

@@ -211,9 +211,9 @@ def test_config_drift_is_refused_with_a_difference(server, tmp_path):
   )
   start.wait(errors.EXIT_BAD_INPUT)
   for said in (
-    "optimizer.learning_rate is 0.01 there, 0.5 here",
-    "model.width is 32 there, 16 here",
-    "seed is 0 there, 3 here",
+    "optimizer.learning_rate: got 0.5, expected 0.01",
+    "model.width: got 16, expected 32",
+    "seed: got 3, expected 0",
   ):
     assert said in start.text
   assert [path.read_text() for path in files] == before
