@@ -8,8 +8,11 @@ import re
 
 import pytest
 
+from bcm_jax import errors
 from bcm_jax.editing import pretrained
+from bcm_jax.editing import tasks
 from tests import docs_check
+from tests import mutations
 from tests import test_golden_texts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -140,3 +143,83 @@ def test_results_of_the_readme():
     assert f"{mse:.4f} with {nfe}" in " ".join(text.split())
   cost = json.loads((ROOT / "docs/results/step_cost_digits.json").read_text())
   assert f"{cost['methods']['bcm']['ratio']:.1f} times as long" in text
+
+
+def test_tables_of_the_scale_page():
+  text = TEXTS[ROOT / "docs" / "scale.md"]
+  for row in docs_check.scale_rows():
+    assert row in text, row
+
+
+@pytest.mark.parametrize("name", ["methods_digits", "editing"])
+def test_generated_tables(name):
+  benchmark = docs_check.benchmark(name)
+  text = benchmark.PAGE.read_text(encoding="utf-8")
+  assert benchmark.page(text) == text
+  assert benchmark.MARKED.search(text)
+
+
+def test_methods_are_compared_by_means_over_seeds(monkeypatch, tmp_path):
+  benchmark = docs_check.benchmark("methods_digits")
+  monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+  monkeypatch.setattr(benchmark, "COST", tmp_path / "cost.json")
+  assert benchmark.table() == "Not run yet."
+  for name, fid in (("edm", 2.0), ("dmd2-seed0", 2.0), ("dmd2-seed1", 3.0),
+                    ("dmd2-seed2", 4.0)):
+    numbers = {"nfe": 1, "FD (digits ResNet)": fid, "class_accuracy": 0.9,
+               "precision": 0.8, "recall": 0.7}
+    spread = {"std": dict.fromkeys(numbers, 0.25)}
+    (tmp_path / f"{name}.json").write_text(json.dumps({
+        "samplers": {"onestep_nfe1": numbers | spread},
+        "training": {"images": 64_000, "seconds": 90},
+    }))
+  table = benchmark.table()
+  one = "| onestep | 1 | {} | {} | 90.0% | 0.80 | 0.70 | 64,000 | 1.5 | {} |"
+  assert "| `edm` " + one.format("2.000 ± 0.250", "1.00", 1) in table
+  assert "| `dmd2` " + one.format("3.000 ± 1.000", "1.50", 3) in table
+
+
+def test_constants_of_the_editing_tasks():
+  text = TEXTS[ROOT / "docs" / "editing.md"].partition("## Results")[0]
+  for name, task in tasks.TASKS.items():
+    (row,) = [r for r in text.splitlines() if r.startswith(f"| `{name}` |")]
+    if task.noise and name != "inpaint":
+      assert f"e = {task.noise:g}" in row
+    if task.level:
+      assert f"level {task.level:g}" in row
+
+
+def test_guarantees_have_tests_and_each_a_fast_one():
+  text = TEXTS[ROOT / "docs" / "reliability.md"]
+  fast = text.partition("## Fast tests")[2].partition("\n## ")[0]
+  for table in (text.partition("## Fast tests")[0], fast):
+    rows = re.findall(r"^\| (\d+) \|.*tests/.*$", table, re.MULTILINE)
+    assert [int(row) for row in rows] == list(range(1, 11))
+  for file, name in docs_check.named_tests(text):
+    if name:
+      docs_check.marks(file, name)
+    else:
+      assert (ROOT / file).is_file(), file
+  for file, name in docs_check.named_tests(fast):
+    for mark in docs_check.marks(file, name).splitlines():
+      assert mark != "pytest.mark.slow", f"{file}::{name}"
+
+
+def test_exit_statuses():
+  for status in (errors.EXIT_BAD_INPUT, errors.EXIT_HANGING,
+                 errors.EXIT_MACHINE, errors.EXIT_PREEMPTED):
+    assert f"\n| {status} | " in TEXTS[ROOT / "docs" / "reliability.md"]
+
+
+def test_mutations_fit_the_code_the_tests_and_their_page():
+  for mutation in mutations.MUTATIONS:
+    path = ROOT / "bcm_jax" / mutation.file
+    code = path.read_text(encoding="utf-8")
+    assert code.count(mutation.old) == 1, mutation.name
+    ast.parse(code.replace(mutation.old, mutation.new))
+    file, _, name = mutation.test.partition("::")
+    if name:
+      docs_check.marks(f"tests/{file}", name.partition("[")[0])
+  page = (ROOT / "tests" / "mutations.md").read_text(encoding="utf-8")
+  found = re.findall(r"^\| (.*?) \| `(.*)` \|$", page, re.MULTILINE)
+  assert found == [(m.name, m.test) for m in mutations.MUTATIONS]

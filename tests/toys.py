@@ -224,8 +224,17 @@ def assert_equal(a, b) -> None:
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def rounding(terms: int) -> float:
+  """Returns a bound of the relative error of float32 sums of so many terms."""
+  return terms * 2.0**-24
+
+
 def assert_close(a, b, rtol=1e-5) -> None:
-  """Asserts that two trees agree to rtol of each leaf's largest value."""
+  """Asserts that two trees agree to rtol of each leaf's largest value.
+
+  So the tolerance does not depend on the scale of the values, nor on where a
+  processor rounds.
+  """
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     x, y = np.asarray(x), np.asarray(y)

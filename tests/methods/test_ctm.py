@@ -114,7 +114,7 @@ def test_a_jump_of_no_length_is_none_and_anchors_are_linear():
   )
   t, s = jnp.array([0.5, 1.0, 5.0, 60.0]), jnp.array([0.1, 0.002, 5.0, 1.0])
   f = jax.jit(method.f)
-  np.testing.assert_allclose(f(params, x, t, t, None), x, atol=1e-5)
+  toys.assert_close(f(params, x, t, t, None), x)
   g = f(params, x, t, jnp.full(4, 1e-9), None)  # s/t vanishes.
   assert np.all(np.isfinite(g))
   out = f(params, x, t, s, None)
@@ -362,9 +362,7 @@ def test_it_starts_as_the_teachers_euler_step(cls, options):
   )
   assert jax.tree.structure(new) == jax.tree.structure(fresh)
   out = jax.jit(one.apply)({"params": teacher}, x, t)
-  np.testing.assert_allclose(
-    jax.jit(two.apply)({"params": new}, x, t, s), out, atol=1e-6
-  )
+  toys.assert_close(jax.jit(two.apply)({"params": new}, x, t, s), out)
   assert end_time.add_end(new, fresh, True) is new
   # As released the branch is fresh: only what is new differs.
   for tree in (new, random):

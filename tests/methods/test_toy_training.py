@@ -20,13 +20,16 @@ from bcm_jax.training import train_state
 from bcm_jax.training import train_step
 from tests import toys
 
-BATCH = 512
 RATE = 0.998
 POINTS = 2000
 EPS, LOW, TOP = 0.002, 0.07, 80.0
-# Of eight runs (seeds 0 to 3, two roundings of the step) seven ended with a
-# reconstruction error of 0.0066 to 0.0093, one of seed 0 with 0.023.
-SEED = 1
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimized():
+  with toys.optimized():
+    yield
 
 
 def mixture(key, spread=0.1):
@@ -40,8 +43,8 @@ def gaussian(key):
   return (toys.SIGMA_DATA * jax.random.normal(key)).reshape(1, 1, 1)
 
 
-def train(data, num_steps, width=128, **options):
-  """flow(x, t, u) of the averaged parameters after training."""
+def train(data, num_steps, width, batch_size, seed, **options):
+  """Returns flow(x, t, u) of the averaged parameters after training."""
   method = bcm.BidirectionalTraining(
       toys.MLP(width=width, depth=3), preconditioning.adm_c_noise,
       s0=10, s1=80, curriculum_steps=num_steps, **options,
@@ -51,18 +54,18 @@ def train(data, num_steps, width=128, **options):
       schedule_steps=num_steps, final_fraction=0.1,
   )
   optimizers = {"student": optimizer.build()}
-  images = jnp.zeros((BATCH, 1, 1, 1))
+  images = jnp.zeros((batch_size, 1, 1, 1))
   create = functools.partial(
-    train_state.create, method, optimizers, (RATE,), SEED
+    train_state.create, method, optimizers, (RATE,), seed
   )
   state = jax.jit(create)(images, None)
   step = train_step.make_step(
-    method, optimizers, train_step.StepOptions(seed=SEED, ema_rates=(RATE,))
+    method, optimizers, train_step.StepOptions(seed=seed, ema_rates=(RATE,))
   )
-  index = jnp.arange(BATCH)
+  index = jnp.arange(batch_size)
 
   def one(state, _, curriculum):
-    keys = rng.example_keys(SEED, "data", state.step, index)
+    keys = rng.example_keys(seed, "data", state.step, index)
     batch = {"image": jax.vmap(data)(keys), "index": index}
     state, metrics = step(state, batch, curriculum, ("student",))
     return state, metrics["loss"]
@@ -106,63 +109,61 @@ def mixture_flow(x, t, u, points=400):
 
 
 @functools.cache
-def test_points():
-  """Images of the mixture, and the same at level LOW."""
+def two_modes():
+  """Returns images of the mixture, and the same at level LOW."""
   noise = np.random.default_rng(0)
   x0 = np.repeat([-0.5, 0.5], POINTS // 2) + 0.1 * noise.standard_normal(POINTS)
   return x0, x0 + LOW * noise.standard_normal(POINTS)
 
 
-test_points.__test__ = False
-
-
 def test_the_reference_map_is_exact():
-  _, x = test_points()
+  _, x = two_modes()
   up = mixture_flow(x, LOW, TOP)
   np.testing.assert_allclose(mixture_flow(up, TOP, LOW), x, atol=1e-3)
   np.testing.assert_allclose(np.std(up) / TOP, 1, atol=0.05)
 
 
-def measure(jump):
-  """Relative error of jumps to the top, and of the way there and back."""
-  x0, x = test_points()
-  up = jump(x, LOW, TOP)
-  exact = mixture_flow(x, LOW, TOP)
-  error = np.sqrt(np.mean((up - exact) ** 2)) / np.sqrt(TOP**2 + 0.26)
-  back = jump(up, TOP, EPS)
-  return error, np.mean((back - x0) ** 2)
-
-
 @pytest.mark.slow
-def test_the_soft_term_teaches_the_way_up():
-  error, reconstruction = measure(train(mixture, 2500))
-  assert error < 0.6
-  assert reconstruction < 0.02
-
-
-@pytest.mark.slow
-def test_without_it_the_way_up_is_not_learnt():
-  error, reconstruction = measure(
-    train(mixture, 2500, bidirectional_weight=0.0)
-  )
-  assert error > 0.75
-  assert reconstruction > 0.1
+def test_a_mixture_is_found_again_from_its_noise():
+  x0, x = two_modes()
+  jump = train(mixture, 2500, width=128, batch_size=512, seed=1)
+  back = jump(jump(x, LOW, TOP), TOP, EPS)
+  # Of eight runs (seeds 0 to 3, two roundings of the step) seven ended with
+  # 0.0066 to 0.0093, one of seed 0 with 0.023; the images' variance is 0.26.
+  assert np.mean((back - x0) ** 2) < 0.05
 
 
 @functools.cache
-def gaussian_jump():
-  return train(gaussian, 1200, width=64)
+def gaussian_jump(seed, **options):
+  return train(gaussian, 1600, width=64, batch_size=128, seed=seed, **options)
 
 
-# For F = 0 the errors are 1, 0.8, 0.8 and 0.14.
+def error(t, u, **options):
+  """Returns the median over SEEDS of a jump's error, relative to level u."""
+  noise = np.random.default_rng(1).standard_normal(POINTS)
+  x = np.sqrt(toys.SIGMA_DATA**2 + t**2) * noise
+  exact = toys.exact_flow(x, t, u)
+  scale = np.sqrt(toys.SIGMA_DATA**2 + u**2)
+  found = [
+      np.sqrt(np.mean((gaussian_jump(s, **options)(x, t, u) - exact) ** 2))
+      for s in SEEDS
+  ]
+  return np.median(found) / scale
+
+
+# For F = 0 the errors are 1, 0.8, 0.8 and 0.14; seeds 0 to 5 ended with at most
+# 0.13, 0.12, 0.12 and 0.10.
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "t,u,tolerance",
-  [(80.0, EPS, 0.5), (2.5, EPS, 0.3), (0.07, 15.0, 0.4), (0.5, 2.0, 0.1)],
+  [(80.0, EPS, 0.3), (2.5, EPS, 0.3), (0.07, 15.0, 0.3), (0.5, 2.0, 0.12)],
 )
 def test_gaussian_data_lead_to_the_exact_map(t, u, tolerance):
-  noise = np.random.default_rng(1).standard_normal(POINTS)
-  x = np.sqrt(toys.SIGMA_DATA**2 + t**2) * noise
-  error = gaussian_jump()(x, t, u) - toys.exact_flow(x, t, u)
-  scale = np.sqrt(toys.SIGMA_DATA**2 + u**2)
-  assert np.sqrt(np.mean(error**2)) / scale < tolerance
+  assert error(t, u) < tolerance
+
+
+@pytest.mark.slow
+def test_without_the_soft_term_the_way_up_is_not_learnt():
+  # Seeds 0 to 5 ended with 0.77 to 0.90 here, and with 0.09 to 0.12 downwards.
+  assert error(0.07, 15.0, bidirectional_weight=0.0) > 0.5
+  assert error(80.0, EPS, bidirectional_weight=0.0) < 0.3

@@ -12,6 +12,7 @@ import pytest
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.models import adm
 from bcm_jax.models import layers
+from tests import toys
 
 pytestmark = pytest.mark.slow
 
@@ -162,7 +163,7 @@ def test_dropout_of_an_example_is_its_own(small):
   # The same examples in another company, in other places.
   order = np.array([2, 0, 3, 2])
   moved = apply([a[order] for a in args], keys[order])
-  np.testing.assert_allclose(moved, together[order], atol=1e-5)
+  toys.assert_close(moved, together[order])
   for other in (apply(args, keys[::-1]), apply(args)):
     assert np.abs(together - other).max(axis=(1, 2, 3)).min() > 1e-3
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from bcm_jax.models import inception
+from tests import toys
 from tests.parity import features
 
 pytestmark = pytest.mark.slow
@@ -59,8 +60,9 @@ def test_logits_with_and_without_bias(evaluated):
   fc = features.params("", "float32")["fc"]
   unbiased = np.float64(out.pooled) @ np.float64(fc["kernel"])
   assert unbiased.shape == (2, 1008)
-  np.testing.assert_allclose(out.unbiased_logits, unbiased, atol=1e-4)
-  np.testing.assert_allclose(out.logits, unbiased + fc["bias"], atol=1e-4)
+  limit = toys.rounding(2048)
+  toys.assert_close(out.unbiased_logits, unbiased, limit)
+  toys.assert_close(out.logits, unbiased + fc["bias"], limit)
 
 
 @pytest.mark.parametrize("given, expected", [
@@ -99,7 +101,8 @@ def test_layer_is_convolution_norm_relu(kernel, stride, padding, size):
   expected = np.maximum(y * params["scale"] + params["bias"], 0)
   ours = layer.apply({"params": params}, x)
   assert 0 < np.mean(expected == 0) < 1
-  np.testing.assert_allclose(ours, expected, atol=2e-5)
+  terms = 5 * kernel[0] * kernel[1]
+  toys.assert_close(ours, expected, toys.rounding(terms + 10))
 
 
 def test_averages_commute_with_the_convolution():
@@ -118,7 +121,7 @@ def test_averages_commute_with_the_convolution():
   }}
   expected = inception.ConvNorm(4).apply(params, averaged)
   ours = inception.ConvNorm(4, average=True).apply(params, x)
-  np.testing.assert_allclose(ours, expected, atol=2e-6)
+  toys.assert_close(ours, expected, toys.rounding(3 * 9 + 10))
 
 
 @pytest.mark.parametrize("stride, padding", [(2, None), (1, -np.inf)])

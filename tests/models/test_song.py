@@ -15,6 +15,7 @@ from bcm_jax.models import end_time
 from bcm_jax.models import song
 from tests import golden
 from tests import quick
+from tests import toys
 
 FILES = golden.with_more(
     ["edm_ncsnpp", "ctm_songunet", "jcm_ncsnpp", "edm_adm"],
@@ -166,7 +167,7 @@ def test_dropout_of_an_example_is_its_own():
   moved = apply(
       [None if a is None else a[order] for a in args], keys[order]
   )
-  np.testing.assert_allclose(moved, together[order], atol=1e-4)
+  toys.assert_close(moved, together[order])
   changed = np.abs(together - apply(args, keys[::-1])).max(axis=(1, 2, 3))
   assert changed.min() > 1e-3
 
@@ -183,9 +184,7 @@ def test_no_class_and_no_augmentation_are_zero():
   rowless = dict(params, map_label=dict(
       params["map_label"], kernel=0 * params["map_label"]["kernel"]
   ))
-  np.testing.assert_allclose(
-      unlabelled, apply(rowless, labels, None), atol=1e-5
-  )
+  toys.assert_close(unlabelled, apply(rowless, labels, None))
 
 
 @pytest.mark.slow
@@ -199,9 +198,7 @@ def test_bidirectional_form_starts_as_the_one_time_network():
   apply = quick.jit(two.apply)
   before = quick.jit(one.apply)({"params": old}, x, t)
   for end in (t, -t):
-    np.testing.assert_allclose(
-        apply({"params": params}, x, t, end), before, atol=1e-5
-    )
+    toys.assert_close(apply({"params": params}, x, t, end), before)
   assert np.abs(
       apply({"params": fresh}, x, t, t) - apply({"params": fresh}, x, t, -t)
   ).max() > 1e-3
@@ -213,7 +210,7 @@ def test_remat_and_bfloat16_change_little():
   args = arguments(network)
   exact = quick.jit(network.apply)({"params": params}, *args)
   again = quick.jit(network.clone(remat=True).apply)({"params": params}, *args)
-  np.testing.assert_allclose(again, exact, atol=1e-5)
+  toys.assert_close(again, exact)
   half = quick.jit(network.clone(dtype="bfloat16").apply)(
       {"params": params}, *args
   )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bcm_jax.models import vgg
+from tests import toys
 
 
 @pytest.mark.parametrize("height, width", [(16, 16), (31, 40), (64, 47)])
@@ -37,7 +38,9 @@ def test_convolution_of_small_maps(size):
       for i in range(3) for j in range(3)
   ) + bias
   params = {"params": {"kernel": kernel, "bias": bias}}
-  np.testing.assert_allclose(vgg.Conv(7).apply(params, x), expected, atol=3e-5)
+  toys.assert_close(
+      vgg.Conv(7).apply(params, x), expected, toys.rounding(9 * 5 + 10)
+  )
 
 
 @pytest.mark.parametrize("pooling, expected", [
