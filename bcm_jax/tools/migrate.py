@@ -158,7 +158,7 @@ def _average(name: str) -> str:
   if match is None:
     return name
   step, std = match.groups(default="")
-  return step + train_state.power_name(float(std))
+  return step + train_state.phema_name(float(std))
 
 
 def _path(old: digests.Path) -> digests.Path:

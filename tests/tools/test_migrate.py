@@ -38,7 +38,7 @@ REFUSED = (
     "written by an earlier version of bcm_jax; run python -m "
     "bcm_jax.tools.migrate OLD NEW"
 )
-POWER = train_state.power_name(0.05)
+POWER = train_state.phema_name(0.05)
 
 
 @pytest.fixture(scope="module", autouse=True)
