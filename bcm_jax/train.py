@@ -125,7 +125,7 @@ class Run:
         os.path.join(self.workdir, nonfinite.FOLDER,
                      f"stacks-host{jax.process_index()}.txt"),
     )
-    self.frozen = runs.load_frozen(experiment)
+    self.frozen = build.load_frozen(experiment)
     # Inputs that checkpoints do not contain and that a run may not change.
     fixed = {
         "data_fingerprint": image_source.fingerprint(self.source),

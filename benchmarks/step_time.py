@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax import train
-from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.data import image_source
@@ -98,7 +97,7 @@ class Bench:
         lambda: build.create_state(self.experiment)
     )
     self.state = self.state.replace(
-        frozen=self.backend.place(runs.load_frozen(self.experiment))
+        frozen=self.backend.place(build.load_frozen(self.experiment))
     )
     self.steps = 0
     self.waited = 0.0

@@ -34,10 +34,6 @@ LAYERS = (
 LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
 # A command that keeps its name and runs code of the top layer.
 COMMANDS = {"bcm_jax.interop.convert": "generate"}
-# (importing module, imported module): to be removed.
-EXCEPTIONS = {
-    ("bcm_jax.checkpoint.runs", "bcm_jax.config.build"),
-}
 
 # Names of methods that the engine must not contain, also of those to come. The
 # registry and the files of methods/ add theirs.
@@ -110,9 +106,7 @@ def package_imports(source: str, module: str) -> Iterator[tuple[int, str]]:
   for line, target in imports(ast.parse(source), module):
     ours = target.split(".")[0] == "bcm_jax"
     if ours and target != "bcm_jax.__version__":
-      if not any((module, target[: len(t)]) == (module, t)
-                 for m, t in EXCEPTIONS if m == module):
-        yield line, target
+      yield line, target
 
 
 def layer_offences(source: str, module: str) -> list[str]:

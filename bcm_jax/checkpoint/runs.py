@@ -4,13 +4,9 @@ from collections.abc import Mapping
 import os
 from typing import Any
 
-import jax
-import numpy as np
-
 from bcm_jax import __version__
 from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
-from bcm_jax.config import build
 from bcm_jax.training import phema
 from bcm_jax.training import train_state
 from bcm_jax.utils import files
@@ -128,32 +124,6 @@ def load_params(workdir: str, average: str | None) -> Params:
   # All methods with several networks name the sampled one 'student'.
   network = "student"
   return choose(network, state, average, "training.init_average")[1]
-
-
-def load_frozen(experiment: build.Experiment) -> dict[str, Params]:
-  """Loads the parameters of the frozen networks, on the host.
-
-  Args:
-    experiment: experiment that uses the networks.
-
-  Returns:
-    Name -> parameters.
-
-  Raises:
-    UserError: a run has no good checkpoint.
-  """
-  section = experiment.config.method
-  inputs = build.example_batch(experiment)
-
-  def load(name, part):
-    if isinstance(part, build.Experiment):
-      return load_run(part, section[name], section[f"{name}_average"])[2]
-    # A fixed key: random parameters are not saved, and a restart needs the
-    # same ones.
-    params = part.init(jax.random.key(0), *inputs)
-    return jax.tree.map(np.asarray, params)
-
-  return {k: load(k, v) for k, v in experiment.frozen.items()}
 
 
 def load_run(

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from bcm_jax import errors
+from bcm_jax.checkpoint import runs
 from bcm_jax.config import registry
 from bcm_jax.config import resolve
 from bcm_jax.config import schema
@@ -335,6 +336,32 @@ def frozen_shapes(experiment: Experiment) -> dict[str, Any]:
       name: jax.eval_shape(functools.partial(init, part), key)
       for name, part in experiment.frozen.items()
   }
+
+
+def load_frozen(experiment: Experiment) -> dict[str, Any]:
+  """Loads the parameters of the frozen networks, on the host.
+
+  Args:
+    experiment: experiment that uses the networks.
+
+  Returns:
+    Name -> parameters.
+
+  Raises:
+    UserError: a run has no good checkpoint.
+  """
+  section = experiment.config.method
+  inputs = example_batch(experiment)
+
+  def load(name, part):
+    if isinstance(part, Experiment):
+      return runs.load_run(part, section[name], section[f"{name}_average"])[2]
+    # A fixed key: random parameters are not saved, and a restart needs the
+    # same ones.
+    params = part.init(jax.random.key(0), *inputs)
+    return jax.tree.map(np.asarray, params)
+
+  return {k: load(k, v) for k, v in experiment.frozen.items()}
 
 
 def create_state(

@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from bcm_jax import errors
-from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.diffusion import preconditioning
@@ -138,7 +137,7 @@ def config(**method):
 def test_a_config_names_it():
   experiment = build.build(config(gan_encoder=NAME))
   assert experiment.method.discriminator.encoder.backbone is pyramid
-  first, second = (runs.load_frozen(experiment) for _ in range(2))
+  first, second = (build.load_frozen(experiment) for _ in range(2))
   toys.assert_equal(first, second)
   shapes = build.frozen_shapes(experiment)
   assert jax.tree.map(np.shape, first) == jax.tree.map(
