@@ -51,7 +51,7 @@ MUTATIONS = (
     _NOTICE,
   ),
   Mutation(
-    "data window dropped",
+    "data offset dropped",
     "train.py",
     "read(data_offset + step))",
     "read(step))",
@@ -60,7 +60,7 @@ MUTATIONS = (
   Mutation(
     "Adam's count reset on resuming",
     "checkpoint/recovery.py",
-    '    logging.info("resuming at step %d", at)\n',
+    '    logging.info("resuming at step %d", restored_step)\n',
     "    state = jax.tree_util.tree_map_with_path(\n"
     "        lambda p, x: 0 * x if 'count' in str(p[-1]) else x, state)\n",
     _NOTICE,
@@ -119,7 +119,7 @@ MUTATIONS = (
   Mutation(
     "lock ignored",
     "checkpoint/workdir_lock.py",
-    "if not self._dead(owner):",
+    "if not self._dead(record):",
     "if False:",
     "checkpoint/test_workdir_lock.py::"
     "test_a_second_writer_is_refused_while_the_first_beats",
@@ -127,7 +127,7 @@ MUTATIONS = (
   Mutation(
     "lock of a dead process waited for",
     "checkpoint/workdir_lock.py",
-    "if not self._dead(owner):",
+    "if not self._dead(record):",
     "if True:",
     "checkpoint/test_workdir_lock.py::"
     "test_a_dead_process_of_this_machine_is_not_waited_for",
@@ -135,8 +135,8 @@ MUTATIONS = (
   Mutation(
     "lock that is gone counts as held",
     "checkpoint/workdir_lock.py",
-    "if owner is None or owner and",
-    "if owner and",
+    "if record is None or record and",
+    "if record and",
     "checkpoint/test_workdir_lock.py::"
     "test_a_lost_lock_is_noticed_and_not_released[False]",
   ),
@@ -193,28 +193,28 @@ MUTATIONS = (
     "test_one_executable_no_transfer_and_no_copy[pattern-2x2]",
   ),
   Mutation(
-    "window kept on rolling back",
+    "data offset kept on rolling back",
     "training/train_state.py",
     "data_offset=jnp.int32(position - int(good.step))",
     "data_offset=good.data_offset",
     _ONCE,
   ),
   Mutation(
-    "saved before it was judged",
+    "saved before it was checked",
     "train.py",
     "guard.check(step, metrics, wait=saving)",
     "guard.check(step, metrics, wait=last)",
     _ROLLING + "test_a_roll_back_goes_on_with_other_data[at_save]",
   ),
   Mutation(
-    "roll-backs forgotten on resuming",
+    "rollbacks forgotten on resuming",
     "checkpoint/recovery.py",
-    "before and before.position", "None",
+    "rollback and rollback.position", "None",
     _ROLLING
     + "test_a_roll_back_that_is_killed_resumes_bit_for_bit[after_second]",
   ),
   Mutation(
-    "roll-backs counted anew at every checkpoint",
+    "rollbacks counted anew at every checkpoint",
     "training/nonfinite.py",
     "newest <= rollbacks[-1].reached:",
     "newest <= rollbacks[-1].step:",
@@ -230,8 +230,8 @@ MUTATIONS = (
   Mutation(
     "last save not waited for",
     "checkpoint/checkpoint.py",
-    "if not (self._settle() and began):",
-    "self.known = [*self.known, step]\n      if not began:",
+    "if not (self._settle() and started):",
+    "self.known = [*self.known, step]\n      if not started:",
     "checkpoint/test_saver.py",
   ),
   Mutation(

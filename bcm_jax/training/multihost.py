@@ -38,8 +38,8 @@ def connect(
   """Joins the other processes of the run; call before any computation.
 
   On Cloud TPU pods, GKE, SLURM and Open MPI, JAX detects the cluster; elsewhere
-  pass all of coordinator, num_processes and process_id, or none for a
-  run of one process.
+  pass coordinator, num_processes and process_id, or omit all three for a run of
+  one process.
 
   Args:
     coordinator: host:port of process 0, the same for all processes.
@@ -59,7 +59,7 @@ def connect(
     raise errors.UserError(
         "--coordinator, --num_processes and --process_id: got "
         f"{coordinator}, {num_processes} and {process_id}, expected all three "
-        "or none of them; set the missing ones"
+        "or None for all; set the missing ones"
     )
   if jax.distributed.is_initialized():
     return

@@ -179,7 +179,7 @@ def test_bad_arguments(tmp_path, capsys):
   out = tmp_path / "run"
   assert "edm-song" in fails(capsys, source, out, "--kind=edm-sogn")
   assert "of kind openai" in fails(capsys, source, out, "--kind=openai")
-  assert "--group=ema" in fails(capsys, source, out, "--group=ema")
+  assert "--group: got ema" in fails(capsys, source, out, "--group=ema")
   assert "model.num_head" in fails(
       capsys, source, out, "--config.model.num_heads=4"
   )
