@@ -24,6 +24,7 @@ MODULES = {
     "bcm_jax.release.hub": "hub",
     "bcm_jax.release.export": "export",
     "bcm_jax.train_classifier": "train_classifier",
+    "bcm_jax.tools.migrate": "migrate",
 }
 # A row of --help: a name, perhaps with its value, two spaces, a text.
 ROW = re.compile(r"  (-h, --help|-\S+|\w\S*)( \S+)?  +\S.*")

@@ -25,7 +25,6 @@ from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import digests
 from bcm_jax.checkpoint import runs
 from bcm_jax.checkpoint import workdir_lock
-from bcm_jax.config import registry
 from bcm_jax.export import model_folder
 from bcm_jax.training import metric_writers
 from bcm_jax.training import nonfinite
@@ -97,9 +96,13 @@ def migrate(old: str, new: str) -> str:
 
   Raises:
     UserError: OLD is none of these, damaged, or not of the first version; NEW
-      exists.
+      exists or is in OLD.
   """
   files.check_free(new)
+  if pathlib.Path(new).resolve().is_relative_to(pathlib.Path(old).resolve()):
+    raise errors.UserError(
+        f"NEW: got {new}, expected a folder outside OLD, which is not changed"
+    )
   if not any(pathlib.Path(old).glob("*.json")):
     raise errors.UserError(
         f"{old}: has no .json files, expected a work directory, a model folder "
@@ -127,12 +130,8 @@ def migrate(old: str, new: str) -> str:
 
 def config(old: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a resolved config of the first version with today's keys."""
-  fields = {k for m in registry.METHODS.values() for k in dir(m.cls)}
-  tables = _CONFIG | {
-      "method": {k: v for k, v in _CONFIG["method"].items() if v in fields}
-  }
   new = {
-      _SECTIONS.get(section, section): _rename(values, tables.get(section, {}))
+      _SECTIONS.get(section, section): _rename(values, _CONFIG.get(section, {}))
       for section, values in old.items()
   }
   # Patterns of paths in the state.

@@ -197,6 +197,19 @@ def test_a_damaged_checkpoint_is_named(old, tmp_path):
   assert not (tmp_path / "new").exists()
 
 
+def test_bad_folders(old, new, tmp_path):
+  for source, target, said in (
+      (old / "run", old / "run" / "new", "outside OLD"),
+      (old / "run", new / "run", "exists already"),
+      (tmp_path, tmp_path / ".." / "new", "has no .json files"),
+      (new / "run", tmp_path / "new", "got a checkpoint of format 2"),
+      (new / "packed", tmp_path / "new", "got format 2, expected 1"),
+  ):
+    with pytest.raises(errors.UserError, match=said):
+      migrate.migrate(str(source), str(target))
+    assert not (tmp_path / "new").exists()
+
+
 def test_digests_of_frozen_networks_stay():
   tree = {"a": {"b": np.arange(3, dtype=np.float32)}, "c": {}}
   assert digests.tree_digest(tree) == "ade94a082d09"
