@@ -240,7 +240,7 @@ def test_nested_bytes_must_be_a_storage(content, tmp_path, monkeypatch):
   path = tmp_path / "hostile.pkl"
   path.write_bytes(craft.edm(craft.nested(content)))
   message = refusal(path, tmp_path, monkeypatch)
-  assert "nests something else than a storage" in message
+  assert "expected a storage" in message
 
 
 def test_nesting_goes_one_level_deep(tmp_path, monkeypatch):

@@ -350,7 +350,7 @@ def test_foreign_layouts_are_written_as_plain_ones(tmp_path):
         ("a.safetensors", {"w": np.ones(2, "c16")}, "'w': got complex128"),
         ("a.safetensors", {"w": np.array(["x"])}, "'w': got <U1"),
         ("a.safetensors", {"w": np.array([None])}, "'w': got object"),
-        ("a.safetensors", {3: np.ones(2)}, "got 3; expected text"),
+        ("a.safetensors", {3: np.ones(2)}, "got 3, expected text"),
     ],
 )
 def test_what_cannot_be_written_is_named_and_the_old_file_stays(
