@@ -134,6 +134,8 @@ def config(old: Mapping[str, Any]) -> dict[str, Any]:
       _SECTIONS.get(section, section): _rename(values, _CONFIG.get(section, {}))
       for section, values in old.items()
   }
+  if new["method"].get("dm_weight") == "normalised":
+    new["method"]["dm_weight"] = "normalized"
   # Patterns of paths in the state.
   new["parallel"]["sharding"] = [
       rule.replace("players/", "networks/")

@@ -7,6 +7,7 @@ with model.width=8, 4 steps), `packed` (its network in bfloat16), and
 
 import json
 import pathlib
+import re
 import shutil
 import tarfile
 
@@ -152,8 +153,22 @@ def test_every_key_of_the_config_is_known(old, new):
   assert found["training"]["watchdog_timeout_secs"] == 120.0
   old_config = read(old / "run" / "config.json")
   assert migrate.config(found) == found != old_config
+  method = {"name": "dmd", "dm_weight": "normalised"}
+  assert migrate.config({**old_config, "method": method})["method"] == {
+      "name": "dmd", "dm_weight": "normalized"
+  }
   critic = migrate.config({**old_config, "critic": old_config["optimizer"]})
   assert critic["auxiliary_optimizer"] == found["optimizer"]
+
+
+def test_the_page_lists_the_keys():
+  page = FILES.parents[2] / "docs" / "renames.md"
+  rows = re.findall(r"`(\w+)\.(\w+)` \| `\1\.(\w+)` \|", page.read_text())
+  assert {row for row in rows if row[0] in migrate._CONFIG} == {
+      (section, old, new)
+      for section, table in migrate._CONFIG.items()
+      for old, new in table.items()
+  }
 
 
 def test_records_of_the_run(old, new):
