@@ -24,7 +24,9 @@ def experiment(stds=STDS, average=None, heads=()):
   )
   method = types.SimpleNamespace(
       sampled_network="student",
-      networks={"student": base.TrainableNetwork(None, None)},
+      networks={
+          "student": base.TrainableNetwork(None, None, heads=heads)
+      },
   )
   return types.SimpleNamespace(config=config, method=method)
 
