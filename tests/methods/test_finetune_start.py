@@ -79,7 +79,7 @@ def test_a_bidirectional_source_is_taken_as_it_is():
 
 @pytest.mark.parametrize("change, named", [
     ({"out_2": {"kernel": np.ones(3), "bias": np.ones(1)}}, r"out_2.*\(3,\)"),
-    ({"out_9": {"bias": np.ones(1)}}, "out_9/bias: .* None here"),
+    ({"out_9": {"bias": np.ones(1)}}, "out_9/bias"),
 ])
 def test_a_source_that_does_not_fit_is_refused(change, named):
   network, source, _ = finetuning()
