@@ -116,13 +116,9 @@ def test_jcm_checkpoint(tmp_path):
                        attention_resolutions=(32, 16, 8)), 64),
     ("edm-adm", adm.ADM(num_classes=1000, **adm.DHARIWAL), 64),
     ("edm-song", song.SongUNet(augment_dim=9, num_classes=10), 32),
-    ("edm-song", song.SongUNet(augment_dim=9, **song.NCSNPP), 32),
     ("edm-song", song.SongUNet(encoder="skip", decoder="skip"), 32),
     ("edm2", edm2.EDM2(num_classes=1000), 64),
     ("jcm", song.SongUNet(**song.NCSNPP), 32),
-    ("jcm", song.SongUNet(), 32),
-    ("jcm", song.SongUNet(channel_mult=(1, 2, 2), num_res_blocks=2,
-                          **song.NCSNPP), 32),
 ])
 def test_full_size_names_are_recognised(family, network, size):
   module = transfer.FAMILIES[family]

@@ -60,22 +60,11 @@ def small():
   return net, fresh, full
 
 
-@pytest.mark.parametrize("settings, count, tensors", [
-    (dict(two_time=True), 279_941_571, 504),
-    (dict(), 278_023_107, 499),
-    (dict(attention_resolutions=(32, 16, 8)), 282_168_003, 541),
-    (
-        dict(attention_resolutions=(32, 16, 8), use_scale_shift_norm=True,
-             qkv_norm=False),
-        295_899_267, 541,
-    ),
-    (dict(num_res_blocks=6), 465_069_891, 835),
-    (dict(num_res_blocks=6, two_time=True), 466_988_355, 840),
-], ids=["BCM", "iCT", "iCT-32", "CM", "iCT-deep", "BCM-deep"])
-def test_published_sizes(settings, count, tensors):
-  leaves = jax.tree.leaves(shapes(adm.ADM(num_classes=1000, **settings)))
-  assert sum(v.size for v in leaves) == count
-  assert len(leaves) == tensors
+def test_published_size_without_a_config():
+  # tests/test_golden_texts.py counts the networks of configs.
+  net = adm.ADM(num_classes=1000, attention_resolutions=(32, 16, 8))
+  leaves = jax.tree.leaves(shapes(net))
+  assert sum(v.size for v in leaves) == 282_168_003 and len(leaves) == 541
   assert {v.dtype for v in leaves} == {np.dtype("float32")}
 
 
