@@ -293,10 +293,12 @@ def test_guidance_by_the_network_itself_and_by_a_worse_one(teacher):
   )
   np.testing.assert_array_equal(nowhere, plain)
   by_itself = images(
-    teacher, sample__guidance="3.0", sample__guide=str(teacher)
+    teacher, sample__guidance="3.0", sample__guidance_network=str(teacher)
   )
   assert np.abs(by_itself.astype(int) - plain).max() <= 1
-  early = images(teacher, sample__guidance="3.0", sample__guide=f"{teacher}@2")
+  early = images(
+    teacher, sample__guidance="3.0", sample__guidance_network=f"{teacher}@2"
+  )
   assert np.any(early != plain)
 
 
@@ -348,8 +350,7 @@ def test_samplers_of_a_denoiser(teacher):
       planning.plan_of(cm, sampler)
   with pytest.raises(errors.UserError, match="guidance needs a denoiser"):
     planning.plan_of(
-      build.build(resolved("digits_ict.py", sample__guidance="2.0")),
-      "onestep",
+      build.build(resolved("digits_ict.py", sample__guidance="2.0")), "onestep"
     )
   assert isinstance(
     planning.plan_of(built, "heun").steps[0], sampling_plan.HeunJump

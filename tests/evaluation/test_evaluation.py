@@ -75,12 +75,12 @@ def copy(run, tmp_path):
 
 
 def test_fewer_samples_than_the_protocol_need_a_flag():
-  few = experiment(eval__allow_few="false")
+  few = experiment(eval__allow_fewer_samples="false")
   with pytest.raises(errors.UserError, match="eval.allow_fewer_samples"):
     evaluate.check_before_training(few)
   for fine in ({"eval__num_samples": "50000"}, {"eval__at_end": "false"}):
     evaluate.check_before_training(
-        experiment(eval__allow_few="false", **fine)
+        experiment(eval__allow_fewer_samples="false", **fine)
     )
   with pytest.raises(errors.UserError, match="eval.seeds"):
     evaluate.check_before_training(experiment(eval__seeds="()"))
@@ -348,7 +348,9 @@ def test_baselines_are_the_odes_of_a_denoiser(copy, tmp_path):
   with checkpoint.Checkpoints(runs.checkpoint_dir(folder)) as saved:
     saved.save(1, state, {})
   evaluate.run(
-    experiment(eval__inversion_baseline=folder, eval__baseline_nfe="1,4"),
+    experiment(
+      eval__inversion_baseline=folder, eval__inversion_baseline_nfe="1,4"
+    ),
     str(copy),
   )
   found = results(copy)["4"]["inversion"]

@@ -74,19 +74,21 @@ def test_fsdp_holds_less_and_gathers(costs):
 
 
 def test_gradients_of_microbatches_are_reduced_once(costs):
-  config = tiny(training__batch_size="32", parallel__max_examples="4")
+  config = tiny(
+    training__batch_size="32", parallel__microbatch_size_per_device="4"
+  )
   experiment = build.build(config)
   backend = experiment.mesh_backend(jax.devices()[:4])
   assert backend.local
   assert experiment.step_options(backend).microbatches == 2
   compiled = aot_compile.lower(
-      experiment, backend, experiment.method.phases()[0]
+    experiment, backend, experiment.method.phases()[0]
   ).compile()
   in_entry = compiled.as_text().partition("\nENTRY ")[2]
   once = hlo_cost.collectives(in_entry)
   assert once == hlo_cost.collectives(compiled.as_text())
   assert once["all-reduce"][1] == pytest.approx(
-      costs[4].collectives["all-reduce"][1], rel=0.01
+    costs[4].collectives["all-reduce"][1], rel=0.01
   )
 
 
@@ -96,19 +98,29 @@ def test_the_step_is_donated(costs):
 
 # Where there are wheels the test extra brings libtpu; then it must be there.
 needs_libtpu = pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"),
-    reason="libtpu's wheels are for Linux on x86-64 alone",
+  (sys.platform, platform.machine()) != ("linux", "x86_64"),
+  reason="libtpu's wheels are for Linux on x86-64 alone",
 )
 
 
 def run(*arguments, rc=0):
   """Runs the command in a process of its own, for libtpu's environment."""
   done = subprocess.run(
-      [sys.executable, "-m", "bcm_jax.main", "--config=configs/digits.py",
-       "--mode=compile", *(f"--config.{k}={v}" for k, v in TINY.items()),
-       *arguments],
-      cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-      capture_output=True, text=True, timeout=300, check=False,
+    [
+      sys.executable,
+      "-m",
+      "bcm_jax.main",
+      "--config=configs/digits.py",
+      "--mode=compile",
+      *(f"--config.{k}={v}" for k, v in TINY.items()),
+      *arguments,
+    ],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
   )
   assert done.returncode == rc, done.stderr
   return done.stdout + done.stderr
@@ -117,8 +129,12 @@ def run(*arguments, rc=0):
 @needs_libtpu
 def test_a_report_for_tpus(tmp_path):
   file = tmp_path / "report.json"
-  text = run("--topology=v5e:2x2", f"--out={file}",
-             "--config.training.batch_size=32", "--config.model.dtype=bfloat16")
+  text = run(
+    "--topology=v5e:2x2",
+    f"--out={file}",
+    "--config.training.batch_size=32",
+    "--config.model.dtype=bfloat16",
+  )
   report = json.loads(file.read_text())
   assert (report["chips"], report["hosts"]) == (4, 1)
   assert report["examples_per_chip"] == 8 and report["microbatches"] == 1
@@ -135,17 +151,24 @@ def test_a_report_for_tpus(tmp_path):
 
 @needs_libtpu
 def test_too_large_a_batch_is_refused_with_what_to_do():
-  line = run("--topology=v5e:2x2", "--config.training.batch_size=8388608",
-             rc=errors.EXIT_BAD_INPUT).splitlines()[-1]
+  line = run(
+    "--topology=v5e:2x2",
+    "--config.training.batch_size=8388608",
+    rc=errors.EXIT_BAD_INPUT,
+  ).splitlines()[-1]
   assert line.startswith("error: ") and "15.75G" in line
   assert "parallel.microbatch_size_per_device" in line
 
 
-@pytest.mark.parametrize("topology,part", [
-    (None, "--topology"), ("v9:2x2", "v9"),
+@pytest.mark.parametrize(
+  "topology,part",
+  [
+    (None, "--topology"),
+    ("v9:2x2", "v9"),
     pytest.param("v5e:3x7", "v5e:3x7", marks=needs_libtpu),
     ("h100:8", "h100.*v4"),
-])
+  ],
+)
 def test_bad_topologies_say_so(topology, part):
   with pytest.raises(errors.UserError, match=part):
     aot_compile.compile_for(tiny(), topology)
