@@ -319,11 +319,11 @@ def test_bad_command_lines(arguments, said, capsys):
     (["--config.sample.label=10"], "0 .. 9"),
     (
       ["--config.sample.sampler=ancestral", "--config.sample.times=1,2"],
-      "not strictly decreasing",
+      "strictly decreasing",
     ),
     (
       ["--config.sample.sampler=ancestral", "--config.sample.times=90"],
-      "outside the trained",
+      "the range of training",
     ),
     (["--config.sample.average=ema_0.5"], "sample.average"),
   ],
