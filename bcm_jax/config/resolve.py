@@ -90,8 +90,13 @@ def run_file(file: pathlib.Path) -> types.ModuleType:
   """Imports a config file.
 
   Raises:
-    UserError: the module has no `get_config`.
+    UserError: not a Python file, or it has no `get_config`.
   """
+  if file.suffix != ".py":
+    raise errors.UserError(
+        f"--config: got {file}, expected a .py file; shipped configs are in "
+        "configs/"
+    )
   spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -114,7 +119,11 @@ def read_file(path: str) -> ml_collections.ConfigDict:
   if not arg:
     return module.get_config()
   variants = getattr(module, "VARIANTS", None)
-  if variants is not None and arg not in variants:
+  if variants is None:
+    raise errors.UserError(
+        f"--config: got {path}, expected {name}, which has no variants"
+    )
+  if arg not in variants:
     raise errors.unknown_name(f"variant of {file.name}", arg, variants)
   return module.get_config(arg)
 
@@ -203,7 +212,8 @@ def _set(partial: dict[str, Any], path: str, text: str) -> None:
 
 
 def _look_up(section, partial, table) -> tuple[str, Any]:
-  name = partial.get(section, {}).get("name")
+  values = partial.get(section, {})
+  name = values.get("name") if isinstance(values, Mapping) else None
   if name not in table:
     raise errors.unknown_name(f"{section}.name", str(name), table)
   return name, table[name]
@@ -405,7 +415,9 @@ def read_run(workdir: str) -> dict[str, Any] | None:
     return None
   try:
     raw = json.loads(path.read_text())
-  except json.JSONDecodeError as e:
+    if not all(isinstance(v, dict | int) for v in raw.values()):
+      raise ValueError("a section is not an object")
+  except (ValueError, AttributeError) as e:
     raise errors.UserError(
       f"{path}: got damaged JSON ({e}), expected a config; restore it from a "
       "backup or use another --workdir"

@@ -161,7 +161,7 @@ def _mean(n: int, a: np.ndarray, m: int, b: np.ndarray) -> np.ndarray:
 
 
 def _shift(n: int, a: np.ndarray, m: int, b: np.ndarray) -> np.ndarray:
-  """Vector whose outer square is the between-group term of the scatter."""
+  """Returns the vector v with v v^T the between-group term of the scatter."""
   return np.sqrt(n / (n + m) * m) * (b - a)
 
 

@@ -1,1 +1,1 @@
-"""What leaves a run: folders to give away, and StableHLO."""
+"""Commands that keep their names: release.hub and release.export."""

@@ -52,7 +52,7 @@ def check_free(path: str) -> None:
   if os.path.isdir(path) and not os.listdir(path):
     return
   if os.path.lexists(path):
-    raise errors.UserError(f"{path} exists already; choose another OUT")
+    raise errors.UserError(f"{path} exists already; choose another place")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """From strings to objects: keys, names, types, resuming, files."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -177,6 +178,21 @@ def test_damaged_config_of_a_run(tmp_path):
   (tmp_path / "config.json").write_text('{"seed": ')
   with pytest.raises(errors.UserError, match="config.json"):
     resolve.of_run(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"method": 3}', b"\x9a\xff"])
+def test_config_of_a_run_that_is_none(tmp_path, content):
+  (tmp_path / "config.json").write_bytes(content)
+  with pytest.raises(errors.UserError, match="config.json|method.name"):
+    resolve.of_run(str(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["configs/digits.py:nope", "README.md"])
+def test_files_that_are_no_config(path):
+  if path == "README.md":
+    path = str(pathlib.Path(__file__).parents[2] / path)
+  with pytest.raises(errors.UserError, match="--config"):
+    resolve.read_file(path)
 
 
 def test_a_conditional_network_needs_labels(tmp_path):
