@@ -10,6 +10,7 @@ import ast
 from collections.abc import Mapping
 import dataclasses
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -119,11 +120,11 @@ def read_file(path: str) -> ml_collections.ConfigDict:
   if not arg:
     return module.get_config()
   variants = getattr(module, "VARIANTS", None)
-  if variants is None:
+  if not inspect.signature(module.get_config).parameters:
     raise errors.UserError(
         f"--config: got {path}, expected {name}, which has no variants"
     )
-  if arg not in variants:
+  if variants is not None and arg not in variants:
     raise errors.unknown_name(f"variant of {file.name}", arg, variants)
   return module.get_config(arg)
 
