@@ -349,7 +349,7 @@ def test_bad_packing(run, folder, tmp_path, capsys):
   assert not out.exists()
   for verb, source in (("pack", run), ("unpack", folder)):
     assert str(folder) in fails(capsys, verb, source, folder)
-  assert "cannot be made" in fails(
+  assert "cannot create" in fails(
     capsys, "pack", run, folder / "README.md" / "out"
   )
 

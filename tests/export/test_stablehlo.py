@@ -173,7 +173,7 @@ def test_a_network_without_classes_and_with_one_time(tmp_path):
   assert_within_a_grey_level(model.sample(3, seed=1), expected)
   with pytest.raises(stablehlo_runtime.InputError, match="label|class"):
     model.sample(3, labels=1)
-  with pytest.raises(errors.UserError, match="invert"):
+  with pytest.raises(errors.UserError, match="two_time"):
     stablehlo.write(str(run), str(tmp_path / "no.zip"), invert=True)
 
 

@@ -183,7 +183,7 @@ def test_bad_arguments(tmp_path, capsys):
   (out / "mine").write_text("precious")
   assert "exists already" in fails(capsys, source, out)
   back = tmp_path / "back.safetensors"
-  assert "no run" in fails(capsys, out, back, "--reverse")
+  assert "no config.json" in fails(capsys, out, back, "--reverse")
   for suffix in (".pt", ".pth"):
     error = fails(capsys, out, tmp_path / f"back{suffix}", "--reverse")
     assert f"got suffix '{suffix}', expected .safetensors" in error

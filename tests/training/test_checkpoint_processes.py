@@ -85,7 +85,7 @@ def test_two_hosts_agree_on_the_fallback(tmp_path):
       from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
       jax.config.update("jax_cpu_collectives_implementation", "gloo")
       jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
-      from bcm_jax.checkpoint import checkpoint, manifest
+      from bcm_jax.checkpoint import checkpoint, digests
       mesh = Mesh(np.array(jax.devices()), ("d",))
       x = np.arange(8, dtype=np.float32)
       def array(scale):
@@ -99,7 +99,7 @@ def test_two_hosts_agree_on_the_fallback(tmp_path):
           read_step = checkpoint._read_step
           def damaged(folder, step):
             if step == 2:
-              raise manifest.Damage("bad memory")
+              raise digests.Damage("bad memory")
             return read_step(folder, step)
           checkpoint._read_step = damaged
         step, state, _ = ckpt.restore({"x": array(0)})

@@ -39,7 +39,7 @@ def test_a_writer_that_was_replaced_stops_before_it_saves(server, tmp_path):
   first = server.start(tmp_path, code=starts.slow()).until("step ")
   first.send(signal.SIGSTOP)
   second = server.start(tmp_path, code=BEATS)
-  second.until("taking it over").wait(0)
+  second.until("taking over the lock").wait(0)
   whole = starts.leaves(tmp_path, STEPS)
   first.send(signal.SIGCONT)
   first.wait(errors.EXIT_BAD_INPUT)
