@@ -111,7 +111,10 @@ def test_both_are_fid_and_tell_themselves_apart():
 
 @pytest.mark.parametrize("call, words", [
     (lambda: metric.preprocess(images(1, 8, 8, 4), "tf1"), "3 channels, or 1"),
-    (lambda: metric.preprocess(images(1, 8, 8, 3), "pil"), "resizing: got 'pil'"),
+    (
+        lambda: metric.preprocess(images(1, 8, 8, 3), "pil"),
+        "resizing: got 'pil'",
+    ),
     (lambda: metric.inception_features({}, "tf"), "did you mean 'tf1'"),
 ])
 def test_bad_input_is_a_user_error(call, words):

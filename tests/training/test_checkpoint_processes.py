@@ -96,12 +96,12 @@ def test_two_hosts_agree_on_the_fallback(tmp_path):
         ckpt.save(2, {"x": array(2)}, {})
         ckpt.wait()
         if jax.process_index() == 1:
-          read_step = checkpoint._read_step
-          def damaged(folder, step):
-            if step == 2:
+          read_step = checkpoint.read_step
+          def damaged(folder, *version):
+            if folder.name == "2":
               raise digests.Damage("bad memory")
-            return read_step(folder, step)
-          checkpoint._read_step = damaged
+            return read_step(folder, *version)
+          checkpoint.read_step = damaged
         step, state, _ = ckpt.restore({"x": array(0)})
         assert step == 1, step
         for shard in state["x"].addressable_shards:
