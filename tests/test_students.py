@@ -329,7 +329,7 @@ def test_bits_a_dimension_in_mode_eval(teacher):
   assert 3 < numbers["bits_per_dim"] < 12
   assert "8 test images" in bits_per_dim.summary(numbers)
   cm = build.build(resolved("digits_ict.py", eval__likelihood_images="8"))
-  with pytest.raises(errors.UserError, match="holds no denoiser"):
+  with pytest.raises(errors.UserError, match="eval.likelihood_images"):
     evaluate.check_outputs(cm)
 
 
