@@ -1,6 +1,6 @@
 """The parts of the documentation that follow from code and measurements.
 
-  python -m tests.docs_check     # updates the lines that architecture.md quotes
+  python -m tests.docs_check     # updates the numbers of quoted lines
 """
 
 import ast
@@ -12,7 +12,7 @@ import re
 import types
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "architecture.md"
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("architecture", "methods")]
 _QUOTE = re.compile(r"^\| `([\w/.]+):\d+` \| `([^`]+)` \|", re.MULTILINE)
 
 
@@ -112,4 +112,6 @@ def marks(file: str, name: str) -> str:
 
 
 if __name__ == "__main__":
-  PAGE.write_text(renumber(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+  for page in PAGES:
+    text = renumber(page.read_text(encoding="utf-8"))
+    page.write_text(text, encoding="utf-8")

@@ -39,13 +39,14 @@ def config_keys():
   return {line.partition(" = ")[0].lstrip("+- ") for line in lines}
 
 
-def test_line_numbers_of_quoted_code():
-  text = docs_check.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", docs_check.PAGES, ids=lambda p: p.stem)
+def test_line_numbers_of_quoted_code(page):
+  text = page.read_text(encoding="utf-8")
   assert docs_check.renumber(text) == text
   shifted = re.sub(r"(\.py):(\d+)`", r"\1:1\2`", text)
   assert docs_check.renumber(shifted) == text != shifted
   with pytest.raises(ValueError, match="expected one"):
-    docs_check.renumber(text.replace("build.build(config)", "no such code"))
+    docs_check.renumber(text.replace("self, ", "no such code"))
 
 
 @every_page

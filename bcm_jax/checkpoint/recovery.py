@@ -19,8 +19,8 @@ from bcm_jax.training import train_state
 class Recovery:
   """Starts a run, and rolls it back after repeated non-finite steps.
 
-  All decisions depend only on files in the work directory, so that a run that
-  is killed and restarted makes the same decisions.
+  Every decision depends only on files in the work directory, so that it is the
+  same after a kill and a restart.
 
   Attributes:
     workdir: work directory.

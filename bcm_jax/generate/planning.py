@@ -94,8 +94,7 @@ def write(name: str, times: Sequence[float], pairs: Pairs = ()) -> str:
 def _mid_times(
     start: float, end: float, count: int, rho: float
 ) -> tuple[float, ...]:
-  """Returns the interior points of a Karras grid (EDM, eq. 5) from start to
-  end."""
+  """Returns the interior points of a Karras grid (EDM, eq. 5)."""
   low, high = min(start, end), max(start, end)
   inner = schedules.karras_sigmas(count + 2, low, high, rho)[1:-1]
   return tuple(float(t) for t in (inner if start < end else inner[::-1]))

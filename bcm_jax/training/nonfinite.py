@@ -127,7 +127,7 @@ def write_bundle(
 class Rollback:
   """A rollback to a saved state, logged before training continues from it.
 
-  A checkpoint does not record that the steps after it failed. This log maps a
+  A checkpoint contains no record of the failed steps after it. This log maps a
   checkpoint, identified by step and data_offset, to the data position at which
   training continues, so that a restart repeats the same rollbacks.
 
