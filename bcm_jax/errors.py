@@ -33,8 +33,8 @@ class Preempted(Exception):
 def outdated(path: object) -> UserError:
   """Returns the error for a file or folder of the first version's format."""
   return UserError(
-      f"{path}: written by an earlier version of bcm_jax; run python -m "
-      "bcm_jax.tools.migrate OLD NEW"
+      f"{path}: written by an earlier version of bcm_jax; run bcm_jax "
+      "migrate OLD NEW"
   )
 
 

@@ -36,8 +36,7 @@ from tests.training import tiny_run
 
 FILES = pathlib.Path(__file__).with_name("files")
 REFUSED = (
-    "written by an earlier version of bcm_jax; run python -m "
-    "bcm_jax.tools.migrate OLD NEW"
+    "written by an earlier version of bcm_jax; run bcm_jax migrate OLD NEW"
 )
 POWER = train_state.phema_name(0.05)
 
