@@ -182,6 +182,13 @@ def frozen_run(
         f"method.name={run.config.method.name!r}, expected a denoiser; train "
         f"one with {denoiser} or convert published weights"
     )
+  labels = run.config.model.get("augment_dim")
+  if config.data.augment and labels != augmentation.LABEL_DIM:
+    raise errors.UserError(
+        f"method.{name}: got {workdir} with model.augment_dim={labels}, "
+        f"expected {augmentation.LABEL_DIM}, since the student trains on "
+        f"augmented images; use another run or set data.augment=0"
+    )
   data_name, run_data_name = config.data.name, run.config.data.name
   if "none" in (data_name, run_data_name) or config.data.path is not None:
     run_data_name = data_name  # The names do not identify the data.
