@@ -1,5 +1,6 @@
 """Validates constraints across config sections; names no method."""
 
+import math
 from typing import Any
 
 import ml_collections
@@ -138,6 +139,14 @@ def method(config: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
           f"{key}: got {value}, expected at least {least}; increase it"
       )
+  for key in ("ema_halflife_kimg", "ema_rampup_ratio"):
+    values = config.training[key]
+    for value in values if isinstance(values, tuple) else (values,):
+      if value is not None and not 0 < value < math.inf:
+        raise errors.UserError(
+            f"training.{key}: got {value}, expected a positive number; change "
+            "it"
+        )
   for rate in config.training.ema_rates:
     if not 0 <= rate < 1:
       raise errors.UserError(
