@@ -208,6 +208,8 @@ def test_another_teacher_stops_a_run_that_goes_on(teacher, trained, tmp_path):
     ("digits_cd.py", {"method__teacher": "/nowhere"}, "config.json"),
     ("digits_cd.py", {"model__num_classes": "none"}, "classes 10, expected"),
     ("digits_cd.py", {"method__sigma_data": "0.5"}, "sigma_data 0.75, exp"),
+    ("digits_cd.py", {"data__augment": "0.1", "model__augment_dim": "9"},
+     "method.teacher: .* with model.augment_dim=0, expected 9"),
     ("digits_ctm.py:gan", {"method__teacher": "none"}, "gan_encoder='teacher'"),
     ("digits_ctm.py:dsm", {"model__end_branch": "align"}, "in every block"),
     ("digits_dmd.py:dmd", {"data__pairs": "none"}, "data.pairs: got None"),

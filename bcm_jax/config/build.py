@@ -127,18 +127,25 @@ class Experiment:
       return None
 
   def optimizers(self) -> dict[str, optax.GradientTransformation]:
-    """Returns network -> optimizer.
-
-    The sampled network uses config section optimizer, the other networks
-    auxiliary_optimizer.
-    """
+    """Returns network -> optimizer."""
     return {
-        name: (
-            self.optimizer if name == self.method.sampled_network
-            else self.auxiliary_optimizer
-        ).build()
-        for name in self.method.networks
+        name: self.optimizer_of(name).build() for name in self.method.networks
     }
+
+  def optimizer_of(self, network: str) -> optim.Optimizer:
+    """Returns the optimizer settings of a network.
+
+    The sampled network has config section optimizer, the other networks
+    auxiliary_optimizer. Optimizers count updates, so schedule_steps is
+    converted from training steps to updates of this network.
+    """
+    section = self.optimizer
+    if network != self.method.sampled_network:
+      section = self.auxiliary_optimizer
+    if section.schedule == "constant":
+      return section
+    updates = self.method.num_updates(network, section.schedule_steps)
+    return dataclasses.replace(section, schedule_steps=updates)
 
   def backend(self) -> sharding.Backend:
     """Returns the backend of training: jit over all devices, or pmap.
@@ -184,6 +191,9 @@ class Experiment:
       ema_rates=training.ema_rates,
       ema_warmup=training.ema_warmup,
       ema_stds=training.ema_stds,
+      ema_halflife_kimg=training.ema_halflife_kimg,
+      ema_rampup_ratio=training.ema_rampup_ratio,
+      batch_size=training.batch_size,
       microbatches=sharding.microbatches(
         training.batch_size,
         backend.devices,
@@ -388,4 +398,5 @@ def create_state(
     start_from,
     loss_scaling=experiment.config.model.dtype == "float16",
     ema_stds=training.ema_stds,
+    ema_halflife_kimg=training.ema_halflife_kimg,
   )

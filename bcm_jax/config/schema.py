@@ -63,6 +63,10 @@ class Training:
     batch_size: global batch size.
     ema_rates: decay rates of the moving averages of the parameters.
     ema_warmup: use min(rate, (1 + n) / (10 + n)) instead of the rate.
+    ema_halflife_kimg: half-lives of further averages in thousands of images, as
+      in EDM.
+    ema_rampup_ratio: the half-lives are at most this fraction of the images
+      seen (EDM: 0.05); None disables the limit.
     ema_stds: relative widths sigma_rel of power function averages (EDM2: 0.05,
       0.1); with two of them sample.average='posthoc_0.15' reconstructs any
       other width.
@@ -80,6 +84,8 @@ class Training:
   batch_size: int = 1024
   ema_rates: tuple[float, ...] = (0.9999,)
   ema_warmup: bool = False
+  ema_halflife_kimg: tuple[float, ...] = ()
+  ema_rampup_ratio: float | None = None
   ema_stds: tuple[float, ...] = ()
   max_consecutive_nonfinite: int = 20
   max_rollbacks: int = 3

@@ -1,5 +1,6 @@
 """Validates constraints across config sections; names no method."""
 
+import math
 from typing import Any
 
 import ml_collections
@@ -138,6 +139,14 @@ def method(config: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
           f"{key}: got {value}, expected at least {least}; increase it"
       )
+  for key in ("ema_halflife_kimg", "ema_rampup_ratio"):
+    values = config.training[key]
+    for value in values if isinstance(values, tuple) else (values,):
+      if value is not None and not 0 < value < math.inf:
+        raise errors.UserError(
+            f"training.{key}: got {value}, expected a positive number; change "
+            "it"
+        )
   for rate in config.training.ema_rates:
     if not 0 <= rate < 1:
       raise errors.UserError(
@@ -181,6 +190,13 @@ def frozen_run(
         f"method.{name}: got {workdir}, a run of "
         f"method.name={run.config.method.name!r}, expected a denoiser; train "
         f"one with {denoiser} or convert published weights"
+    )
+  labels = run.config.model.get("augment_dim")
+  if config.data.augment and labels != augmentation.LABEL_DIM:
+    raise errors.UserError(
+        f"method.{name}: got {workdir} with model.augment_dim={labels}, "
+        f"expected {augmentation.LABEL_DIM}, since the student trains on "
+        f"augmented images; use another run or set data.augment=0"
     )
   data_name, run_data_name = config.data.name, run.config.data.name
   if "none" in (data_name, run_data_name) or config.data.path is not None:

@@ -49,9 +49,7 @@ def pseudo_huber(
   d = _flat(a, b)
   s = jnp.sum(d**2, axis=-1)
   if c == 0.0:
-    # The gradient of sqrt is infinite at 0; use 0 instead.
-    safe = jnp.where(s > 0, s, 1)
-    value = jnp.where(s > 0, jnp.sqrt(safe), 0)
+    value = dtypes.safe_sqrt(s)
   else:
     value = s / (jnp.sqrt(s + c**2) + c)
   return value / math.sqrt(d.shape[-1]) if normalize else value
@@ -59,10 +57,8 @@ def pseudo_huber(
 
 def unit(features: jax.Array) -> jax.Array:
   """Scales features [..., C] to unit norm over C; zero vectors stay zero."""
-  squared = jnp.sum(features**2, axis=-1, keepdims=True)
-  # The gradient of sqrt is infinite at 0, and ReLU outputs are often all zero.
-  positive = squared > 0
-  norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
+  # ReLU outputs are often all zero.
+  norm = dtypes.safe_sqrt(jnp.sum(features**2, axis=-1, keepdims=True))
   return features / (norm + _EPSILON)
 
 

@@ -60,6 +60,7 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # A model folder has one set of parameters and no averages.
 _NO_AVERAGES = {
     "training.ema_rates": "()", "training.ema_stds": "()",
+    "training.ema_halflife_kimg": "()",
     "sample.average": "none", "eval.averages": "()",
 }
 # Config keys that may name Python code to import, and safe replacements for

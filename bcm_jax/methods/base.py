@@ -273,6 +273,12 @@ class Method:
     """Returns all values of `phase`."""
     return (self.phase(0),)
 
+  def num_updates(self, network: str, steps: int) -> int:
+    """Returns how many of the first `steps` steps update a network."""
+    if len(self.phases()) == 1:
+      return steps
+    return sum(network in self.phase(step) for step in range(steps))
+
   def curriculum(self, step: int) -> dict[str, Any]:
     """Returns scalars and arrays of a step, with the same shapes at all steps.
     """

@@ -94,7 +94,10 @@ class ImageDistance:
       sigma = jnp.full(a.shape[:1], self.feature_sigma, a.dtype)
       params = ctx.frozen["teacher"]
       return distances.of_features(*(
-          self.teacher.features(params, v, sigma, ctx.labels) for v in (a, b)
+          self.teacher.features(
+              params, v, sigma, ctx.labels, ctx.augment_labels
+          )
+          for v in (a, b)
       ))
     return distances.by_name(
         self.metric, a, b, self.huber_c, self.huber_normalize
@@ -133,6 +136,8 @@ class ConsistencyDistillation(ImageDistance, consistency.ConsistencyTraining):
     """
     x_t = process.add_noise(ctx.images, times.t, z)
     t, r = (process.expand(s, x_t.ndim) for s in (times.t, times.r))
-    denoiser = self.teacher.solver_denoiser(ctx.frozen["teacher"], ctx.labels)
+    denoiser = self.teacher.solver_denoiser(
+        ctx.frozen["teacher"], ctx.labels, ctx.augment_labels
+    )
     step = {"heun": solvers.heun_step, "euler": solvers.euler_step}
     return jax.lax.stop_gradient(step[self.solver](denoiser, x_t, t, r))

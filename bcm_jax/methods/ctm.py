@@ -158,6 +158,14 @@ class TrajectoryDistillation(
           f"level in every block for method.name={config.method.name!r}; set "
           "model.two_time=True and model.end_branch='blocks'"
       )
+    encoder = config.method.gan_encoder
+    if config.data.augment and config.method.gan and encoder != "teacher":
+      return (
+          f"method.gan_encoder: got {encoder!r} with data.augment="
+          f"{config.data.augment}, expected 'teacher', since no other encoder "
+          "has augmentation labels, without which the network generates "
+          "augmented images; change one of them"
+      )
     return cls.distance_constraints(config)
 
   # Networks -------------------------------------------------------------------
@@ -318,9 +326,11 @@ class TrajectoryDistillation(
 
   # Jumps ----------------------------------------------------------------------
 
-  def denoise(self, params, x, sigma, labels, dropout_keys=None) -> jax.Array:
+  def denoise(
+      self, params, x, sigma, labels, dropout_keys=None, augment_labels=None
+  ) -> jax.Array:
     """Returns g(x, sigma, sigma) [B, H, W, C], the denoiser inside G."""
-    network = self.apply_network(params, labels, dropout_keys)
+    network = self.apply_network(params, labels, dropout_keys, augment_labels)
     return preconditioning.precondition(
         lambda x, c_noise, _: network(x, c_noise, c_noise),
         preconditioning.EDM(self.sigma_data), x, sigma, sigma, self.c_noise,
@@ -334,10 +344,12 @@ class TrajectoryDistillation(
     if self.teacher is None:
       return self.f(
           ctx.averages["target"], x_t, times.t, times.u, ctx.labels,
-          ctx.keys("dropout/solver"),
+          ctx.keys("dropout/solver"), ctx.augment_labels,
       )
     grid = self.grid.astype(x_t.dtype)
-    denoiser = self.teacher.solver_denoiser(ctx.frozen["teacher"], ctx.labels)
+    denoiser = self.teacher.solver_denoiser(
+        ctx.frozen["teacher"], ctx.labels, ctx.augment_labels
+    )
 
     def step(k, x):
       t, t_next = (
@@ -351,7 +363,7 @@ class TrajectoryDistillation(
     """Returns G_theta-(x, s, 0) [B, H, W, C]; gradients flow only to x."""
     return self.f(
         ctx.averages["target"], x, s, jnp.full_like(s, self.sigma_min),
-        ctx.labels, ctx.keys(f"dropout/{stream}"),
+        ctx.labels, ctx.keys(f"dropout/{stream}"), ctx.augment_labels,
     )
 
   def sample_x_t(self, ctx: base.Context, t, stream="noise") -> jax.Array:
@@ -364,7 +376,8 @@ class TrajectoryDistillation(
   def estimate(self, params, ctx: base.Context, x_t, times) -> jax.Array:
     """Returns the estimate G_theta-(G_theta(x_t, t, s), s, 0) [B, H, W, C]."""
     y = self.f(
-        params, x_t, times.t, times.s, ctx.labels, ctx.keys("dropout/student")
+        params, x_t, times.t, times.s, ctx.labels,
+        ctx.keys("dropout/student"), ctx.augment_labels,
     )
     return self.jump_to_zero(ctx, y, times.s, "estimate")
 
@@ -379,7 +392,7 @@ class TrajectoryDistillation(
     inner = params if self.target_inner == "online" else ctx.averages["target"]
     y = self.f(
         jax.lax.stop_gradient(inner), x_u, times.u, times.s, ctx.labels,
-        ctx.keys("dropout/target"),
+        ctx.keys("dropout/target"), ctx.augment_labels,
     )
     y = self.jump_to_zero(ctx, y, times.s, "target_end")
     return jax.lax.stop_gradient(y)
@@ -389,7 +402,7 @@ class TrajectoryDistillation(
     sigma = self.dsm_levels(ctx).astype(ctx.images.dtype)
     d = self.denoise(
         params, self.sample_x_t(ctx, sigma, "dsm/noise"), sigma, ctx.labels,
-        ctx.keys("dropout/dsm"),
+        ctx.keys("dropout/dsm"), ctx.augment_labels,
     )
     weight = preconditioning.edm_weight(sigma, self.sigma_data)
     return weight * distances.l2(d, ctx.images)

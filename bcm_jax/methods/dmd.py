@@ -178,7 +178,8 @@ class DistributionMatching(
     """Returns generated images x [B, H, W, C] (DMD2, section 4.5).
 
     Draws one step m for the batch. Steps before m run without gradients and
-    generate the input of step m.
+    generate the input of step m. With data.augment all networks, the generator
+    too, have the augmentation labels of the batch, and sampling has none.
     """
     levels = jnp.asarray(self.start_levels, ctx.images.dtype)
     m = jax.random.randint(ctx.shared_key("generator/step"), (), 0, self.steps)
@@ -191,7 +192,8 @@ class DistributionMatching(
 
     def denoise(params, x, k):
       return self.denoiser.denoise(
-          params, x, jnp.full(len(x), levels[k]), labels
+          params, x, jnp.full(len(x), levels[k]), labels,
+          augment_labels=ctx.augment_labels,
       )
 
     def step(k, x):
@@ -237,9 +239,12 @@ class DistributionMatching(
     sigma = self.levels(ctx, "dm", _LOW, _HIGH)
     z = process.normal_like(ctx.keys("dm/noise"), x)
     x_s = process.add_noise(x, sigma, z)
-    real = self.teacher.denoise(ctx.frozen["teacher"], x_s, sigma, labels)
+    augment = dict(augment_labels=ctx.augment_labels)
+    real = self.teacher.denoise(
+        ctx.frozen["teacher"], x_s, sigma, labels, **augment
+    )
     fake = self.denoiser.denoise(
-        ctx.networks["fake_score"]["network"], x_s, sigma, labels
+        ctx.networks["fake_score"]["network"], x_s, sigma, labels, **augment
     )
     size = jnp.mean(jnp.abs(x - real), axis=(1, 2, 3))
     factor = {
@@ -298,7 +303,8 @@ class DistributionMatching(
     sigma = self.levels(ctx, "fake", 0.0, 1.0)
     z = process.normal_like(ctx.keys("fake/noise"), x)
     d = self.denoiser.denoise(
-        params["network"], process.add_noise(x, sigma, z), sigma, labels
+        params["network"], process.add_noise(x, sigma, z), sigma, labels,
+        augment_labels=ctx.augment_labels,
     )
     loss = self.denoiser.weight(sigma) * distances.l2(d, x)
     parts = {"loss_denoising": loss}

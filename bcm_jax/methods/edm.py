@@ -62,11 +62,15 @@ class Diffusion(base.PreconditionedNetwork, base.SingleNetworkMethod):
         augment_labels,
     )
 
-  def solver_denoiser(self, params, labels):
+  def solver_denoiser(self, params, labels, augment_labels=None):
     """Returns D(x, s) for solvers, with s [B, 1, 1, 1]."""
-    return lambda x, s: self.denoise(params, x, s.reshape(-1), labels)
+    return lambda x, s: self.denoise(
+        params, x, s.reshape(-1), labels, augment_labels=augment_labels
+    )
 
-  def features(self, params, x, sigma, labels) -> list[jax.Array]:
+  def features(
+      self, params, x, sigma, labels, augment_labels=None
+  ) -> list[jax.Array]:
     """Returns features of the encoder, [B, H, W, C] per resolution.
 
     Args:
@@ -74,14 +78,17 @@ class Diffusion(base.PreconditionedNetwork, base.SingleNetworkMethod):
       x: [B, H, W, C] at levels sigma.
       sigma: [B].
       labels: [B] int32 or None.
+      augment_labels: [B, 9] or None.
 
     Returns:
       Feature maps, fine to coarse.
     """
     c_in = self.coefficients(sigma, jnp.zeros_like(sigma)).c_in
+    # Only networks with augment_dim have this argument.
+    extra = () if augment_labels is None else (None, augment_labels)
     _, sown = self.network.apply(
         {"params": params}, process.expand(c_in, 4) * x, self.c_noise(sigma),
-        None, labels, mutable=layers.FEATURES,
+        None, labels, *extra, mutable=layers.FEATURES,
     )
     return layers.sown_levels(sown)
 

@@ -154,7 +154,7 @@ class Discriminator:
       frozen: parameters of the encoder.
       images: real or generated images in [-1, 1].
       labels: [B] int32 or None.
-      ctx: keys.
+      ctx: keys and augmentation labels.
       stream: name of the random stream, different for real and generated
         images.
     """
@@ -165,7 +165,9 @@ class Discriminator:
       sigma = self.levels(ctx.keys(f"{stream}/sigma"))
       z = process.normal_like(ctx.keys(f"{stream}/noise"), images)
       images = process.add_noise(images, sigma, z)
-    features = self.encoder.features(frozen, images, sigma, labels)
+    features = self.encoder.features(
+        frozen, images, sigma, labels, ctx.augment_labels
+    )
     return self.heads.apply({"params": params}, features)
 
   def levels(self, keys) -> jax.Array:
@@ -247,9 +249,11 @@ class Projected:
     )
     return {"backbone": params, "mixing": mixing["params"]}
 
-  def features(self, params, images, sigma, labels) -> list[jax.Array]:
+  def features(
+      self, params, images, sigma, labels, augment_labels=None
+  ) -> list[jax.Array]:
     """Returns mixed features [B, H, W, C] per level, fine to coarse."""
-    del sigma, labels  # Not inputs of the backbone.
+    del sigma, labels, augment_labels  # Not inputs of the backbone.
     features = self.backbone(params["backbone"], images)
     return self.mixing.apply({"params": params["mixing"]}, features)
 

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 
 from bcm_jax.models import dtypes
 
+# Names of parameters that are constants: they are in the parameters only so
+# that checkpoints contain them, and no update changes them.
+CONSTANTS = ("freqs", "phases")
+
 
 def sinusoidal_embedding(
     c_noise: jax.Array,
@@ -44,8 +48,7 @@ def sinusoidal_embedding(
 class Fourier(nn.Module):
   """Random Fourier features [B, dim]: cosines, then sines.
 
-  The frequencies are constant; they are parameters so that checkpoints contain
-  them.
+  The frequencies are constants, see CONSTANTS.
 
   Attributes:
     dim: embedding size, even.

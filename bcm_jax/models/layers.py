@@ -223,7 +223,7 @@ def unit_rms(x: jax.Array) -> jax.Array:
   The norm is computed in at least float32.
   """
   inputs = dtypes.at_least_float32(x)
-  norm = jnp.linalg.norm(inputs, axis=-1, keepdims=True)
+  norm = dtypes.safe_sqrt(jnp.sum(inputs**2, axis=-1, keepdims=True))
   return (inputs / (1e-4 + norm / math.sqrt(x.shape[-1]))).astype(x.dtype)
 
 

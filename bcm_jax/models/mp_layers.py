@@ -72,7 +72,8 @@ def unit_kernel(kernel: jax.Array) -> jax.Array:
   """
   kernel = dtypes.at_least_float32(kernel)
   axes = tuple(range(kernel.ndim - 1))
-  return kernel / (_EPS + jnp.sqrt(jnp.mean(kernel**2, axes, keepdims=True)))
+  square = jnp.mean(kernel**2, axes, keepdims=True)
+  return kernel / (_EPS + dtypes.safe_sqrt(square))
 
 
 def _unit_normal(key, shape, dtype=jnp.float32):
@@ -114,8 +115,8 @@ class MPConv(nn.Module):
 class MPFourier(nn.Module):
   """Fourier features sqrt(2) cos(freqs c + phases) of unit magnitude (eq. 75).
 
-  freqs = 2 pi N(0, 1) and phases = 2 pi U(0, 1) are constants. They are
-  parameters without gradient, so that checkpoints contain them.
+  freqs = 2 pi N(0, 1) and phases = 2 pi U(0, 1) are constants, see
+  embeddings.CONSTANTS.
   """
 
   num_channels: int

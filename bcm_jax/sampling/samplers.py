@@ -74,6 +74,8 @@ def run(
       y = f(x, t, u, labels)
       if isinstance(step, sampling_plan.HeunJump):
         y = y + (x - f(y, u, t, labels)) / 2
+      if step.clip:
+        y = jnp.clip(y, -1, 1)
       x = y if at_image is None or step.u != plan.end else at_image(y)
   return x
 
@@ -137,7 +139,10 @@ def alike(plan: sampling_plan.Plan) -> Iterator[list[Turn]]:
       turns.append([])
 
   def kind(turn):
-    return [(type(step), getattr(step, "guided", None)) for _, step in turn]
+    return [
+        (type(s), getattr(s, "guided", None), getattr(s, "clip", None))
+        for _, s in turn
+    ]
 
   for _, similar in itertools.groupby(turns[:-1], kind):
     yield list(similar)

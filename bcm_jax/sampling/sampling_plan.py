@@ -20,18 +20,23 @@ class Jump:
   Attributes:
     t, u: noise levels before and after.
     guided: use the guided map, see sampling.guidance.
+    clip: clip the result to [-1, 1].
   """
 
   t: float
   u: float
   guided: bool = False
+  clip: bool = False
 
   NFE, WORD = 1, "jump "
 
   def __str__(self):
     direction = "generate" if self.u < self.t else "invert"
     guided = ", guided" if self.guided else ""
-    return f"{self.WORD}  {self.t:g} -> {self.u:g}  ({direction}{guided})"
+    clip = ", clip" if self.clip else ""
+    return (
+        f"{self.WORD}  {self.t:g} -> {self.u:g}  ({direction}{guided}{clip})"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,12 +209,14 @@ def zigzags(pairs: Sequence[tuple[float, float]], levels: NoiseRange) -> Plan:
 
 
 def cm_multistep(
-    mid: Sequence[float], levels: NoiseRange, start: float | None = None
+    mid: Sequence[float], levels: NoiseRange, start: float | None = None,
+    clip: bool = True,
 ) -> Plan:
   """Returns multistep consistency sampling (Song et al., 2023, algorithm 1).
 
   Alternates denoising to sigma_min with noise sqrt(t^2 - sigma_min^2) z that
   reaches the next level t of `mid`. The first level is sigma_max, or `start`.
+  With `clip`, denoised images are clipped to [-1, 1], as in the released code.
 
   Raises:
     UserError: a level outside of the range, or levels not decreasing.
@@ -217,10 +224,11 @@ def cm_multistep(
   times = [levels.sigma_max if start is None else start, *mid]
   levels.check(times, "multistep time")
   _check_monotone(times, "multistep times", up=False)
-  steps: list[Jump | AddNoise] = [Jump(times[0], levels.sigma_min)]
+  low = levels.sigma_min
+  steps: list[Jump | AddNoise] = [Jump(times[0], low, clip=clip)]
   for t in times[1:]:
-    scale = math.sqrt(t**2 - levels.sigma_min**2)
-    steps += [AddNoise(scale, t), Jump(t, levels.sigma_min)]
+    scale = math.sqrt(t**2 - low**2)
+    steps += [AddNoise(scale, t), Jump(t, low, clip=clip)]
   return Plan("cm_multistep", times[0], tuple(steps))
 
 
@@ -249,7 +257,8 @@ def gamma_sampling(
 
   As in the released code: jumps from t_k to s_k = sqrt(1 - gamma^2)
   (t_{k+1} - sigma_min) + sigma_min, then adds noise up to t_{k+1}; the last
-  jump ends at sigma_min. gamma = 0 is `ancestral`, gamma = 1 `cm_multistep`.
+  jump ends at sigma_min. gamma = 0 is `ancestral`, gamma = 1 `cm_multistep`
+  without clipping.
 
   Raises:
     UserError: gamma outside of [0, 1], a level outside of the range, or levels

@@ -19,6 +19,7 @@ from bcm_jax.methods import base
 from bcm_jax.training import goodput
 from bcm_jax.training import hooks
 from bcm_jax.training import rng
+from bcm_jax.training import train_state
 
 # Number of sampled noise levels in histograms, over this many training steps;
 # some levels are shared by all examples of a step.
@@ -98,8 +99,14 @@ def _networks(experiment) -> str:
     lines.append(f"network {name}: {type(network.network).__name__}, {start}")
   for phase in method.phases():
     lines.append(f"phase: updates {', '.join(phase)}")
-  averages = [f"ema_{r:g}" for r in experiment.config.training.ema_rates]
-  lines.append(f"averages: {', '.join([*averages, *method.averages])}")
+  training = experiment.training
+  averages = [
+      *map(train_state.average_name, training.ema_rates),
+      *map(train_state.phema_name, training.ema_stds),
+      *map(train_state.halflife_name, training.ema_halflife_kimg),
+      *method.averages,
+  ]
+  lines.append(f"averages: {', '.join(averages)}")
   return "\n".join(lines)
 
 

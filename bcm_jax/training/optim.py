@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Literal
 
-import jax.numpy as jnp
 import optax
+
+from bcm_jax.training import phema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +16,12 @@ class Optimizer:
     name: 'radam', 'adam' or 'adamw'.
     learning_rate: peak learning rate.
     schedule: 'constant'; 'cosine' or 'linear', which decay to final_fraction of
-      the peak at schedule_steps; or 'rsqrt', which is constant up to
-      schedule_steps, then decays as 1 / sqrt(step / schedule_steps).
-    warmup_steps: steps of the linear warm-up from 0.
-    schedule_steps: length of the schedule in steps, including the warm-up.
+      the peak at schedule_steps; or 'rsqrt', which decays as 1 / sqrt(step /
+      schedule_steps) from schedule_steps on (EDM2).
+    warmup_steps: updates of the linear warm-up from 0.
+    schedule_steps: length of the schedule in training steps, including the
+      warm-up. A network that is not updated in every step reaches the end at
+      the same step, after fewer updates.
     final_fraction: final learning rate as a fraction of the peak.
     b1: decay rate of Adam's first moment.
     b2: decay rate of Adam's second moment.
@@ -50,11 +53,11 @@ class Optimizer:
         "linear": lambda: optax.linear_schedule(
             peak, peak * self.final_fraction, max(1, span)
         ),
-        "rsqrt": lambda: lambda count: peak / jnp.sqrt(
-            jnp.maximum(count / max(1, span), 1.0)
+        "rsqrt": lambda: lambda count: phema.learning_rate(
+            count, 1, peak, self.schedule_steps, self.warmup_steps
         ),
     }[self.schedule]()
-    if not self.warmup_steps:
+    if not self.warmup_steps or self.schedule == "rsqrt":
       return decay
     warmup = optax.linear_schedule(0.0, peak, self.warmup_steps)
     return optax.join_schedules([warmup, decay], [self.warmup_steps])

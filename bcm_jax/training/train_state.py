@@ -77,6 +77,11 @@ def phema_name(std: float) -> str:
   return f"phema_{std:g}"
 
 
+def halflife_name(kimg: float) -> str:
+  """Returns the name of an EMA by its half-life: 'ema_500kimg'."""
+  return f"ema_{kimg:g}kimg"
+
+
 def create(
     method: base.Method,
     optimizers: Mapping[str, optax.GradientTransformation],
@@ -87,6 +92,7 @@ def create(
     start_from: Mapping[str, Any] | None = None,
     loss_scaling: bool = False,
     ema_stds: tuple[float, ...] = (),
+    ema_halflife_kimg: tuple[float, ...] = (),
 ) -> TrainState:
   """Creates the state before the first step; a pure function, can be jitted.
 
@@ -100,6 +106,7 @@ def create(
     start_from: network -> parameters to start from.
     loss_scaling: whether to scale losses, for float16.
     ema_stds: sigma_rel of the power-function EMAs of the sampled network.
+    ema_halflife_kimg: half-lives of its other EMAs.
 
   Raises:
     ValueError: parameters in start_from do not fit the network.
@@ -119,7 +126,10 @@ def create(
     networks[name] = NetworkState(
         params, optimizers[name].init(params), jnp.int32(0)
     )
-  names = [*map(average_name, ema_rates), *map(phema_name, ema_stds)]
+  names = [
+      *map(average_name, ema_rates), *map(phema_name, ema_stds),
+      *map(halflife_name, ema_halflife_kimg),
+  ]
   averages = {
       name: ema.start(networks[method.sampled_network].params) for name in names
   }

@@ -20,6 +20,7 @@ import optax
 from bcm_jax.data import augmentation
 from bcm_jax.data import image_source
 from bcm_jax.methods import base
+from bcm_jax.models import embeddings
 from bcm_jax.training import ema
 from bcm_jax.training import phema
 from bcm_jax.training import rng
@@ -43,6 +44,9 @@ class StepOptions:
     ema_rates: decay rates of the EMAs of the sampled network.
     ema_warmup: whether to reduce these rates early, see ema.warmed_rate.
     ema_stds: sigma_rel of its power-function EMAs, see phema.
+    ema_halflife_kimg: half-lives of its other EMAs, in thousands of images.
+    ema_rampup_ratio: limit of the half-life, see phema.halflife_beta.
+    batch_size: images per step, for the half-lives.
     microbatches: number of microbatches (gradient accumulation).
     axis_name: mapped axis over which gradients and metrics are averaged; None
       under jit on a global batch.
@@ -54,6 +58,9 @@ class StepOptions:
   ema_rates: tuple[float, ...] = (0.9999,)
   ema_warmup: bool = False
   ema_stds: tuple[float, ...] = ()
+  ema_halflife_kimg: tuple[float, ...] = ()
+  ema_rampup_ratio: float | None = None
+  batch_size: int = 1
   microbatches: int = 1
   axis_name: str | None = None
   augment: augmentation.AugmentPipe | None = None
@@ -272,6 +279,13 @@ def _update(network, grads, optimizer, project):
   updates, opt_state = optimizer.update(
       grads, network.opt_state, network.params
   )
+  # Weight decay would change constants, although their gradient is 0.
+  updates = jax.tree_util.tree_map_with_path(
+      lambda path, u: (
+          jnp.zeros_like(u)
+          if getattr(path[-1], "key", None) in embeddings.CONSTANTS else u
+      ), updates,
+  )
   params = optax.apply_updates(network.params, updates)
   if project is not None:
     params = project(params)
@@ -310,4 +324,12 @@ def _sampled_averages(options, old, sampled) -> dict[str, Any]:
     averages[name] = phema.update(
         old[name], sampled.params, std, sampled.num_updates, 1
     )
+  for kimg in options.ema_halflife_kimg:
+    name = train_state.halflife_name(kimg)
+    # Times in steps. EDM ramps up by the images seen before the step.
+    rate = phema.halflife_beta(
+        sampled.num_updates - 1, 1, kimg * 1000 / options.batch_size,
+        options.ema_rampup_ratio,
+    )
+    averages[name] = ema.update(old[name], sampled.params, rate)
   return averages

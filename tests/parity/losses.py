@@ -229,8 +229,13 @@ def ect(file, precision):
   def method(config, stage, form):
     r = earlier(t, config, stage)
     cls = toys.at_times(consistency.ConsistencyTraining, t, r)
-    preset = consistency.ECT.options | dict(huber_c=config["c"])
-    return cls(model.compiled, model.noise, form, sigma_data, low, **preset)
+    options = consistency.ECT.options | dict(
+        huber_c=config["c"], preconditioning=form
+    )
+    return cls(
+        model.compiled, model.noise, sigma_data=sigma_data, sigma_min=low,
+        **options,
+    )
 
   times = jnp.asarray(file["in/t"].reshape(-1), precision)
   for i, config in enumerate(file.meta["loss_configs"]):

@@ -113,7 +113,7 @@ def _jumps(file, start: Start):
     yield f"{key}_recon", start.run(onestep, latent, [])
 
 
-def _multistep(file, start: Start) -> sampling_plan.Plan:
+def _multistep(file, start: Start, clip: bool) -> sampling_plan.Plan:
   """stochastic_iterative_sampler's plan: at recorded indices of a grid."""
   steps = int(file.setting("steps", 40))
   low, high = start.levels.sigma_min, start.levels.sigma_max
@@ -128,7 +128,7 @@ def _multistep(file, start: Start) -> sampling_plan.Plan:
     for i in file.meta["params"]["ts"]
   ]
   plan = sampling_plan.cm_multistep(
-    times[1:-1], sampling_plan.NoiseRange(low, times[0])
+    times[1:-1], sampling_plan.NoiseRange(low, times[0]), clip=clip
   )
   scale = float(np.sqrt(times[-1] ** 2 - low**2))
   added = sampling_plan.AddNoise(scale, times[-1])
@@ -146,7 +146,8 @@ def _karras(file, start: Start, name: str):
   if sampler == "onestep":
     out = start.run(sampling_plan.ancestral((), start.levels), top, [], clip)
   elif sampler == "multistep":
-    out = start.run(_multistep(file, start), top, list(zs), clip)
+    plan = _multistep(file, start, clip="noclip" not in options)
+    out = start.run(plan, top, list(zs))
   else:
     solver = _SOLVERS.get(sampler, sampler)
     if solver not in karras_solvers.NAMES:

@@ -113,7 +113,7 @@ def test_multistep_keeps_the_variance_of_the_data():
   for t in (10.0, 1.0, 0.2):
     variance = (variance + t**2 - EPS2) * (SD2 + EPS2) / (SD2 + t**2)
   assert variance == pytest.approx(SD2, rel=1e-4)
-  plan = sampling_plan.cm_multistep((10.0, 1.0, 0.2), LEVELS)
+  plan = sampling_plan.cm_multistep((10.0, 1.0, 0.2), LEVELS, clip=False)
   out = samplers.run(plan, gaussian.flow_map, start(), keys=keys(500, 1))
   assert float(out.var()) == pytest.approx(variance, rel=0.03)
 
@@ -156,7 +156,9 @@ def reference_case(name, g):
     grid = schedules.karras_sigmas(40)[::-1]
     # The last recorded time is sigma_min itself: a jump of length zero.
     assert p["ts"][0] == 0 and p["ts"][-1] == 39
-    plan = sampling_plan.cm_multistep([grid[i] for i in p["ts"][1:-1]], LEVELS)
+    plan = sampling_plan.cm_multistep(
+      [grid[i] for i in p["ts"][1:-1]], LEVELS, clip="noclip" not in name
+    )
     noise = [np.moveaxis(zs[0].astype(np.float64), 1, -1)]
     return plan, 80 * z_t, noise
   if name.startswith("inv"):
@@ -208,8 +210,7 @@ def test_runs_are_the_reference_ones(name, x64, monkeypatch):
   monkeypatch.setattr(
     process, "normal_like", lambda *_: jnp.asarray(noise.pop(0))
   )
-  clipped = name in ("ks_onestep", "ks_multistep")
-  flow_map = reference_map(g, 1.0 if clipped else np.inf)
+  flow_map = reference_map(g, 1.0 if name == "ks_onestep" else np.inf)
   y = jnp.asarray(g["in/y"])
   out = samplers.run(plan, flow_map, jnp.asarray(x), y, keys(2))
   final = jnp.clip(out, -1, 1) if name.startswith("ks_") else out
@@ -219,3 +220,22 @@ def test_runs_are_the_reference_ones(name, x64, monkeypatch):
   if name.startswith("inv"):
     recon = samplers.run(sampling_plan.ancestral((), LEVELS), flow_map, out, y)
     golden.close(recon, g, name.replace("latent", "recon"), rel=1e-10)
+
+
+def test_multistep_clips_every_denoised_image():
+  """As the released code: noise is added to clipped images."""
+  seen = []
+
+  def flow_map(x, t, u, labels):
+    seen.append(x)
+    return 3 * jnp.sign(x)
+
+  plan = sampling_plan.cm_multistep((2.0,), LEVELS)
+  out = samplers.run(plan, flow_map, start(), keys=keys(500))
+  assert float(jnp.abs(out).max()) == 1
+  noise = seen[1] - jnp.sign(seen[0])
+  scale = plan.steps[1].scale
+  assert float(noise.std()) == pytest.approx(scale, rel=0.02)
+  # Samplers of other papers are not clipped.
+  ancestral = sampling_plan.ancestral((2.0,), LEVELS)
+  assert float(jnp.abs(samplers.run(ancestral, flow_map, start())).max()) == 3

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.training import optim
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
@@ -103,7 +105,7 @@ BASE = optim.Optimizer(
         ("constant", {10: 2.0, 60: 2.0, 110: 2.0, 1000: 2.0}),
         ("cosine", {10: 2.0, 60: 1.25, 110: 0.5, 1000: 0.5}),
         ("linear", {10: 2.0, 60: 1.25, 110: 0.5, 1000: 0.5}),
-        ("rsqrt", {10: 2.0, 60: 2.0, 110: 2.0, 410: 1.0}),
+        ("rsqrt", {10: 2.0, 60: 2.0, 110: 2.0, 440: 1.0}),
     ],
 )
 def test_schedules(schedule, points):
@@ -128,3 +130,40 @@ def test_clipping_bounds_the_global_norm(size):
   shrink = min(1.0, 1 / (5 * size))
   np.testing.assert_allclose(updates["a"], [-3 * size * shrink, 0], rtol=1e-6)
   np.testing.assert_allclose(updates["b"], -4 * size * shrink, rtol=1e-6)
+
+
+def test_rsqrt_is_the_learning_rate_of_edm2():
+  """Golden numbers of the function are in test_phema."""
+  edm2 = optim.Optimizer(
+      learning_rate=0.01, schedule="rsqrt", warmup_steps=4882,
+      schedule_steps=70_000,
+  ).rate()
+  for step in (0, 100, 4882, 70_000, 280_000):
+    expected = 0.01 / max(step / 70_000, 1) ** 0.5 * min(step / 4882, 1)
+    np.testing.assert_allclose(edm2(step), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("file, overrides", [
+    ("digits_ctm.py:gan", {"method.gan_period": "3", "method.gan_start": "40"}),
+    ("digits_dmd.py:dmd2", {}),
+    ("digits_dmd.py:dmd2", {"method.fake_updates": "7"}),
+    ("digits.py", {}),
+])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_every_network_ends_its_schedule_at_the_last_step(
+    file, overrides, schedule
+):
+  steps = 101
+  config = resolve.resolve(resolve.read_file(file), overrides | {
+      "optimizer.schedule": schedule,
+      "optimizer.final_fraction": "0.25", "optimizer.warmup_steps": "0",
+      "training.num_steps": str(steps), "training.init_from": "none",
+  })
+  experiment = build.build(config, to_train=False)
+  method = experiment.method
+  for name in method.networks:
+    updates = sum(name in method.phase(step) for step in range(steps))
+    section = experiment.optimizer_of(name)
+    rate = lambda count, s=section: float(s.rate()(count) / s.learning_rate)
+    assert rate(0) == pytest.approx(1)
+    assert rate(updates - 1) > 0.25 and rate(updates) == pytest.approx(0.25)

@@ -13,7 +13,11 @@ import pytest
 from bcm_jax.data import augmentation
 from bcm_jax.data import image_source
 from bcm_jax.methods import base
+from bcm_jax.models import edm2
+from bcm_jax.models import embeddings
+from bcm_jax.models import song
 from bcm_jax.training import ema
+from bcm_jax.training import optim
 from bcm_jax.training import phema
 from bcm_jax.training import rng
 from bcm_jax.training import sharding
@@ -479,3 +483,71 @@ def test_labels_of_augmentation_reach_every_pass(toy):
   method.loss({"w": jnp.ones(())}, ctx)
   # The two online passes of BCM are one of twice the batch.
   assert len(told) == (3 if two_time else 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithConstant(Regression):
+  """Its network has a constant among its parameters, as Fourier features."""
+
+  @property
+  def networks(self):
+    def init(*_):
+      return {"w": jnp.ones(()), "f": {"freqs": jnp.arange(1.0, 4.0)}}
+
+    return {"student": base.TrainableNetwork(toys.Scale(), init)}
+
+
+@pytest.mark.parametrize("name", ["adamw", "radam", "adam"])
+def test_constants_do_not_change(name):
+  optimizer = optim.Optimizer(name, learning_rate=0.1, weight_decay=0.5)
+  state, step = begin(WithConstant(), {"student": optimizer.build()})
+  new = state
+  for _ in range(3):
+    new, _ = run(WithConstant(), step, new, batch())
+  old, new = (s.networks["student"].params for s in (state, new))
+  toys.assert_equal(new["f"], old["f"])
+  assert new["w"] != old["w"]
+
+
+@pytest.mark.parametrize("network, options, names", [
+    (song.SongUNet, song.NCSNPP, {"freqs"}),
+    (edm2.EDM2, dict(num_head_channels=8), {"freqs", "phases"}),
+])
+def test_constants_of_the_networks_are_declared(network, options, names):
+  """Constants are the parameters without gradient, by name."""
+  net = network(
+      **options | dict(model_channels=8, channel_mult=(1,), num_res_blocks=1)
+  )
+  x, t = jnp.ones((1, 8, 8, 3)), jnp.ones(1)
+
+  def shapes():
+    return net.init(jax.random.key(0), x, t)["params"]
+
+  leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(shapes))
+  found = {path[-1].key for path, _ in leaves}
+  assert found & set(embeddings.CONSTANTS) == names
+
+
+def test_half_life_in_images_with_ramp_up():
+  """EDM's training loop: images seen before the step limit the half-life."""
+  method, data = Regression(), batch()
+  optimizers = {"student": optax.sgd(0.1)}
+  halflives = dict(ema_halflife_kimg=(0.02,))
+  state = train_state.create(
+      method, optimizers, (), 0, data["image"], data["label"], **halflives
+  )
+  options = train_step.StepOptions(
+      ema_rates=(), ema_rampup_ratio=0.5, batch_size=B, **halflives
+  )
+  step = jax.jit(
+      train_step.make_step(method, optimizers, options), static_argnames="phase"
+  )
+  expected = None
+  for images in range(0, 10 * B, B):
+    state, _ = run(method, step, state, data)
+    w = float(state.networks["student"].params["w"])
+    beta = 0.5 ** (B / max(min(20, 0.5 * images), 1e-8))
+    expected = w if not images else beta * expected + (1 - beta) * w
+  np.testing.assert_allclose(
+      state.averages["ema_0.02kimg"]["w"], expected, rtol=1e-5
+  )
