@@ -30,6 +30,11 @@ class Preempted(Exception):
   """
 
 
+def printable(name: str) -> str:
+  """Returns a file name with line breaks and other control bytes escaped."""
+  return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 def outdated(path: object) -> UserError:
   """Returns the error for a file or folder of the first version's format."""
   return UserError(

@@ -73,6 +73,7 @@ def train_and_evaluate(
   # Checks weights and references before the run writes anything.
   evaluate.check_before_training(experiment)
   source = experiment.training_source()
+  batches(experiment, source)  # Checks the batch size before compiling.
   with contextlib.ExitStack() as stack:
     lock = _lock_workdir(experiment.config, workdir, stack)
     accounts = goodput.Goodput(

@@ -244,6 +244,7 @@ def _data_set(config: ml_collections.ConfigDict) -> datasets.DataSet:
     skip_corrupt=data.skip_corrupt,
     channels=data.channels,
     threads=data.threads or None,
+    labels=data.labels,
   )
 
 

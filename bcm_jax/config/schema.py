@@ -28,6 +28,10 @@ class Data:
     crop: 'adm', 'edm' or 'none', see data.resizing.
     channels: channels of a folder's images, 3 or 1.
     skip_corrupt: skip unreadable images instead of stopping.
+    labels: labels of 'folder' and 'zip': 'auto' (dataset.json, metadata.jsonl,
+      metadata.csv or class folders), 'none', 'folders', the name of one of
+      these files, 'name' (cat_1.png), or a regular expression whose (group) is
+      the class.
     flip: random horizontal flips.
     augment: probability p of EDM's augmentation pipe, applied on the devices;
       its labels condition the network (model.augment_dim=9). 0 disables it.
@@ -46,6 +50,7 @@ class Data:
   crop: Literal["adm", "edm", "none"] = "adm"
   channels: int = 3
   skip_corrupt: bool = False
+  labels: str = "auto"
   flip: bool = False
   augment: float = 0.0
   threads: int = 0

@@ -53,7 +53,7 @@ def model(
     raise errors.UserError(
         f"model.num_classes: got {section.num_classes}, expected None, since "
         f"images of {name} have no labels; set model.num_classes=none, or sort "
-        "the images into one folder per class"
+        f"the images into one folder per class{datasets.CLASSES_HINT}"
     )
   if section.num_classes is not None and data.num_classes > section.num_classes:
     raise errors.UserError(

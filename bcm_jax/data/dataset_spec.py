@@ -2,13 +2,26 @@
 
 from collections.abc import Callable, Iterable
 import os
+import re
 from typing import NamedTuple
 
 from bcm_jax import errors
 from bcm_jax.data import image_source
 
-# Split -> names of its file or folder; the first that exists is used.
-SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation")}
+# Split -> names of its file or folder, in any case; the first that exists is
+# used.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "val", "valid", "validation"),
+}
+_WORDS = {"training": "train", "testing": "test"} | dict.fromkeys(
+    ("valid", "validation"), "val"
+)
+# 'Train', 'test_set', 'val2017'.
+_SPLIT = re.compile(
+    rf"({'|'.join(sum(SPLIT_NAMES.values(), ()))})"
+    r"[\W_]*(set|split|data|images?)?[\W_\d]*"
+)
 
 
 class DataSet(NamedTuple):
@@ -20,6 +33,7 @@ class DataSet(NamedTuple):
     open: (split, data_dir) -> image source of the split.
     splits: names of the available splits.
     class_names: names of the classes 0, 1, ...; None without names.
+    label_source: description of where labels come from; None if unknown.
   """
 
   image_shape: tuple[int, int, int]
@@ -27,6 +41,34 @@ class DataSet(NamedTuple):
   open: Callable[[str, str | None], image_source.Source]
   splits: tuple[str, ...] = ("train", "test")
   class_names: tuple[str, ...] | None = None
+  label_source: str | None = None
+
+
+def split_word(name: str) -> str | None:
+  """Returns 'train', 'test' or 'val' for a usual name of a split, else None."""
+  match = _SPLIT.fullmatch(name.lower())
+  return match and _WORDS.get(match[1], match[1])
+
+
+def splits_of(names: Iterable[str], where: str) -> dict[str, str]:
+  """Returns {split: name} of the names that are splits; test before val.
+
+  Raises:
+    UserError: two names of one split.
+  """
+  found = {}
+  for name in names:
+    word = split_word(name)
+    if word in found:
+      raise errors.UserError(
+          f"{where}: got {found[word]!r} and {name!r}, expected one {word}"
+          " split; rename or move one of the two"
+      )
+    if word:
+      found[word] = name
+  splits = {"train": found.get("train")}
+  splits["test"] = found.get("test", found.get("val"))
+  return {split: name for split, name in splits.items() if name}
 
 
 def check_split(split: str, splits: Iterable[str], where: str) -> None:
@@ -59,20 +101,22 @@ def split_files(path: str, suffix: str) -> dict[str, str]:
 
   Args:
     path: a file (the train split), or a folder with train.SUFFIX and
-      test.SUFFIX (or val, validation).
+      test.SUFFIX (or another name in SPLIT_NAMES).
     suffix: '.npz' or '.zip'.
 
   Raises:
-    UserError: no such file exists.
+    UserError: no such file exists, or two of one split.
   """
   if os.path.isfile(path):
     return {"train": path}
-  files = {}
-  for split, names in SPLIT_NAMES.items():
-    candidates = [os.path.join(path, name + suffix) for name in names]
-    existing = [file for file in candidates if os.path.isfile(file)]
-    if existing:
-      files[split] = existing[0]
+  stems = {}
+  if os.path.isdir(path):
+    names = [n for n in sorted(os.listdir(path)) if n.lower().endswith(suffix)]
+    stems = {name[: -len(suffix)]: name for name in names}
+  files = {
+      split: os.path.join(path, stems[stem])
+      for split, stem in splits_of(stems, path).items()
+  }
   if not files:
     raise errors.UserError(
         f"data.path: got {path!r}, expected a {suffix} file or a folder with"

@@ -18,6 +18,10 @@ FILES = ("folder", "npz", "zip", "prepared")
 PUBLISHED = {
     "cifar10": (32, 10), "imagenet64": (64, 1000), "imagenet2012": (64, 1000),
 }
+CLASSES_HINT = (
+    "; classes are read from class folders, dataset.json, metadata.jsonl or"
+    " metadata.csv, or from file names such as cat_1.png with data.labels=name"
+)
 NAMES = ("digits", *PUBLISHED, *FILES, "none")
 
 
@@ -31,6 +35,7 @@ def find(
     skip_corrupt: bool = False,
     channels: int = 3,
     threads: int | None = None,
+    labels: str = "auto",
 ) -> DataSet:
   """Returns the dataset specification without reading all images.
 
@@ -46,6 +51,8 @@ def find(
       that cannot be decoded.
     channels: 3 (RGB) or 1 (gray), for encoded images (folder, zip, TFDS).
     threads: number of decoding and resizing threads; None: one per core.
+    labels: for 'folder' and 'zip': source of the labels, see
+      `image_labels.find`.
 
   Raises:
     UserError: unknown name, a setting that this dataset does not support, files
@@ -53,7 +60,7 @@ def find(
   """
   if name not in NAMES:
     raise errors.unknown_name("data.name", name, NAMES)
-  _check_keys(name, path, skip_corrupt)
+  _check_keys(name, path, skip_corrupt, labels)
   decoder = decoding.Decoder(channels, size, crop)
   if name in PUBLISHED:
     return _published(name, decoder, threads)
@@ -62,7 +69,7 @@ def find(
       return DataSet(
           tuple(image_shape), num_classes, _missing_path(path), splits=()
       )
-    dataset = _from_files(name, path, decoder, skip_corrupt, threads)
+    dataset = _from_files(name, path, decoder, skip_corrupt, threads, labels)
     return _check_shape(dataset, path, tuple(image_shape), num_classes)
   if name == "digits":
     dataset = DataSet((8, 8, 1), digits.NUM_CLASSES, digits.digits)
@@ -75,7 +82,9 @@ def find(
   return DataSet(tuple(image_shape), num_classes, _no_images, splits=())
 
 
-def _check_keys(name: str, path: str | None, skip_corrupt: bool) -> None:
+def _check_keys(
+    name: str, path: str | None, skip_corrupt: bool, labels: str
+) -> None:
   if name in FILES and not path:
     raise errors.UserError(
         f"data.path: got {path!r}, expected a path with data.name={name!r}; set"
@@ -89,6 +98,11 @@ def _check_keys(name: str, path: str | None, skip_corrupt: bool) -> None:
   if skip_corrupt and name not in ("folder", "zip"):
     raise errors.UserError(
         f"data.skip_corrupt: got True, expected False with data.name={name!r};"
+        " omit it, only 'folder' and 'zip' support it"
+    )
+  if labels != "auto" and name not in ("folder", "zip"):
+    raise errors.UserError(
+        f"data.labels: got {labels!r}, expected 'auto' with data.name={name!r};"
         " omit it, only 'folder' and 'zip' support it"
     )
 
@@ -116,6 +130,7 @@ def _check_shape(
         f"classes, expected data.image_shape={image_shape} and "
         f"data.num_classes={num_classes}; correct the path or these keys (() "
         "and None accept any files)"
+        + (CLASSES_HINT if num_classes and not stored[1] else "")
     )
   return dataset
 
@@ -126,6 +141,7 @@ def _from_files(
     decoder: decoding.Decoder,
     skip_corrupt: bool,
     threads: int | None,
+    labels: str,
 ) -> DataSet:
   path = os.path.expanduser(path)
   if not os.path.exists(path):
@@ -133,9 +149,9 @@ def _from_files(
         f"data.path: {path!r} does not exist; correct the path"
     )
   if name == "folder":
-    return folder.data_set(path, decoder, skip_corrupt, threads)
+    return folder.data_set(path, decoder, skip_corrupt, threads, labels)
   if name == "zip":
-    return edm_zip.data_set(path, decoder, skip_corrupt, threads)
+    return edm_zip.data_set(path, decoder, skip_corrupt, threads, labels)
   if name == "npz":
     return npz_file.data_set(path, decoder.size, decoder.crop, threads)
   from bcm_jax.data import prepared  # The only import of array_record.
@@ -160,7 +176,7 @@ def _published(
 ) -> DataSet:
   size, num_classes = PUBLISHED[name]
   decoder = decoding.Decoder(
-      decoder.channels, decoder.size or size, decoder.crop
+      decoder.channels, decoder.size or size, decoder.crop, upright=False
   )
   shape = (decoder.size, decoder.size, decoder.channels)
 

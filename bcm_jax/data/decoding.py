@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 from PIL import Image
+from PIL import PngImagePlugin
 
 from bcm_jax import errors
 from bcm_jax.data import resizing
@@ -12,6 +13,22 @@ from bcm_jax.data import resizing
 # Number of channels -> PIL mode.
 _MODES = {1: "L", 3: "RGB"}
 _NPY = b"\x93NUMPY"
+# EXIF tag of the orientation, and the values that swap height and width.
+_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# TIFF tag of the bits per channel.
+_BITS = 258
+# Image programs write more text into a PNG than PIL's default of 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class CorruptImage(errors.UserError):
@@ -26,6 +43,8 @@ class Decoder:
     channels: 3 converts every image to RGB, 1 to gray; transparency is dropped.
     size: height and width of the output; None keeps those of the image.
     crop: cropping and resizing method, a key of `resizing.BY_NAME`.
+    upright: apply the EXIF orientation, as image viewers do. The published
+      datasets do not.
 
   Raises:
     UserError: at construction, for an invalid value.
@@ -34,6 +53,7 @@ class Decoder:
   channels: int = 3
   size: int | None = None
   crop: str = "adm"
+  upright: bool = True
 
   def __post_init__(self):
     if self.channels not in _MODES:
@@ -61,7 +81,8 @@ class Decoder:
 
     Raises:
       CorruptImage: the bytes are not an image, or are truncated.
-      UserError: more than 8 bits per channel, or crop 'none' and another size.
+      UserError: more than 8 bits per channel, too many pixels, or crop 'none'
+        and another size.
     """
     pixels = self._pixels(content, file)
     # Crops return an image of the target size unchanged; skip their cost.
@@ -78,32 +99,76 @@ class Decoder:
       return self.size, self.size, self.channels
     if content.startswith(_NPY):
       return self(content, file).shape
-    try:
-      with Image.open(io.BytesIO(content)) as image:
-        return image.height, image.width, self.channels
-    except Exception as e:  # PIL raises many types for corrupt files.
-      raise corrupt(file, e) from e
+    with _opened(content, file) as image:
+      if self.upright and _orientation(image) in _TURNED:
+        return image.width, image.height, self.channels
+      return image.height, image.width, self.channels
 
   def _pixels(self, content: bytes, file: str) -> np.ndarray:
     if content.startswith(_NPY):
       return _read_npy(content, file, self.channels)
-    try:
-      with Image.open(io.BytesIO(content)) as image:
+    with _opened(content, file) as image:
+      bits = _bits(image, content)
+      try:
         image.load()
-    except Exception as e:  # PIL raises many types for corrupt files.
-      raise corrupt(file, e) from e
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+      except Exception as e:  # PIL raises many types for corrupt files.
+        raise corrupt(file, e) from e
+    if bits > 8:
       raise errors.UserError(
-          f"{file}: got PIL mode {image.mode!r}, expected 8 bits per channel;"
-          " save it as an 8-bit image"
+          f"{file}: got {bits} bits per channel (PIL mode {image.mode!r}),"
+          " expected 8; save it as an 8-bit image"
       )
-    if "transparency" in image.info:
+    orientation = _orientation(image) if self.upright else 1
+    if "transparency" in image.info or image.mode == "PA":
       # PIL warns if such a palette is converted to RGB directly.
       image = image.convert("RGBA")
     if image.mode != _MODES[self.channels]:  # Avoids a copy.
-      image = image.convert(_MODES[self.channels])
+      try:
+        image = image.convert(_MODES[self.channels])
+      except ValueError as e:
+        raise errors.UserError(
+            f"{file}: got PIL mode {image.mode!r} ({e}), expected gray, RGB or"
+            " CMYK; save it as an RGB image"
+        ) from e
+    if orientation in _TRANSPOSE:
+      image = image.transpose(_TRANSPOSE[orientation])
     pixels = np.array(image)
     return pixels.reshape(*pixels.shape[:2], self.channels)
+
+
+def _opened(content: bytes, file: str) -> Image.Image:
+  """Returns the image of a file, of which only the header is decoded."""
+  try:
+    return Image.open(io.BytesIO(content))
+  except Image.DecompressionBombError as e:
+    raise errors.UserError(
+        f"{file}: too large ({e}), expected at most"
+        f" {2 * Image.MAX_IMAGE_PIXELS:,} pixels; shrink the image, or delete"
+        " the file"
+    ) from e
+  except Exception as e:  # PIL raises many types for corrupt files.
+    raise corrupt(file, e) from e
+
+
+def _orientation(image: Image.Image) -> int:
+  """Returns the EXIF orientation, 1 to 8; 1 if there is none."""
+  try:
+    return image.getexif().get(_ORIENTATION, 1)
+  except Exception:  # PIL raises many types; the pixels may be intact.
+    return 1
+
+
+def _bits(image: Image.Image, content: bytes) -> int:
+  """Returns the bits per channel; PIL silently drops some of 16-bit RGB."""
+  if image.mode in ("I", "F"):
+    return 32
+  if image.mode.startswith("I;"):
+    return 16
+  if image.format == "PNG":
+    return content[24]  # In the IHDR chunk, always the first.
+  if image.format == "TIFF":
+    return max(image.tag_v2.get(_BITS, (8,)))
+  return 8
 
 
 def _read_npy(content: bytes, file: str, channels: int) -> np.ndarray:

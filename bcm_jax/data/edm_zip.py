@@ -1,66 +1,139 @@
-"""Zip datasets of EDM and EDM2 (dataset_tool.py of NVlabs/edm).
+"""Zip files of images, such as those of EDM and EDM2's dataset_tool.py.
 
-An archive has images with names such as 00000/img00000000.png and a
+An archive of EDM has images with names such as 00000/img00000000.png and a
 dataset.json with {"labels": [["00000/img00000000.png", 6], ...]}, or null
-without labels. PATH is a file (the train split) or a folder with train.zip and
-test.zip.
+without labels. Any other archive is read as a folder with its content. PATH is
+a file (the train split, or all splits as folders) or a folder with train.zip
+and test.zip.
 """
 
-import json
+import lzma
+import os
 import zipfile
 import zlib
-
-import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.data import dataset_spec
 from bcm_jax.data import decoding
-from bcm_jax.data import encoded
 from bcm_jax.data import folder
+from bcm_jax.data import image_tree
 
-_LABELS = "dataset.json"
-_EXTENSIONS = (*folder.EXTENSIONS, ".npy")
+_ENCRYPTED = 0x1
 
 
 class Archive:
-  """Thread-safe, picklable reader of a zip file.
+  """Thread-safe, picklable `image_tree.Tree` of a zip file.
 
-  ZipFile locks the file position that its open members share.
+  ZipFile locks the file position that its open members share. Members are read
+  into memory and never extracted.
 
   Args:
-    path: path of the zip file.
+    file: path of the zip file.
+    prefix: folder in the archive, '' or ending with '/'.
+    parent: archive of the same file, whose open file is used.
 
   Raises:
-    UserError: the file cannot be opened.
+    UserError: the file cannot be opened, is encrypted, or has names that are
+      repeated or lead out of the archive.
   """
 
-  def __init__(self, path: str):
-    self.path = path
+  packed = True
+
+  def __init__(
+      self, file: str, prefix: str = "", parent: "Archive | None" = None
+  ):
+    self._file, self._prefix = file, prefix
+    self.path = f"{file}/{prefix}".rstrip("/")
+    if parent is not None:
+      self._zip = parent._zip
+      self._members, self._folders = parent._members, parent._folders
+      return
     try:
-      self._zip = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as e:
+      self._zip = zipfile.ZipFile(file)
+    except (
+        OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile
+    ) as e:
       raise errors.UserError(
-          f"{path}: cannot be read as a zip file ({type(e).__name__}: {e});"
+          f"{file}: cannot be read as a zip file ({type(e).__name__}: {e});"
           " correct data.path, or copy the file again"
       ) from e
+    self._members, self._folders = _index(file, self._zip.infolist())
 
   def __reduce__(self):
-    return Archive, (self.path,)
+    return Archive, (self._file, self._prefix)
 
-  def names(self) -> list[str]:
-    """Returns the names of all members, sorted."""
-    return sorted(self._zip.namelist())
+  def entries(self) -> image_tree.Entries:
+    """Returns the visible files and folders."""
+    return self._folders[self._prefix]
 
-  def read(self, name: str) -> bytes:
+  def sub(self, name: str) -> "Archive":
+    """Returns a folder of this one."""
+    return Archive(self._file, f"{self._prefix}{name}/", self)
+
+  def identity(self) -> str:
+    """Returns the folder's name; an archive has no links."""
+    return self._prefix
+
+  def read(self, file: str) -> bytes:
     """Returns the bytes of one member.
 
     Raises:
       CorruptImage: the checksum or the compressed data is wrong.
+      UserError: the member is too large.
     """
+    name = self._prefix + file
+    member, path = self._members[name], f"{self._file}/{name}"
+    image_tree.check_bytes(path, member.file_size)
     try:
-      return self._zip.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
-      raise decoding.corrupt(f"{self.path}/{name}", e) from e
+      return self._zip.read(member)
+    except NotImplementedError as e:
+      raise errors.UserError(
+          f"{path}: cannot be read ({e}), expected a stored or deflated member;"
+          " pack the files again"
+      ) from e
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as e:
+      raise decoding.corrupt(path, e) from e
+
+
+def _index(
+    file: str, infos: list[zipfile.ZipInfo]
+) -> tuple[dict[str, zipfile.ZipInfo], dict[str, image_tree.Entries]]:
+  """Returns {name: member} and {prefix: entries} of the visible files."""
+  members, folders = {}, {"": image_tree.Entries([], [])}
+  for info in infos:
+    # Windows programs write backslashes.
+    name = info.filename.replace("\\", "/").removeprefix("./")
+    *parents, last = name.split("/")
+    if name.startswith("/") or ".." in (*parents, last):
+      raise errors.UserError(
+          f"{file}: got the member {info.filename}, which leads out of the"
+          " archive, expected names within it; pack the files again"
+      )
+    if not last or any(map(image_tree.is_hidden, (*parents, last))):
+      continue
+    if info.flag_bits & _ENCRYPTED:
+      raise errors.UserError(
+          f"{file}: got the encrypted member {name}, expected a zip file"
+          " without a password; pack the files again"
+      )
+    if name in members:
+      raise errors.UserError(
+          f"{file}: got two members {name}, expected different names; pack the"
+          " files again"
+      )
+    members[name] = info
+    prefix = ""
+    for parent in parents:
+      below = f"{prefix}{parent}/"
+      if below not in folders:
+        folders[below] = image_tree.Entries([], [])
+        folders[prefix].folders.append(parent)
+      prefix = below
+    folders[prefix].files.append(last)
+  for entries in folders.values():
+    entries.files.sort()
+    entries.folders.sort()
+  return members, folders
 
 
 def data_set(
@@ -68,8 +141,9 @@ def data_set(
     decoder: decoding.Decoder,
     skip_corrupt: bool = False,
     threads: int | None = None,
+    labels: str = "auto",
 ) -> dataset_spec.DataSet:
-  """Returns the dataset specification of EDM zip files.
+  """Returns the dataset specification of zip files of images.
 
   Reads only the labels and the header of one image.
 
@@ -79,71 +153,21 @@ def data_set(
     skip_corrupt: decode all images once when a split is opened, and skip those
       that cannot be decoded.
     threads: number of decoding threads; None: one per core.
+    labels: source of the labels, see `image_labels.find`.
 
   Raises:
-    UserError: no zip file, no images, or a dataset.json without one class index
-      per image.
+    UserError: no zip file, no images, or invalid labels.
   """
   files = dataset_spec.split_files(path, ".zip")
-  archive = Archive(next(iter(files.values())))
-  images = _images(archive)
-  labels = _labels(archive, images)
-  num_classes = None if labels is None else max(labels) + 1
-  shape, example = encoded.first_shape(
-      archive.path, images, archive.read, decoder, skip_corrupt
+  if os.path.isfile(path):
+    roots = folder.splits(Archive(path))
+  else:
+    roots, classes = {}, ()
+    for split, file in files.items():
+      inner = folder.splits(Archive(file), classes)
+      # A packed folder may have the name of its split.
+      roots[split] = inner.get(split) or next(iter(inner.values()))
+      classes = classes or roots[split][0].entries().folders
+  return folder.from_roots(
+      "zip", path, roots, decoder, skip_corrupt, threads, labels
   )
-
-  def open_split(split, data_dir=None):
-    del data_dir  # Used only by TFDS.
-    dataset_spec.check_split(split, files, path)
-    archive = Archive(files[split])
-    images = _images(archive)
-    labels = _labels(archive, images)
-    if (labels is None) != (num_classes is None):
-      raise errors.UserError(
-          f"{path}: got labels in only one split, expected both or neither; add"
-          f" or remove a {_LABELS}"
-      )
-    source = encoded.EncodedSource(
-        f"zip/{split}", archive.path, tuple(images),
-        np.array(labels or [0] * len(images), np.int32), num_classes,
-        archive.read, decoder, shape, example, threads,
-    )
-    return source.without_corrupt() if skip_corrupt else source
-
-  return dataset_spec.DataSet(shape, num_classes, open_split, tuple(files))
-
-
-def _images(archive: Archive) -> list[str]:
-  images = [n for n in archive.names() if n.lower().endswith(_EXTENSIONS)]
-  if not images:
-    raise errors.UserError(
-        f"{archive.path}: got no images, expected {' '.join(_EXTENSIONS)}"
-        " members; create it with EDM's dataset_tool.py"
-    )
-  return images
-
-
-def _labels(archive: Archive, images: list[str]) -> list[int] | None:
-  """Returns the class index of each image, or None without labels."""
-  if _LABELS not in archive.names():
-    return None
-  try:
-    table = json.loads(archive.read(_LABELS))["labels"]
-    table = None if table is None else dict(table)
-  except (ValueError, KeyError, TypeError) as e:
-    raise errors.UserError(
-        f"{archive.path}: {_LABELS} cannot be read ({type(e).__name__}: {e}),"
-        ' expected {"labels": [["00000/img00000000.png", 6], ...]} or null;'
-        " correct it"
-    ) from e
-  if not table:
-    return None
-  for name in images:
-    label = table.get(name)
-    if type(label) is not int or label < 0:
-      raise errors.UserError(
-          f"{archive.path}: {_LABELS}: got label {label!r} of {name}, expected"
-          " a class index 0, 1, ...; correct it, or set labels to null"
-      )
-  return [table[name] for name in images]

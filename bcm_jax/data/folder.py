@@ -1,25 +1,30 @@
-"""Image folders, with one sub-folder per class or without classes.
+"""Image folders: with class folders, a table of labels, or without labels.
 
     PATH/train/cat/1.png  PATH/train/dog/1.png  PATH/test/cat/2.png
 
 PATH without train/ is the train split. Label i is the i-th class folder of the
-train split, sorted by name; images can be nested at any depth below their class
-folder. Names that start with a dot are ignored. Images are sorted by name
-within each folder, so that the order does not depend on the file system.
+train split, in natural order (2 before 10); images can be nested at any depth
+below their class folder. A dataset.json (EDM) or metadata.jsonl / metadata.csv
+gives the labels instead (`labels`). Names that start with a dot are ignored.
+Images are sorted by name within each folder, so that the order does not depend
+on the file system.
 """
 
-from collections.abc import Iterator
-import functools
+import collections
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import os
 
+from absl import logging
 import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.data import dataset_spec
 from bcm_jax.data import decoding
 from bcm_jax.data import encoded
+from bcm_jax.data import image_labels
+from bcm_jax.data import image_tree
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+EXTENSIONS = image_tree.EXTENSIONS
 
 
 def data_set(
@@ -27,10 +32,12 @@ def data_set(
     decoder: decoding.Decoder,
     skip_corrupt: bool = False,
     threads: int | None = None,
+    labels: str = "auto",
 ) -> dataset_spec.DataSet:
   """Returns the dataset specification of an image folder.
 
-  Reads only the class folders and the header of one image.
+  Reads only the class folders, or the table of labels, and the header of one
+  image.
 
   Args:
     path: path of the folder.
@@ -38,147 +45,181 @@ def data_set(
     skip_corrupt: decode all files once when a split is opened, and skip those
       that cannot be decoded.
     threads: number of decoding threads; None: one per core.
+    labels: source of the labels, see `image_labels.find`.
 
   Raises:
-    UserError: no folder, no images, or sub-folders that are a mixture of splits
-      and classes.
+    UserError: no folder, no images, sub-folders that are a mixture of splits
+      and classes, or no unique source of labels.
   """
-  roots = _split_roots(path)
-  first = next(iter(roots.values()))
-  classes = _classes(first)
+  return from_roots(
+      "folder", path, splits(image_tree.Disk(path)), decoder, skip_corrupt,
+      threads, labels,
+  )
+
+
+# Split -> (its folder, places of tables of labels, see `image_labels.find`).
+Roots = Mapping[
+    str, tuple[image_tree.Tree, Sequence[tuple[image_tree.Tree, str]]]
+]
+
+
+def from_roots(
+    kind: str,
+    path: str,
+    roots: Roots,
+    decoder: decoding.Decoder,
+    skip_corrupt: bool,
+    threads: int | None,
+    option: str,
+) -> dataset_spec.DataSet:
+  """Returns the specification of a dataset of image files; see `data_set`."""
+  first, places = next(iter(roots.values()))
+  train = image_labels.find(first, places, option)
+  num_classes = train and train.num_classes
   shape, example = encoded.first_shape(
-      first, _some_images(first), functools.partial(_read, first), decoder,
-      skip_corrupt,
+      first.path, _images(first), first.read, decoder, skip_corrupt
   )
 
   def open_split(split, data_dir=None):
     del data_dir  # Used only by TFDS.
     dataset_spec.check_split(split, roots, path)
-    root = roots[split]
-    files, labels = _listing(root, classes)
+    tree, places = roots[split]
+    labels = train
+    if tree is not first:
+      labels = image_labels.find(tree, places, option, train)
+      _check_same_source(path, split, labels, train)
+    files = _listing(tree, labels)
+    values = [labels.of(f) for f in files] if labels else [0] * len(files)
+    values = np.array(values, np.int32)
+    if num_classes and tree is first:
+      missing = image_labels.missing_classes(np.unique(values), num_classes)
+      if missing:
+        logging.warning("%s: %s", tree.path, missing)
     source = encoded.EncodedSource(
-        f"folder/{split}", root, tuple(files), np.array(labels, np.int32),
-        len(classes) or None, functools.partial(_read, root), decoder, shape,
-        example, threads,
+        f"{kind}/{split}", tree.path, tuple(files), values, num_classes,
+        tree.read, decoder, shape, example, threads,
     )
     return source.without_corrupt() if skip_corrupt else source
 
   return dataset_spec.DataSet(
-      shape, len(classes) or None, open_split, tuple(roots), classes or None
+      shape, num_classes, open_split, tuple(roots), train and train.names,
+      train and train.source,
   )
 
 
-def _read(root: str, file: str) -> bytes:
-  with open(os.path.join(root, file), "rb") as f:
-    return f.read()
+def splits(tree: image_tree.Tree, classes: Iterable[str] = ()) -> Roots:
+  """Returns the folder of each split, and where its table of labels may be.
 
+  Args:
+    tree: folder of the dataset.
+    classes: known class names, which are no folders around the data.
 
-def _entries(folder: str) -> list[os.DirEntry]:
-  """Returns the entries of a folder, sorted by name, without hidden ones."""
-  try:
-    with os.scandir(folder) as entries:
-      visible = [e for e in entries if not e.name.startswith(".")]
-  except OSError as e:
-    raise errors.UserError(
-        f"{folder}: cannot be read ({e.strerror}), expected a folder of images"
-        " or class folders; correct data.path"
-    ) from e
-  return sorted(visible, key=lambda entry: entry.name)
-
-
-def _is_image(entry: os.DirEntry) -> bool:
-  return entry.name.lower().endswith(EXTENSIONS) and entry.is_file()
-
-
-def images(folder: str) -> Iterator[str]:
-  """Yields the paths of all images below a folder, relative to it."""
-  for entry in _entries(folder):
-    if entry.is_dir():
-      yield from (f"{entry.name}/{inner}" for inner in images(entry.path))
-    elif _is_image(entry):
-      yield entry.name
-
-
-def _some_images(root: str) -> Iterator[str]:
-  """Yields `images(root)`; raises UserError if there are none."""
-  files = images(root)
-  first = next(files, None)
-  if first is None:
-    raise errors.UserError(
-        f"{root}: got no images, expected {' '.join(EXTENSIONS)} files or class"
-        " folders with such files; correct data.path"
-    )
-  yield first
-  yield from files
-
-
-def _split_roots(path: str) -> dict[str, str]:
-  """Returns the folder of each split."""
-  folders = tuple(e.name for e in _entries(path) if e.is_dir())
-  roots = {}
-  for split, names in dataset_spec.SPLIT_NAMES.items():
-    existing = [name for name in names if name in folders]
-    if existing:
-      roots[split] = os.path.join(path, existing[0])
-  if not roots:
-    return {"train": path}
-  split_names = sum(dataset_spec.SPLIT_NAMES.values(), ())
-  others = [name for name in folders if name not in split_names]
+  Raises:
+    UserError: a mixture of splits and classes.
+  """
+  tree = image_tree.top(tree, classes)
+  files, folders = tree.entries()
+  found = dataset_spec.splits_of(folders, tree.path)
+  if not found:
+    return {"train": (tree, [(tree, "")])}
+  others = [f for f in folders if not dataset_spec.split_word(f)]
   if others:
     raise errors.UserError(
-        f"{path}: got split {os.path.basename(next(iter(roots.values())))!r}"
-        f" and {others[0]!r}, expected only splits ({', '.join(split_names)})"
-        " or only class folders; rename or move one of the two"
+        f"{tree.path}: got split {next(iter(found.values()))!r} and"
+        f" {others[0]!r}, expected only splits (train, test, val) or only class"
+        " folders; rename or move one of the two"
     )
+  unused = [f for f in folders if f not in found.values()]
+  unused += filter(image_tree.is_image, files)
+  if unused:
+    logging.warning(
+        "%s: not read: %s%s; the splits are %s", tree.path,
+        ", ".join(unused[:3]), ", ..." if len(unused) > 3 else "",
+        ", ".join(found.values()),
+    )
+  roots = {}
+  for split, name in found.items():
+    below = tree.sub(name)
+    roots[split] = (below, [(below, ""), (tree, f"{name}/")])
   return roots
 
 
-def _classes(root: str) -> tuple[str, ...]:
-  """Returns the names of the class folders; () for images without classes."""
-  entries = _entries(root)
-  folders = tuple(e.name for e in entries if e.is_dir())
-  loose = next((e.name for e in entries if _is_image(e)), None)
-  if folders and loose:
+def _check_same_source(path, split, labels, train) -> None:
+  sources = [x and x.source for x in (labels, train)]
+  if sources[0] != sources[1]:
     raise errors.UserError(
-        f"{root}: got the image {loose!r} and the folder {folders[0]!r},"
-        " expected only images or only class folders; move the images into a"
-        " class folder, or start the folder name with a dot to skip it"
+        f"{path}: got labels of {split} from {sources[0] or 'nowhere'}, of"
+        f" train from {sources[1] or 'nowhere'}, expected one source; give both"
+        " splits labels of one kind, or set data.labels=none / --labels=none"
     )
-  return folders
+
+
+def _images(tree: image_tree.Tree) -> Iterator[str]:
+  """Yields the image files of a split; raises UserError if there are none."""
+  others = collections.Counter()
+  files = image_tree.walk(tree)
+  first = next((f for f in files if _is_image(f, others)), None)
+  if first is None:
+    raise errors.UserError(
+        f"{tree.path}: got no images{_counts(' but', others)}, expected"
+        f" {' '.join(EXTENSIONS)} files or class folders with such files;"
+        " correct data.path"
+    )
+  yield first
+  yield from (f for f in files if _is_image(f, others))
+  others -= collections.Counter(image_tree.TABLES)
+  if others:
+    logging.warning("%s: not read:%s", tree.path, _counts("", others))
+
+
+def _is_image(file: str, others: collections.Counter[str]) -> bool:
+  """Returns whether a file is an image; counts the others by suffix."""
+  if image_tree.is_image(file):
+    return True
+  name = os.path.basename(file)
+  is_table = name.lower() in image_tree.TABLES
+  others[name if is_table else os.path.splitext(name)[1] or name] += 1
+  return False
+
+
+def _counts(word: str, others: collections.Counter[str]) -> str:
+  most = others.most_common(10)
+  counts = f"{word} " + ", ".join(f"{n} {suffix}" for suffix, n in most)
+  return counts if others else ""
 
 
 def _listing(
-    root: str, classes: tuple[str, ...]
-) -> tuple[list[str], list[int]]:
-  """Returns the files of a split and their labels.
+    tree: image_tree.Tree, labels: image_labels.Labels | None
+) -> list[str]:
+  """Returns the image files of a split.
 
-  Args:
-    root: folder of the split.
-    classes: class names of the train split; the label is an index into these.
+  Raises:
+    UserError: a class without images, or a table names missing files.
   """
-  folders = _classes(root)
-  if bool(folders) != bool(classes) or set(folders) - set(classes):
-    wrong = next((name for name in folders if name not in classes), None)
+  files = list(_images(tree))
+  missing = sorted(labels.files.difference(files)) if labels else ()
+  if missing:
     raise errors.UserError(
-        f"{root}: got "
-        + (f"class {wrong!r}" if wrong else "no classes")
-        + ", expected the classes of train: "
-        + (", ".join(classes[:5]) or "no classes")
-        + (", ..." if len(classes) > 5 else "")
-        + "; use the same class folders in both splits"
+        f"{tree.path}: {labels.source} names {missing[0]}, which is no image"
+        f" file there ({len(missing)} such names), expected existing images;"
+        " copy the files again, or remove the names"
     )
-  if not folders:
-    files = list(_some_images(root))
-    return files, [0] * len(files)
-  files, labels = [], []
-  for name in folders:
-    class_files = [f"{name}/{f}" for f in images(os.path.join(root, name))]
-    if not class_files:
+  if labels and labels.source == image_labels.FOLDERS:
+    folders = image_labels.class_folders(tree)
+    inner = {f.split("/")[1] for f in files if f.count("/") > 1}
+    if inner and all(map(dataset_spec.split_word, inner)):
       raise errors.UserError(
-          f"{os.path.join(root, name)}: got no images, expected"
+          f"{tree.path}: got splits ({', '.join(sorted(inner)[:3])}) below the"
+          f" class {folders[0]!r}, expected classes below splits; move the"
+          f" images to train/{folders[0]}"
+      )
+    full = {f.partition("/")[0] for f in files}
+    empty = next((name for name in folders if name not in full), None)
+    if empty is not None:
+      raise errors.UserError(
+          f"{tree.path}/{empty}: got no images, expected"
           f" {' '.join(EXTENSIONS)} files in a class folder; fill or delete it,"
           " or start its name with a dot to skip it"
       )
-    files += class_files
-    labels += [classes.index(name)] * len(class_files)
-  return files, labels
+    files.sort(key=lambda f: folders.index(f.partition("/")[0]))
+  return files

@@ -47,6 +47,9 @@ class ArraySource:
     num_classes: number of classes; None without labels.
     name: name for error messages.
 
+  Attributes:
+    labels: int32 [n].
+
   Raises:
     UserError: no images, images that are not uint8 NHWC, labels of the wrong
       length or dtype, or a label out of range (names the first one).
@@ -70,7 +73,7 @@ class ArraySource:
     self.num_classes = num_classes
     self.image_shape = tuple(int(size) for size in images.shape[1:])
     self._images = images
-    self._labels = labels.astype(np.int32)
+    self.labels = labels.astype(np.int32)
 
   def __len__(self) -> int:
     return len(self._images)
@@ -88,7 +91,7 @@ class ArraySource:
     # NumPy indexes from the end for negative values: silently a wrong example.
     if indices.size and indices.min() < 0:
       raise IndexError(f"{self.name}: negative index {indices.min()}")
-    return dict(image=self._images[indices], label=self._labels[indices])
+    return dict(image=self._images[indices], label=self.labels[indices])
 
 
 def check_images(images: np.ndarray, name: str) -> np.ndarray:

@@ -4,8 +4,12 @@ PATH is a file (the train split) or a folder with train.npz and test.npz. All
 images are read into memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
+import lzma
+import math
+import os
+import tokenize
 import zipfile
 import zlib
 
@@ -13,6 +17,7 @@ import numpy as np
 
 from bcm_jax import errors
 from bcm_jax.data import dataset_spec
+from bcm_jax.data import image_labels
 from bcm_jax.data import image_source
 from bcm_jax.data import resizing
 from bcm_jax.utils import thread_pool
@@ -94,6 +99,23 @@ def _key(archive: np.lib.npyio.NpzFile, keys: tuple[str, ...]) -> str | None:
   return next((key for key in keys if key in archive.files), None)
 
 
+def read_arrays(file: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+  """Returns the arrays of a .npz file with these names, if they exist.
+
+  Nothing is unpickled, and no more memory is used than the machine has.
+
+  Raises:
+    UserError: the file is damaged, or an array is not as its header says.
+  """
+  with _archive(file) as archive:
+    found = {}
+    for name in names:
+      if name in archive.files:
+        _header(archive, name, file)
+        found[name] = archive[name]
+    return found
+
+
 @contextlib.contextmanager
 def _archive(file: str) -> Iterator[np.lib.npyio.NpzFile]:
   """Opens a .npz file; converts read errors to UserErrors with its name."""
@@ -105,26 +127,75 @@ def _archive(file: str) -> Iterator[np.lib.npyio.NpzFile]:
       yield archive
   except errors.UserError:
     raise
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+  # zipfile and NumPy raise all of these for damaged files.
+  except (
+      OSError, ValueError, EOFError, NotImplementedError, RuntimeError,
+      SyntaxError, MemoryError, zipfile.BadZipFile, zlib.error,
+      lzma.LZMAError, tokenize.TokenError,
+  ) as e:
+    reason = " ".join(str(e).split())[:160]
     raise errors.UserError(
-        f"{file}: cannot be read as .npz ({type(e).__name__}: {e}); write it"
-        " again with numpy.savez(file, images, labels)"
+        f"{file}: cannot be read as .npz ({type(e).__name__}: {reason}); write"
+        " it again with numpy.savez(file, images, labels)"
     ) from e
+
+
+def _header(
+    archive: np.lib.npyio.NpzFile, key: str, file: str
+) -> tuple[int, ...]:
+  """Returns the shape of an array; reads only its header.
+
+  Raises:
+    UserError: an array of objects, one of another length than the header says,
+      or one that is larger than the memory.
+  """
+  member = f"{key}.npy" if f"{key}.npy" in archive.zip.namelist() else key
+  with archive.zip.open(member) as f:
+    version = np.lib.format.read_magic(f)
+    read = (
+        np.lib.format.read_array_header_1_0 if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
+    shape, _, dtype = read(f)
+    length = archive.zip.getinfo(member).file_size - f.tell()
+  if dtype.hasobject:
+    raise errors.UserError(
+        f"{file}: got {key!r} of Python objects, expected numbers; they are"
+        " never unpickled: store class indices as integers"
+    )
+  size = dtype.itemsize * math.prod(shape)
+  if size != length or min(shape, default=0) < 0:
+    raise errors.UserError(
+        f"{file}: got {key!r} of {length:,} bytes, expected {size:,} for"
+        f" {dtype} of shape {shape}; write the file again"
+    )
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  if size > memory:
+    raise errors.UserError(
+        f"{file}: got {key!r} of {size:,} bytes, expected at most the memory,"
+        f" {memory:,}; store the images as files, or in several .npz files"
+    )
+  return shape
 
 
 def _array(file: str, keys: tuple[str, ...]) -> np.ndarray | None:
   """Returns the array under the first existing key, or None."""
   with _archive(file) as archive:
     key = _key(archive, keys)
-    return None if key is None else archive[key]
+  return None if key is None else read_arrays(file, [key])[key]
 
 
 def _labels(file: str) -> np.ndarray | None:
   labels = _array(file, LABEL_KEYS)
-  if labels is not None and not np.issubdtype(labels.dtype, np.integer):
+  if labels is not None and labels.dtype.kind not in "iu":
     raise errors.UserError(
         f"{file}: got {labels.dtype} labels of shape {labels.shape}, expected"
         " integers, one per image; store class indices"
+    )
+  if labels is not None and labels.max(initial=0) > image_labels.MAX_LABEL:
+    raise errors.UserError(
+        f"{file}: got label {labels.max()}, expected at most"
+        f" {image_labels.MAX_LABEL}; store class indices"
     )
   return labels
 
@@ -138,12 +209,7 @@ def _image_shape(file: str) -> tuple[int, int, int]:
           f"{file}: got arrays {', '.join(archive.files) or '(none)'}, expected"
           f" images under one of {', '.join(IMAGE_KEYS)}; rename the array"
       )
-    with archive.zip.open(f"{key}.npy") as f:
-      version = np.lib.format.read_magic(f)
-      if version == (1, 0):
-        shape, _, _ = np.lib.format.read_array_header_1_0(f)
-      else:
-        shape, _, _ = np.lib.format.read_array_header_2_0(f)
+    shape = _header(archive, key, file)
   if len(shape) != 4:
     raise errors.UserError(
         f"{file}: got {key!r} of shape {shape}, expected [n, H, W, C]; add the"

@@ -7,11 +7,11 @@ JSON string with the provenance of the pairs.
 """
 
 import json
-import zipfile
 
 import numpy as np
 
 from bcm_jax.data import image_source
+from bcm_jax.data import npz_file
 from bcm_jax.errors import UserError
 
 FIELDS = ("noise", "image", "label", "facts")
@@ -33,14 +33,19 @@ class PairSource(image_source.ArraySource):
       self, path: str, image_shape: tuple[int, ...], num_classes: int | None
   ):
     try:
-      with np.load(path) as file:
-        arrays = {k: file[k] for k in FIELDS}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+      arrays = npz_file.read_arrays(path, FIELDS)
+    except UserError as e:
+      raise UserError(f"data.pairs: {e}") from e
+    try:
+      self.facts = json.loads(str(arrays["facts"]))
+      missing = [k for k in FIELDS if k not in arrays]
+    except (KeyError, ValueError, RecursionError):
+      missing = ["facts"]
+    if missing:
       raise UserError(
-          f"data.pairs: {path} is not a file of pairs ({e}); create one with "
-          "python -m bcm_jax.main --workdir=TEACHER --mode=pairs"
-      ) from e
-    self.facts = json.loads(str(arrays["facts"]))
+          f"data.pairs: {path} is not a file of pairs (no {missing[0]}); create"
+          " one with python -m bcm_jax.main --workdir=TEACHER --mode=pairs"
+      )
     images, self._noise = arrays["image"], arrays["noise"]
     if images.shape[1:] != tuple(image_shape) or (
         images.shape != self._noise.shape
@@ -49,6 +54,11 @@ class PairSource(image_source.ArraySource):
           f"data.pairs: got images {images.shape[1:]} and noise "
           f"{self._noise.shape[1:]} in {path}, expected {tuple(image_shape)}; "
           "create pairs with a teacher of the same dataset"
+      )
+    if self._noise.dtype.kind != "f" or not np.isfinite(self._noise).all():
+      raise UserError(
+          f"data.pairs: got noise {self._noise.dtype} in {path}, expected"
+          " finite floating-point numbers; create the pairs again"
       )
     labels = arrays["label"] if num_classes is not None else None
     super().__init__(images, labels, num_classes, path)

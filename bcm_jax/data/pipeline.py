@@ -57,7 +57,7 @@ def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def _check_batch_size(batch_size: int, n: int, name: str) -> None:
   if not 1 <= batch_size <= n:
     raise UserError(
-        f"batch_size: got {batch_size}, expected 1 to {n}, the number of"
+        f"batch_size is {batch_size}, expected 1 to {n}, the number of"
         f" examples in {name}; choose a smaller batch_size or another dataset"
     )
 

@@ -2,13 +2,13 @@
 
   python -m bcm_jax.data.prepare photos photos64 --size=64
 
-IN is a folder of images, a .npz file, a zip file of EDM, a folder with train
+IN is a folder of images, a .npz file, a zip file of images, a folder with train
 and test files of these kinds, or tfds:cifar10, tfds:imagenet_resized/64x64 or
 tfds:imagenet2012. The same input gives the same bytes on every machine
 (docs/datasets.md). Exit status: 0 done, 65 bad input.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 import os
 from typing import Any
 
@@ -20,7 +20,9 @@ from bcm_jax import errors
 from bcm_jax.data import dataset_spec
 from bcm_jax.data import datasets
 from bcm_jax.data import encoded
+from bcm_jax.data import image_labels
 from bcm_jax.data import image_source
+from bcm_jax.data import image_tree
 from bcm_jax.data import pipeline
 from bcm_jax.data import prepared
 from bcm_jax.data import resizing
@@ -31,6 +33,9 @@ from bcm_jax.utils import files
 # written.
 _BLOCK = 512
 _BLOCK_BYTES = 64 * 2**20
+# Number of classes listed in the summary.
+_MAX_LISTED = 20
+GAPS = ("refuse", "close", "keep")
 _TFDS = {
     "tfds:cifar10": "cifar10",
     "tfds:imagenet_resized/64x64": "imagenet64",
@@ -50,6 +55,8 @@ def prepare(
     workers: int | None = None,
     overwrite: bool = False,
     data_dir: str | None = None,
+    labels: str = "auto",
+    gaps: str = "refuse",
 ) -> str:
   """Writes a prepared dataset atomically.
 
@@ -68,6 +75,9 @@ def prepare(
       as processes, because PIL releases the GIL.
     overwrite: replace an existing prepared dataset.
     data_dir: TFDS folder; None uses TFDS's default.
+    labels: source of the labels, see `image_labels.find`.
+    gaps: a key of GAPS: if train has no images of some class, as with labels
+      that start at 1.
 
   Returns:
     Summary of the written files, for the terminal.
@@ -78,14 +88,16 @@ def prepare(
   name, path = kind_of(source)
   _check_free(out, overwrite)
   _check_positive(shard_mb=shard_mb, workers=workers)
+  if gaps not in GAPS:
+    raise errors.unknown_name("--gaps", gaps, GAPS)
   dataset = datasets.find(
       name, path=path, size=size, crop=crop, skip_corrupt=skip_corrupt,
-      channels=channels, threads=workers,
+      channels=channels, threads=workers, labels=labels,
   )
   with files.new_folder(out, overwrite=True) as folder:
-    splits, skipped = _write_splits(
-        dataset, data_dir, holdout, folder, shard_mb
-    )
+    sources = {s: dataset.open(s, data_dir) for s in dataset.splits}
+    dataset, remap = _without_gaps(dataset, sources, gaps)
+    splits, skipped = _write_splits(sources, holdout, folder, shard_mb, remap)
     prepared.write_manifest(
         folder,
         image_shape=dataset.image_shape,
@@ -95,7 +107,7 @@ def prepare(
         made=dict(
             source=os.path.basename(os.path.abspath(path)) if path else source,
             size=size, crop=None if size is None else crop, holdout=holdout,
-            skipped=skipped, bcm_jax=__version__,
+            skipped=skipped, labels=labels, gaps=gaps, bcm_jax=__version__,
         ),
     )
   return _summary(dataset, splits, skipped, out)
@@ -116,18 +128,19 @@ def kind_of(source: str) -> tuple[str, str | None]:
     return _TFDS[source], None
   path = os.path.expanduser(source)
   if os.path.isdir(path):
-    files = os.listdir(path)
     if prepared.is_prepared(path):
       raise errors.UserError(
           f"IN: {source} is already prepared, expected its source images; pass"
           " those"
       )
-    for kind in ("npz", "zip"):
-      if f"train.{kind}" in files:
+    names = image_tree.Disk(path).entries().files
+    for stem, suffix in map(os.path.splitext, names):
+      kind = suffix[1:].lower()
+      if kind in ("npz", "zip") and dataset_spec.split_word(stem) == "train":
         return kind, path
     return "folder", path
   for kind in ("npz", "zip"):
-    if path.endswith(f".{kind}"):
+    if path.lower().endswith(f".{kind}"):
       return kind, path
   raise errors.UserError(
       f"IN: got {source}, expected a folder, a .npz or .zip file, or one of"
@@ -158,22 +171,61 @@ def _check_positive(**values: int | None) -> None:
       )
 
 
-def _write_splits(
+def _without_gaps(
     dataset: dataset_spec.DataSet,
-    data_dir: str | None,
+    sources: Mapping[str, image_source.Source],
+    gaps: str,
+) -> tuple[dataset_spec.DataSet, Callable[[np.ndarray], np.ndarray]]:
+  """Returns the dataset as it is written, and a map of labels to written ones.
+
+  Raises:
+    UserError: train has no images of some class and `gaps` is 'refuse', or
+      another split has a class that train does not have.
+  """
+  # TFDS's datasets have no such array, and no gaps.
+  labels = getattr(sources.get("train"), "labels", None)
+  if dataset.num_classes is None or labels is None:
+    return dataset, lambda labels: labels
+  present = np.unique(labels)
+  missing = image_labels.missing_classes(present, dataset.num_classes)
+  if not missing or gaps == "keep":
+    return dataset, lambda labels: labels
+  if gaps == "refuse":
+    raise errors.UserError(
+        f"IN: got {missing}, labels {present[0]} to {present[-1]}, expected"
+        " images of every class from 0; --gaps=close numbers those with images"
+        " 0, 1, ..., --gaps=keep keeps the labels"
+    )
+  for source in sources.values():
+    unknown = np.setdiff1d(source.labels, present)
+    if unknown.size:
+      raise errors.UserError(
+          f"--gaps: got label {unknown[0]} of {source.name}, expected a label"
+          " of train; correct the labels, or set --gaps=keep"
+      )
+  names = dataset.class_names or range(dataset.num_classes)
+  dataset = dataset._replace(
+      num_classes=len(present),
+      class_names=tuple(str(names[k]) for k in present.tolist()),
+  )
+  return dataset, lambda labels: np.searchsorted(present, labels)
+
+
+def _write_splits(
+    sources: Mapping[str, image_source.Source],
     holdout: int,
     folder: str,
     shard_mb: int,
+    remap: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[dict[str, Any], list[str]]:
   """Writes all shards; returns the manifest entries and the skipped files."""
   splits, skipped = {}, []
-  for split in dataset.splits:
-    source = dataset.open(split, data_dir)
+  for split, source in sources.items():
     if isinstance(source, encoded.EncodedSource):
       skipped += [f"{split}/{file}" for file in source.skipped]
-    parts = _parts(split, len(source), holdout, dataset.splits)
+    parts = _parts(split, len(source), holdout, tuple(sources))
     for name, ids in parts.items():
-      splits[name] = _write(source, ids, name, folder, shard_mb)
+      splits[name] = _write(source, ids, name, folder, shard_mb, remap)
   return splits, skipped
 
 
@@ -205,6 +257,7 @@ def _write(
     split: str,
     folder: str,
     shard_mb: int,
+    remap: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, Any]:
   """Writes the shards of a split; returns its manifest entry."""
   record = prepared.record_bytes(source.image_shape)
@@ -217,7 +270,7 @@ def _write(
       file = f"{split}-{k:05d}-of-{len(shards):05d}.array_record"
       writer = prepared.ShardWriter(os.path.join(folder, file))
       for batch in _batches(source, examples, block):
-        writer.write(batch["image"], batch["label"])
+        writer.write(batch["image"], remap(batch["label"]))
         bar.update(len(batch["label"]))
       entries.append(writer.close())
   return {"count": len(ids), "shards": entries}
@@ -245,9 +298,24 @@ def _summary(dataset, splits, skipped, out) -> str:
   classes = "no" if dataset.num_classes is None else f"{dataset.num_classes:,}"
   return (
       f"{counts} images of {height}x{width}x{channels}, {classes} classes,"
-      f" {len(skipped)} files skipped\nwritten: {out}; use it with"
-      f" --config.data.name=prepared --config.data.path={out}"
+      f" {len(skipped)} files skipped\n{_mapping(dataset)}written: {out}; use"
+      f" it with --config.data.name=prepared --config.data.path={out}"
   )
+
+
+def _mapping(dataset: dataset_spec.DataSet) -> str:
+  """Returns a line with the source of the labels and the class of each."""
+  text = ""
+  if dataset.label_source:
+    text = f"labels from {dataset.label_source}"
+  if dataset.class_names:
+    listed = [
+        f"{k} {errors.printable(name)}"
+        for k, name in enumerate(dataset.class_names[:_MAX_LISTED])
+    ]
+    more = ", ..." if len(dataset.class_names) > _MAX_LISTED else ""
+    text += f": {', '.join(listed)}{more}"
+  return f"{text}\n" if text else ""
 
 
 def _parser() -> cli.Parser:
@@ -260,6 +328,10 @@ def _parser() -> cli.Parser:
       help=f"{', '.join(resizing.BY_NAME)} (%(default)s)")
   add("--skip_corrupt", action="store_true",
       help="check all files first, skip those that do not decode")
+  add("--labels", default="auto", metavar="SOURCE",
+      help=f"{', '.join(image_labels.CHOICES)}, a file, a regex (%(default)s)")
+  add("--gaps", default="refuse", metavar="NAME",
+      help=f"classes without images: {', '.join(GAPS)} (%(default)s)")
   add("--holdout", type=int, default=0, metavar="N",
       help="if there is no test split, N train examples become it")
   add("--channels", type=int, default=3, metavar="N",

@@ -40,7 +40,7 @@ def is_prepared(path: str) -> bool:
   try:
     with open(os.path.join(path, MANIFEST), encoding="utf-8") as f:
       return json.load(f)["format"] == FORMAT
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return False
 
 
@@ -60,7 +60,7 @@ def read_manifest(path: str) -> dict[str, Any]:
         " python -m bcm_jax.data.prepare; correct data.path, or set data.name"
         " to 'folder' for images"
     ) from e
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise errors.UserError(
         f"{file}: cannot be read ({type(e).__name__}: {e}); prepare the dataset"
         " again"
@@ -73,7 +73,33 @@ def read_manifest(path: str) -> dict[str, Any]:
         f"{file}: got format {header[0]!r}, version {header[1]}, expected"
         f" {FORMAT!r}, version {VERSION}; prepare the dataset again"
     )
+  if not _is_valid(manifest):
+    raise errors.UserError(
+        f"{file}: damaged, expected image_shape, num_classes, class_names and"
+        " splits with shards of this folder; prepare the dataset again"
+    )
   return manifest
+
+
+def _is_valid(manifest: dict[str, Any]) -> bool:
+  """Returns whether the types and counts of a manifest are as written."""
+  try:
+    shape, classes = manifest["image_shape"], manifest["num_classes"]
+    names, splits = manifest["class_names"], manifest["splits"]
+    sizes = list(shape) + ([] if classes is None else [classes])
+    valid = len(shape) == 3 and len(splits) > 0
+    valid &= names is None or (
+        len(names) == classes and {type(n) for n in names} == {str}
+    )
+    for split in splits.values():
+      for shard in split["shards"]:
+        sizes += [shard["count"], shard["bytes"]]
+        # A path could lead out of the folder.
+        valid &= os.path.basename(shard["file"]) == shard["file"]
+      valid &= len(split["shards"]) > 0
+    return valid and all(type(n) is int and n > 0 for n in sizes)
+  except (LookupError, TypeError, AttributeError):
+    return False
 
 
 def write_manifest(path: str, **content: Any) -> None:
@@ -218,9 +244,15 @@ class PreparedSource:
     reader = self._readers[shard]
     try:
       reader.seek(position)
-      return reader.read()
+      record = reader.read()
     except RuntimeError as e:
       raise _corrupt_shard(self._files[shard], str(e)) from e
+    expected = record_bytes(self.image_shape)
+    if len(record) != expected:
+      raise _corrupt_shard(
+          self._files[shard], f"records of {len(record)} bytes, not {expected}"
+      )
+    return record
 
 
 def _open(file: str) -> Any:

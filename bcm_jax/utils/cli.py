@@ -112,13 +112,13 @@ def reporting() -> Iterator[None]:
   try:
     yield
   except errors.UserError as e:
-    print(f"error: {e}", file=sys.stderr)
+    print(f"error: {errors.printable(str(e))}", file=sys.stderr)
     sys.exit(errors.EXIT_BAD_INPUT)
   except errors.MachineError as e:
-    print(f"error: {e}", file=sys.stderr)
+    print(f"error: {errors.printable(str(e))}", file=sys.stderr)
     sys.exit(errors.EXIT_MACHINE)
   except errors.Preempted as e:
-    print(f"preempted: {e}", file=sys.stderr)
+    print(f"preempted: {errors.printable(str(e))}", file=sys.stderr)
     sys.exit(errors.EXIT_PREEMPTED)
 
 
