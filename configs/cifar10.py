@@ -32,6 +32,10 @@ _CURRICULUM = dict(s0=10, s1=1280)
 _BCM = dict(name="bcm", concat_jumps=False)
 _FIXED = _BCM | dict(discretization="fixed", s0=320, s1=320)
 _TIMES = dict(times=(1.2,), zigzag_noise=(0.2,), zigzag_level=(0.8,))
+# BCM's samplers with 1 to 4 NFE [R].
+_SAMPLERS = (
+    "onestep", "ancestral@1.2", "zigzag@0.2>0.8", "mixture@1.2/0.1>0.3"
+)
 _START = "runs/start"
 
 # Variant -> (model, method, training, sampling times).
@@ -74,5 +78,6 @@ def get_config(variant: str = "bcm") -> ml_collections.ConfigDict:
   config.sample = dict(sampler=sampler, num_samples=50_000) | times
   config.invert = dict(times=(15.0,))
   # FID requires Inception weights: --mode=eval, docs/evaluation.md.
-  config.eval = dict(samplers=("onestep", sampler), at_end=False)
+  samplers = _SAMPLERS if model.get("two_time") else ("onestep", sampler)
+  config.eval = dict(samplers=samplers, at_end=False)
   return config

@@ -40,7 +40,8 @@ def get_config(variant: str = "dmd2") -> ml_collections.ConfigDict:
     config.data.flip = True
     config.optimizer.learning_rate = 1e-4
     config.training = dict(
-        num_steps=100_000, batch_size=2048, ema_rates=(0.9999, 0.9996)
+        num_steps=100_000, batch_size=2048,
+        ema_rates=(0.9999, 0.99995, 0.9996),
     )
   else:
     config.method.regression_weight = 0.25 if variant == "dmd" else 0.5
@@ -51,5 +52,7 @@ def get_config(variant: str = "dmd2") -> ml_collections.ConfigDict:
     )
   config.parallel = dict(microbatch_size_per_device=32)
   config.sample = dict(num_samples=50_000)
+  if variant != "dmd2":
+    config.sample.average = "params"  # DMD has no EMA.
   config.eval = dict(samplers=("onestep",), at_end=False)
   return config

@@ -13,9 +13,7 @@ Published hardware: 8 V100, 2 days.
   cond_ve          1.79   NCSN++
   uncond_ve        1.98   NCSN++ (not verified)
 
-Deviations: the EMA rate is warmed up by (1 + n) / (10 + n) instead of limiting
-the half-life to 5% of the images seen; steps with non-finite gradients are
-skipped.
+Deviation: steps with non-finite gradients are skipped.
 """
 
 import ml_collections
@@ -38,10 +36,9 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
   config.optimizer = dict(
       name="adam", learning_rate=1e-3, warmup_steps=10_000_000 // batch
   )
-  # EMA half-life of 0.5 million images.
   config.training = dict(
       num_steps=200_000_000 // batch, batch_size=batch,
-      ema_rates=(0.5 ** (batch / 500_000),), ema_warmup=True,
+      ema_rates=(), ema_halflife_kimg=(500,), ema_rampup_ratio=0.05,
   )
   config.parallel = dict(microbatch_size_per_device=64)
   config.sample = dict(sampler="heun", num_levels=18, num_samples=50_000)

@@ -16,8 +16,14 @@ Published FID for 1 / 2 / 3 / 4 NFE (Li & He, 2024, README; ct: Song et al.,
   ct                   13.0 / 11.1                 consistency training (OpenAI)
   from_edm             not published: BCM from EDM's ImageNet-64 weights
 
-Set --config.training.init_from=DIR to a run of ict for finetune, and to
-converted weights for from_edm. Deviations from the published runs:
+Set --config.training.init_from=DIR or DIR@STEP to a run of ict for finetune,
+and to converted weights for from_edm. The published network of finetune is that
+of step 234,000, initialized from step 600,000 of ict and selected by FID: the
+run keeps a checkpoint every 18,000 steps, which --mode=eval
+--config.eval.steps=all evaluates, and runs longer with a higher
+--config.training.num_steps. ict keeps one every 40,000 steps, among them the
+published 600,000 and 680,000. The steps of the deep networks are not published.
+Deviations from the published runs:
 * Start and end levels include sigma_max (published: method.include_T=False).
 * bfloat16 instead of float16 with loss scaling.
 * ct: l2 instead of LPIPS, because the package has no VGG weights.
@@ -40,12 +46,21 @@ _CURRICULUM = dict(s0=10, s1=1280, huber_c=0.06)
 _BCM = dict(name="bcm", concat_jumps=False)
 _FIXED = _BCM | dict(discretization="fixed", s0=320, s1=320, huber_c=0.06)
 _TIMES = dict(times=(2.4,), zigzag_noise=(0.1,), zigzag_level=(1.2,))
+# BCM's samplers with 1 to 4 NFE.
+_SAMPLERS = (
+    "onestep", "ancestral@2.4", "zigzag@0.1>1.2", "mixture@3/0.12>0.4"
+)
+# Checkpoints to keep for selection by FID, and as a start of finetune.
+_CHECKPOINTS = {
+    "finetune": dict(every_steps=6_000, keep_every=18_000),
+    "ict": dict(every_steps=10_000, keep_every=40_000),
+}
 
 # Variant -> (model, method, training, sampling times).
 _DEEP = dict(num_res_blocks=6)
 VARIANTS = {
-    "finetune": (dict(two_time=True), _FIXED, dict(init_from="runs/ict"),
-                 _TIMES),
+    "finetune": (dict(two_time=True), _FIXED,
+                 dict(init_from="runs/ict@600000", num_steps=234_000), _TIMES),
     "bcm": (dict(two_time=True), _BCM | _CURRICULUM, {}, _TIMES),
     "ict": ({}, dict(name="ict") | _CURRICULUM, {}, dict(times=(0.7,))),
     "ct": (_CM, dict(name="ct", s0=2, s1=200, target_mu0=0.95),
@@ -78,5 +93,7 @@ def get_config(variant: str = "finetune") -> ml_collections.ConfigDict:
   config.sample = dict(sampler=sampler, num_samples=50_000) | times
   config.invert = dict(times=(15.0,))
   # FID requires Inception weights: --mode=eval, docs/evaluation.md.
-  config.eval = dict(samplers=("onestep", sampler), at_end=False)
+  samplers = _SAMPLERS if model.get("two_time") else ("onestep", sampler)
+  config.eval = dict(samplers=samplers, at_end=False)
+  config.checkpoint = _CHECKPOINTS.get(variant.removesuffix("_deep"), {})
   return config

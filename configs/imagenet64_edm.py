@@ -14,7 +14,8 @@ churn (--config.sample.num_levels=256 --config.sample.s_churn=40
 --config.sample.s_noise=1.003); not reproduced. Published hardware: 32 A100, 13
 days.
 
-Deviations: bfloat16 instead of float16; the EMA warmup of cifar10_edm.py.
+Deviations: bfloat16 instead of float16; steps with non-finite gradients are
+skipped.
 """
 
 import ml_collections
@@ -33,10 +34,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer = dict(
       name="adam", learning_rate=1e-4, warmup_steps=10_000_000 // batch
   )
-  # EMA half-life of 50 million images.
   config.training = dict(
       num_steps=2_500_000_000 // batch, batch_size=batch,
-      ema_rates=(0.5 ** (batch / 50_000_000),), ema_warmup=True,
+      ema_rates=(), ema_halflife_kimg=(50_000,), ema_rampup_ratio=0.05,
   )
   config.parallel = dict(microbatch_size_per_device=16)
   config.sample = dict(sampler="heun", num_levels=40, num_samples=50_000)

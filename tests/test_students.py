@@ -19,6 +19,7 @@ from bcm_jax.data import image_source
 from bcm_jax.data import pairs as pair_files
 from bcm_jax.evaluation import bits_per_dim
 from bcm_jax.evaluation import evaluate
+from bcm_jax.evaluation import inversion
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
 from bcm_jax.generate import teacher_pairs
@@ -357,3 +358,17 @@ def test_samplers_of_a_denoiser(teacher):
   assert isinstance(
     planning.plan_of(built, "heun").steps[0], sampling_plan.HeunJump
   )
+
+
+def test_runs_at_a_step(teacher):
+  """DIR@STEP of the teacher and of the baseline of inversions."""
+  with_step = build.build(student("digits_cd.py", f"{teacher}@2"))
+  frozen = build.load_frozen(with_step)["teacher"]
+  toys.assert_equal(frozen, tree(teacher, 2)[0]["averages"]["ema_0.5"])
+  _, params = inversion._open_baseline(with_step, f"{teacher}@2")
+  toys.assert_equal(params, frozen)
+  with pytest.raises(errors.UserError, match="3"):
+    build.load_frozen(build.build(student("digits_cd.py", f"{teacher}@3")))
+  for wrong in ("x", "", "-2"):
+    with pytest.raises(errors.UserError, match=r"method\.teacher"):
+      build.build(student("digits_cd.py", f"{teacher}@{wrong}"))

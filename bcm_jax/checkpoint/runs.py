@@ -25,6 +25,8 @@ def checkpoint_dir(workdir: str) -> str:
 def split_place(place: str, what: str) -> tuple[str, int | None]:
   """Splits 'DIR@STEP' into (DIR, STEP) and 'DIR' into (DIR, None).
 
+  The name of a folder that exists is not split.
+
   Args:
     place: value of a flag or config key.
     what: the flag or key, for the error.
@@ -33,7 +35,7 @@ def split_place(place: str, what: str) -> tuple[str, int | None]:
     UserError: the step is not a number.
   """
   folder, at, step = place.rpartition("@")
-  if not at:
+  if not at or os.path.isdir(place):
     return place, None
   if not step.isdigit():
     raise errors.UserError(
@@ -109,18 +111,20 @@ def choose(
   return average, averages[average]
 
 
-def load_params(workdir: str, average: str | None) -> Params:
-  """Loads parameters from the newest good checkpoint of a run, on the host.
+def load_params(place: str, average: str | None) -> Params:
+  """Loads parameters of training.init_from from a checkpoint, on the host.
 
   Args:
-    workdir: work directory of the run.
+    place: work directory of the run, DIR or DIR@STEP; without a step the newest
+      good checkpoint.
     average: see `choose`.
 
   Raises:
-    UserError: no good checkpoint, or unknown average.
+    UserError: no good checkpoint, none of this step, or unknown average.
   """
+  workdir, step = split_place(place, "training.init_from")
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
-  _, state, _ = saved.read_raw()
+  _, state, _ = saved.read_raw(step)
   # All methods with several networks name the sampled one 'student'.
   network = "student"
   return choose(network, state, average, "training.init_average")[1]

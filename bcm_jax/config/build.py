@@ -272,10 +272,11 @@ def _frozen(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return frozen
 
 
-def _run(key: str, workdir: str | None) -> Experiment | None:
+def _run(key: str, place: str | None) -> Experiment | None:
   """Returns the experiment of the run that a config key names."""
-  if workdir is None:
+  if place is None:
     return None
+  workdir, _ = runs.split_place(place, key)
   config = resolve.of_run(workdir)
   if config is None:
     raise errors.UserError(
@@ -366,7 +367,9 @@ def load_frozen(experiment: Experiment) -> dict[str, Any]:
 
   def load(name, part):
     if isinstance(part, Experiment):
-      return runs.load_run(part, section[name], section[f"{name}_average"])[2]
+      workdir, at = runs.split_place(section[name], f"method.{name}")
+      average = section[f"{name}_average"]
+      return runs.load_run(part, workdir, average, at)[2]
     # A fixed key: random parameters are not saved, and a restart needs the
     # same ones.
     params = part.init(jax.random.key(0), *inputs)

@@ -80,8 +80,8 @@ class Training:
     max_rollbacks: rollbacks without a new checkpoint after which the run stops.
     watchdog_timeout_secs: seconds without a step, including compilation, after
       which a process exits and prints the stacks of its threads; 0 disables it.
-    init_from: work directory of a run whose moving average initializes the
-      network; None initializes randomly.
+    init_from: run whose moving average initializes the network, a work
+      directory DIR or DIR@STEP; None initializes randomly.
     init_average: name of that moving average; None is the first one.
   """
 
@@ -339,8 +339,8 @@ class Eval:
     likelihood_images: number of test images for bits/dim, for denoisers (edm,
       ctm); 0 disables it.
     ctm_likelihood_compat: reproduce the two errors of CTM's released code.
-    inversion_baseline: work directory of a denoiser whose DDIM and Heun
-      inversions are measured for comparison.
+    inversion_baseline: denoiser whose DDIM and Heun inversions are measured for
+      comparison, a work directory DIR or DIR@STEP.
     inversion_baseline_nfe: network evaluations of each baseline inversion.
   """
 

@@ -175,8 +175,9 @@ def _noisy(experiment, images: np.ndarray, noise: float) -> np.ndarray:
   return x + np.asarray(samplers.start_noise(keys, x.shape[1:], noise))
 
 
-def _open_baseline(experiment, workdir: str):
+def _open_baseline(experiment, place: str):
   """Builds the baseline's experiment and loads its parameters."""
+  workdir, step = runs.split_place(place, "eval.inversion_baseline")
   config = resolve.of_existing_run(workdir)
   teacher = build.build(config, to_train=False)
   # A one-time network is a denoiser if its preconditioning at u = 0 is EDM's.
@@ -195,7 +196,7 @@ def _open_baseline(experiment, workdir: str):
         f"{teacher.image_shape}, expected {experiment.image_shape}; use a "
         "denoiser of the same dataset"
     )
-  _, _, params = runs.load_run(teacher, workdir)
+  _, _, params = runs.load_run(teacher, workdir, step=step)
   return teacher, params
 
 

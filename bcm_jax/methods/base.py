@@ -132,9 +132,9 @@ class Average:
 class FrozenRun:
   """Declaration of the sampled network of another run, such as a teacher.
 
-  `Method.frozen[NAME]` adds the config keys method.NAME, a work directory or
-  None, and method.NAME_average. Field NAME of the method is the method of that
-  run, or None; `Context.frozen[NAME]` are the parameters.
+  `Method.frozen[NAME]` adds the config keys method.NAME, a work directory DIR,
+  DIR@STEP or None, and method.NAME_average. Field NAME of the method is the
+  method of that run, or None; `Context.frozen[NAME]` are the parameters.
 
   Attributes:
     required_by: config section method -> the setting that requires the run, or

@@ -4,6 +4,7 @@ import types
 
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
 
 from bcm_jax import errors
@@ -101,3 +102,23 @@ def test_heads_of_the_losses_are_not_loaded(run):
   _, _, params = runs.load_run(experiment(heads=("w",)), str(folder), "params")
   assert params == {}
   assert set(runs.load_params(str(folder), "params")) == {"w"}
+
+
+def test_parameters_of_a_step(run, tmp_path):
+  """training.init_from takes DIR and DIR@STEP."""
+  folder, _ = run
+  for place, step in ((folder, 80), (f"{folder}@80", 80), (f"{folder}@30", 30)):
+    params = runs.load_params(place, "params")
+    np.testing.assert_allclose(params["w"], np.sqrt(step), rtol=1e-6)
+  with pytest.raises(errors.UserError, match="35"):
+    runs.load_params(f"{folder}@35", None)
+  for wrong in ("x", "", "-1", "3.5"):
+    with pytest.raises(errors.UserError, match=r"training\.init_from"):
+      runs.load_params(f"{folder}@{wrong}", None)
+
+
+def test_a_folder_with_an_at_sign_is_no_step(tmp_path):
+  (tmp_path / "me@7").mkdir()
+  place = str(tmp_path / "me@7")
+  assert runs.split_place(place, "key") == (place, None)
+  assert runs.split_place(f"{place}@3", "key") == (place, 3)

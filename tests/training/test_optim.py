@@ -164,6 +164,10 @@ def test_every_network_ends_its_schedule_at_the_last_step(
   for name in method.networks:
     updates = sum(name in method.phase(step) for step in range(steps))
     section = experiment.optimizer_of(name)
-    rate = lambda count, s=section: float(s.rate()(count) / s.learning_rate)
-    assert rate(0) == pytest.approx(1)
-    assert rate(updates - 1) > 0.25 and rate(updates) == pytest.approx(0.25)
+    rate = section.rate()
+    first, before, last = (
+        float(rate(count) / section.learning_rate)
+        for count in (0, updates - 1, updates)
+    )
+    assert first == pytest.approx(1)
+    assert before > 0.25 and last == pytest.approx(0.25)
