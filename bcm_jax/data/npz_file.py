@@ -120,10 +120,11 @@ def read_arrays(file: str, names: Iterable[str]) -> dict[str, np.ndarray]:
 def _archive(file: str) -> Iterator[np.lib.npyio.NpzFile]:
   """Opens a .npz file; converts read errors to UserErrors with its name."""
   try:
-    archive = np.load(file, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-      raise ValueError("a single array")
-    with archive:
+    if os.path.exists(file) and not zipfile.is_zipfile(file):
+      raise ValueError("no zip archive")
+    with np.load(file, allow_pickle=False) as archive:
+      if len(set(archive.files)) < len(archive.files):
+        raise ValueError("two arrays of one name")
       yield archive
   except errors.UserError:
     raise
