@@ -26,11 +26,6 @@ CHOICES = ("auto", "none", "folders", "name")
 FOLDERS = "class folders"
 # ADM's convention: class_0001.png.
 _NAME = r"(?:^|/)([^/_]+)_[^/]*$"
-# Files that people keep labels in, and that are not read.
-_OTHER = re.compile(
-    r"(.*[\W_])?(labels?|class(es)?|annotations?|metadata|dataset|targets?)"
-    r"\.(csv|tsv|jsonl?|txt|parquet|npy|mat|xlsx?)", re.IGNORECASE
-)
 # The number of classes fits into int32.
 MAX_LABEL = 2**31 - 2
 
@@ -167,13 +162,17 @@ def _from_folders(tree, places, option, train) -> Labels | None:
         " classes", tree.path, folders[0],
     )
     return None
+  others = [
+      f"{place.path}/{name}"
+      for place, _ in places
+      for name in place.entries().files
+      if image_tree.may_be_labels(name)
+  ]
+  if folders and others:
+    logging.warning(
+        "%s: not read, as class folders give the labels", ", ".join(others)
+    )
   if not folders:
-    others = [
-        f"{place.path}/{name}"
-        for place, _ in places
-        for name in place.entries().files
-        if _OTHER.fullmatch(name)
-    ]
     if option == "folders" or others:
       raise errors.UserError(
           f"{tree.path}: got images without class folders"

@@ -125,6 +125,10 @@ _NPZS = {
     "times": _npz(arr_0=IMAGES, arr_1=np.array([0, 1, 1, 2], "m8[s]")),
     "one label": _npz(arr_0=IMAGES, arr_1=np.int64(3)),
     "one-hot": _npz(arr_0=IMAGES, arr_1=np.eye(4, dtype=np.int64)),
+    "labels of another name": _npz(arr_0=IMAGES, train_labels=np.arange(4)),
+    "classes": _npz(images=IMAGES, Class=np.arange(4)),
+    "two images": _npz(arr_0=IMAGES, images=IMAGES),
+    "two labels": _npz(arr_0=IMAGES, arr_1=np.arange(4), y=np.arange(4)),
     "huge": _claimed("(1000000000000, 64, 64, 3)"),
     "beyond int64": _claimed("(4294967296, 4294967296, 4294967296, 3)"),
     "negative": _claimed("(-4, -8, 8, 3)"),
@@ -149,6 +153,11 @@ _NPZS = {
 def test_npz_files_that_cannot_be(tmp_path, name):
   with pytest.raises(UserError, match="x.npz"):
     _fetch(tmp_path, "npz", _NPZS[name])
+
+
+def test_statistics_beside_images_are_no_labels(tmp_path):
+  content = _npz(arr_0=IMAGES, mu=np.zeros(4), sigma=np.zeros((4, 4)))
+  assert len(_fetch(tmp_path, "npz", content)["image"]) == 4
 
 
 def test_an_npz_file_with_two_arrays_of_one_name(tmp_path):

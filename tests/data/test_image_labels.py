@@ -200,6 +200,7 @@ def test_a_table_gives_the_labels(tmp_path, name, table, labels, names):
     ("metadata.parquet", b"PAR1"),
     ("labels.txt", "0\n1\n"),
     ("train_labels.csv", "a.png,0\n"),
+    ("labels.npy", b"\x93NUMPY"),
 ])
 def test_a_bad_table_is_named(tmp_path, name, table):
   root = _put(tmp_path / "in", ["a.png", "b.png"])
@@ -335,6 +336,13 @@ def test_splits_in_odd_places_are_named(tmp_path, names):
 def test_a_class_of_a_split_may_be_called_train(tmp_path):
   root = _put(tmp_path / "in", ["train/apple/1.png", "train/train/1.png"])
   assert _find(root).class_names == ("apple", "train")
+
+
+def test_names_of_classes_beside_class_folders_are_named(tmp_path, caplog):
+  root = _put(tmp_path / "in", ["cat/1.png", "dog/1.png"])
+  _put(root, {"classes.txt": "dog\ncat\n", "labels.npy": "x"})
+  assert _labels(root) == {"cat/1.png": 0, "dog/1.png": 1}
+  assert "classes.txt" in caplog.text and "labels.npy" in caplog.text
 
 
 def test_what_is_not_read_is_counted_and_named(tmp_path, caplog):
