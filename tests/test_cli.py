@@ -179,6 +179,13 @@ finally:
   assert done.returncode == expected, done.stderr
 
 
+def test_an_error_is_one_line_whatever_the_names_in_it(capsys):
+  with pytest.raises(SystemExit), cli.reporting():
+    raise errors.UserError("a\nb\x1b[31m\udcff/日本.png: missing")
+  said = capsys.readouterr().err
+  assert said == "error: a\\nb\\x1b[31m\\udcff/日本.png: missing\n"
+
+
 def test_split_overrides():
   file, overrides, rest = cli.split_overrides(
       ["--config=a.py", "--config.x.y=1", "--mode=eval", "--config.z", "2"]

@@ -12,7 +12,13 @@ from bcm_jax.data import resizing
 
 # Number of channels -> PIL mode.
 _MODES = {1: "L", 3: "RGB"}
+_MAX_SIZE = 8192
 _NPY = b"\x93NUMPY"
+# Formats of PIL that are read. Others may start programs (EPS: Ghostscript).
+_FORMATS = (
+    "JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF",
+    "JPEG2000", "TGA",
+)
 # EXIF tag of the orientation, and the values that swap height and width.
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
@@ -27,6 +33,11 @@ _TRANSPOSE = {
 }
 # TIFF tag of the bits per channel.
 _BITS = 258
+# Format -> where the bits per channel are: (start of a header, offset, what to
+# add): Ssiz of the SIZ marker, and the first of the pixi box.
+_DEPTHS = {
+    "JPEG2000": [(b"\xff\x4f\xff\x51", 42, 1)], "AVIF": [(b"pixi", 9, 0)],
+}
 # Image programs write more text into a PNG than PIL's default of 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
@@ -63,16 +74,16 @@ class Decoder:
       )
     if self.crop not in resizing.BY_NAME:
       raise errors.unknown_name("crop", self.crop, resizing.BY_NAME)
-    if self.size is not None and self.size < 1:
+    if self.size is not None and not 1 <= self.size <= _MAX_SIZE:
       raise errors.UserError(
-          f"size: got {self.size}, expected 1 or more pixels; change it"
+          f"size: got {self.size}, expected 1 to {_MAX_SIZE} pixels; change it"
       )
 
   def __call__(self, content: bytes, file: str) -> np.ndarray:
     """Decodes one image.
 
     Args:
-      content: bytes of a file in any format that PIL reads, or of a .npy file
+      content: bytes of a file in a format of _FORMATS, or of a .npy file
         with uint8 [C, H, W], the layout of EDM2's dataset_tool.py.
       file: file name for error messages.
 
@@ -122,14 +133,10 @@ class Decoder:
     if "transparency" in image.info or image.mode == "PA":
       # PIL warns if such a palette is converted to RGB directly.
       image = image.convert("RGBA")
+    if image.mode == "LAB":  # PIL converts it only to RGB.
+      image = image.convert("RGB")
     if image.mode != _MODES[self.channels]:  # Avoids a copy.
-      try:
-        image = image.convert(_MODES[self.channels])
-      except ValueError as e:
-        raise errors.UserError(
-            f"{file}: got PIL mode {image.mode!r} ({e}), expected gray, RGB or"
-            " CMYK; save it as an RGB image"
-        ) from e
+      image = image.convert(_MODES[self.channels])
     if orientation in _TRANSPOSE:
       image = image.transpose(_TRANSPOSE[orientation])
     pixels = np.array(image)
@@ -139,7 +146,7 @@ class Decoder:
 def _opened(content: bytes, file: str) -> Image.Image:
   """Returns the image of a file, of which only the header is decoded."""
   try:
-    return Image.open(io.BytesIO(content))
+    return Image.open(io.BytesIO(content), formats=_FORMATS)
   except Image.DecompressionBombError as e:
     raise errors.UserError(
         f"{file}: too large ({e}), expected at most"
@@ -151,7 +158,9 @@ def _opened(content: bytes, file: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-  """Returns the EXIF orientation, 1 to 8; 1 if there is none."""
+  """Returns the EXIF orientation that PIL has not applied; 1 for none."""
+  if image.format == "TIFF":
+    return 1
   try:
     return image.getexif().get(_ORIENTATION, 1)
   except Exception:  # PIL raises many types; the pixels may be intact.
@@ -168,6 +177,13 @@ def _bits(image: Image.Image, content: bytes) -> int:
     return content[24]  # In the IHDR chunk, always the first.
   if image.format == "TIFF":
     return max(image.tag_v2.get(_BITS, (8,)))
+  if image.format == "PPM":
+    args = image.tile[0].args  # The mode, or (mode, maximum).
+    return 8 if isinstance(args, str) else int(args[-1]).bit_length()
+  for start, offset, more in _DEPTHS.get(image.format, ()):
+    at = content.find(start) + offset
+    if offset <= at < len(content):
+      return (content[at] & 0x7F) + more
   return 8
 
 

@@ -77,7 +77,7 @@ def from_roots(
   train = image_labels.find(first, places, option)
   num_classes = train and train.num_classes
   shape, example = encoded.first_shape(
-      first.path, _images(first), first.read, decoder, skip_corrupt
+      first.path, _images(first, option), first.read, decoder, skip_corrupt
   )
 
   def open_split(split, data_dir=None):
@@ -88,7 +88,7 @@ def from_roots(
     if tree is not first:
       labels = image_labels.find(tree, places, option, train)
       _check_same_source(path, split, labels, train)
-    files = _listing(tree, labels)
+    files = _listing(tree, labels, option)
     values = [labels.of(f) for f in files] if labels else [0] * len(files)
     values = np.array(values, np.int32)
     if num_classes and tree is first:
@@ -154,11 +154,18 @@ def _check_same_source(path, split, labels, train) -> None:
     )
 
 
-def _images(tree: image_tree.Tree) -> Iterator[str]:
-  """Yields the image files of a split; raises UserError if there are none."""
+def _images(tree: image_tree.Tree, option: str) -> Iterator[str]:
+  """Yields the image files of a split.
+
+  Raises:
+    UserError: no images, or, with data.labels='auto', a table of labels in a
+      sub-folder.
+  """
   others = collections.Counter()
-  files = image_tree.walk(tree)
-  first = next((f for f in files if _is_image(f, others)), None)
+  images = (
+      file for file in image_tree.walk(tree) if _is_image(file, others)
+  )
+  first = next(images, None)
   if first is None:
     raise errors.UserError(
         f"{tree.path}: got no images{_counts(' but', others)}, expected"
@@ -166,19 +173,29 @@ def _images(tree: image_tree.Tree) -> Iterator[str]:
         " correct data.path"
     )
   yield first
-  yield from (f for f in files if _is_image(f, others))
-  others -= collections.Counter(image_tree.TABLES)
+  yield from images
+  deep = next((f for f in others if "/" in f), None)
+  if deep and option == "auto":
+    raise errors.UserError(
+        f"{tree.path}/{deep}: got labels in a sub-folder, expected them in"
+        f" {tree.path}; move them, or set data.labels / --labels"
+    )
   if others:
     logging.warning("%s: not read:%s", tree.path, _counts("", others))
 
 
 def _is_image(file: str, others: collections.Counter[str]) -> bool:
-  """Returns whether a file is an image; counts the others by suffix."""
+  """Returns whether a file is an image; counts the others by suffix.
+
+  Tables of labels in sub-folders are counted by their path.
+  """
   if image_tree.is_image(file):
     return True
   name = os.path.basename(file)
-  is_table = name.lower() in image_tree.TABLES
-  others[name if is_table else os.path.splitext(name)[1] or name] += 1
+  if not image_tree.tables([name]):
+    others[os.path.splitext(name)[1] or name] += 1
+  elif name != file:
+    others[file] += 1
   return False
 
 
@@ -189,14 +206,14 @@ def _counts(word: str, others: collections.Counter[str]) -> str:
 
 
 def _listing(
-    tree: image_tree.Tree, labels: image_labels.Labels | None
+    tree: image_tree.Tree, labels: image_labels.Labels | None, option: str
 ) -> list[str]:
   """Returns the image files of a split.
 
   Raises:
     UserError: a class without images, or a table names missing files.
   """
-  files = list(_images(tree))
+  files = list(_images(tree, option))
   missing = sorted(labels.files.difference(files)) if labels else ()
   if missing:
     raise errors.UserError(

@@ -13,6 +13,7 @@ import json
 import re
 from typing import Any
 
+from absl import logging
 import numpy as np
 
 from bcm_jax import errors
@@ -25,11 +26,6 @@ CHOICES = ("auto", "none", "folders", "name")
 FOLDERS = "class folders"
 # ADM's convention: class_0001.png.
 _NAME = r"(?:^|/)([^/_]+)_[^/]*$"
-# Files that people keep labels in, and that are not read.
-_OTHER = re.compile(
-    r"(.*[\W_])?(labels?|class(es)?|annotations?|metadata|dataset|targets?)"
-    r"\.(csv|tsv|jsonl?|txt|parquet|npy|mat|xlsx?)", re.IGNORECASE
-)
 # The number of classes fits into int32.
 MAX_LABEL = 2**31 - 2
 
@@ -160,14 +156,23 @@ def class_folders(tree: image_tree.Tree) -> tuple[str, ...]:
 def _from_folders(tree, places, option, train) -> Labels | None:
   folders = class_folders(tree)
   if option == "auto" and folders and _are_shards(tree, folders):
+    logging.warning(
+        "%s: no labels: the folders %s, ... are parts of one numbered sequence"
+        " and no classes; data.labels / --labels=folders takes them for"
+        " classes", tree.path, folders[0],
+    )
     return None
+  others = [
+      f"{place.path}/{name}"
+      for place, _ in places
+      for name in place.entries().files
+      if image_tree.may_be_labels(name)
+  ]
+  if folders and others:
+    logging.warning(
+        "%s: not read, as class folders give the labels", ", ".join(others)
+    )
   if not folders:
-    others = [
-        f"{place.path}/{name}"
-        for place, _ in places
-        for name in place.entries().files
-        if _OTHER.fullmatch(name)
-    ]
     if option == "folders" or others:
       raise errors.UserError(
           f"{tree.path}: got images without class folders"
@@ -244,7 +249,10 @@ def _of_names(source, tree, names, name_of) -> Labels:
 
 
 def _json_rows(text: str) -> list[tuple[str, Any]]:
-  rows = json.loads(text)["labels"]
+  content = json.loads(text)
+  if "labels" not in content and "format" in content:
+    raise ValueError("a prepared dataset, which data.name='prepared' reads")
+  rows = content["labels"]
   for row in rows or ():
     if not isinstance(row, list) or [type(row[0]), len(row)] != [str, 2]:
       raise ValueError(f"got the entry {row!r}")
@@ -260,8 +268,10 @@ def _csv_rows(text: str) -> list[tuple[str, Any]]:
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[tuple[str, Any]]:
-  if not rows or not all("label" in row for row in rows[:1]):
-    raise ValueError(f"got columns {', '.join(map(str, *rows[:1]))}")
+  if not rows:
+    raise ValueError("got no rows")
+  if "label" not in rows[0]:
+    raise ValueError(f"got columns {', '.join(map(str, rows[0]))}")
   for row in rows:
     if not isinstance(row.get("file_name"), str):
       raise ValueError(f"got the file_name {row.get('file_name')!r}")
@@ -299,6 +309,7 @@ def _from_table(place, prefix, name, train) -> Labels | None:
         " or 'none'"
     ) from e
   if not rows:
+    logging.warning("%s: no labels", path)
     return None
   files = [file.replace("\\", "/").removeprefix("./") for file, _ in rows]
   if len(set(files)) < len(files):

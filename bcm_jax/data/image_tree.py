@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 import os
+import re
 from typing import NamedTuple, Protocol
 
 from bcm_jax import errors
@@ -16,6 +17,10 @@ EXTENSIONS = (
 _ALL_EXTENSIONS = (*EXTENSIONS, ".npy")
 # Files that give labels.
 TABLES = ("dataset.json", "metadata.jsonl", "metadata.csv")
+_LIKE_LABELS = re.compile(
+    r"(.*[\W_])?(labels?|class(es)?|annotations?|metadata|dataset|targets?)"
+    r"\.(csv|tsv|jsonl?|txt|parquet|npy|npz|mat|xml|xlsx?)", re.IGNORECASE
+)
 # Written by file managers and archivers next to the files of the user.
 _JUNK = frozenset((
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir",
@@ -152,7 +157,13 @@ def is_hidden(name: str) -> bool:
 
 def is_image(name: str) -> bool:
   """Returns True if the name has the suffix of an image or array file."""
-  return name.lower().endswith(_ALL_EXTENSIONS)
+  return name.lower().endswith(_ALL_EXTENSIONS) and not may_be_labels(name)
+
+
+def may_be_labels(name: str) -> bool:
+  """Returns True for files that people keep labels in, and that are not read.
+  """
+  return bool(_LIKE_LABELS.fullmatch(name)) and name.lower() not in TABLES
 
 
 def walk(tree: Tree, seen: dict | None = None) -> Iterator[str]:

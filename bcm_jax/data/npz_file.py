@@ -9,6 +9,7 @@ import contextlib
 import lzma
 import math
 import os
+import re
 import tokenize
 import zipfile
 import zlib
@@ -23,7 +24,12 @@ from bcm_jax.data import resizing
 from bcm_jax.utils import thread_pool
 
 IMAGE_KEYS = ("arr_0", "images", "x", "data")
-LABEL_KEYS = ("arr_1", "labels", "y")
+LABEL_KEYS = ("arr_1", "labels", "label", "y")
+# Names of arrays that may be labels.
+_LIKE_LABELS = re.compile(
+    r"(.*[\W_])?(y|labels?|class(es)?|targets?|attributes?|ids)([\W_].*)?",
+    re.IGNORECASE,
+)
 
 
 def data_set(
@@ -95,8 +101,22 @@ def _resized(
   return resized
 
 
-def _key(archive: np.lib.npyio.NpzFile, keys: tuple[str, ...]) -> str | None:
-  return next((key for key in keys if key in archive.files), None)
+def _key(
+    archive: np.lib.npyio.NpzFile, keys: tuple[str, ...], file: str
+) -> str | None:
+  """Returns the key in a .npz file; None if it has none of them.
+
+  Raises:
+    UserError: the file has several, or no labels but an array that may be some.
+  """
+  found = [key for key in keys if key in archive.files]
+  others = [key for key in archive.files if _LIKE_LABELS.fullmatch(key)]
+  if len(found) > 1 or (keys == LABEL_KEYS and not found and others):
+    raise errors.UserError(
+        f"{file}: got the arrays {', '.join(found or others)}, expected one of"
+        f" {', '.join(keys)}; rename or remove the others"
+    )
+  return found[0] if found else None
 
 
 def read_arrays(file: str, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -120,10 +140,11 @@ def read_arrays(file: str, names: Iterable[str]) -> dict[str, np.ndarray]:
 def _archive(file: str) -> Iterator[np.lib.npyio.NpzFile]:
   """Opens a .npz file; converts read errors to UserErrors with its name."""
   try:
-    archive = np.load(file, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-      raise ValueError("a single array")
-    with archive:
+    if os.path.exists(file) and not zipfile.is_zipfile(file):
+      raise ValueError("no zip archive")
+    with np.load(file, allow_pickle=False) as archive:
+      if len(set(archive.files)) < len(archive.files):
+        raise ValueError("two arrays of one name")
       yield archive
   except errors.UserError:
     raise
@@ -181,7 +202,7 @@ def _header(
 def _array(file: str, keys: tuple[str, ...]) -> np.ndarray | None:
   """Returns the array under the first existing key, or None."""
   with _archive(file) as archive:
-    key = _key(archive, keys)
+    key = _key(archive, keys, file)
   return None if key is None else read_arrays(file, [key])[key]
 
 
@@ -203,7 +224,7 @@ def _labels(file: str) -> np.ndarray | None:
 def _image_shape(file: str) -> tuple[int, int, int]:
   """Returns the shape (H, W, C); reads only the header of the images."""
   with _archive(file) as archive:
-    key = _key(archive, IMAGE_KEYS)
+    key = _key(archive, IMAGE_KEYS, file)
     if key is None:
       raise errors.UserError(
           f"{file}: got arrays {', '.join(archive.files) or '(none)'}, expected"

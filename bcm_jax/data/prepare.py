@@ -86,7 +86,8 @@ def prepare(
     UserError: bad input, or `out` already exists.
   """
   name, path = kind_of(source)
-  _check_free(out, overwrite)
+  out = os.path.expanduser(out)
+  _check_free(out, overwrite, path)
   _check_positive(shard_mb=shard_mb, workers=workers)
   if gaps not in GAPS:
     raise errors.unknown_name("--gaps", gaps, GAPS)
@@ -148,7 +149,14 @@ def kind_of(source: str) -> tuple[str, str | None]:
   )
 
 
-def _check_free(out: str, overwrite: bool) -> None:
+def _check_free(out: str, overwrite: bool, source: str | None) -> None:
+  inside = source and os.path.realpath(out).startswith(
+      os.path.join(os.path.realpath(source), "")
+  )
+  if not out or inside:
+    raise errors.UserError(
+        f"OUT: got {out!r}, expected a folder outside IN; choose another OUT"
+    )
   if not os.path.exists(out) or (os.path.isdir(out) and not os.listdir(out)):
     return
   if not prepared.is_prepared(out):

@@ -103,11 +103,16 @@ def _is_valid(manifest: dict[str, Any]) -> bool:
 
 
 def write_manifest(path: str, **content: Any) -> None:
-  """Writes dataset.json; call it after all shards are written."""
-  files.write_json(
-      os.path.join(path, MANIFEST),
-      {"format": FORMAT, "version": VERSION} | content,
-  )
+  """Writes dataset.json; call it after all shards are written.
+
+  Raises:
+    MachineError: it cannot be written.
+  """
+  file = os.path.join(path, MANIFEST)
+  try:
+    files.write_json(file, {"format": FORMAT, "version": VERSION} | content)
+  except OSError as e:
+    raise _unwritable(file, e) from e
 
 
 def data_set(path: str) -> dataset_spec.DataSet:
@@ -131,16 +136,31 @@ def data_set(path: str) -> dataset_spec.DataSet:
   )
 
 
+def _unwritable(file: str, error: Exception) -> errors.MachineError:
+  reason = " ".join(str(error).split())[:160]
+  return errors.MachineError(
+      f"{file}: cannot be written ({reason}); free space, or choose another OUT"
+  )
+
+
 class ShardWriter:
   """Writer of one shard.
 
   Args:
     path: path of the file.
+
+  Raises:
+    MachineError: by any method: the file cannot be written.
   """
 
   def __init__(self, path: str):
     self._path, self._count = path, 0
-    self._writer = array_record_module.ArrayRecordWriter(path, _WRITER_OPTIONS)
+    try:
+      self._writer = array_record_module.ArrayRecordWriter(
+          path, _WRITER_OPTIONS
+      )
+    except RuntimeError as e:
+      raise _unwritable(path, e) from e
 
   def write(self, image: np.ndarray, label: np.ndarray) -> None:
     """Appends examples with image uint8 [n, H, W, C] and label int32 [n]."""
@@ -151,13 +171,19 @@ class ShardWriter:
         ],
         axis=1,
     )
-    for row in rows:
-      self._writer.write(row.tobytes())
+    try:
+      for row in rows:
+        self._writer.write(row.tobytes())
+    except RuntimeError as e:
+      raise _unwritable(self._path, e) from e
     self._count += len(rows)
 
   def close(self) -> dict[str, Any]:
     """Closes the file and returns its entry in dataset.json."""
-    self._writer.close()
+    try:
+      self._writer.close()
+    except RuntimeError as e:
+      raise _unwritable(self._path, e) from e
     with open(self._path, "rb") as f:
       digest = hashlib.file_digest(f, "sha256").hexdigest()
     return {

@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 
+from bcm_jax import train
+from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.data import datasets
 from bcm_jax.data import decoding
 from bcm_jax.data import prepare
 from bcm_jax.errors import UserError
+from tests import toys
 from tests.data import pictures
 
 
@@ -131,3 +135,61 @@ def test_prepared_images_keep_their_size(paths):
 def test_a_home_folder_is_found(paths, monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(tmp_path))
   assert datasets.find("folder", path="~/in").num_classes == 3
+
+
+# Training on a folder.
+
+
+@pytest.fixture
+def config(tmp_path):
+  """A tiny network for four gray images in two classes by their names."""
+  for k in range(4):
+    file = tmp_path / "in" / f"{'ab'[k % 2]}_{k}.png"
+    pictures.write(file, pictures.noise(k, channels=1))
+
+  def resolved(**overrides):
+    values = toys.TINY | {
+        "data.name": "folder", "data.path": str(tmp_path / "in"),
+        "data.channels": "1", "model.num_classes": "2",
+        "data.labels": "name",
+    }
+    values |= {k.replace("__", "."): v for k, v in overrides.items()}
+    return resolve.resolve(resolve.read_file("digits.py"), values)
+
+  return resolved
+
+
+@pytest.mark.parametrize("batch_size", [5, 8, 2**20])
+def test_a_batch_larger_than_the_set_is_refused_before_the_run_starts(
+    config, tmp_path, monkeypatch, batch_size
+):
+  monkeypatch.setattr(train, "Run", None)
+  with pytest.raises(UserError, match=f"batch_size is {batch_size}.*1 to 4"):
+    train.train_and_evaluate(
+        config(training__batch_size=str(batch_size)), str(tmp_path / "run")
+    )
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_config_names_the_source_of_labels(config):
+  experiment = build.build(config())
+  assert experiment.config.data.num_classes == 2
+  assert experiment.source("train").labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_conditional_network_without_labels_is_refused_with_the_ways_out(
+    config
+):
+  for shape in ("()", "(8, 8, 1)"):
+    with pytest.raises(UserError, match="class folders.*data.labels=name"):
+      build.build(config(
+          data__labels="auto", data__num_classes="2", data__image_shape=shape
+      ))
+
+
+def test_the_labels_of_a_run_need_not_be_given_for_its_samples(
+    config, tmp_path
+):
+  described = build.build(config()).config
+  (tmp_path / "in").rename(tmp_path / "gone")
+  assert build.build(described).num_classes == 2

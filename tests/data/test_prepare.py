@@ -228,6 +228,94 @@ def test_only_a_prepared_folder_is_replaced_and_only_where_asked(
       prepare.prepare(str(images), str(out), 8, overwrite=overwrite)
 
 
+# Labels.
+
+
+def test_the_summary_has_the_source_and_the_class_of_each_label(tmp_path):
+  for k in (0, 1, 2, 10):
+    pictures.write(tmp_path / "in" / str(k) / "0.png", pictures.noise(k))
+  (tmp_path / "in" / "2").rename(tmp_path / "in" / "2\nb")
+  text = prepare.prepare(str(tmp_path / "in"), str(tmp_path / "out"))
+  assert "from class folders: 0 0, 1 1, 2 2\\nb, 3 10\n" in text
+  assert text.splitlines()[0].startswith("train 4 images")
+  assert prepared.data_set(str(tmp_path / "out")).class_names[2] == "2\nb"
+
+
+def test_a_source_of_labels_is_passed_on(tmp_path):
+  for name in ("dog_1", "cat_1", "dog_2"):
+    pictures.write(tmp_path / "in" / f"{name}.png", pictures.noise(0))
+  out = tmp_path / "out"
+  prepare.main([str(tmp_path / "in"), str(out), "--labels=name"])
+  source = prepared.PreparedSource(str(out), "train")
+  assert _all(source)["label"].tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 2, 3], [0, 2, 2, 5], [7, 7, 7, 7]])
+def test_labels_with_gaps_need_a_choice(tmp_path, labels):
+  pixels = np.stack([pictures.noise(k) for k in range(4)])
+  file = str(tmp_path / "x.npz")
+  np.savez(file, pixels, np.array(labels))
+  with pytest.raises(UserError, match="class .* of .*--gaps=close"):
+    prepare.prepare(file, str(tmp_path / "out"))
+  prepare.prepare(file, str(tmp_path / "keep"), gaps="keep")
+  source = prepared.PreparedSource(str(tmp_path / "keep"), "train")
+  assert _all(source)["label"].tolist() == labels
+  prepare.prepare(file, str(tmp_path / "close"), gaps="close")
+  found = prepared.data_set(str(tmp_path / "close"))
+  present = sorted(set(labels))
+  assert found.class_names == tuple(map(str, present))
+  assert found.num_classes == len(present)
+  got = _all(found.open("train", None))
+  assert [present[k] for k in got["label"]] == labels
+
+
+def test_a_closed_gap_is_no_class_of_the_test_split(tmp_path):
+  pixels = np.stack([pictures.noise(k) for k in range(3)])
+  (tmp_path / "in").mkdir()
+  np.savez(tmp_path / "in" / "Train.npz", pixels, np.array([0, 2, 3]))
+  np.savez(tmp_path / "in" / "valid.npz", pixels, np.array([0, 1, 3]))
+  with pytest.raises(UserError, match="label 1 of .*valid.npz"):
+    prepare.prepare(str(tmp_path / "in"), str(tmp_path / "out"), gaps="close")
+
+
+# Disks.
+
+
+@pytest.mark.parametrize("step", ["open", "write", "close", "manifest"])
+def test_a_full_disk_ends_with_74_and_leaves_nothing(
+    tmp_path, monkeypatch, step
+):
+  pictures.write(tmp_path / "in" / "0.png", pictures.noise(0))
+  full = OSError(28, "No space left on device")
+
+  class Writer:
+
+    def __init__(self, path, options):
+      self.write = self._at("write")
+      self.close = self._at("close")
+      self._at("open")()
+      open(path, "wb").close()
+
+    def _at(self, name):
+      def call(*_):
+        if name == step:
+          raise RuntimeError(f"write() failed: {full}")
+      return call
+
+  monkeypatch.setattr(
+      prepared.array_record_module, "ArrayRecordWriter", Writer
+  )
+
+  def write_json(*_):
+    raise full
+
+  monkeypatch.setattr(prepared.files, "write_json", write_json)
+  with pytest.raises(SystemExit) as end:
+    prepare.main([str(tmp_path / "in"), str(tmp_path / "out")])
+  assert end.value.code == 74
+  assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
 # Bad input.
 
 
@@ -240,6 +328,10 @@ def test_only_a_prepared_folder_is_replaced_and_only_where_asked(
         (dict(size=None), "--size"),
         (dict(crop="none"), "16x16"),
         (dict(channels=2), "channels.*2"),
+        (dict(size=0), "size.*0"),
+        (dict(size=10**9), "size.*1000000000"),
+        (dict(labels="dog"), "labels.*'dog'"),
+        (dict(gaps="yes"), "--gaps.*'yes'"),
     ],
 )
 def test_settings_that_cannot_be(images, tmp_path, settings, words):
@@ -272,6 +364,14 @@ def test_inputs_that_are_not_there(tmp_path, source, words):
     prepare.prepare(source, str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("out", ["", "in/out", "in/a/b", "link/out"])
+def test_outputs_that_would_be_read_as_images(tmp_path, out):
+  pictures.write(tmp_path / "in" / "0.png", pictures.noise(0))
+  (tmp_path / "link").symlink_to(tmp_path / "in")
+  with pytest.raises(UserError, match="OUT"):
+    prepare.prepare(str(tmp_path / "in"), out and str(tmp_path / out))
+
+
 def test_a_prepared_folder_is_no_input(images, tmp_path):
   prepare.prepare(str(images), str(tmp_path / "out"), 16)
   with pytest.raises(UserError, match="out"):
@@ -284,6 +384,12 @@ def test_kinds_of_input(tmp_path):
   assert prepare.kind_of("tfds:cifar10") == ("cifar10", None)
   assert prepare.kind_of(str(tmp_path)) == ("folder", str(tmp_path))
   assert prepare.kind_of("a/x.zip") == ("zip", "a/x.zip")
+  assert prepare.kind_of("a/X.ZIP") == ("zip", "a/X.ZIP")
+  (tmp_path / "train.txt").touch()
+  assert prepare.kind_of(str(tmp_path)) == ("folder", str(tmp_path))
+  (tmp_path / "Training.zip").touch()
+  assert prepare.kind_of(str(tmp_path)) == ("zip", str(tmp_path))
+  (tmp_path / "Training.zip").unlink()
   (tmp_path / "train.npz").touch()
   assert prepare.kind_of(str(tmp_path)) == ("npz", str(tmp_path))
 

@@ -123,6 +123,35 @@ def test_the_json_of_something_else(folder, text):
   assert not prepared.is_prepared(str(folder))
 
 
+@pytest.mark.parametrize("changes", [
+    dict(image_shape=None), dict(image_shape=[6, 5]),
+    dict(image_shape=[6, 5, -3]), dict(image_shape=["6", 5, 3]),
+    dict(num_classes="260"), dict(num_classes=0), dict(num_classes=2),
+    dict(class_names="cat"), dict(class_names=[0] * 260), dict(splits=None),
+    dict(splits={}), dict(splits=[]), dict(splits={"train": {}}),
+    dict(splits={"train": {"shards": []}}),
+    dict(splits={"train": {"shards": [{"file": "train-0"}]}}),
+    dict(splits={"train": {"shards": [
+        {"file": "../x", "count": 1, "bytes": 1}]}}),
+    dict(splits={"train": {"shards": [
+        {"file": "train-0", "count": 1.5, "bytes": 1}]}}),
+])
+def test_a_damaged_json(folder, changes):
+  file = folder / "dataset.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+  with pytest.raises(UserError, match="dataset.json"):
+    prepared.data_set(str(folder))
+
+
+def test_records_of_another_length_are_named(folder):
+  file = folder / "dataset.json"
+  changes = {"image_shape": [60, 50, 3]}
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+  source = prepared.PreparedSource(str(folder), "train")
+  with pytest.raises(UserError, match="train-0.*bytes"):
+    source.fetch(np.arange(2))
+
+
 def test_another_version(folder):
   _change(folder, lambda m: m.update(version=2))
   with pytest.raises(UserError, match="version 2.* version 1"):
