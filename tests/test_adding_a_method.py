@@ -18,6 +18,7 @@ from bcm_jax.config import resolve
 from bcm_jax.methods import base
 from bcm_jax.tools import inspect_config
 from bcm_jax.training import train_step
+from tests import quick
 from tests import toys
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "methods.md"
@@ -55,7 +56,7 @@ def test_the_example_trains_three_steps(example):
   built = build.build(config(training__batch_size="4"))
   method = built.method
   assert isinstance(method, example.RatioTraining)
-  state = build.create_state(built)
+  state = quick.jit(lambda: build.create_state(built))()
   step = jax.jit(
       train_step.make_step(
           method, {"student": optax.adam(1e-2)},

@@ -13,6 +13,7 @@ import pytest
 from bcm_jax import errors
 from bcm_jax import main as main_lib
 from tests import toys
+from tests.training import tiny_run
 
 pytestmark = pytest.mark.slow
 
@@ -213,9 +214,19 @@ def test_finished_run_is_not_trained_again(run):
   assert metric_lines(run) == lines
 
 
-# The run is killed as if by the kernel at the end of a step's bookkeeping.
+# The run is killed as if by the kernel at the end of a step's bookkeeping. It
+# does not have TensorFlow: no spec, for whoever looks.
 KILL = """
-import os, sys
+import importlib.machinery, os, sys
+class Hidden(importlib.machinery.PathFinder):
+  @classmethod
+  def find_spec(cls, name, path=None, target=None):
+    if name.split(".")[0] in ("tensorflow", "tensorboard"):
+      return None
+    return super().find_spec(name, path, target)
+sys.meta_path = [
+    Hidden if f is importlib.machinery.PathFinder else f for f in sys.meta_path
+]
 from bcm_jax import main
 from bcm_jax.training import metric_logger
 report = metric_logger.MetricLogger.__call__
@@ -229,8 +240,10 @@ main.main(["bcm_jax", *sys.argv[2:]])
 
 
 def test_killed_run_resumes_bit_for_bit(run, tmp_path):
+  """Without TensorFlow to the kill, with it from there."""
   # tests/training kills a smaller run at every other moment.
-  arguments = ["--config=configs/digits.py", f"--workdir={tmp_path}", *flags()]
+  arguments = ["--config=configs/digits.py", f"--workdir={tmp_path}",
+               *flags(eval__at_end="False")]
   killed = subprocess.run(
     [sys.executable, "-c", KILL, str(EVERY + 1), *arguments],
     check=False,
@@ -239,16 +252,21 @@ def test_killed_run_resumes_bit_for_bit(run, tmp_path):
   )
   assert killed.returncode == 9, killed.stderr
   assert not (tmp_path / "checkpoints" / str(STEPS)).exists()
-  train(tmp_path)
+  assert not (tmp_path / "tensorboard").exists()
+  train(tmp_path, eval__at_end="False")
   assert state_digests(tmp_path) == state_digests(run)
   assert metric_lines(tmp_path) == metric_lines(run)
 
 
 def test_fine_tuning_starts_from_a_consistency_model(tmp_path, capsys):
   source, target = tmp_path / "ict", tmp_path / "bcm"
-  train(source, config="configs/digits_ict.py", training__num_steps="2")
-  out = capsys.readouterr().out
-  assert "inversion" not in out
+  train(
+    source,
+    config="configs/digits_ict.py",
+    training__num_steps="2",
+    eval__at_end="False",
+  )
+  assert "inversion" not in capsys.readouterr().out
   train(
     target,
     config="configs/digits_bcm_finetune.py",
@@ -334,11 +352,14 @@ def test_bad_sampling_requests(run, arguments, said, capsys):
 
 
 def test_nan_loss_stops_with_a_diagnosis(tmp_path, capsys):
+  tiny_run.register()
   line = fails(
     capsys,
-    "--config=configs/digits.py",
+    f"--config={tiny_run.__file__}",
     f"--workdir={tmp_path}",
-    *flags(training__max_consecutive_nonfinite="2", method__sigma_data="1e30"),
+    "--config.parallel.cpu_devices=none",
+    "--config.training.max_consecutive_nonfinite=2",
+    "--config.method.sigma_data=1e30",
   )
   assert "2 steps in a row were not finite" in line
   assert "optimizer.learning_rate" in line
@@ -365,40 +386,3 @@ def test_module_is_a_command_with_help():
   )
   assert "--workdir" in done.stdout
   assert "--mode" in done.stdout
-
-
-# Hides TensorFlow as if it were not installed: no spec, for whoever looks.
-WITHOUT_TENSORFLOW = """
-import importlib.machinery, sys
-class Hidden(importlib.machinery.PathFinder):
-  @classmethod
-  def find_spec(cls, name, path=None, target=None):
-    if name.split(".")[0] in ("tensorflow", "tensorboard"):
-      return None
-    return super().find_spec(name, path, target)
-sys.meta_path = [
-    Hidden if f is importlib.machinery.PathFinder else f for f in sys.meta_path
-]
-from bcm_jax import main
-main.main(["bcm_jax", *sys.argv[1:]])
-"""
-
-
-def test_training_works_without_tensorflow(run, tmp_path):
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-c",
-      WITHOUT_TENSORFLOW,
-      "--config=configs/digits.py",
-      f"--workdir={tmp_path}",
-      *flags(eval__at_end="False"),
-    ],
-    check=False,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
-  assert not (tmp_path / "tensorboard").exists()
-  # The same examples under the same indices: the same run, bit for bit.
-  assert state_digests(tmp_path) == state_digests(run)

@@ -17,12 +17,12 @@ from bcm_jax.models import layers
 from bcm_jax.training import rng
 
 SIGMA_DATA = 0.5
-# A config's ADM of one level and one block.
+# A config's smallest ADM: the middle and one block of the decoder.
 TINY = {
     "model.model_channels": "8", "model.num_groups": "4",
     "model.num_head_channels": "8", "model.channel_mult": "1,",
+    "model.num_res_blocks": "0",
 }
-
 
 
 @contextlib.contextmanager

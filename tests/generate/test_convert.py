@@ -107,18 +107,22 @@ def test_jcm_checkpoint(tmp_path):
     np.testing.assert_array_equal(back[key], value, key)
 
 
-# Full sizes: names and shapes there and back, without allocating anything.
+# Full widths, and a full depth of two families: names and shapes there and
+# back, without allocating anything.
 @pytest.mark.slow
 @pytest.mark.parametrize("family, network, size", [
     ("openai", adm.ADM(num_classes=1000, two_time=True), 64),
     ("openai", adm.ADM(num_classes=1000, two_time=True, end_branch="blocks",
                        use_scale_shift_norm=True, qkv_norm=False,
+                       num_res_blocks=1,
                        attention_resolutions=(32, 16, 8)), 64),
-    ("edm-adm", adm.ADM(num_classes=1000, **adm.DHARIWAL), 64),
+    ("edm-adm", adm.ADM(num_classes=1000, num_res_blocks=1, **adm.DHARIWAL),
+     64),
     ("edm-song", song.SongUNet(augment_dim=9, num_classes=10), 32),
-    ("edm-song", song.SongUNet(encoder="skip", decoder="skip"), 32),
-    ("edm2", edm2.EDM2(num_classes=1000), 64),
-    ("jcm", song.SongUNet(**song.NCSNPP), 32),
+    ("edm-song", song.SongUNet(
+        encoder="skip", decoder="skip", num_res_blocks=1), 32),
+    ("edm2", edm2.EDM2(num_classes=1000, num_res_blocks=1), 64),
+    ("jcm", song.SongUNet(num_res_blocks=1, **song.NCSNPP), 32),
 ])
 def test_full_size_names_are_recognised(family, network, size):
   module = transfer.FAMILIES[family]

@@ -23,7 +23,6 @@ from tests import toys
 RATE = 0.998
 POINTS = 2000
 EPS, LOW, TOP = 0.002, 0.07, 80.0
-SEEDS = (0, 1, 2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -134,21 +133,18 @@ def test_a_mixture_is_found_again_from_its_noise():
 
 
 @functools.cache
-def gaussian_jump(seed, **options):
-  return train(gaussian, 1600, width=64, batch_size=128, seed=seed, **options)
+def gaussian_jump(**options):
+  return train(gaussian, 1600, width=64, batch_size=128, seed=0, **options)
 
 
 def error(t, u, **options):
-  """Returns the median over SEEDS of a jump's error, relative to level u."""
+  """Returns a jump's error, relative to level u."""
   noise = np.random.default_rng(1).standard_normal(POINTS)
   x = np.sqrt(toys.SIGMA_DATA**2 + t**2) * noise
   exact = toys.exact_flow(x, t, u)
   scale = np.sqrt(toys.SIGMA_DATA**2 + u**2)
-  found = [
-      np.sqrt(np.mean((gaussian_jump(s, **options)(x, t, u) - exact) ** 2))
-      for s in SEEDS
-  ]
-  return np.median(found) / scale
+  found = gaussian_jump(**options)(x, t, u)
+  return np.sqrt(np.mean((found - exact) ** 2)) / scale
 
 
 # For F = 0 the errors are 1, 0.8, 0.8 and 0.14; seeds 0 to 5 ended with at most

@@ -14,6 +14,13 @@ ONE_TIME = golden.with_more(["cm_unet"], "ict_unet")
 PLAIN = {"cm_unet"}  # Its published form has no QKV normalisation.
 
 
+def first(names):
+  """Returns parameters for pytest: all names but the first are slow."""
+  return [
+      names[0], *(pytest.param(n, marks=pytest.mark.slow) for n in names[1:])
+  ]
+
+
 def raw(name, key, dtype, swapped=False, plain=None):
   """F of a file's network at the file's input."""
   g = golden.load(name)
@@ -38,15 +45,15 @@ def test_network_in_float32(name):
   golden.close(out, golden.load(name), "F")
 
 
-@pytest.mark.parametrize(
-    "name", golden.with_more(["bcm_unet"], "bcm_unet_ssn")
-)
+@pytest.mark.parametrize("name", first(
+    golden.with_more(["bcm_unet"], "bcm_unet_ssn")
+))
 def test_plain_attention(name):
   out = raw(name, "in/x", "float64", plain=True)
   golden.close(out, golden.load(name), "F_nocosine", rel=1e-10)
 
 
-@pytest.mark.parametrize("name", BCM)
+@pytest.mark.parametrize("name", first(BCM))
 def test_the_two_times_are_told_apart(name):
   out = raw(name, "in/x", "float64", swapped=True)
   golden.close(out, golden.load(name), "F_t_swapped", rel=1e-10)
@@ -66,7 +73,7 @@ def preconditioned(name, form, end, plain=False):
     )
 
 
-@pytest.mark.parametrize("name", BCM)
+@pytest.mark.parametrize("name", first(BCM))
 @pytest.mark.parametrize("output, end", [
     ("denoise_D", "in/sigma_end"), ("denoise_noend_D", None),
 ])
@@ -75,7 +82,7 @@ def test_flow_maps(name, output, end):
   golden.close(out, golden.load(name), output, rel=1e-10)
 
 
-@pytest.mark.parametrize("name", ONE_TIME)
+@pytest.mark.parametrize("name", first(ONE_TIME))
 @pytest.mark.parametrize("output, form", [
     ("denoise_D_boundary", pre.ConsistencyBoundary()),
     ("denoise_D_edm", pre.EDM()),

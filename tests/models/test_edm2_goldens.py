@@ -174,10 +174,12 @@ def test_gradients():
   compare("grad_loss", gradient(), 17)
 
 
+@pytest.mark.slow
 def test_renormalised_weights():
   compare("renormalised", outputs("float64")["weights"], 2)
 
 
+@pytest.mark.slow
 def test_gradients_are_orthogonal_to_kernels_and_none_reaches_constants():
   weights, kernels = weights_in("float32"), 0
   for path, g in jax.tree_util.tree_leaves_with_path(gradient()):

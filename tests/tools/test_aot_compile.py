@@ -15,26 +15,29 @@ from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.tools import aot_compile
 from bcm_jax.tools import hlo_cost
+from tests import toys
+from tests.training import tiny_run
 
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TINY = {
-    "model.model_channels": "48", "model.num_groups": "4",
-    "model.num_head_channels": "48", "model.channel_mult": "1,",
-    "method.s0": "4", "method.s1": "16", "data.name": "none",
-    "data.image_shape": "(8,8,1)", "data.num_classes": "10",
+NO_DATA = {
+    "data.name": "none", "data.image_shape": "(8,8,1)",
+    "data.num_classes": "10",
 }
+# The toy network, wide enough that its kernels are worth cutting.
+WIDE = NO_DATA | {"model.width": "256"}
 
 
 def tiny(**overrides):
-  texts = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
-  return resolve.load("configs/digits.py", texts, None, False)
+  tiny_run.register()
+  texts = WIDE | {k.replace("__", "."): v for k, v in overrides.items()}
+  return resolve.load(tiny_run.__file__, texts)
 
 
 def cost(devices, **overrides):
-  """Of the step on CPU devices, eight examples on each."""
-  config = tiny(training__batch_size=str(8 * devices), **overrides)
+  """Of the step on CPU devices, 64 examples on each."""
+  config = tiny(training__batch_size=str(64 * devices), **overrides)
   experiment = build.build(config)
   backend = experiment.mesh_backend(jax.devices()[:devices])
   phase = experiment.method.phases()[0]
@@ -103,39 +106,64 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def run(*arguments, rc=0):
-  """Runs the command in a process of its own, for libtpu's environment."""
+# Prints the exit status after what each command prints.
+COMMANDS = """
+import json, sys
+from bcm_jax import main
+from tests.training import tiny_run
+tiny_run.register()
+for arguments in json.loads(sys.argv[1]):
+  try:
+    main.main(["bcm_jax", "--mode=compile", "--topology=v5e:2x2", *arguments])
+  except SystemExit as e:
+    print("exit status", e.code or 0, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+  """(report of a small ADM, what is printed of it, and of a large batch).
+
+  Made by one process of its own, for libtpu's environment.
+  """
+  def flags(file, **values):
+    return [f"--config={file}"] + [
+        f"--config.{k}={v}" for k, v in (NO_DATA | values).items()
+    ]
+
+  out = tmp_path_factory.mktemp("report") / "report.json"
+  small = toys.TINY | {
+      "training.batch_size": "32", "model.dtype": "bfloat16"
+  }
+  large = {"training.batch_size": str(2**27)}
   done = subprocess.run(
     [
       sys.executable,
-      "-m",
-      "bcm_jax.main",
-      "--config=configs/digits.py",
-      "--mode=compile",
-      *(f"--config.{k}={v}" for k, v in TINY.items()),
-      *arguments,
+      "-c",
+      COMMANDS,
+      json.dumps([
+        [*flags("configs/digits.py", **small), f"--out={out}"],
+        flags(tiny_run.__file__, **large),
+      ]),
     ],
     cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    capture_output=True,
+    env=os.environ | {
+      "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
     text=True,
     timeout=300,
-    check=False,
+    check=True,
   )
-  assert done.returncode == rc, done.stderr
-  return done.stdout + done.stderr
+  first, middle, rest = done.stdout.partition("exit status 0\n")
+  assert middle, done.stdout
+  return json.loads(out.read_text()), first, rest
 
 
 @needs_libtpu
-def test_a_report_for_tpus(tmp_path):
-  file = tmp_path / "report.json"
-  text = run(
-    "--topology=v5e:2x2",
-    f"--out={file}",
-    "--config.training.batch_size=32",
-    "--config.model.dtype=bfloat16",
-  )
-  report = json.loads(file.read_text())
+def test_a_report_for_tpus(reports):
+  report, text, _ = reports
   assert (report["chips"], report["hosts"]) == (4, 1)
   assert report["examples_per_chip"] == 8 and report["microbatches"] == 1
   assert report["device_kind"] == "TPU v5 lite"
@@ -150,12 +178,9 @@ def test_a_report_for_tpus(tmp_path):
 
 
 @needs_libtpu
-def test_too_large_a_batch_is_refused_with_what_to_do():
-  line = run(
-    "--topology=v5e:2x2",
-    "--config.training.batch_size=8388608",
-    rc=errors.EXIT_BAD_INPUT,
-  ).splitlines()[-1]
+def test_too_large_a_batch_is_refused_with_what_to_do(reports):
+  line, status = reports[2].splitlines()[-2:]
+  assert status == f"exit status {errors.EXIT_BAD_INPUT}"
   assert line.startswith("error: ") and "15.75G" in line
   assert "parallel.microbatch_size_per_device" in line
 

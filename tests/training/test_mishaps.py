@@ -11,6 +11,8 @@ from bcm_jax import errors
 from tests.training import starts
 from tests.training import tiny_run
 
+pytestmark = pytest.mark.slow
+
 STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 
 
@@ -33,7 +35,6 @@ def test_a_second_writer_is_refused(server, unbroken, tmp_path):
   starts.assert_same_run(tmp_path, unbroken, STEPS)
 
 
-@pytest.mark.slow
 def test_a_writer_that_was_replaced_stops_before_it_saves(server, tmp_path):
   # It hangs, and does not beat for so long that its next beat is far away.
   first = server.start(tmp_path, code=starts.slow()).until("step ")
@@ -79,7 +80,6 @@ metric_logger.MetricLogger.__call__ = limited
 """
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_a_save(
     server, unbroken, tmp_path
 ):
@@ -91,7 +91,6 @@ def test_a_disk_that_is_full_for_a_while_costs_a_save(
   starts.assert_same_run(tmp_path, unbroken, STEPS)
 
 
-@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_as_the_machines_fault(
     server, unbroken, tmp_path
 ):
@@ -129,9 +128,7 @@ checkpoint.Checkpoints.save = hung
 """
 
 
-def test_a_hang_ends_with_the_stacks_of_all_threads(
-    server, tmp_path
-):
+def test_a_hang_ends_with_the_stacks_of_all_threads(server, tmp_path):
   hanging = [
       (tmp_path / name, server.start(
           tmp_path / name, "training.watchdog_timeout_secs=12.0", code=code

@@ -29,6 +29,12 @@ TOPOLOGIES = ("jit-2", "jit-4", "pmap-4", "fsdp-2x2", "fsdp-1x4", "pattern-2x2")
 CUT = ("fsdp-2x2", "fsdp-1x4", "pattern-2x2")
 
 
+def slow(*names):
+  """Returns parameters for pytest that are slow."""
+  return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_tensors():
   # The toy's tensors are smaller than what is worth cutting.
@@ -42,7 +48,9 @@ def reference():
   return train("jit-1")
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", [
+    "jit-4", "pmap-4", "fsdp-2x2", *slow("jit-2", "fsdp-1x4", "pattern-2x2")
+])
 def test_draws_are_the_same_bit_for_bit(topology):
   for a, b in zip(drawn(topology), drawn("jit-1"), strict=True):
     assert len(np.unique(a, axis=0)) > 1
@@ -118,7 +126,7 @@ def test_microbatches_on_several_devices_are_the_same(topology):
   toys.assert_close(state, reference()[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("topology", ["jit-4", "pmap-4", "fsdp-2x2"])
+@pytest.mark.parametrize("topology", ["jit-4", *slow("pmap-4", "fsdp-2x2")])
 def test_a_second_run_is_identical(topology):
   toys.assert_equal(train(topology), train(topology))
 
@@ -224,7 +232,7 @@ def test_the_state_is_really_cut(topology, out, hidden, optimizer):
 # What is not done twice.
 
 
-@pytest.mark.parametrize("topology", ["jit-4", *CUT])
+@pytest.mark.parametrize("topology", ["jit-4", *slow(*CUT)])
 def test_one_executable_no_transfer_and_no_copy(topology):
   devices, step = compiled(topology)
   step.clear_cache()
@@ -240,7 +248,7 @@ def test_one_executable_no_transfer_and_no_copy(topology):
   assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("topology", ["jit-4", "fsdp-2x2"])
+@pytest.mark.parametrize("topology", ["fsdp-2x2", *slow("jit-4")])
 def test_one_executable_for_several_steps(topology):
   devices, step = compiled(topology, several=True)
   step.clear_cache()

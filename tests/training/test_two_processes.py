@@ -23,6 +23,13 @@ STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 # One device a process: two processes have the devices that one has else.
 EACH = "parallel.cpu_devices=1"
 FSDP = ("parallel.fsdp=2", "parallel.sharding=kernel$=- fsdp,fsdp")
+# Seconds of patience instead of five minutes.
+HASTY = """
+from bcm_jax.training import multihost
+multihost.connect.__defaults__ = (*multihost.connect.__defaults__[:-1], 3)
+"""
+PATIENT = HASTY.replace(", 3)", ", 30)")
+LATE = "import time\ntime.sleep(4)\n"
 KINDS = {"jit": (), "pmap": ("parallel.backend=pmap",), "fsdp": FSDP}
 
 
@@ -52,11 +59,15 @@ def wait(both, *statuses):
 
 @pytest.fixture(scope="module")
 def unbroken(server, unbroken, tmp_path_factory):
-  """Kind -> run of two processes in one start; 'alone' is that of one."""
+  """Kind -> run of two processes in one start; 'alone' is that of one.
+
+  One process of 'jit' comes late.
+  """
   runs = {"alone": unbroken}
   for kind, flags in KINDS.items():
     runs[kind] = tmp_path_factory.mktemp(kind)
-    wait(pair(server, runs[kind], *flags), 0)
+    codes = (PATIENT, PATIENT + LATE) if kind == "jit" else ("", "")
+    wait(pair(server, runs[kind], *flags, codes=codes), 0)
   return runs
 
 
@@ -123,17 +134,17 @@ def test_a_notice_to_one_ends_both_at_the_same_step(
   starts.assert_same_run(tmp_path, unbroken[kind], STEPS)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
 def test_a_death_ends_the_other_and_the_next_start_goes_on(
-    server, unbroken, tmp_path, killed
+    server, unbroken, tmp_path
 ):
-  both = pair(server, tmp_path, codes=(SLOW, SLOW))
-  both[0].until("step 1/")
-  both[killed].send(signal.SIGKILL)
-  both[killed].wait(-signal.SIGKILL)
-  left = both[1 - killed].wait(secs=60)
-  # Neither done nor a status that tells launchers not to start again.
-  assert left not in (0, errors.EXIT_BAD_INPUT)
+  for killed in (0, 1):
+    both = pair(server, tmp_path, codes=(SLOW, SLOW))
+    both[0].until(f"/{STEPS}")
+    both[killed].send(signal.SIGKILL)
+    both[killed].wait(-signal.SIGKILL)
+    left = both[1 - killed].wait(secs=60)
+    # Neither done nor a status that tells launchers not to start again.
+    assert left not in (0, errors.EXIT_BAD_INPUT)
   wait(pair(server, tmp_path), 0)
   starts.assert_same_run(tmp_path, unbroken["jit"], STEPS)
 
@@ -165,13 +176,6 @@ def test_a_bad_image_on_one_host_is_skipped_and_rolled_back_on_both(
   assert (tmp_path / "b" / "diagnostics" / "step-6" / "report.json").exists()
 
 
-# Three seconds of patience instead of five minutes.
-HASTY = """
-from bcm_jax.training import multihost
-multihost.connect.__defaults__ = (*multihost.connect.__defaults__[:-1], 3)
-"""
-
-
 def test_a_process_that_never_arrives_is_named(server, tmp_path):
   alone = server.start(
       tmp_path, EACH, f"--coordinator={address()}", "--num_processes=3",
@@ -188,13 +192,9 @@ def test_a_process_that_never_arrives_is_named(server, tmp_path):
   assert not (tmp_path / "config.json").exists()
 
 
-def test_a_process_that_comes_late_is_waited_for(server, unbroken, tmp_path):
-  late = "import time\ntime.sleep(4)\n"
-  slow = HASTY.replace(", 3)", ", 30)")
-  both = pair(server, tmp_path, codes=(slow, slow + late))
-  wait(both, 0)
-  starts.assert_same_run(tmp_path, unbroken["jit"], STEPS)
-  assert not (tmp_path / "arrivals").exists()
+def test_a_process_that_comes_late_is_waited_for(unbroken):
+  assert (unbroken["jit"] / "DONE").exists()
+  assert not (unbroken["jit"] / "arrivals").exists()
 
 
 def test_bad_input_to_one_ends_both(server, unbroken):
