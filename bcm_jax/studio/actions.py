@@ -87,8 +87,8 @@ class Studio:
     sampler = "onestep"
     if sampler not in self.samplers:
       sampler = f"{self.samplers[0]}:3"
-    for model in (self.model, self.editor):
-      model.sample(1, sampler=sampler)
+    for model, count in ((self.model, 16), (self.editor, 1)):
+      model.sample(count, sampler=sampler)
 
   # Images -------------------------------------------------------------------
 

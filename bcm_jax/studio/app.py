@@ -208,6 +208,10 @@ def _noise_slider(gr: Any, value: float) -> Any:
 def _generate_tab(gr: Any, studio) -> None:
   with gr.Row():
     with gr.Column():
+      inputs = [
+          _class(gr, studio, every=True), _seed_input(gr),
+          gr.Slider(1, actions.MAX_IMAGES, 16, step=1, label="images"),
+      ]
       first = studio.samplers[0]
       sampler = gr.Dropdown(
           list(studio.samplers), value=first, label="sampler"
@@ -216,11 +220,7 @@ def _generate_tab(gr: Any, studio) -> None:
           maximum=studio.max_nfe, label="network evaluations (NFE)",
           **studio.nfe_slider(first),
       )
-      inputs = [
-          _class(gr, studio, every=True), _seed_input(gr),
-          gr.Slider(1, actions.MAX_IMAGES, 16, step=1, label="images"),
-          sampler, nfe,
-      ]
+      inputs += [sampler, nfe]
       button = gr.Button("Generate", variant="primary")
     with gr.Column():
       outputs = [_image_output(gr, "images"), gr.Markdown()]
