@@ -4,8 +4,8 @@
 #
 #   launch/quickstart.sh                            writes to runs/digits
 #   launch/quickstart.sh /tmp/digits --config.seed=1
-#                            another folder, also --workdir DIR; other arguments
-#                            are passed to main
+#                            another folder (also --workdir DIR); other
+#                            arguments are passed to main
 set -euo pipefail
 
 # venv.sh changes to the root of the repository.
