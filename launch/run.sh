@@ -8,7 +8,7 @@
 #   launch/run.sh -- --help           the flags of bcm_jax.main
 #
 # Settings (environment or launch/env; see env.example): WORKDIR is the default
-# of --workdir (also written --workdir DIR). JAX_COMPILATION_CACHE_DIR is the persistent compilation cache,
+# of --workdir. JAX_COMPILATION_CACHE_DIR is the persistent compilation cache,
 # by default compile_cache next to the work directory. TFDS_DATA_DIR,
 # LIBTPU_INIT_ARGS and XLA_FLAGS are passed on. PYTHON is the interpreter, by
 # default that of .venv, or else python3.
