@@ -33,6 +33,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 load_env
 cloud
+use_workdir_of ${ARGS[@]+"${ARGS[@]}"}
 need WORKDIR ACCELERATOR_TYPE RUNTIME_VERSION
 
 marks=$WORKDIR

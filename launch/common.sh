@@ -23,6 +23,8 @@
     WORKDIR JAX_COMPILATION_CACHE_DIR TFDS_DATA_DIR LIBTPU_INIT_ARGS
     XLA_FLAGS MAX_RESTARTS GRACE_SECS
   )
+  # Settings that are lists of flags, on one or several lines.
+  FLAG_SETTINGS=" CREATE_FLAGS LIBTPU_INIT_ARGS XLA_FLAGS "
 }
 
 say() { printf '%s\n' "$*" >&2; }
@@ -100,9 +102,32 @@ load_env() {
   MAX_RESTARTS=${MAX_RESTARTS:-5}
   GRACE_SECS=${GRACE_SECS:-120}
   for name in "${SETTINGS[@]}"; do
+    [[ $FLAG_SETTINGS == *" $name "* || ${!name:-} != *[[:cntrl:]]* ]] ||
+      bad_input "$name: got $(printf '%q' "${!name}"), expected one line" \
+        "without control characters; correct it in launch/env or the" \
+        "environment"
     # Unsets empty settings: some programs treat an empty XLA_FLAGS as a value.
     if [[ -n ${!name:-} ]]; then export "${name?}"; else unset "$name"; fi
   done
+}
+
+# use_workdir_of ARGUMENTS...: sets WORKDIR to the --workdir of bcm_jax.main's
+# arguments, if they have one; the last one counts. HAS_WORKDIR is set if so.
+use_workdir_of() {
+  local word is_next=""
+  HAS_WORKDIR=""
+  for word in "$@"; do
+    if [[ -n $is_next ]]; then
+      WORKDIR=$word HAS_WORKDIR=1 is_next=""
+      continue
+    fi
+    case $word in
+      --) break ;;
+      --workdir | -workdir) is_next=1 ;;
+      --workdir=* | -workdir=*) WORKDIR=${word#*=} HAS_WORKDIR=1 ;;
+    esac
+  done
+  export WORKDIR=${WORKDIR:-}
 }
 
 # need NAMES...: fails if a setting is missing.
@@ -147,11 +172,13 @@ confirm() {
   [[ $answer == [yY] || $answer == [yY]es ]] || die "not confirmed"
 }
 
-# Prints NAME=value of all run settings that are set, one per line.
+# run_environment: sets ENVIRONMENT, NAME=value of all run settings that are
+# set. Values may have several lines.
 run_environment() {
   local name
+  ENVIRONMENT=()
   for name in "${RUN_SETTINGS[@]}"; do
-    [[ -z ${!name:-} ]] || printf '%s\n' "$name=${!name}"
+    [[ -z ${!name:-} ]] || ENVIRONMENT+=("$name=${!name}")
   done
 }
 
@@ -193,7 +220,8 @@ capacity_flags() {
     *) bad_input "CAPACITY: got $CAPACITY, expected empty, on-demand, spot," \
       "reserved or guaranteed" ;;
   esac
-  read -r -a CREATE_WORDS <<<"${CREATE_FLAGS:-}"
+  # Fails at the end of the input, which has no zero byte.
+  read -r -d '' -a CREATE_WORDS <<<"${CREATE_FLAGS:-}" || true
 }
 
 # archive FILE [COMMIT]: writes committed code to FILE; sets COMMIT. So all

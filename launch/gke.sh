@@ -40,6 +40,7 @@ for word in ${WORDS[@]+"${WORDS[@]}"}; do
 done
 
 job_settings() {
+  use_workdir_of ${ARGS[@]+"${ARGS[@]}"}
   need NAME ACCELERATOR_TYPE IMAGE WORKDIR
   ((${#ARGS[@]})) ||
     bad_input "nothing to run; expected $verb -- --config=FILE [...]"
@@ -47,17 +48,16 @@ job_settings() {
 
 # render: prints the JobSet.
 render() {
-  local setting words=()
-  if [[ ${CAPACITY:-} == spot ]]; then words+=(--spot); fi
-  while IFS= read -r setting; do
-    words+=(--env="$setting")
-  done < <(run_environment)
+  local spot=()
+  if [[ ${CAPACITY:-} == spot ]]; then spot=(--spot); fi
+  run_environment
   python3 "$ROOT/launch/render_jobset.py" --name="$NAME" \
     --accelerator="$ACCELERATOR_TYPE" --slices="$SLICES" --image="$IMAGE" \
     --namespace="$NAMESPACE" --workdir="$WORKDIR" --mount="$MOUNT" \
     --bucket="${BUCKET:-}" --service-account="${SERVICE_ACCOUNT:-}" \
     --queue="${QUEUE:-}" --max-restarts="$MAX_RESTARTS" \
-    --grace="$GRACE_SECS" ${words[@]+"${words[@]}"} -- "${ARGS[@]}"
+    --grace="$GRACE_SECS" ${spot[@]+"${spot[@]}"} \
+    "${ENVIRONMENT[@]/#/--env=}" -- "${ARGS[@]}"
 }
 
 apply() {
@@ -78,9 +78,10 @@ apply() {
 xpk_create() {
   local setting words=()
   need PROJECT ZONE CLUSTER
-  while IFS= read -r setting; do
+  run_environment
+  for setting in "${ENVIRONMENT[@]}"; do
     words+=(--env "$setting")
-  done < <(run_environment)
+  done
   [[ -z ${XPK_STORAGE:-} ]] || words+=(--storage="$XPK_STORAGE")
   # xpk ends a workload on all other exit codes, here only 65.
   run xpk workload create --project="$PROJECT" --zone="$ZONE" \

@@ -20,12 +20,14 @@ load_env
 unit=bcm-job.service
 
 start() {
-  local name environment=()
+  local command
+  use_workdir_of "$@"
   need WORKDIR
-  while IFS= read -r name; do
-    environment+=(--setenv="$name")
-  done < <(run_environment)
+  run_environment
+  command=("$ROOT/launch/supervise.sh" --stopped-file="$WORKDIR/STOPPED"
+    "$ROOT/launch/run.sh" "$@")
   run systemctl stop "$unit" 2>/dev/null || true
+  # systemd replaces $NAME in a command, and $$ by $.
   # mixed: SIGTERM to supervise.sh only, which forwards it; SIGKILL to all.
   # systemd stops units in reverse order, so After= keeps the bucket mounted
   # until the run has ended.
@@ -36,9 +38,8 @@ start() {
     --property=After=bcm-mount.service \
     --property=RequiresMountsFor="$WORKDIR" \
     --setenv=HOME="${HOME:-/root}" \
-    ${environment[@]+"${environment[@]}"} \
-    "$ROOT/launch/supervise.sh" --stopped-file="$WORKDIR/STOPPED" \
-    "$ROOT/launch/run.sh" "$@"
+    "${ENVIRONMENT[@]/#/--setenv=}" \
+    "${command[@]//\$/\$\$}"
 }
 
 verb=${1:-}

@@ -48,15 +48,17 @@ startup_script() {
   for setting in BUCKET MOUNT GCSFUSE_DEB EXTRA; do
     [[ -z ${!setting:-} ]] || quoted export "$setting=${!setting}"
   done
-  while IFS= read -r setting; do
+  run_environment
+  for setting in "${ENVIRONMENT[@]}"; do
     quoted export "$setting"
-  done < <(run_environment)
+  done
   quoted set -- "${ARGS[@]}"
   sed 1d "$ROOT/launch/startup.sh"
 }
 
 create() {
   local folder code node_flags=(--node-id="$NAME")
+  use_workdir_of ${ARGS[@]+"${ARGS[@]}"}
   need ACCELERATOR_TYPE RUNTIME_VERSION BUCKET WORKDIR
   ((${#ARGS[@]})) ||
     bad_input "nothing to run; expected create -- --config=FILE [...]"

@@ -4,22 +4,28 @@
 #
 #   launch/quickstart.sh                            writes to runs/digits
 #   launch/quickstart.sh /tmp/digits --config.seed=1
-#                            another folder; other arguments are passed to main
+#                            another folder (also --workdir DIR); other
+#                            arguments are passed to main
 set -euo pipefail
 
-workdir=runs/digits
-if (($#)) && [[ $1 != -* ]]; then
-  # Resolves a relative folder before the change of directory.
-  [[ $1 == /* ]] && workdir=$1 || workdir=$PWD/$1
-  shift
-fi
-
+# venv.sh changes to the root of the repository.
+folder=$PWD
 # shellcheck source-path=SCRIPTDIR source=venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+if (($#)) && [[ $1 != -* ]]; then
+  set -- --workdir="$1" "${@:2}"
+fi
+use_workdir_of "$@"
+workdir=runs/digits
+if [[ -n $HAS_WORKDIR ]]; then
+  [[ $WORKDIR == /* ]] && workdir=$WORKDIR || workdir=$folder/$WORKDIR
+fi
 install_into_venv
 
-"$VENV_PYTHON" -m bcm_jax.main --config=configs/digits.py \
-  --workdir="$workdir" "$@"
+# The last --workdir counts.
+"$VENV_PYTHON" -m bcm_jax.main --config=configs/digits.py "$@" \
+  --workdir="$workdir"
 
 printf '\nImages and metrics of this run:\n'
 find "$workdir" \( -name '*.png' -o -path '*/eval/*.json' \) -print | sort

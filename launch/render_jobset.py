@@ -34,13 +34,15 @@ def block(indent: int, *lines: str) -> str:
 
 
 def text(value: str) -> str:
-  """Returns a YAML string; JSON is valid YAML."""
-  return json.dumps(value)
+  """Returns a YAML string: JSON, without its surrogate pairs."""
+  return '"' + "".join(
+      c if ord(c) > 0xFFFF else json.dumps(c)[1:-1] for c in value
+  ) + '"'
 
 
 def literal(value: str) -> str:
-  """Escapes $(NAME), which Kubernetes would replace."""
-  return value.replace("$(", "$$(")
+  """Escapes $: Kubernetes replaces $(NAME), and $$ by $."""
+  return value.replace("$", "$$")
 
 
 def values(args: argparse.Namespace) -> dict[str, str]:
@@ -76,8 +78,8 @@ def values(args: argparse.Namespace) -> dict[str, str]:
       pair.partition("=")[::2] for pair in args.env
   )
   return {
-      "name": args.name,
-      "namespace": args.namespace,
+      "name": text(args.name),
+      "namespace": text(args.namespace),
       "max_restarts": str(args.max_restarts),
       "slices": str(args.slices),
       "hosts": str(tpu.hosts),
@@ -86,9 +88,10 @@ def values(args: argparse.Namespace) -> dict[str, str]:
       "gke_accelerator": tpu.gke,
       "topology": text(tpu.topology),
       "image": text(args.image),
-      "args": json.dumps([literal(a) for a in args.arguments]),
-      "env": json.dumps(
-          [{"name": k, "value": literal(v)} for k, v in env.items()]
+      "args": ", ".join(text(literal(a)) for a in args.arguments),
+      "env": ", ".join(
+          f'{{"name": {text(k)}, "value": {text(literal(v))}}}'
+          for k, v in env.items()
       ),
       **optional(args),
   }

@@ -32,12 +32,9 @@ if [[ -z ${PYTHON:-} ]]; then
       "launch/setup_vm.sh, or set PYTHON"
 fi
 
-workdir=""
-for word in "$@"; do
-  [[ $word != --workdir=* ]] || workdir=${word#*=}
-done
-if [[ -z $workdir && -n ${WORKDIR:-} ]]; then
-  workdir=$WORKDIR
+use_workdir_of "$@"
+workdir=$WORKDIR
+if [[ -z $HAS_WORKDIR && -n $workdir ]]; then
   set -- "$@" --workdir="$workdir"
 fi
 

@@ -73,15 +73,13 @@ sync() {
 }
 
 start() {
-  local setting words=()
+  use_workdir_of ${ARGS[@]+"${ARGS[@]}"}
   need WORKDIR
   ((${#ARGS[@]})) ||
     bad_input "nothing to run; expected run -- --config=FILE [...]"
-  while IFS= read -r setting; do
-    words+=("$setting")
-  done < <(run_environment)
-  ssh_all "sudo env $(quoted "${words[@]}" "$REMOTE/launch/job.sh" start \
-    "${ARGS[@]}")"
+  run_environment
+  ssh_all "sudo env $(quoted "${ENVIRONMENT[@]}" "$REMOTE/launch/job.sh" \
+    start "${ARGS[@]}")"
 }
 
 case $verb in

@@ -14,6 +14,7 @@ from typing import Any
 from absl import logging
 import jax
 import numpy as np
+import PIL.Image
 
 from bcm_jax import errors
 from bcm_jax import sample
@@ -31,11 +32,13 @@ from bcm_jax.generate import planning
 from bcm_jax.generate import rejection
 from bcm_jax.metrics import class_accuracy
 from bcm_jax.metrics import fid
+from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import moments
 from bcm_jax.metrics import nearest_neighbors
 from bcm_jax.metrics import quality
 from bcm_jax.plots import draw
 from bcm_jax.training import goodput
+from bcm_jax.training import metric_writers
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 
@@ -43,6 +46,8 @@ from bcm_jax.utils import provenance
 PROTOCOL_SAMPLES = 50_000
 # Dataset -> classifier for class accuracy, fitted to the training split.
 CLASSIFIERS = {"digits": class_accuracy.DigitsSVC}
+# Number of images of a grid for TensorBoard.
+_GRID_IMAGES = 100
 # Largest training set for memorization, whose cost is quadratic, in pixels.
 _MEMORIZATION_IMAGES = 5000
 _STEPS = ("last", "all", "follow")
@@ -106,20 +111,30 @@ class Evaluation:
     runner = batched_sampler.BatchedSampler(
         experiment, params, experiment.sample.batch_size
     )
+    self._runner = runner
     result: dict[str, Any] = {"step": step, "average": average}
     if self.classifier is not None:
       result["classifier_test_accuracy"] = self.classifier_accuracy
     result["samplers"] = {}
     for sampler in section.samplers:
       plan = planning.plan_of(experiment, sampler)
-      key = f"{plan.name}_nfe{plan.nfe}"
-      if "@" in sampler:
-        key += "@" + sampler.partition("@")[2]
-      result["samplers"][key] = self._sampler(runner, plan)
+      result["samplers"][_key(plan, sampler)] = self._sampler(runner, plan)
     result["inversion"] = inversion.curve(experiment, runner)
     if section.likelihood_images:
       result["likelihood"] = bits_per_dim.measure(experiment, params)
     return result | {"protocol": self.facts}
+
+  def grids(self) -> dict[str, np.ndarray]:
+    """Samples a grid per sampler, with the newest parameters and first seed."""
+    section, grids = self.section, {}
+    count = min(_GRID_IMAGES, section.num_samples)
+    for sampler in section.samplers:
+      plan = planning.plan_of(self.experiment, sampler)
+      images, _, _ = self._draw(self._runner, plan, count, section.seeds[0])
+      grids[_key(plan, sampler)] = image_grid.image_grid(
+          images, 10, scale=sample.scale(self.experiment)
+      )
+    return grids
 
   def _sampler(self, runner, plan) -> dict[str, Any]:
     """Metrics of one sampler: per seed, mean and standard deviation."""
@@ -228,6 +243,12 @@ class Evaluation:
     return facts
 
 
+def _key(plan, sampler: str) -> str:
+  """Name of a sampler in results: plan, NFE and given times."""
+  _, at, times = sampler.partition("@")
+  return f"{plan.name}_nfe{plan.nfe}{at}{times}"
+
+
 def _as_json(v: Any) -> float | None:
   """Converts a number to a JSON value; NaN and infinity become null."""
   v = v.item() if hasattr(v, "item") else v
@@ -285,6 +306,12 @@ def run(
     for average in section.averages or (None,):
       at, name, params = runs.load_run(experiment, workdir, average, step)
       results.append(_evaluate_and_write(evaluation, at, name, params))
+      grids = evaluation.grids()
+      if jax.process_index() == 0:
+        prefix = f"{name}/" if len(section.averages) > 1 else ""
+        metric_writers.write_evaluation(
+            workdir, at, results[-1], grids, prefix
+        )
   return results
 
 
@@ -374,6 +401,13 @@ def finish(
     for nfe in section.inversion_nfe:
       folders.append(sample.invert(experiment, workdir, runner, nfe))
     folders.append(edit.interpolate(pretrained.Model(runner), workdir))
+  if jax.process_index() == 0:
+    metric_writers.write_evaluation(workdir, step, result or {}, {
+        os.path.relpath(folder, workdir): np.asarray(
+            PIL.Image.open(os.path.join(folder, "grid.png")).convert("RGB")
+        )
+        for folder in folders
+    })
   print("images: " + ", ".join(f"{f}/grid.png" for f in folders))
   print(f"overview: {draw.overview(experiment, workdir)}")
   if not section.at_end:

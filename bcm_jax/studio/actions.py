@@ -30,6 +30,10 @@ ALL = -1
 PREDICT = -2
 # Largest number of images per request.
 MAX_IMAGES = 25
+# Inpainting tasks; the second one needs no inversion.
+INPAINTING = ("inpaint", "inpaint_cm")
+# Largest NFE of an inversion.
+_MAX_INVERSION_NFE = 32
 # Fraction of a pixel that must be painted for the pixel to be masked.
 _PAINTED = 0.25
 
@@ -61,6 +65,30 @@ class Studio:
     self.classes = tuple(
         (str(k), k) for k in range(model.num_classes or 0)
     )
+    # Includes Heun's method on all noise levels of the config.
+    self.max_nfe = max(32, 2 * model.experiment.sample.num_levels - 1)
+
+  def nfe_slider(self, sampler: str) -> dict[str, Any]:
+    """Returns the settings of the slider of NFE for a sampler.
+
+    Heun's method on N noise levels takes 2 N - 1 evaluations; 'onestep' always
+    takes one, without a slider.
+    """
+    _choice("sampler", sampler, self.samplers)
+    return {
+        "visible": sampler != "onestep",
+        "minimum": {"heun": 3, "ddim": 2}.get(sampler, 1),
+        "step": 2 if sampler == "heun" else 1,
+        "value": 15 if self.model.experiment.method.is_denoiser else 2,
+    }
+
+  def warm_up(self) -> None:
+    """Compiles the network for both batch sizes, before the first request."""
+    sampler = "onestep"
+    if sampler not in self.samplers:
+      sampler = f"{self.samplers[0]}:3"
+    for model, count in ((self.model, 16), (self.editor, 1)):
+      model.sample(count, sampler=sampler)
 
   # Images -------------------------------------------------------------------
 
@@ -124,19 +152,19 @@ class Studio:
       seed: seed of the noise.
       count: number of images, 1 to MAX_IMAGES.
       sampler: one of `samplers`.
-      nfe: network evaluations; adjusted to a number that the sampler supports.
+      nfe: network evaluations; not used by 'onestep'.
 
     Returns:
       (grid of images, caption).
+
+    Raises:
+      UserError: a value out of range, or an NFE that the sampler does not have.
     """
-    count = int(count)
-    if not 1 <= count <= MAX_IMAGES:
-      raise errors.UserError(
-          f"images: got {count}, expected 1 to {MAX_IMAGES}"
-      )
-    text = sampler
-    if sampler != "onestep":
-      text += f":{_supported_nfe(sampler, nfe)}"
+    count = _whole("images", count, 1, MAX_IMAGES)
+    nfe = _whole("NFE", nfe, 1, self.max_nfe)
+    text = _choice("sampler", sampler, self.samplers)
+    if text != "onestep":
+      text += f":{nfe}"
     plan = planning.plan_of(self.model.experiment, text)
     images, seconds = _timed(
         self.model.sample, count, self._label(label), _seed(seed), text
@@ -166,8 +194,9 @@ class Studio:
       (input of the network, latent, reconstruction, caption).
     """
     image = self.read(path)
-    (label, note), seed = self._class_of(label, image), _seed(seed)
-    nfe = int(nfe)
+    seed, nfe = _seed(seed), _whole("NFE", nfe, 1, _MAX_INVERSION_NFE)
+    noise = self._noise(noise)
+    label, note = self._class_of(label, image)
     plan = planning.inversion_plan(self.model.experiment, nfe, noise)
     latents, inversion_secs = _timed(
         self.editor.invert, image, label, seed, noise, nfe
@@ -201,16 +230,14 @@ class Studio:
     Returns:
       (interpolated image, caption).
     """
-    if not 0 <= weight <= 1:
-      raise errors.UserError(f"weight: got {weight}, expected 0 to 1")
+    weight, seed = _number("weight", weight, 0, 1), _seed(seed)
     ends = self.read(first), self.read(second)
     (label, note), (second_label, second_note) = (
         self._class_of(choice, image)
         for choice, image in zip((label, second_label), ends, strict=True)
     )
     images, seconds = _timed(
-        self.editor.interpolate, *ends, label, second_label, (weight,),
-        _seed(seed),
+        self.editor.interpolate, *ends, label, second_label, (weight,), seed
     )
     recipe = self.model.recipe("interpolate")
     return self.enlarge(images[0, 0]), _caption(
@@ -233,6 +260,7 @@ class Studio:
     Returns:
       (inpainted image, caption).
     """
+    task, seed = _choice("task", task, INPAINTING), _seed(seed)
     if not painted or painted.get("background") is None:
       raise errors.UserError("image: got none; upload or drop one")
     image = self._image(painted["background"], "the image")[None]
@@ -240,7 +268,7 @@ class Studio:
     recipe = self.model.recipe(task)
     label, note = self._class_of(label, edit_inputs.covered(image, mask))
     images, seconds = _timed(
-        self.editor.inpaint, image, mask, label, _seed(seed), task
+        self.editor.inpaint, image, mask, label, seed, task
     )
     caption = _caption(
         recipe.nfe, seconds, recipe, f"{int(mask.sum())} pixels filled", note
@@ -265,12 +293,16 @@ class Studio:
       (compressed image, restored image, caption).
     """
     image = self.read(path)
-    compressed = edit_inputs.compress(image[0], int(quality))[None]
-    settings = dict(noise=noise, nfe=int(nfe))
+    quality, seed = _whole("JPEG quality", quality, 1, 95), _seed(seed)
+    compressed = edit_inputs.compress(image[0], quality)[None]
+    settings = dict(
+        noise=self._noise(noise),
+        nfe=_whole("NFE", nfe, 2, _MAX_INVERSION_NFE),
+    )
     recipe = self.model.recipe("restore", **settings)
     label, note = self._class_of(label, compressed)
     images, seconds = _timed(
-        self.editor.restore, compressed, label, _seed(seed), **settings
+        self.editor.restore, compressed, label, seed, **settings
     )
     before, after = (
         float(reconstruction.psnr(reconstruction.per_pixel_mse(image, x))[0])
@@ -285,9 +317,13 @@ class Studio:
   # Helpers ------------------------------------------------------------------
 
   def _label(self, label: int | None) -> int | None:
-    if not self.classes or label in (None, ALL):
+    if not self.classes or label is None or label == ALL:
       return None
-    return int(label)
+    return _whole("class", label, 0, len(self.classes) - 1)
+
+  def _noise(self, noise: Any) -> float:
+    levels = self.model.experiment.levels
+    return _number("noise", noise, levels.sigma_min, levels.sigma_max)
 
   def _class_of(
       self, label: int | None, image: np.ndarray
@@ -313,31 +349,50 @@ class Studio:
     return mask
 
 
-def _supported_nfe(sampler: str, nfe: float) -> int:
-  """Nearest NFE that a sampler supports: Heun's NFE is odd, 2 N - 1."""
-  nfe = int(nfe)
-  if sampler == "heun":
-    return max(3, nfe - 1 + nfe % 2)
-  return max(2, nfe) if sampler == "ddim" else nfe
-
-
 def _timed(function: Callable, *args: Any, **kwargs: Any) -> tuple[Any, float]:
   start = time.perf_counter()
   result = function(*args, **kwargs)
   return result, time.perf_counter() - start
 
 
-def _seed(seed: float | None) -> int:
-  """Converts a seed to an integer in [0, 2^31).
+def _number(
+    name: str, value: Any, low: float, high: float, kind: str = "a number"
+) -> float:
+  """Returns a number of a request, which may be null, NaN, or any JSON.
 
   Raises:
-    UserError: not an integer, or out of range.
+    UserError: not a number from low to high.
   """
-  if seed is None or seed != int(seed) or not 0 <= seed < 2**31:
+  # NaN is not in the range; true and false are no numbers.
+  if type(value) not in (int, float) or not low <= value <= high:
     raise errors.UserError(
-        f"seed: got {seed}, expected a whole number from 0 to 2^31 - 1"
+        f"{name}: got {_shown(value)}, expected {kind} from {low:.10g} to "
+        f"{high:.10g}; choose another"
     )
-  return int(seed)
+  return value
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+  """Returns a whole number of a request; raises UserError as `_number`."""
+  kind = "a whole number"
+  if isinstance(value, float) and not value.is_integer():
+    value = _shown(value)
+  return int(_number(name, value, low, high, kind))
+
+
+def _seed(seed: Any) -> int:
+  return _whole("seed", seed, 0, 2**31 - 1)
+
+
+def _choice(name: str, value: Any, choices: Sequence[str]) -> str:
+  """Returns a name of a request; raises UserError if it is not a choice."""
+  if value not in choices:
+    raise errors.unknown_name(name, _shown(value), choices)
+  return value
+
+
+def _shown(value: Any) -> str:
+  return str(value)[:80]
 
 
 def _caption(nfe: int, seconds: float, plan: Any, *notes: str) -> str:

@@ -1,7 +1,9 @@
 """Metric writers: JSON lines, and TensorBoard if CLU can be imported.
 
 All writers have the interface of clu.metric_writers.MetricWriter. CLU's own
-writers need TensorFlow; without it only the JSONL file is written.
+writers need TensorFlow; without it only the JSONL file is written. TensorBoard
+shows the training metrics as run '.', and evaluations and image grids as run
+'eval' (`write_evaluation`).
 """
 
 from collections.abc import Mapping
@@ -87,11 +89,55 @@ def create_writer(
     jsonl.truncate_after(resume_step)
   clu_writers = import_clu("metric_writers")
   if clu_writers is None:
+    logging.warning(
+        "no TensorBoard files, because TensorFlow cannot be imported; the "
+        "metrics are in %s", jsonl.path
+    )
     return jsonl
   _hide_gpus_from_tensorflow()
   board = clu_writers.AsyncWriter(
       clu_writers.SummaryWriter(os.path.join(logdir, "tensorboard")))
   return clu_writers.MultiWriter([jsonl, _HostValues(board)])
+
+
+def write_evaluation(
+    workdir: str, step: int, result: Mapping[str, Any],
+    grids: Mapping[str, np.ndarray], prefix: str = "",
+) -> None:
+  """Writes metrics and image grids of a checkpoint for TensorBoard.
+
+  Does nothing without TensorFlow.
+
+  Args:
+    workdir: work directory; the files are in tensorboard/eval.
+    step: step of the checkpoint.
+    result: content of a result file of mode eval, or {}.
+    grids: name -> uint8 [H, W, C].
+    prefix: starts all names.
+  """
+  clu_writers = import_clu("metric_writers")
+  if clu_writers is None:
+    return
+  _hide_gpus_from_tensorflow()
+  writer = _HostValues(
+      clu_writers.SummaryWriter(os.path.join(workdir, "tensorboard", "eval"))
+  )
+  numbers = dict(result.get("samplers", {}))
+  numbers |= {
+      f"inversion_{k}": v for k, v in result.get("inversion", {}).items()
+  }
+  if "likelihood" in result:
+    numbers["likelihood"] = result["likelihood"]
+  writer.write_scalars(step, {
+      f"{prefix}{name}/{metric}": value
+      for name, metrics in numbers.items() for metric, value in metrics.items()
+      if type(value) in (int, float) and metric not in ("nfe", "noise")
+  })
+  writer.write_images(
+      step, {f"{prefix}{name}": grid[None] for name, grid in grids.items()}
+  )
+  writer.flush()
+  writer.close()
 
 
 class NullWriter:

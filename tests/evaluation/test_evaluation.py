@@ -24,6 +24,7 @@ from bcm_jax.evaluation import time_search
 from bcm_jax.metrics import feature_extractors
 from bcm_jax.metrics import quality
 from bcm_jax.metrics import reference_stats
+from bcm_jax.training import metric_writers
 from tests import toys
 
 pytestmark = pytest.mark.slow
@@ -93,6 +94,49 @@ def test_training_may_end_with_pictures_alone(copy, capsys):
   assert not (copy / "eval").exists()
   assert (copy / "overview.png").exists()
   assert "--mode=eval" in capsys.readouterr().out
+
+
+def on_the_board(workdir) -> dict[str, list[int]]:
+  """Names that TensorBoard shows of evaluations, with their steps."""
+  from tensorboard.backend.event_processing import event_file_loader
+
+  shown: dict[str, list[int]] = {}
+  for path in sorted((workdir / "tensorboard" / "eval").glob("*tfevents*")):
+    for event in event_file_loader.EventFileLoader(str(path)).Load():
+      for value in event.summary.value:
+        shown.setdefault(value.tag, []).append(event.step)
+  return shown
+
+
+def test_tensorboard_shows_numbers_and_grids(copy):
+  evaluate.run(
+      experiment(eval__steps="all", eval__samplers="onestep,ancestral@3"),
+      str(copy),
+  )
+  shown = on_the_board(copy)
+  for name in ("onestep_nfe1", "ancestral_nfe2@3"):
+    assert shown[name] == [2, 4]
+    assert shown[f"{name}/FD (raw pixels)"] == [2, 4]
+    assert f"{name}/nfe" not in shown
+  assert any(name.startswith("inversion_") for name in shown)
+
+
+def test_tensorboard_shows_the_images_at_the_end_of_training(copy):
+  quiet = experiment(eval__at_end="false", sample__num_samples="20")
+  _, average, params = runs.load_run(quiet, str(copy))
+  evaluate.finish(quiet, str(copy), 4, average, params)
+  shown = on_the_board(copy)
+  assert shown["samples/onestep_nfe1"] == [4]
+  assert {name.partition("/")[0] for name in shown} == {
+      "samples", "inversions", "edits"
+  }
+
+
+def test_evaluation_without_tensorflow(copy, monkeypatch):
+  monkeypatch.setattr(metric_writers, "import_clu", lambda module: None)
+  evaluate.run(experiment(), str(copy))
+  assert results(copy)["4"]
+  assert not (copy / "tensorboard").exists()
 
 
 def test_seeds_are_told_one_by_one_with_mean_and_spread(copy):

@@ -4,10 +4,13 @@ UPDATE_GOLDENS=1 rewrites the files in goldens/.
 """
 
 import json
+import os
 import pathlib
 import shlex
+import subprocess
 
 import pytest
+import yaml
 
 from tests.launch import harness
 
@@ -200,6 +203,95 @@ def test_uncommitted_changes_are_refused_unless_a_commit_is_named(checkout):
       "tpu_vm.sh", "sync", "--commit=HEAD", **harness.SETTINGS
   )
   assert named.returncode == 0, named.stderr
+
+
+# A value of several lines, with all that a shell would read.
+LINES = "--a=1\nreboot\n--b='$HOME' \"`id`\" # \\\n--c=$(id)"
+FLAGS = {"XLA_FLAGS": LINES, "LIBTPU_INIT_ARGS": LINES}
+
+
+def settings_of(checkout, script, verb) -> list[str]:
+  """NAME=value of the run's settings, as they arrive on its host."""
+  result = checkout.run(
+      script, verb, "--dry-run", *RUN, **harness.SETTINGS | FLAGS
+  )
+  assert result.returncode == 0, result.stderr
+  printed = result.stdout
+  if script == "queued_resource.sh":  # The startup script.
+    lines = [
+        line.removeprefix("#   ") for line in printed.splitlines()
+        if line.startswith("#   ")
+    ]
+    command = "\n".join([*lines[:-1], "env -0"]).replace("set --", "true --")
+    out = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=True,
+        env={"PATH": os.environ["PATH"]},
+    )
+    return out.stdout.split("\0")
+  if verb == "render":
+    pod = yaml.safe_load(printed)["spec"]["replicatedJobs"][0]["template"]
+    (container,) = pod["spec"]["template"]["spec"]["containers"]
+    return [
+        f"{e['name']}={e['value'].replace('$$', '$')}" for e in container["env"]
+    ]
+  words = shlex.split(printed)
+  commands = [w for w in words if w.startswith("--command=sudo")]
+  if commands:
+    words = shlex.split(commands[0].removeprefix("--command="))
+  return [w.removeprefix("--setenv=") for w in words]
+
+
+@pytest.mark.parametrize(("script", "verb"), [
+    ("tpu_vm.sh", "run"), ("queued_resource.sh", "create"),
+    ("gke.sh", "render"), ("gke.sh", "xpk"),
+])
+def test_settings_of_several_lines_arrive_as_they_are(checkout, script, verb):
+  arrived = settings_of(checkout, script, verb)
+  for name, value in FLAGS.items():
+    assert f"{name}={value}" in arrived
+
+
+def test_flags_of_create_may_have_several_lines(checkout):
+  flags = "--network=a\n  --internal-ips\n--tags=b"
+  for script, words in (
+      ("tpu_vm.sh", ["create"]), ("queued_resource.sh", ["create", *RUN])
+  ):
+    result = checkout.run(
+        script, *words, **harness.SETTINGS | {"CREATE_FLAGS": flags}
+    )
+    assert result.returncode == 0, result.stderr
+    assert set(flags.split()) <= set(result.acts[-1])
+
+
+@pytest.mark.parametrize("name", [
+    "PROJECT", "ZONE", "NAME", "ACCELERATOR_TYPE", "BUCKET", "MOUNT", "WORKDIR",
+    "EXTRA", "MAX_RESTARTS", "IMAGE", "NAMESPACE", "TFDS_DATA_DIR",
+])
+@pytest.mark.parametrize("value", ["a\nreboot", "a\r", "a\x1b[2J"])
+def test_other_settings_have_one_line(checkout, name, value):
+  result = checkout.run("tpu_vm.sh", "sync", **harness.SETTINGS | {name: value})
+  assert result.returncode == 65
+  assert result.stderr.startswith(f"error: {name}: got ")
+  assert len(result.stderr.splitlines()) == 1
+  assert not result.calls
+
+
+@pytest.mark.parametrize(("script", "verb"), [
+    ("tpu_vm.sh", "run"), ("queued_resource.sh", "create"),
+    ("gke.sh", "apply"), ("gke.sh", "xpk"), ("babysit.sh", "--yes"),
+])
+@pytest.mark.parametrize("flag", [
+    ["--workdir", "/mnt/bcm/mine"], ["--workdir=/mnt/bcm/mine"]
+])
+def test_the_work_directory_of_the_arguments_wins(checkout, script, verb, flag):
+  for settings in (harness.SETTINGS, harness.SETTINGS | {"WORKDIR": ""}):
+    result = checkout.run(
+        script, verb, "--dry-run", *RUN, *flag, **settings
+    )
+    assert result.returncode == 0, result.stderr
+    assert "a-run/" not in result.stdout
+    assert "runs/a-run" not in result.stdout
+    assert "mine" in result.stdout
 
 
 def test_a_failing_cloud_fails_the_script(checkout):

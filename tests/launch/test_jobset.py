@@ -87,6 +87,51 @@ def test_command_passes_signals_and_arguments():
   ]
 
 
+def expanded(text: str) -> str:
+  """What Kubernetes makes of a value, if no variable is set."""
+  out, i = "", 0
+  while i < len(text):
+    if text[i : i + 2] == "$$":
+      i += 1
+    elif text[i : i + 2] == "$(" and ")" in text[i:]:
+      i = text.index(")", i) + 1
+      out += "REPLACED"
+      continue
+    out += text[i]
+    i += 1
+  return out
+
+
+@pytest.mark.parametrize("value", [
+    "it's \"quoted\"", "a: b, c: [d] # no comment", "line\nline\r\n\ttab",
+    "$HOME ${HOME} $(HOME) $$(HOME) $$$(HOME) $", "yes", "no", "null", "1e3",
+    "~", "- x", "{{ x }} %s \\n", "\u2028\x85\x7f\x00é\N{SNOWMAN}",
+    "\U0001F600", "*alias &anchor !tag | >", "", " ", "@at `tick`",
+])
+def test_any_text_is_quoted(value):
+  jobset = rendered(
+      *arguments("v5e-16", 1, f"--env=XLA_FLAGS={value}", f"--image={value}",
+                 f"--namespace={value}", f"--queue=q{value}",
+                 f"--service-account=s{value}"),
+      value,
+  )
+  pod = pod_of(jobset)
+  (container,) = pod["containers"]
+  assert expanded(container["args"][-1]) == value
+  assert expanded(container["env"][-1]["value"]) == value
+  assert container["image"] == value
+  assert jobset["metadata"]["namespace"] == value
+  (queue,) = jobset["metadata"]["labels"].values()
+  assert queue == f"q{value}"
+  assert pod["serviceAccountName"] == f"s{value}"
+
+
+@pytest.mark.parametrize("name", ["true", "null", "no", "y", "on"])
+def test_names_that_yaml_reads_as_values(name):
+  args = [a for a in arguments() if not a.startswith("--name")]
+  assert rendered(f"--name={name}", *args)["metadata"]["name"] == name
+
+
 # Messages of Kubernetes' job controller, which JobSet compares with patterns.
 MESSAGES = {
     "Container main for pod ns/a-run-slice-0-1-x failed with exit code 65 "

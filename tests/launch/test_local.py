@@ -146,6 +146,28 @@ def test_work_directory_and_cache(local, args, settings, workdir, cache):
   assert found == cache.replace("HOME", str(local.folder))
 
 
+@pytest.mark.parametrize("args", [
+    ["--workdir", "/mine/a b"], ["-workdir", "/mine/a b"],
+    ["-workdir=/mine/a b"], ["--workdir=/of/first", "--workdir", "/mine/a b"],
+    ["--workdir", "/of/first", "--workdir=/mine/a b"],
+    ["--mode", "table", "--workdir", "/mine/a b", "--config", "x"],
+])
+def test_a_work_directory_in_two_words_wins_over_the_settings(local, args):
+  result = run(local, "run.sh", *args, WORKDIR="/of/settings")
+  (call,) = result.starts
+  assert call["argv"] == ["-m", "bcm_jax.main", *args]
+  assert call["env"]["JAX_COMPILATION_CACHE_DIR"] == "/mine/compile_cache"
+
+
+def test_other_flags_in_two_words_are_passed_on(local):
+  args = ["--mode", "sample", "--config", "a b.py", "--config.x", "--workdir2"]
+  result = run(local, "run.sh", *args, WORKDIR="/of/settings")
+  (call,) = result.starts
+  assert call["argv"] == [
+      "-m", "bcm_jax.main", *args, "--workdir=/of/settings"
+  ]
+
+
 def test_the_script_is_the_process(local):
   process = start(local, "run.sh", plan="wait75")
   (call,) = starts(local)

@@ -153,8 +153,10 @@ def test_a_newer_python_beside_an_old_one_is_used(checkout):
     [
         ([], "runs/digits", ""),
         (["--config.seed=1"], "runs/digits", "<--config.seed=1>"),
-        (["my run", "--a=b"], "{cwd}/my run", "<--a=b>"),
-        (["/tmp/../tmp/x"], "/tmp/../tmp/x", ""),
+        (["my run", "--a=b"], "{cwd}/my run", "<--workdir=my run><--a=b>"),
+        (["/tmp/../tmp/x"], "/tmp/../tmp/x", "<--workdir=/tmp/../tmp/x>"),
+        (["--workdir", "my run"], "{cwd}/my run", "<--workdir><my run>"),
+        (["--a=b", "--workdir=/tmp/x"], "/tmp/x", "<--a=b><--workdir=/tmp/x>"),
     ],
 )
 def test_quickstart_trains_the_digits(checkout, args, workdir, rest):
@@ -164,7 +166,7 @@ def test_quickstart_trains_the_digits(checkout, args, workdir, rest):
   assert result.log[1] == "<JAX_PLATFORMS=><-m><pip><install><--quiet><-e><.>"
   assert result.log[2:] == [
       "<JAX_PLATFORMS=><-m><bcm_jax.main><--config=configs/digits.py>"
-      f"<--workdir={workdir}>{rest}"
+      f"{rest}<--workdir={workdir}>"
   ]
 
 

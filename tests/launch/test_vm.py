@@ -212,6 +212,22 @@ def test_job_is_a_service_that_saves_at_shutdown(checkout):
   assert [shlex.split(x) for x in dry.stdout.splitlines()] == result.acts
 
 
+def test_job_keeps_lines_dollars_and_the_work_directory_of_its_arguments(
+    checkout
+):
+  flags = "--a=1\nreboot"
+  result = checkout.run(
+      "job.sh", "start", "--config.x=$HOME $$", "--workdir", "/mnt/mine",
+      **JOB | {"XLA_FLAGS": flags},
+  )
+  call = result.acts[-1]
+  assert f"--setenv=XLA_FLAGS={flags}" in call
+  assert "--setenv=WORKDIR=/mnt/mine" in call
+  assert "--stopped-file=/mnt/mine/STOPPED" in call
+  # systemd replaces $NAME, and $$ by $.
+  assert call[-3:] == ["--config.x=$$HOME $$$$", "--workdir", "/mnt/mine"]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

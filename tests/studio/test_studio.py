@@ -8,11 +8,16 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 
 import gradio_client
+import httpx
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 
 from bcm_jax import errors
@@ -203,12 +208,19 @@ def test_only_this_machine_is_listened_to_unless_told_otherwise(monkeypatch):
       app.pretrained, "load", lambda *a, **k: asked.update(loaded=a)
   )
   monkeypatch.setattr(
-      app, "launch", lambda model, *a: asked.update(launched=a)
+      app, "launch", lambda model, *a, allow_hosts: asked.update(
+          launched=a, hosts=allow_hosts
+      )
   )
+  monkeypatch.setattr(app.signal, "signal", lambda *a: None)
   app.main([])
-  assert asked == {"loaded": (None,), "launched": ("127.0.0.1", 7860, 5)}
-  app.main(["runs/x", "--host=0.0.0.0", "--port=80", "--upload-mb=9"])
+  assert asked == {
+      "loaded": (None,), "launched": ("127.0.0.1", 7860, 5), "hosts": []
+  }
+  app.main(["runs/x", "--host=0.0.0.0", "--port=80", "--upload-mb=9",
+            "--allow-host=a.org", "--allow-host=*.b.org"])
   assert asked["launched"] == ("0.0.0.0", 80, 9)
+  assert asked["hosts"] == ["a.org", "*.b.org"]
 
 
 def test_a_bad_canvas_is_told_in_a_message(address, tmp_path):
@@ -235,3 +247,120 @@ def test_a_taken_port_is_said(address):
   port = int(address.rpartition(":")[2])
   with pytest.raises(errors.UserError, match=str(port)):
     app.launch(model, port=port, block=False)
+
+
+# Requests of other programs -------------------------------------------------
+
+
+def upload(address: str, **headers: str) -> httpx.Response:
+  return httpx.post(
+      f"{address}/gradio_api/upload", headers=headers,
+      files={"files": ("private.png", os.urandom(99), "image/png")},
+  )
+
+
+def call(client: httpx.Client, address: str, name: str, data: str) -> str:
+  """Calls an endpoint with JSON text; returns the server's last event."""
+  url = f"{address}/gradio_api/call/{name}"
+  event = client.post(
+      url, content=f'{{"data": {data}}}',
+      headers={"content-type": "application/json"},
+  ).json()["event_id"]
+  return client.get(f"{url}/{event}").text
+
+
+def test_other_hosts_and_origins_are_refused(address):
+  port = address.rpartition(":")[2]
+  evil = "http://evil.example"
+  assert upload(address).status_code == 200
+  assert upload(address, origin=address).status_code == 200
+  assert upload(address, origin=f"http://localhost:{port}").status_code == 200
+  for headers in (
+      {"origin": evil}, {"origin": "null"}, {"host": "evil.example"},
+      {"host": "evil.example", "origin": evil},
+      {"origin": f"{evil}:{port}"}, {"origin": "http://localhost:1"},
+  ):
+    answer = upload(address, **headers)
+    assert answer.status_code == 403, headers
+    assert "access-control-allow-origin" not in answer.headers
+  for path in ("/", "/config", "/gradio_api/info", "/gradio_api/queue/status"):
+    host = {"host": f"evil.example:{port}"}
+    assert httpx.get(address + path, headers=host).status_code == 403
+  preflight = httpx.options(
+      f"{address}/gradio_api/call/generate",
+      headers={"origin": evil, "access-control-request-method": "POST"},
+  )
+  assert preflight.status_code == 403
+
+
+@pytest.mark.parametrize("name, data", [
+    ("generate", "[3, NaN, 1, \"onestep\", 1]"),
+    ("generate", "[3, 0, null, \"onestep\", 1]"),
+    ("generate", "[3, 0, 1, null, 1]"),
+    ("generate", "[]"),
+    ("reconstruct", "[NaN, 3, 0.1, 1, 0]"),
+    ("reconstruct", "[null, 3, 0.1, 1, 0]"),
+    ("reconstruct", '[{"path": "/etc/passwd", "meta": '
+     '{"_type": "gradio.FileData"}}, 3, 0.1, 1, 0]'),
+    ("restore", "[\"x\", 3, 20, 0.1, 3, 0]"),
+    ("inpaint", "[null, 3, 0, \"inpaint\"]"),
+    ("inpaint", '[{"background": {"path": null}, "layers": [], '
+     '"composite": null}, 3, 0, "inpaint"]'),
+    ("inpaint", '[{"background": null, "layers": null}, 3, 0, "inpaint"]'),
+])
+def test_odd_requests_get_a_message(address, name, data, capfd):
+  with httpx.Client(timeout=60) as client:
+    answer = call(client, address, name, data)
+  assert "event: error" in answer and '{"error": "' in answer
+  assert "Traceback" not in capfd.readouterr().err
+
+
+def test_memory_stays_flat(address):
+  process = psutil.Process()
+  with httpx.Client(timeout=60) as client:
+    for seed in range(300):
+      answer = call(
+          client, address, "generate", f'[3, {seed}, 1, "onestep", 1]'
+      )
+      assert "event: complete" in answer
+      if seed == 100:
+        before = process.memory_info().rss
+  assert process.memory_info().rss - before < 10 * 2**20
+
+
+def test_uploads_are_private_and_deleted_at_the_end(monkeypatch, tmp_path):
+  monkeypatch.setenv("GRADIO_TEMP_DIR", "of_the_user")
+  model = pretrained.Model(exact.runner(exact.experiment()))
+  port = free_port()
+  page = app.launch(model, port=port, block=False)
+  try:
+    assert page.delete_cache == (600, 3600)
+    path = pathlib.Path(upload(f"http://127.0.0.1:{port}").json()[0])
+    folder = path.parents[1]
+    assert folder.name.startswith("bcm_jax_studio_")
+    assert folder.stat().st_mode & 0o777 == 0o700
+  finally:
+    page.close(verbose=False)
+  assert not folder.exists()
+  assert os.environ["GRADIO_TEMP_DIR"] == "of_the_user"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_says_when_it_is_ready_and_cleans_up(number, tmp_path):
+  port = free_port()
+  process = subprocess.Popen(
+      [sys.executable, "-m", "bcm_jax.studio", f"--port={port}"],
+      stdout=subprocess.PIPE, text=True,
+      env={**os.environ, "TMPDIR": str(tmp_path)},
+  )
+  try:
+    lines = [process.stdout.readline() for _ in range(2)]
+    assert "compiling" in lines[0]
+    assert f"ready: http://127.0.0.1:{port}" in lines[1]
+    assert upload(f"http://127.0.0.1:{port}").status_code == 200
+    assert list(tmp_path.glob("bcm_jax_studio_*/*/private.png"))
+    process.send_signal(number)
+    assert process.wait(30) == 0
+  finally:
+    process.kill()
+  assert not list(tmp_path.glob("bcm_jax_studio_*"))

@@ -79,12 +79,29 @@ def test_networks_of_oblong_images_take_what_they_show(tmp_path):
   assert small[0, :, :7].max() < 30 and small[0, :, 9:].min() > 225
 
 
-def test_solvers_get_a_number_of_evaluations_that_they_can_have():
-  assert [actions._supported_nfe("heun", n) for n in (1, 2, 3, 4, 16)] == [
-      3, 3, 3, 3, 15
-  ]
-  assert actions._supported_nfe("ddim", 1) == 2
-  assert actions._supported_nfe("ancestral", 1) == 1
+def test_sliders_offer_the_evaluations_that_samplers_have(studio):
+  assert not studio.nfe_slider("onestep")["visible"]
+  assert studio.nfe_slider("ancestral") == {
+      "visible": True, "minimum": 1, "step": 1, "value": 2
+  }
+  solvers = make(is_denoiser=True)
+  heun, ddim = (solvers.nfe_slider(name) for name in ("heun", "ddim"))
+  assert (heun["minimum"], heun["step"], ddim["minimum"]) == (3, 2, 2)
+  for nfe in range(heun["minimum"], 10, heun["step"]):
+    _, words = solvers.generate(0, 0, 1, "heun", nfe)
+    assert f"**{nfe} NFE" in words and f"heun: {nfe} NFE" in words
+  with pytest.raises(errors.UserError, match="sampler.*heun.*4"):
+    solvers.generate(0, 0, 1, "heun", 4)
+
+
+@pytest.mark.parametrize("shape", [{}, {"is_denoiser": True}])
+def test_the_first_request_finds_the_network_compiled(shape, monkeypatch):
+  studio = make(**shape)
+  studio.warm_up()
+  for model in (studio.model, studio.editor):
+    assert model.runner._flow_map.func._cache_size() == 1
+  studio.generate(3, 0, 1, studio.samplers[-1], 3)
+  assert studio.model.runner._flow_map.func._cache_size() == 1
 
 
 def test_generation(studio):
@@ -265,6 +282,35 @@ def test_cut_and_huge_uploads(studio, tmp_path):
     studio.read(str(tmp_path / "huge.png"))
 
 
+_GENERATE = (3, 0, 4, "onestep", 1)
+_NO_NUMBERS = (
+    float("nan"), float("inf"), 1e300, 10**400, 0.5, -7, "x", [], {}, [None]
+)
+# Arguments of callbacks after the images, and their names in errors.
+_AFTER_IMAGES = {
+    "reconstruct": (1, (3, 0.1, 1, 0), ("class", "noise", "NFE", "seed")),
+    "interpolate": (2, (3, 4, 0.5, 0), ("class", "class", "weight", "seed")),
+    "restore": (1, (3, 20, 0.1, 3, 0),
+                ("class", "JPEG quality", "noise", "NFE", "seed")),
+}
+
+
+def _with(values, i, value):
+  return (*values[:i], value, *values[i + 1 :])
+
+
+@pytest.mark.parametrize("name", _AFTER_IMAGES)
+def test_requests_of_odd_values_are_user_errors(studio, name, tmp_path):
+  images, values, keys = _AFTER_IMAGES[name]
+  paths = [save(tmp_path / "a.png", picture())] * images
+  for i, key in enumerate(keys):
+    for value in _NO_NUMBERS:
+      if key in ("noise", "weight") and value == 0.5:
+        continue
+      with pytest.raises(errors.UserError, match=f"^{key}: got"):
+        getattr(studio, name)(*paths, *_with(values, i, value))
+
+
 @pytest.mark.parametrize("call, said", [
     (lambda s: s.reconstruct(None, 3, 0.1, 1, 0), "image"),
     (lambda s: s.inpaint({"background": None}, 3, 0, "inpaint"), "image"),
@@ -283,6 +329,11 @@ def test_cut_and_huge_uploads(studio, tmp_path):
     (lambda s: s.generate(3, 0.5, 4, "onestep", 1), "seed.*0.5"),
     (lambda s: s.generate(3, 0, 99, "onestep", 1), "1 to 25"),
     (lambda s: s.generate(3, 0, 4, "heun", 7), "heun"),
+    *[
+        (lambda s, v=v, i=i: s.generate(*_with(_GENERATE, i, v)), key)
+        for i, key in enumerate(("class", "seed", "images", "sampler", "NFE"))
+        for v in (*_NO_NUMBERS, *((None,) if i else ()))
+    ],
 ])
 def test_what_is_missing_or_wrong_is_said(studio, call, said):
   with pytest.raises(errors.UserError, match=said):

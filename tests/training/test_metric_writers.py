@@ -177,6 +177,8 @@ def test_broken_tensorflow_only_warns(tmp_path, monkeypatch, caplog):
   writer = writers.create_writer(str(tmp_path))
   assert isinstance(writer, writers.JsonlWriter)
   assert "protobuf is too new" in caplog.text
+  (said,) = (r for r in caplog.records if "TensorBoard" in r.getMessage())
+  assert "metrics.jsonl" in said.getMessage()
 
 
 @pytest.mark.slow
