@@ -119,24 +119,24 @@ MUTATIONS = (
   Mutation(
     "lock ignored",
     "checkpoint/workdir_lock.py",
-    "if not self._dead(record):",
-    "if False:",
+    "    if self._free(record):\n      return number\n    logging",
+    "    return number\n    logging",
     "checkpoint/test_workdir_lock.py::"
     "test_a_second_writer_is_refused_while_the_first_beats",
   ),
   Mutation(
     "lock of a dead process waited for",
     "checkpoint/workdir_lock.py",
-    "if not self._dead(record):",
-    "if True:",
+    "return started is None or started != record.get(\"started\")",
+    "return False",
     "checkpoint/test_workdir_lock.py::"
     "test_a_dead_process_of_this_machine_is_not_waited_for",
   ),
   Mutation(
     "lock that is gone counts as held",
     "checkpoint/workdir_lock.py",
-    "if record is None or record and",
-    "if record and",
+    "number != self._number or bool(",
+    "number > self._number or bool(",
     "checkpoint/test_workdir_lock.py::"
     "test_a_lost_lock_is_noticed_and_not_released[False]",
   ),

@@ -30,6 +30,8 @@ class Recovery:
     template: () -> state of the same shapes; only traced.
     frozen: parameters of networks that are not trained, by name; not saved in
       checkpoints.
+    check_config: raises UserError if the metadata of a checkpoint has another
+      config.
     fixed: metadata that a run may not change: 'data_fingerprint' and 'frozen',
       the digest of each frozen network.
     data_name: name of the data set, for errors.
@@ -44,6 +46,7 @@ class Recovery:
   create: Callable[[], train_state.TrainState]
   template: Callable[[], train_state.TrainState]
   frozen: Mapping[str, Any]
+  check_config: Callable[[Mapping[str, Any]], None]
   fixed: Mapping[str, Any]
   data_name: str
   frozen_keys: Mapping[str, str]
@@ -116,10 +119,13 @@ class Recovery:
 
   def _restore(self, step: int | None = None) -> train_state.TrainState:
     """Returns the newest good checkpoint, or that of `step`."""
-    restored_step, state, meta = self.saver.saved.restore(
-      self.backend.abstract(jax.eval_shape(self.template)), step
+    def check(meta):
+      self.check_config(meta)
+      check_unchanged(meta, self.fixed, self.data_name, self.frozen_keys)
+
+    restored_step, state, _ = self.saver.saved.restore(
+      self.backend.abstract(jax.eval_shape(self.template)), step, check
     )
-    check_unchanged(meta, self.fixed, self.data_name, self.frozen_keys)
     logging.info("resuming at step %d", restored_step)
     return state
 

@@ -400,6 +400,37 @@ def check_resume(
   )
 
 
+def check_checkpoint(
+  meta: Mapping[str, Any], config: ml_collections.ConfigDict, workdir: str
+) -> None:
+  """Checks that a checkpoint was written under the config of this run.
+
+  The work directory's config.json is not compared: it may have been edited,
+  replaced or lost, while the state of the checkpoint is what continues.
+
+  Args:
+    meta: metadata of a checkpoint.
+    config: resolved config of the command line.
+    workdir: work directory, for the error.
+
+  Raises:
+    UserError: another value, or no config in the metadata.
+  """
+  if not isinstance(meta.get("config"), Mapping):
+    raise errors.UserError(
+      f"--workdir: got {workdir} with a checkpoint without a config, expected "
+      "one that training wrote; move checkpoints/ away to start from step 0, "
+      "or use another --workdir"
+    )
+  try:
+    check_resume(resolve(meta["config"]), config)
+  except errors.UserError as e:
+    raise errors.UserError(
+      f"{e}; compared with the config in the checkpoints of {workdir}; if "
+      "these are of another run, move checkpoints/ away"
+    ) from e
+
+
 def write(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Writes workdir/config.json atomically."""
   files.write_json(os.path.join(workdir, "config.json"), to_json(config))
