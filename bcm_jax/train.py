@@ -191,7 +191,7 @@ class Run:
         with self.accounts.part("rollback"):
           state = None
           self._check_lock(True)
-          if self.recovery.exhausted():
+          if self.recovery.exhausted(error):
             raise self._give_up(error)
           self.latest = None
           state = self.recovery.roll_back(error, self.data_offset)
@@ -236,7 +236,7 @@ class Run:
         saving = last or step % every == 0
         # Checks for non-finite steps before saving, so that a restart sees the
         # same state.
-        guard.check(step, metrics, wait=saving)
+        guard.check(step, metrics, wait=saving, last=step == total)
         self.watchdog.progress(step)
         self.accounts.progress(step)
         self._check_lock(saving)

@@ -88,6 +88,21 @@ MUTATIONS = (
     _ROLLING + "test_one_bad_step_is_skipped_and_leaves_no_trace",
   ),
   Mutation(
+    "updated parameters not judged",
+    "training/train_step.py",
+    'metrics[name]["grad_norm"], new_networks[name])',
+    'metrics[name]["grad_norm"])',
+    "training/test_train_step.py::"
+    "test_an_update_that_is_not_finite_is_not_kept_of_any_network",
+  ),
+  Mutation(
+    "saves within a streak count as progress",
+    "checkpoint/recovery.py",
+    "if s <= before",
+    "",
+    _ROLLING + "test_a_run_that_diverges_never_ends_as_done",
+  ),
+  Mutation(
     "pmean left out",
     "training/train_step.py",
     "result = jax.lax.pmean(result, options.axis_name)",

@@ -16,6 +16,7 @@ from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.training import fault_injection
 from bcm_jax.training import goodput
+from bcm_jax.utils import hashing
 from tests.training import starts
 from tests.training import tiny_run
 
@@ -222,6 +223,69 @@ def test_config_drift_is_refused_with_a_difference(server, tmp_path):
   ):
     assert said in start.text
   assert (tmp_path / "config.json").read_text() == before
+
+
+def edit(workdir):
+  """Another learning rate and seed in config.json."""
+  path = workdir / "config.json"
+  content = json.loads(path.read_text())
+  content["optimizer"]["learning_rate"], content["seed"] = 0.5, 7
+  path.write_text(json.dumps(content))
+
+
+def replace_checkpoints(workdir):
+  """Those of a run of seed 7 at a learning rate of 0.5."""
+  for path in workdir.glob("checkpoints/*/meta/metadata"):
+    record = json.loads(path.read_text())
+    config = record["meta"]["config"]
+    config["optimizer"]["learning_rate"], config["seed"] = 0.5, 7
+    del record["sha256"]
+    path.write_text(
+        json.dumps({**record, "sha256": hashing.json_digest(record)})
+    )
+
+
+OTHER = ("optimizer.learning_rate=0.5", "seed=7")
+# What happened to a run -> flags of a start that is refused.
+CHANGES = {
+    "edited": (edit, OTHER),
+    "lost": (lambda workdir: (workdir / "config.json").unlink(), OTHER),
+    "emptied": (
+        lambda workdir: (workdir / "config.json").write_text("{}"), OTHER
+    ),
+    "foreign_checkpoints": (replace_checkpoints, ()),
+    "foreign_run": (
+        lambda workdir: (edit(workdir), replace_checkpoints(workdir)), ()
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_config_in_the_checkpoint_counts(server, unbroken, tmp_path, name):
+  shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))
+  change, flags = CHANGES[name]
+  change(tmp_path)
+  config = tmp_path / "config.json"
+  before = config.read_text() if config.exists() else None
+  start = server.start(tmp_path, *flags)
+  start.wait(errors.EXIT_BAD_INPUT)
+  if name == "emptied":
+    assert f"{config}: got a damaged file" in start.text
+  else:
+    assert "optimizer.learning_rate: got" in start.text
+    assert "seed: got" in start.text
+  assert "Traceback" not in start.text
+  # Nothing is written, and the run's own config goes on.
+  assert (config.read_text() if config.exists() else None) == before
+  if name == "emptied":
+    config.unlink()
+  own = OTHER if name.startswith("foreign") else ()
+  server.start(tmp_path, *own).wait(0)
+  if not own:
+    starts.assert_same_run(tmp_path, unbroken, STEPS)
+    assert config.read_text() == (unbroken / "config.json").read_text()
 
 
 @pytest.mark.slow
