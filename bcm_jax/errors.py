@@ -10,11 +10,13 @@ traceback.
 
 from collections.abc import Iterable
 import difflib
+import errno
 
 EXIT_BAD_INPUT = 65
 EXIT_HANGING = 70
 EXIT_MACHINE = 74
 EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as of a shell.
 
 
 class UserError(ValueError):
@@ -33,6 +35,43 @@ class Preempted(Exception):
 def printable(name: str) -> str:
   """Returns a file name with line breaks and other control bytes escaped."""
   return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
+# Kind of error -> exit status.
+STATUS = {
+    UserError: EXIT_BAD_INPUT,
+    MachineError: EXIT_MACHINE,
+    Preempted: EXIT_PREEMPTED,
+}
+# Errors of files that the machine causes; a restart may help, also elsewhere.
+_MACHINE = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
+    errno.ESTALE, errno.ENODEV, errno.ENXIO,
+})
+# Errors of what a user put in a place, or of its permissions.
+_PLACE = frozenset({
+    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG,
+})
+
+
+def of_file(error: OSError) -> UserError | MachineError | None:
+  """Returns the expected error for a failed access of a file, or None.
+
+  None is for errors that may be a bug, such as a missing file.
+  """
+  place = f"{error.filename}: " if error.filename else ""
+  if error.errno in _MACHINE:
+    return MachineError(
+        f"{place}{error.strerror}; free space or repair the disk, then run the "
+        "same command again"
+    )
+  if error.errno in _PLACE and error.filename:
+    return UserError(
+        f"{place}{error.strerror}, expected to read or write there; change the "
+        "permissions, move what is in the way, or choose another folder"
+    )
+  return None
 
 
 def outdated(path: object) -> UserError:

@@ -7,7 +7,7 @@ non-finite steps, preemption, concurrent writers and hangs are handled as
 docs/reliability.md describes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import itertools
@@ -75,7 +75,11 @@ def train_and_evaluate(
   source = experiment.training_source()
   batches(experiment, source)  # Checks the batch size before compiling.
   with contextlib.ExitStack() as stack:
-    lock = _lock_workdir(experiment.config, workdir, stack)
+    lock = _on_process_0(
+        workdir, lambda: lock_workdir(experiment.config, workdir)
+    )
+    if lock is not None:
+      stack.callback(lock.release)
     accounts = goodput.Goodput(
         workdir if jax.process_index() == 0 else None, began=began
     )
@@ -83,7 +87,7 @@ def train_and_evaluate(
     stack.enter_context(preemption.listening())
     run = Run(experiment, workdir, source, accounts, preemption, lock)
     state = run.train()
-    _finish(experiment, workdir, state, accounts)
+    run.finish(state)
   return state
 
 
@@ -144,8 +148,11 @@ class Run:
     )
     self.recovery = recovery.Recovery(
         self.workdir, self.backend, self.saver, self._create,
-        lambda: build.create_state(experiment), self.frozen, fixed,
-        self.source.name, experiment.frozen_keys(),
+        lambda: build.create_state(experiment), self.frozen,
+        lambda meta: resolve.check_checkpoint(
+            meta, experiment.config, self.workdir
+        ),
+        fixed, self.source.name, experiment.frozen_keys(),
         experiment.training.max_rollbacks,
     )
 
@@ -164,6 +171,12 @@ class Run:
       stack.enter_context(self.saver.saved)
       with self.accounts.part("init"):
         state = self.recovery.start()
+        # Writes only after all checks, also of the checkpoint.
+        _on_process_0(
+            self.workdir,
+            lambda: begin_run(self.experiment.config, self.workdir),
+        )
+      fault_injection.point("config_written")
       self.accounts.begin(self._step_of(state))
       if self._step_of(state) >= self.experiment.training.num_steps:
         return self.backend.fetch(state.saved())
@@ -178,7 +191,8 @@ class Run:
           error = e.with_traceback(None)
         with self.accounts.part("rollback"):
           state = None
-          if self.recovery.exhausted():
+          self._check_lock(True)
+          if self.recovery.exhausted(error):
             raise self._give_up(error)
           self.latest = None
           state = self.recovery.roll_back(error, self.data_offset)
@@ -223,7 +237,7 @@ class Run:
         saving = last or step % every == 0
         # Checks for non-finite steps before saving, so that a restart sees the
         # same state.
-        guard.check(step, metrics, wait=saving)
+        guard.check(step, metrics, wait=saving, last=step == total)
         self.watchdog.progress(step)
         self.accounts.progress(step)
         self._check_lock(saving)
@@ -311,15 +325,42 @@ class Run:
           "without the second time branch"
       ) from e
 
-  def _check_lock(self, saving: bool) -> None:
+  def finish(self, state: train_state.TrainState) -> None:
+    """Evaluates the final state, then writes DONE.
+
+    Raises:
+      UserError: another job took the lock.
+    """
+    experiment, workdir = self.experiment, self.workdir
+    total = experiment.training.num_steps
+    with self.accounts.part("eval"):
+      average, params = runs.choose(
+          experiment.method.sampled_network,
+          serialization.to_state_dict(state),
+          experiment.config.sample.average,
+          "sample.average",
+      )
+      params = multihost.to_host(params)
+      evaluate.finish(experiment, workdir, total, average, params)
+    self.accounts.save(total, total)
+    fault_injection.point("before_done")
+    self._check_lock(True)
+    if jax.process_index() == 0:
+      facts = {"step": total, "version": __version__}
+      files.write_json(os.path.join(workdir, DONE), facts)
+
+  def _check_lock(self, committing: bool) -> None:
     """Checks the lock of the work directory.
+
+    Args:
+      committing: whether to look for another owner now, not at the next beat.
 
     Raises:
       UserError: another job has taken it over.
     """
     if self.lock is None:
       return
-    if self.lock.lost or (saving and not self.lock.look()):
+    if self.lock.lost or (committing and not self.lock.look()):
       raise errors.UserError(
           f"--workdir: got {self.workdir}, which another job took over while "
           "this one did not respond, expected one writer; this job stops"
@@ -401,78 +442,58 @@ def stream(
   return contextlib.closing(pipeline.prefetch(inputs, 0, len(calls)))
 
 
-def _lock_workdir(
-    config: ml_collections.ConfigDict, workdir: str, stack
-) -> workdir_lock.WorkdirLock | None:
-  """Locks the work directory on process 0; returns None on other processes.
+def _on_process_0(workdir: str, action: Callable[[], Any]) -> Any:
+  """Calls a function on process 0; returns its result, None on the others.
 
   Raises:
-    UserError: on all processes, if process 0 fails.
+    UserError, MachineError: on all processes, if process 0 fails.
   """
-  lock, error = None, None
+  result = error = None
   if jax.process_index() == 0:
     try:
-      lock = prepare_workdir(config, workdir)
-      stack.callback(lock.release)
-    except errors.UserError as e:
+      result = action()
+    except (errors.UserError, errors.MachineError) as e:
       error = e
+    except OSError as e:
+      error = errors.of_file(e) or errors.UserError(
+          f"--workdir: got {workdir} ({e.strerror}), expected a writable "
+          "folder; choose another"
+      )
   multihost.raise_everywhere(error)
-  return lock
+  return result
 
 
-def prepare_workdir(
+def lock_workdir(
     config: ml_collections.ConfigDict, workdir: str
 ) -> workdir_lock.WorkdirLock:
-  """Creates and locks a work directory, or checks that its run may resume.
-
-  Writes config.json.
+  """Creates and locks a work directory.
 
   Args:
-    config: resolved config.
+    config: resolved config. It is compared with config.json of a run without a
+      checkpoint; checkpoint/recovery.py compares it with a checkpoint.
     workdir: work directory.
 
   Returns:
     The lock of the directory; the caller releases it.
 
   Raises:
-    UserError: the run in the directory has another config, another job holds
-      the lock, or the directory is not writable.
+    UserError: the run in the directory has another config, or another job holds
+      the lock.
+    OSError: the directory is not writable.
   """
+  os.makedirs(workdir, exist_ok=True)
   with contextlib.ExitStack() as stack:
-    try:
-      run = resolve.of_run(workdir)
-      if run is not None:
-        resolve.check_resume(run, config)
-      os.makedirs(workdir, exist_ok=True)
-      lock = stack.enter_context(workdir_lock.WorkdirLock(workdir))
-      done = os.path.join(workdir, DONE)
-      if os.path.exists(done):  # The run trains or evaluates again.
-        os.remove(done)
-      resolve.write(config, workdir)
-    except OSError as e:
-      raise errors.UserError(
-          f"--workdir: got {workdir} ({e.strerror}), expected a writable "
-          "folder; choose another"
-      ) from e
+    lock = stack.enter_context(workdir_lock.WorkdirLock(workdir))
+    saved = checkpoint.Checkpoints(runs.checkpoint_dir(workdir))
+    run = resolve.of_run(workdir)
+    if run is not None and not saved.all_steps():
+      resolve.check_resume(run, config)
     stack.pop_all()  # The caller releases the lock.
-  fault_injection.point("config_written")
   return lock
 
 
-def _finish(experiment, workdir: str, state, accounts) -> None:
-  """Evaluates the final state, then writes DONE."""
-  total = experiment.config.training.num_steps
-  with accounts.part("eval"):
-    average, params = runs.choose(
-        experiment.method.sampled_network,
-        serialization.to_state_dict(state),
-        experiment.config.sample.average,
-        "sample.average",
-    )
-    params = multihost.to_host(params)
-    evaluate.finish(experiment, workdir, total, average, params)
-  accounts.save(total, total)
-  fault_injection.point("before_done")
-  if jax.process_index() == 0:
-    facts = {"step": total, "version": __version__}
-    files.write_json(os.path.join(workdir, DONE), facts)
+def begin_run(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Writes config.json; removes DONE, as the run trains or evaluates again."""
+  with contextlib.suppress(FileNotFoundError):
+    os.remove(os.path.join(workdir, DONE))
+  resolve.write(config, workdir)

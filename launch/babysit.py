@@ -7,6 +7,7 @@ observes the cloud, waits and acts, through queued_resource.sh and gcloud.
 
 import argparse
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -83,26 +84,32 @@ class World:
       return self._local_marks(pathlib.Path(self.marks))
     result = self.call(
         "gcloud", "storage", "objects", "list", f"{self.marks}/*",
-        "--format=csv[no-heading](name,generation)",
+        f"{self.marks}/lock/*", "--format=csv[no-heading](name,generation)",
     )
     if result.returncode and not re.search("matched", result.stderr):
       raise LookError(result.stderr.strip()[-300:])
-    generations = {}
+    generations, beats = {}, []
     for line in result.stdout.splitlines():
       name, _, generation = line.partition(",")
       generations[name.rpartition("/")[2]] = generation
+      # Every heartbeat replaces lock/NNNNNN.json; in earlier versions
+      # lock.json.
+      if name.rpartition("/")[0].endswith("/lock") or (
+          name.endswith("/lock.json")
+      ):
+        beats.append(generation)
     stopped = None
     if "STOPPED" in generations:
       stopped = self.call("gcloud", "storage", "cat", f"{self.marks}/STOPPED")
       stopped = _status(stopped.stdout)
-    return generations.get("lock.json"), "DONE" in generations, stopped
+    return ",".join(beats) or None, "DONE" in generations, stopped
 
   def _local_marks(self, folder) -> tuple[str | None, bool, int | None]:
-    lock, note = folder / "lock.json", folder / "STOPPED"
-    try:
-      beat = str(lock.stat().st_mtime_ns)
-    except OSError:
-      beat = None
+    note, beats = folder / "STOPPED", []
+    for claim in (folder / "lock.json", *folder.glob("lock/*.json")):
+      with contextlib.suppress(OSError):  # Replaced or removed meanwhile.
+        beats.append(claim.stat().st_mtime_ns)
+    beat = ",".join(map(str, sorted(beats))) or None
     stopped = _status(note.read_text()) if note.exists() else None
     return beat, (folder / "DONE").exists(), stopped
 

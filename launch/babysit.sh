@@ -20,8 +20,8 @@
 #
 # It never deletes an ACTIVE resource, except at the end with
 # --delete-when-done, and never changes a resource that a user has stopped or
-# deleted. WORKDIR/DONE marks a finished run, changes of WORKDIR/lock.json are
-# its heartbeat, and WORKDIR/STOPPED marks a run that gave up; in the bucket, or
+# deleted. WORKDIR/DONE marks a finished run, changes in WORKDIR/lock/ are its
+# heartbeat, and WORKDIR/STOPPED marks a run that gave up; in the bucket, or
 # without BUCKET on a shared file system.
 #
 # Exit status: 0 when the run has finished, 65 for bad input of the run, 1 when

@@ -88,6 +88,21 @@ MUTATIONS = (
     _ROLLING + "test_one_bad_step_is_skipped_and_leaves_no_trace",
   ),
   Mutation(
+    "updated parameters not judged",
+    "training/train_step.py",
+    'metrics[name]["grad_norm"], new_networks[name])',
+    'metrics[name]["grad_norm"])',
+    "training/test_train_step.py::"
+    "test_an_update_that_is_not_finite_is_not_kept_of_any_network",
+  ),
+  Mutation(
+    "saves within a streak count as progress",
+    "checkpoint/recovery.py",
+    "if s <= before",
+    "",
+    _ROLLING + "test_a_run_that_diverges_never_ends_as_done",
+  ),
+  Mutation(
     "pmean left out",
     "training/train_step.py",
     "result = jax.lax.pmean(result, options.axis_name)",
@@ -119,24 +134,24 @@ MUTATIONS = (
   Mutation(
     "lock ignored",
     "checkpoint/workdir_lock.py",
-    "if not self._dead(record):",
-    "if False:",
+    "    if self._free(record):\n      return number\n    logging",
+    "    return number\n    logging",
     "checkpoint/test_workdir_lock.py::"
     "test_a_second_writer_is_refused_while_the_first_beats",
   ),
   Mutation(
     "lock of a dead process waited for",
     "checkpoint/workdir_lock.py",
-    "if not self._dead(record):",
-    "if True:",
+    "return started is None or started != record.get(\"started\")",
+    "return False",
     "checkpoint/test_workdir_lock.py::"
     "test_a_dead_process_of_this_machine_is_not_waited_for",
   ),
   Mutation(
     "lock that is gone counts as held",
     "checkpoint/workdir_lock.py",
-    "if record is None or record and",
-    "if record and",
+    "number != self._number or bool(",
+    "number > self._number or bool(",
     "checkpoint/test_workdir_lock.py::"
     "test_a_lost_lock_is_noticed_and_not_released[False]",
   ),

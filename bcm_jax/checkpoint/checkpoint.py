@@ -163,7 +163,10 @@ class Checkpoints:
     )
 
   def restore(
-      self, template: Any, step: int | None = None
+      self,
+      template: Any,
+      step: int | None = None,
+      check: Callable[[dict[str, Any]], None] = lambda meta: None,
   ) -> tuple[int, Any, dict[str, Any]]:
     """Restores the newest good step, or a given step.
 
@@ -176,6 +179,8 @@ class Checkpoints:
       template: pytree of arrays or jax.ShapeDtypeStruct: structure, shapes,
         dtypes and shardings of the result. NumPy leaves stay on the host.
       step: the step to restore; None is the newest good one.
+      check: raises UserError if the metadata is not that of this run; called
+        before anything is moved.
 
     Returns:
       (step, state like template, meta).
@@ -185,6 +190,7 @@ class Checkpoints:
         or one that does not fit the template.
     """
     loaded, damaged = self._load(step)
+    check(loaded.meta)
     expected = digests.flatten(template)
     self._check_fits(expected, loaded)
     for bad, reason in damaged:

@@ -30,6 +30,8 @@ class Recovery:
     template: () -> state of the same shapes; only traced.
     frozen: parameters of networks that are not trained, by name; not saved in
       checkpoints.
+    check_config: raises UserError if the metadata of a checkpoint has another
+      config.
     fixed: metadata that a run may not change: 'data_fingerprint' and 'frozen',
       the digest of each frozen network.
     data_name: name of the data set, for errors.
@@ -44,6 +46,7 @@ class Recovery:
   create: Callable[[], train_state.TrainState]
   template: Callable[[], train_state.TrainState]
   frozen: Mapping[str, Any]
+  check_config: Callable[[Mapping[str, Any]], None]
   fixed: Mapping[str, Any]
   data_name: str
   frozen_keys: Mapping[str, str]
@@ -62,9 +65,9 @@ class Recovery:
     )
     return self._place(state, rollback and rollback.position)
 
-  def exhausted(self) -> bool:
-    """Returns whether max_rollbacks is reached without a new checkpoint."""
-    return self._past_rollbacks()[0] >= self.max_rollbacks
+  def exhausted(self, error: nonfinite.NotFinite) -> bool:
+    """Returns whether max_rollbacks is reached without progress."""
+    return self._past_rollbacks(error)[0] >= self.max_rollbacks
 
   def roll_back(
     self, error: nonfinite.NotFinite, data_offset: int
@@ -77,7 +80,7 @@ class Recovery:
     """
     fault_injection.point("before_rollback")
     stored = self.saver.steps()
-    count, reached = self._past_rollbacks()
+    count, reached = self._past_rollbacks(error)
     # After a rollback to the newest checkpoint failed, that checkpoint may be
     # the cause; use the one before it.
     older = stored[-2] if count and len(stored) > 1 else None
@@ -86,7 +89,11 @@ class Recovery:
     nonfinite.add_rollback(
       self.workdir,
       nonfinite.Rollback(
-        int(good.step), int(good.data_offset), position, reached, count + 1
+        int(good.step),
+        int(good.data_offset),
+        position,
+        max(reached, *stored, 0),
+        count + 1,
       ),
     )
     if older is not None:
@@ -102,11 +109,16 @@ class Recovery:
     )
     return self._place(good, position)
 
-  def _past_rollbacks(self) -> tuple[int, int]:
-    """Returns (rollbacks since the last progress, greatest saved step)."""
+  def _past_rollbacks(self, error: nonfinite.NotFinite) -> tuple[int, int]:
+    """Returns (rollbacks since the last progress, greatest saved step).
+
+    A checkpoint within the streak of skipped steps is no progress: it has the
+    parameters of the step before the streak.
+    """
+    before = error.step - error.in_row
     return nonfinite.rollbacks_without_progress(
       nonfinite.rollback_history(self.workdir),
-      max(self.saver.steps(), default=0),
+      max((s for s in self.saver.steps() if s <= before), default=0),
     )
 
   def _place(self, state, position: int | None) -> train_state.TrainState:
@@ -116,10 +128,13 @@ class Recovery:
 
   def _restore(self, step: int | None = None) -> train_state.TrainState:
     """Returns the newest good checkpoint, or that of `step`."""
-    restored_step, state, meta = self.saver.saved.restore(
-      self.backend.abstract(jax.eval_shape(self.template)), step
+    def check(meta):
+      self.check_config(meta)
+      check_unchanged(meta, self.fixed, self.data_name, self.frozen_keys)
+
+    restored_step, state, _ = self.saver.saved.restore(
+      self.backend.abstract(jax.eval_shape(self.template)), step, check
     )
-    check_unchanged(meta, self.fixed, self.data_name, self.frozen_keys)
     logging.info("resuming at step %d", restored_step)
     return state
 

@@ -1,16 +1,23 @@
-"""Exclusive work-directory lock with a heartbeat.
+"""Exclusive work-directory lock: numbered claims with a heartbeat.
 
-The holder of the lock increments a counter in its file. Another job that finds
-the file waits to see whether the counter increases; clocks of two machines are
-not compared. It does not wait if the holder is a dead process of the same
-machine.
+A claim is a file lock/NNNNNN.json that is only created if it does not exist;
+the highest number owns the work directory. A claim that is released, or whose
+owner is dead, is not changed: another job claims the next number, which only
+one of several can create. Numbers never decrease, so an owner that was
+considered dead finds a higher claim when it looks. The protocol needs listing
+and create-if-absent only, as a folder and an object store provide them.
+
+The owner increments a counter in its claim. Another job waits to see whether
+the counter increases; clocks of two machines are not compared. It does not wait
+if the owner is a dead process of the same machine.
 """
 
 from collections.abc import Callable
-import json
+import contextlib
 import logging
 import os
 import pathlib
+import re
 import socket
 import threading
 import time
@@ -20,13 +27,16 @@ import uuid
 from bcm_jax import errors
 from bcm_jax.utils import files
 
-FILE = "lock.json"
+FOLDER = "lock"
+# Lock of earlier versions. A process of such a version stops if it is removed.
+LEGACY_FILE = "lock.json"
+_CLAIM = re.compile(r"[0-9]{6,}\.json")
 _BEAT_SECS = 15.0
-# Heartbeats that a live holder may miss because of a slow disk or machine.
+# Heartbeats that a live owner may miss because of a slow disk or machine.
 _PATIENCE = 3
 
 
-def _start_of(pid: int) -> str | None:
+def _start_of(pid: Any) -> str | None:
   """Returns the start of a process in ticks since boot; None if it is dead."""
   try:
     stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
@@ -57,18 +67,21 @@ class WorkdirLock:
 
   def __init__(
       self,
-      folder: str,
+      folder: str | os.PathLike[str],
       beat_secs: float = _BEAT_SECS,
       sleep: Callable[[float], Any] = time.sleep,
   ):
-    self._path = os.path.join(folder, FILE)
+    self._workdir = pathlib.Path(folder)
+    self._folder = self._workdir / FOLDER
     self._beat_secs = beat_secs
     self._sleep = sleep
     pid = os.getpid()
-    self._own = {
+    # Identifies this process; JSON values.
+    self._me = {
         "token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": pid,
         "started": _start_of(pid), "machine": _machine(),
     }
+    self._number = 0
     self._beats = 0
     self._lost = False
     self._stop = threading.Event()
@@ -80,34 +93,45 @@ class WorkdirLock:
     return self._lost
 
   def look(self) -> bool:
-    """Reads the file; returns whether this job still holds the lock.
+    """Looks for a higher claim; returns whether this job still owns the lock.
 
-    A missing file means that another job took over and has finished.
+    A missing claim means that a user removed it.
     """
-    record = self._read()
-    if record is None or record and record.get("token") != self._own["token"]:
-      self._lost = True
+    try:
+      number, record = self._newest()
+    except OSError:  # A network disk that does not answer.
+      return not self._lost
+    self._lost |= number != self._number or bool(
+        record and record.get("token") != self._me["token"]
+    )
     return not self._lost
 
   def acquire(self) -> "WorkdirLock":
-    """Acquires the lock; waits only if its holder may be dead.
+    """Acquires the lock; waits only if its owner may be dead.
 
     Returns:
       self.
 
     Raises:
-      UserError: another job holds the lock.
+      UserError: another job owns the lock.
+      OSError: the claim cannot be written.
     """
-    record = self._read()
-    if record is None:
-      self._create()
-    else:
-      if not self._dead(record):
-        self._wait_for(record)
-      self._write()
-    record = self._read()
-    if record is None or record.get("token") != self._own["token"]:
-      raise self._held_error(record or {})
+    self._folder.mkdir(exist_ok=True)
+    self._until_free(self._legacy)
+    self._number = self._until_free(self._newest) + 1
+    claim = self._claim(self._number)
+    try:
+      files.create(claim, self._content())
+    except FileExistsError as e:
+      raise self._owned_error(self._read(claim)) from e
+    if not self.look():
+      # Higher claims were made, and lower ones removed, since the last listing.
+      _remove(claim)
+      raise self._owned_error(self._newest()[1] or {})
+    for path in self._claims():
+      if int(path.stem) < self._number:
+        _remove(path)
+    _remove(self._workdir / LEGACY_FILE)
     self._thread = threading.Thread(
         target=self._beat, name="lock", daemon=True
     )
@@ -115,14 +139,13 @@ class WorkdirLock:
     return self
 
   def release(self) -> None:
-    """Removes the lock; a second call does nothing."""
+    """Releases the lock; a second call does nothing."""
     self._stop.set()
     if self._thread is not None:
       self._thread.join()
       self._thread = None
-      record = self._read()
-      if record is not None and record.get("token") == self._own["token"]:
-        os.remove(self._path)
+      if self.look():
+        self._write(released=True)
 
   def __enter__(self) -> "WorkdirLock":
     return self.acquire()
@@ -130,67 +153,102 @@ class WorkdirLock:
   def __exit__(self, *exc_info) -> None:
     self.release()
 
-  def _read(self) -> dict[str, Any] | None:
-    """Returns the record in the file; None without a file, {} if unreadable."""
+  def _claim(self, number: int) -> pathlib.Path:
+    return self._folder / f"{number:06d}.json"
+
+  def _claims(self) -> list[pathlib.Path]:
     try:
-      record = json.loads(pathlib.Path(self._path).read_text())
+      return [p for p in self._folder.iterdir() if _CLAIM.fullmatch(p.name)]
     except FileNotFoundError:
-      return None
+      return []
+
+  def _newest(self) -> tuple[int, dict[str, Any] | None]:
+    """Returns (highest number, its record), or (0, None) without a claim."""
+    number = max((int(path.stem) for path in self._claims()), default=0)
+    return number, self._read(self._claim(number)) if number else None
+
+  def _legacy(self) -> tuple[int, dict[str, Any] | None]:
+    """Returns (0, record of an earlier version's lock), or (0, None)."""
+    path = self._workdir / LEGACY_FILE
+    return 0, self._read(path) if os.path.lexists(path) else None
+
+  def _read(self, path: pathlib.Path) -> dict[str, Any]:
+    """Returns a record; {} if it is half written or removed meanwhile."""
+    try:
+      record = files.read_json(path)
     except (OSError, ValueError):
-      return {}  # Half written, on a file system without atomic renames.
+      return {}
     return record if isinstance(record, dict) else {}
 
-  def _dead(self, holder: dict[str, Any]) -> bool:
-    if holder.get("machine") != self._own["machine"]:
+  def _free(self, record: dict[str, Any] | None) -> bool:
+    """Returns whether nobody owns a claim: released, or of a dead process."""
+    if record is None or record.get("released"):
+      return True
+    if record.get("machine") != self._me["machine"]:
       return False
-    started = _start_of(holder.get("pid", 0))
-    return started is None or started != holder.get("started")
+    started = _start_of(record.get("pid", 0))
+    return started is None or started != record.get("started")
 
-  def _wait_for(self, holder: dict[str, Any]) -> None:
-    """Returns after the holder has missed _PATIENCE heartbeats.
+  def _until_free(
+      self, find: Callable[[], tuple[int, dict[str, Any] | None]]
+  ) -> int:
+    """Waits until a claim is free or has missed _PATIENCE heartbeats.
+
+    Args:
+      find: returns (number, record) of the claim that counts.
+
+    Returns:
+      The number of the claim that is free; the next one may be claimed.
 
     Raises:
-      UserError: the holder is alive.
+      UserError: its owner is alive.
     """
+    number, record = find()
+    if self._free(record):
+      return number
     logging.warning(
-        "%s: process %s on %s holds this work directory; waiting %.0f s for "
-        "its heartbeat", self._path, holder.get("pid"), holder.get("host"),
+        "%s: process %s on %s owns this work directory; waiting %.0f s for "
+        "its heartbeat", self._workdir, record.get("pid"), record.get("host"),
         _PATIENCE * self._beat_secs,
     )
     for _ in range(_PATIENCE * 4):
       self._sleep(self._beat_secs / 4)
-      record = self._read()
-      if record is None:
-        return
-      if record != holder and record:
-        raise self._held_error(record)
-    logging.warning("%s: no heartbeat; taking over the lock", self._path)
+      old, (number, record) = (number, record), find()
+      if self._free(record):
+        return number
+      if (number, record) != old and record:
+        raise self._owned_error(record)
+    logging.warning("%s: no heartbeat; taking over the lock", self._workdir)
+    return number
 
-  def _held_error(self, holder: dict[str, Any]) -> errors.UserError:
-    folder = os.path.dirname(self._path)
+  def _owned_error(self, record: dict[str, Any]) -> errors.UserError:
     return errors.UserError(
-        f"--workdir: got {folder}, which process {holder.get('pid', '?')} on "
-        f"{holder.get('host', '?')} is writing, expected no other writer; stop "
-        "that job or use another --workdir"
+        f"--workdir: got {self._workdir}, which process "
+        f"{record.get('pid', '?')} on {record.get('host', '?')} is writing, "
+        "expected no other writer; stop that job or use another --workdir"
     )
 
-  def _create(self) -> None:
-    """Creates the file; of two concurrent jobs only one succeeds."""
-    try:
-      with open(self._path, "x", encoding="utf-8") as out:
-        json.dump(self._own | {"beats": 0}, out)
-    except FileExistsError as e:
-      raise self._held_error(self._read() or {}) from e
+  def _content(self, **more: Any) -> bytes:
+    return files.to_json(self._me | {"beats": self._beats} | more)
 
-  def _write(self) -> None:
-    files.write_json(self._path, self._own | {"beats": self._beats})
+  def _write(self, **more: Any) -> None:
+    """Replaces the record of this job's claim."""
+    try:
+      files.write_bytes(self._claim(self._number), self._content(**more))
+    except OSError as e:  # A full disk is reported by the checkpoint saver.
+      logging.warning(
+          "cannot write %s: %s", self._claim(self._number), e.strerror
+      )
 
   def _beat(self) -> None:
     while not self._stop.wait(self._beat_secs):
       if not self.look():
         return
       self._beats += 1
-      try:
-        self._write()
-      except OSError as e:  # A full disk is reported by the checkpoint saver.
-        logging.warning("cannot write %s: %s", self._path, e.strerror)
+      self._write()
+
+
+def _remove(path: pathlib.Path) -> None:
+  """Removes a file that no longer counts, if it can be removed."""
+  with contextlib.suppress(OSError):
+    path.unlink()

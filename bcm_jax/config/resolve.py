@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 import os
 import pathlib
 import types
@@ -215,7 +216,7 @@ def _set(partial: dict[str, Any], path: str, text: str) -> None:
 def _look_up(section, partial, table) -> tuple[str, Any]:
   values = partial.get(section, {})
   name = values.get("name") if isinstance(values, Mapping) else None
-  if name not in table:
+  if not isinstance(name, str) or name not in table:
     raise errors.unknown_name(f"{section}.name", str(name), table)
   return name, table[name]
 
@@ -271,7 +272,9 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
   """
   try:
     return _cast(value, hint)
-  except (TypeError, ValueError, SyntaxError) as e:
+  except (
+    TypeError, ValueError, SyntaxError, MemoryError, RecursionError
+  ) as e:  # The last two are of ast.literal_eval, for deeply nested text.
     if isinstance(e, errors.UserError):
       raise
     if typing.get_origin(hint) is typing.Literal:
@@ -317,6 +320,9 @@ def _cast(value: Any, hint: Any) -> Any:
       else ast.literal_eval(value)
     )
   if hint is float and type(value) in (int, float):
+    # NaN and infinity, also 1e400: no key has a use for them.
+    if not math.isfinite(value):
+      raise ValueError(value)
     return float(value)
   if hint is int and type(value) is float and value.is_integer():
     return int(value)
@@ -400,6 +406,37 @@ def check_resume(
   )
 
 
+def check_checkpoint(
+  meta: Mapping[str, Any], config: ml_collections.ConfigDict, workdir: str
+) -> None:
+  """Checks that a checkpoint was written under the config of this run.
+
+  The work directory's config.json is not compared: it may have been edited,
+  replaced or lost, while the state of the checkpoint is what continues.
+
+  Args:
+    meta: metadata of a checkpoint.
+    config: resolved config of the command line.
+    workdir: work directory, for the error.
+
+  Raises:
+    UserError: another value, or no config in the metadata.
+  """
+  if not isinstance(meta.get("config"), Mapping):
+    raise errors.UserError(
+      f"--workdir: got {workdir} with a checkpoint without a config, expected "
+      "one that training wrote; move checkpoints/ away to start from step 0, "
+      "or use another --workdir"
+    )
+  try:
+    check_resume(resolve(meta["config"]), config)
+  except errors.UserError as e:
+    raise errors.UserError(
+      f"{e}; compared with the config in the checkpoints of {workdir}; if "
+      "these are of another run, move checkpoints/ away"
+    ) from e
+
+
 def write(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Writes workdir/config.json atomically."""
   files.write_json(os.path.join(workdir, "config.json"), to_json(config))
@@ -415,18 +452,30 @@ def read_run(workdir: str) -> dict[str, Any] | None:
   if not path.is_file():
     return None
   try:
-    raw = json.loads(path.read_text())
+    raw = files.read_json(path)
+    if not isinstance(raw, dict):
+      raise ValueError("not an object")
     if not all(isinstance(v, dict | int) for v in raw.values()):
       raise ValueError("a section is not an object")
-  except (ValueError, AttributeError) as e:
-    raise errors.UserError(
-      f"{path}: got damaged JSON ({e}), expected a config; restore it from a "
-      "backup or use another --workdir"
-    ) from e
+  except ValueError as e:
+    raise _damaged(path, e) from e
   # Every config.json of the first version has this key.
-  if "hang_secs" in (raw.get("training") or {}):
+  if "hang_secs" in _section(raw, "training"):
     raise errors.outdated(path)
   return raw
+
+
+def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  section = raw.get(name)
+  return section if isinstance(section, Mapping) else {}
+
+
+def _damaged(path: pathlib.Path, problem: Exception) -> errors.UserError:
+  return errors.UserError(
+    f"{path}: got a damaged file ({problem}), expected the config of a run; "
+    "restore it from a backup, or move it away and train with --config=FILE, "
+    "which is compared with the checkpoints and written there"
+  )
 
 
 def of_run(
@@ -434,7 +483,13 @@ def of_run(
 ) -> ml_collections.ConfigDict | None:
   """Returns the config of the run in a work directory, or None."""
   raw = read_run(workdir)
-  return None if raw is None else resolve(raw, overrides)
+  if raw is None:
+    return None
+  try:
+    config = resolve(raw)
+  except errors.UserError as e:
+    raise _damaged(pathlib.Path(workdir) / "config.json", e) from e
+  return resolve(raw, overrides) if overrides else config
 
 
 def of_existing_run(

@@ -21,6 +21,18 @@ _AT_LEAST = {
     "parallel.substeps": 1, "parallel.heartbeat_secs": 1,
     "log.every_steps": 1,
 }
+# Key of an optimizer section -> (description, test).
+_OPTIMIZER = {
+    "learning_rate": ("0 or more", lambda x: x >= 0),
+    "warmup_steps": ("0 or more", lambda x: x >= 0),
+    "schedule_steps": ("at least 1", lambda x: x >= 1),
+    "final_fraction": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
+    "b1": ("a rate in [0, 1)", lambda x: 0 <= x < 1),
+    "b2": ("a rate in [0, 1)", lambda x: 0 <= x < 1),
+    "eps": ("more than 0", lambda x: x > 0),
+    "weight_decay": ("0 or more", lambda x: x >= 0),
+    "grad_clip": ("more than 0, or none", lambda x: x is None or x > 0),
+}
 # Field of an example, other than image and label -> section and key of the file
 # that contains it.
 _EXTRA_FIELDS = {"noise": ("data", "pairs")}
@@ -147,6 +159,18 @@ def method(config: ml_collections.ConfigDict) -> None:
             f"training.{key}: got {value}, expected a positive number; change "
             "it"
         )
+  for part in ("optimizer", "auxiliary_optimizer"):
+    for key, (expected, valid) in _OPTIMIZER.items():
+      if part in config and not valid(config[part][key]):
+        raise errors.UserError(
+            f"{part}.{key}: got {config[part][key]}, expected {expected}; "
+            "change it"
+        )
+  for std in config.training.ema_stds:
+    if not std > 0:
+      raise errors.UserError(
+          f"training.ema_stds: got {std}, expected more than 0; change it"
+      )
   for rate in config.training.ema_rates:
     if not 0 <= rate < 1:
       raise errors.UserError(

@@ -115,7 +115,9 @@ def migrate(old: str, new: str) -> str:
     else:
       steps = _write_checkpoints(old, folder)
       # The lock belongs to the process that wrote OLD.
-      done = ("checkpoints", workdir_lock.FILE)
+      done = (
+          "checkpoints", workdir_lock.FOLDER, workdir_lock.LEGACY_FILE
+      )
     shutil.copytree(
         old, folder, dirs_exist_ok=True,
         ignore=lambda at, names: done if at == old else (),

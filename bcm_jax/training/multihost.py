@@ -187,7 +187,9 @@ def all_agree(ok: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 
-def raise_everywhere(error: errors.UserError | None) -> None:
+def raise_everywhere(
+    error: errors.UserError | errors.MachineError | None
+) -> None:
   """Raises the error of process 0 on all processes; no process then waits for
   another one.
 
@@ -195,7 +197,7 @@ def raise_everywhere(error: errors.UserError | None) -> None:
     error: error of this process or None; only that of process 0 counts.
 
   Raises:
-    UserError: process 0 has an error.
+    UserError, MachineError: process 0 has an error.
   """
   if jax.process_count() == 1:
     if error is not None:
@@ -203,11 +205,13 @@ def raise_everywhere(error: errors.UserError | None) -> None:
     return
   text = np.zeros(4096, np.uint8)
   if error is not None and jax.process_index() == 0:
-    encoded = str(error).encode()[: text.size]
+    kind = b"M" if isinstance(error, errors.MachineError) else b"U"
+    encoded = (kind + str(error).encode())[: text.size]
     text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
   message = multihost_utils.broadcast_one_to_all(text).tobytes().rstrip(b"\0")
   if message:
-    raise errors.UserError(message.decode(errors="replace"))
+    cls = errors.MachineError if message[:1] == b"M" else errors.UserError
+    raise cls(message[1:].decode(errors="replace"))
 
 
 def to_host(tree: Any) -> Any:

@@ -1,7 +1,7 @@
 """Counts consecutive non-finite steps; records rollbacks and diagnostics.
 
 The training step leaves parameters, optimizer state and averages unchanged if a
-loss or gradient is not finite. After several consecutive non-finite steps the
+loss, gradient or updated parameter is not finite. After several consecutive non-finite steps the
 loop rolls back to the last good checkpoint and continues with other data; after
 several rollbacks without a new checkpoint it stops and writes diagnostics.
 """
@@ -33,6 +33,7 @@ class NotFinite(Exception):
 
   Attributes:
     step: the last non-finite step.
+    in_row: number of consecutive non-finite steps up to it.
     metrics: name -> value at that step.
   """
 
@@ -42,6 +43,7 @@ class NotFinite(Exception):
         f"step {step}: {in_row} steps in a row were not finite ({values})"
     )
     self.step = step
+    self.in_row = in_row
     self.metrics = dict(metrics)
 
 
@@ -59,27 +61,36 @@ class Guard:
       default_factory=collections.deque
   )
 
-  def check(self, step: int, metrics: dict[str, Any], wait: bool = False):
+  def check(
+      self,
+      step: int,
+      metrics: dict[str, Any],
+      wait: bool = False,
+      last: bool = False,
+  ) -> None:
     """Queues the metrics of a call and checks those of earlier calls.
 
     Args:
       step: last step of the call.
       metrics: name -> scalar, or array [steps of the call].
       wait: whether to wait for this call and check it, too.
+      last: whether `step` is the last one of the run, which must be finite: a
+        run does not end in the middle of a streak.
 
     Raises:
       NotFinite: a checked call reached the limit.
     """
     self.waiting.append((step, metrics))
     while self.waiting and (wait or len(self.waiting) > _LAG):
-      last, old = self.waiting.popleft()
+      end, old = self.waiting.popleft()
       rows = np.atleast_1d(np.asarray(old["skipped_in_row"]))
-      for i, in_row in enumerate(rows):
-        if in_row >= self.limit:
+      for i, in_row in enumerate(map(int, rows)):
+        at = end - len(rows) + 1 + i
+        if in_row >= (1 if last and at == step else self.limit):
           values = {
               k: float(np.atleast_1d(np.asarray(v))[i]) for k, v in old.items()
           }
-          raise NotFinite(last - len(rows) + 1 + i, int(in_row), values)
+          raise NotFinite(at, in_row, values)
 
 
 def write_bundle(
@@ -135,8 +146,9 @@ class Rollback:
     step: step of the saved state.
     data_offset: data_offset of the saved state.
     position: index of the first batch to continue with.
-    reached: greatest step saved before this rollback. A run makes progress
-      only by saving a later step.
+    reached: greatest step saved before this rollback, also within the streak
+      that led to it. A run makes progress only by saving a later step outside
+      of a streak.
     count: rollbacks since the last progress, including this one.
   """
 
@@ -177,7 +189,8 @@ def rollbacks_without_progress(
 
   Args:
     rollbacks: all rollbacks, oldest first.
-    newest: newest saved step, 0 without a checkpoint.
+    newest: newest step saved outside of the streak that leads to the next
+      rollback, 0 without such a checkpoint.
 
   Returns:
     (number of rollbacks since the last progress, greatest step ever saved).

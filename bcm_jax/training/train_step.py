@@ -2,7 +2,8 @@
 
   1. Gradients of the loss of each network in the phase, with stop-gradient on
      all other networks; averaged over microbatches and devices.
-  2. If all are finite: optimizer updates and moving averages.
+  2. Optimizer updates and moving averages, if all losses, gradients and updated
+     networks are finite; otherwise nothing changes except the counters.
   3. Metrics.
 
 Each phase compiles to one executable; the curriculum is an argument.
@@ -95,24 +96,32 @@ def make_step(
       grads[name], metrics[name] = _gradients(
           method, options, state, batch, curriculum, name
       )
-    finite = jnp.array(True)
     for name in phase:
-      norm = optax.global_norm(grads[name])
-      finite &= jnp.isfinite(norm) & jnp.isfinite(metrics[name]["loss"])
-      metrics[name]["grad_norm"] = norm
+      metrics[name]["grad_norm"] = optax.global_norm(grads[name])
+
+    def updated_networks():
+      return dict(state.networks) | {
+          name: _update(
+              state.networks[name], grads[name], optimizers[name],
+              method.networks[name].project,
+          )
+          for name in phase
+      }
 
     def updated():
-      networks = dict(state.networks)
-      for name in phase:
-        networks[name] = _update(
-            state.networks[name], grads[name], optimizers[name],
-            method.networks[name].project,
-        )
+      networks = updated_networks()
       averages = _averages(
           method, options, state, networks, curriculum, phase
       )
       return networks, averages
 
+    # One decision for all networks. The updates are computed twice: here XLA
+    # fuses them into the reduction and stores none of them.
+    new_networks = updated_networks()
+    finite = _all_finite([
+        (metrics[name]["loss"], metrics[name]["grad_norm"], new_networks[name])
+        for name in phase
+    ])
     # cond, not where: XLA would read and write twice as much memory.
     networks, averages = jax.lax.cond(
         finite, updated, lambda: (dict(state.networks), dict(state.averages))
@@ -273,6 +282,17 @@ def _adaptive_sum(adaptive_weight: base.AdaptiveWeight, grads, metrics):
       weights[term] * metrics[f"loss_{term}"] for term in adaptive_weight.terms
   )
   return total, metrics
+
+
+def _all_finite(tree) -> jax.Array:
+  """Returns whether all values are finite, the same on all devices.
+
+  A sum, unlike a logical and, is reduced over the devices once for all tensors.
+  """
+  return 0 == sum(
+      jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
+      for x in jax.tree.leaves(tree)
+  )
 
 
 def _update(network, grads, optimizer, project):

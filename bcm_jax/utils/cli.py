@@ -7,7 +7,7 @@ import functools
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from bcm_jax import errors
 
@@ -111,15 +111,26 @@ def reporting() -> Iterator[None]:
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   try:
     yield
-  except errors.UserError as e:
-    print(f"error: {errors.printable(str(e))}", file=sys.stderr)
-    sys.exit(errors.EXIT_BAD_INPUT)
-  except errors.MachineError as e:
-    print(f"error: {errors.printable(str(e))}", file=sys.stderr)
-    sys.exit(errors.EXIT_MACHINE)
-  except errors.Preempted as e:
-    print(f"preempted: {errors.printable(str(e))}", file=sys.stderr)
-    sys.exit(errors.EXIT_PREEMPTED)
+  except (errors.UserError, errors.MachineError, errors.Preempted) as e:
+    _exit(e)
+  except OSError as e:
+    expected = errors.of_file(e)
+    if expected is None:
+      raise
+    _exit(expected)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(errors.EXIT_INTERRUPTED)
+
+
+def _exit(error: Exception) -> NoReturn:
+  """Prints an expected error and exits with its status."""
+  word = "preempted" if isinstance(error, errors.Preempted) else "error"
+  print(f"{word}: {errors.printable(str(error))}", file=sys.stderr)
+  sys.exit(next(
+      status for kind, status in errors.STATUS.items()
+      if isinstance(error, kind)
+  ))
 
 
 def optional(module: str, what: str, extra: str) -> Any:

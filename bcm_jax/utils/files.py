@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from typing import Any, BinaryIO
+import uuid
 
 import numpy as np
 
@@ -16,19 +17,45 @@ from bcm_jax import errors
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-  """Yields a file that replaces `path` at the end; removes it on an error."""
-  temporary = f"{os.fspath(path)}.tmp"
+  """Yields a file that replaces `path` at the end; removes it on an error.
+
+  Several processes may replace the same file: each writes its own temporary
+  one. It is on the disk before the rename, so that a power failure leaves the
+  old or the new content.
+  """
+  path = os.fspath(path)
+  temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
   try:
-    with open(temporary, "wb") as file:
+    with open(temporary, "xb") as file:
       yield file
+      file.flush()
+      os.fsync(file.fileno())
     os.replace(temporary, path)
-  except BaseException:
-    with contextlib.suppress(FileNotFoundError):
+  except BaseException as e:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
       os.remove(temporary)
+    if isinstance(e, OSError):
+      e.filename = e.filename or path  # A failed write() does not name it.
     raise
 
 
-def write_bytes(path: str, content: bytes) -> None:
+def create(path: str | os.PathLike[str], content: bytes) -> None:
+  """Creates a file; of several processes that do so only one succeeds.
+
+  Raises:
+    FileExistsError: it exists.
+  """
+  with open(path, "xb") as file:
+    try:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    except BaseException:
+      os.remove(path)
+      raise
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
   """Writes a file atomically, creating its folder."""
   os.makedirs(os.path.dirname(path), exist_ok=True)
   with replacing(path) as file:
@@ -42,9 +69,29 @@ def write_npz(path: str, **arrays: np.ndarray) -> None:
   write_bytes(path, buffer.getvalue())
 
 
-def write_json(path: str, content: Any) -> None:
+def to_json(content: Any) -> bytes:
+  """Returns indented JSON."""
+  return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
   """Writes indented JSON atomically."""
-  write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+  write_bytes(path, to_json(content))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+  """Returns the content of a JSON file.
+
+  Raises:
+    ValueError: it is not JSON, or nested too deeply.
+    OSError: it cannot be read.
+  """
+  with open(path, "rb") as file:
+    content = file.read()
+  try:
+    return json.loads(content)
+  except RecursionError as e:
+    raise ValueError("nested too deeply") from e
 
 
 def check_free(path: str) -> None:

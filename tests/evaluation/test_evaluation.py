@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
-from bcm_jax import train
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import recovery
 from bcm_jax.checkpoint import runs
@@ -49,7 +48,7 @@ def experiment(**overrides: str) -> build.Experiment:
 def run(tmp_path_factory) -> str:
   """A run with checkpoints at steps 2 and 4, of random parameters."""
   built, folder = experiment(), str(tmp_path_factory.mktemp("run"))
-  train.prepare_workdir(built.config, folder).release()
+  resolve.write(built.config, folder)
   state = jax.jit(lambda: build.create_state(built))()
   rng = np.random.default_rng(0)
   with checkpoint.Checkpoints(runs.checkpoint_dir(folder), None) as saved:
@@ -387,7 +386,7 @@ def test_baselines_are_the_odes_of_a_denoiser(copy, tmp_path):
     )
   )
   folder = str(tmp_path / "teacher")
-  train.prepare_workdir(teacher.config, folder).release()
+  resolve.write(teacher.config, folder)
   state = jax.jit(lambda: build.create_state(teacher))()
   with checkpoint.Checkpoints(runs.checkpoint_dir(folder)) as saved:
     saved.save(1, state, {})

@@ -51,7 +51,7 @@ def test_with_the_real_commands_from_waiting_to_done(checkout, monkeypatch):
       missing | {"times": 3},
       describe("ACTIVE", "USER"),
       marks,
-      objects("DONE", "lock.json"),
+      objects("DONE", "lock/000001.json"),
   )
   status, log = babysat(checkout, monkeypatch, "--poll-secs=60")
   assert status == 0
@@ -68,16 +68,20 @@ def test_marks_in_a_folder_and_in_a_bucket(checkout, monkeypatch, tmp_path):
   folder.mkdir()
   world = babysit.World(str(folder), ())
   assert world.marks_seen() == (None, False, None)
-  (folder / "lock.json").write_text("{}")
-  first = world.marks_seen()[0]
-  os.utime(folder / "lock.json", ns=(1, 1))
-  assert first not in (None, world.marks_seen()[0])
+  for claim in (folder / "lock.json", folder / "lock" / "000001.json"):
+    claim.parent.mkdir(exist_ok=True)
+    claim.write_text("{}")
+    first = world.marks_seen()[0]
+    os.utime(claim, ns=(1, 1))
+    assert first not in (None, world.marks_seen()[0])
   (folder / "STOPPED").write_text("65\n")
   (folder / "DONE").write_text("{}")
   assert world.marks_seen()[1:] == (True, 65)
 
   def call(*command):
-    out = "65\n" if "cat" in command else "a/lock.json,17\na/STOPPED,3\n"
+    out = "65\n" if "cat" in command else (
+        "a/lock/000002.json,17\na/STOPPED,3\n"
+    )
     return subprocess.CompletedProcess(command, 0, out, "")
 
   world = babysit.World("gs://b/a", (), call=call)

@@ -58,6 +58,15 @@ def test_what_is_saved_is_judged_before():
   assert error.value.step == 2
 
 
+def test_the_last_step_of_a_run_must_be_finite():
+  judge = nonfinite.Guard(20)
+  judge.check(8, metrics(0, 1, 2, 3), wait=True)
+  judge.check(12, metrics(0, 1, 2, 0), wait=True, last=True)
+  with pytest.raises(nonfinite.NotFinite) as error:
+    judge.check(16, metrics(0, 0, 0, 1), wait=True, last=True)
+  assert error.value.step == 16
+
+
 def test_the_step_is_found_in_a_call_of_several():
   judge = nonfinite.Guard(2)
   judge.check(4, metrics(0, 0, 0, 1))

@@ -16,6 +16,7 @@ from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.training import fault_injection
 from bcm_jax.training import goodput
+from bcm_jax.utils import hashing
 from tests.training import starts
 from tests.training import tiny_run
 
@@ -55,6 +56,12 @@ def test_every_fault_point_is_killed_at():
   assert killed == set(fault_injection.POINTS) - {"before_rollback"}
 
 
+def released(workdir):
+  """Nobody owns the lock, and one claim is left."""
+  (claim,) = (workdir / "lock").iterdir()
+  return json.loads(claim.read_text()).get("released")
+
+
 @pytest.fixture(scope="module")
 def killed(server, once, tmp_path_factory):
   """Name -> run that was killed and started again."""
@@ -80,7 +87,7 @@ def test_a_killed_run_resumes_bit_for_bit(killed, unbroken, name):
   workdir = killed[name].result()
   starts.assert_same_run(workdir, unbroken, STEPS)
   assert (workdir / "DONE").exists()
-  assert not (workdir / "lock.json").exists()
+  assert released(workdir)
   kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
   assert kept == [EVERY, 2 * EVERY, STEPS]  # No half of a save is left.
 
@@ -146,7 +153,7 @@ train.Run._create = create
   start = server.start(tmp_path, code=code)
   start.wait(errors.EXIT_PREEMPTED)
   assert "preempted: nothing to save" in start.text
-  assert not (tmp_path / "lock.json").exists()
+  assert released(tmp_path)
 
 
 @pytest.mark.slow
@@ -204,8 +211,7 @@ def test_config_drift_is_refused_with_a_difference(server, tmp_path):
   server.start(tmp_path, TRAINING_FAULT=in_step(6)).wait(
     fault_injection.EXIT_KILLED
   )
-  files = [tmp_path / "config.json", tmp_path / "lock.json"]
-  before = [path.read_text() for path in files]
+  before = (tmp_path / "config.json").read_text()
   start = server.start(
     tmp_path, "optimizer.learning_rate=0.5", "model.width=16", "seed=3"
   )
@@ -216,7 +222,70 @@ def test_config_drift_is_refused_with_a_difference(server, tmp_path):
     "seed: got 3, expected 0",
   ):
     assert said in start.text
-  assert [path.read_text() for path in files] == before
+  assert (tmp_path / "config.json").read_text() == before
+
+
+def edit(workdir):
+  """Another learning rate and seed in config.json."""
+  path = workdir / "config.json"
+  content = json.loads(path.read_text())
+  content["optimizer"]["learning_rate"], content["seed"] = 0.5, 7
+  path.write_text(json.dumps(content))
+
+
+def replace_checkpoints(workdir):
+  """Those of a run of seed 7 at a learning rate of 0.5."""
+  for path in workdir.glob("checkpoints/*/meta/metadata"):
+    record = json.loads(path.read_text())
+    config = record["meta"]["config"]
+    config["optimizer"]["learning_rate"], config["seed"] = 0.5, 7
+    del record["sha256"]
+    path.write_text(
+        json.dumps({**record, "sha256": hashing.json_digest(record)})
+    )
+
+
+OTHER = ("optimizer.learning_rate=0.5", "seed=7")
+# What happened to a run -> flags of a start that is refused.
+CHANGES = {
+    "edited": (edit, OTHER),
+    "lost": (lambda workdir: (workdir / "config.json").unlink(), OTHER),
+    "emptied": (
+        lambda workdir: (workdir / "config.json").write_text("{}"), OTHER
+    ),
+    "foreign_checkpoints": (replace_checkpoints, ()),
+    "foreign_run": (
+        lambda workdir: (edit(workdir), replace_checkpoints(workdir)), ()
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_config_in_the_checkpoint_counts(server, unbroken, tmp_path, name):
+  shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))
+  change, flags = CHANGES[name]
+  change(tmp_path)
+  config = tmp_path / "config.json"
+  before = config.read_text() if config.exists() else None
+  start = server.start(tmp_path, *flags)
+  start.wait(errors.EXIT_BAD_INPUT)
+  if name == "emptied":
+    assert f"{config}: got a damaged file" in start.text
+  else:
+    assert "optimizer.learning_rate: got" in start.text
+    assert "seed: got" in start.text
+  assert "Traceback" not in start.text
+  # Nothing is written, and the run's own config goes on.
+  assert (config.read_text() if config.exists() else None) == before
+  if name == "emptied":
+    config.unlink()
+  own = OTHER if name.startswith("foreign") else ()
+  server.start(tmp_path, *own).wait(0)
+  if not own:
+    starts.assert_same_run(tmp_path, unbroken, STEPS)
+    assert config.read_text() == (unbroken / "config.json").read_text()
 
 
 @pytest.mark.slow

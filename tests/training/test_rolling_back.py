@@ -12,6 +12,7 @@ from bcm_jax import errors
 from bcm_jax.training import fault_injection
 from tests.training import starts
 from tests.training import tiny_run
+from tests.training.test_resuming import TOLD
 
 STEPS, EVERY = tiny_run.STEPS, tiny_run.EVERY
 # Two bad steps in a row are too many.
@@ -211,6 +212,44 @@ def test_a_run_that_fails_at_the_same_step_for_ever_stops(server, tmp_path):
   again = server.start(tmp_path, TWO, code=DIVERGE)
   again.wait(errors.EXIT_BAD_INPUT)
   assert "continuing from" not in again.text
+
+
+# The first update is finite, and all that follows is not.
+DIVERGED = "optimizer.learning_rate=1e30"
+FEW = ("training.max_consecutive_nonfinite=5", "training.num_steps=40")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [
+    ("checkpoint.every_steps=2", *FEW),
+    ("checkpoint.every_steps=1", "parallel.substeps=2", *FEW),
+    # It would end before there are too many in a row.
+    ("training.num_steps=8",),
+])
+def test_a_run_that_diverges_never_ends_as_done(server, tmp_path, flags):
+  start = server.start(tmp_path, DIVERGED, *flags)
+  start.wait(errors.EXIT_BAD_INPUT)
+  assert "(rollback 3 of 3)" in start.text
+  assert "3 rollbacks did not help" in start.text
+  assert not (tmp_path / "DONE").exists()
+  assert list((tmp_path / "diagnostics").glob("step-*/report.json"))
+  for folder in tmp_path.glob("checkpoints/*"):
+    assert all_finite(state(tmp_path, int(folder.name)))
+
+
+@pytest.mark.slow
+def test_saves_within_a_streak_and_a_notice_count_as_no_progress(
+    server, tmp_path
+):
+  flags = (DIVERGED, "checkpoint.every_steps=2", *FEW)
+  back = 0
+  for step in (3, 5, 99):
+    start = server.start(
+        tmp_path, *flags, code=TOLD.replace("STEP", str(step))
+    )
+    start.wait(errors.EXIT_BAD_INPUT if step == 99 else errors.EXIT_PREEMPTED)
+    back += start.text.count("continuing from")
+  assert back == 3 and "3 rollbacks did not help" in start.text
 
 
 @pytest.mark.slow

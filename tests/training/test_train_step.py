@@ -186,6 +186,56 @@ def test_a_bad_step_changes_nothing_but_the_counts(
   assert np.isfinite(w) and w != before[0]["student"].params["w"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair(base.Method):
+  """Two networks of finite losses and gradients; the second one diverges."""
+
+  averages = {}
+
+  @property
+  def networks(self):
+    return {name: toys.scale_network() for name in ("student", "critic")}
+
+  @property
+  def losses(self):
+    return dict.fromkeys(self.networks, self.loss)
+
+  def curriculum(self, step):
+    return {}
+
+  def phase(self, step):
+    return tuple(self.networks)
+
+  def loss(self, params, ctx):
+    return params["w"] * ctx.images[:, 0, 0, 0] + 1.0, {}
+
+
+@pytest.mark.parametrize("optimizer", [
+    optax.sgd(np.inf), optax.sgd(np.nan), optax.adam(0.1, b1=1.0),
+    # Infinite second moments would end all learning in silence.
+    optax.chain(optax.scale(1e20), optax.scale_by_rms(1.0), optax.scale(0.0)),
+])
+@pytest.mark.parametrize("diverging", ["student", "critic"])
+def test_an_update_that_is_not_finite_is_not_kept_of_any_network(
+    optimizer, diverging
+):
+  method = Pair()
+  optimizers = {name: optax.sgd(0.1) for name in method.networks}
+  state, step = begin(method, optimizers | {diverging: optimizer})
+  data, phase = batch(), tuple(method.networks)
+  new, metrics = step(state, data, method.curriculum(0), phase)
+  assert np.isfinite(metrics[f"{diverging}/loss"])
+  assert np.isfinite(metrics[f"{diverging}/grad_norm"])
+  toys.assert_equal(
+      (new.networks, new.averages), (state.networks, state.averages)
+  )
+  assert (new.step, new.skipped, new.skipped_in_row) == (1, 1, 1)
+  # The other network alone takes the same step.
+  other = next(name for name in method.networks if name != diverging)
+  new, _ = step(new, data, method.curriculum(1), (other,))
+  assert new.skipped_in_row == 0 and new.networks[other].num_updates == 1
+
+
 # Averages.
 
 
