@@ -10,16 +10,6 @@ from bcm_jax.data import augmentation
 from bcm_jax.data import datasets
 from bcm_jax.methods import base
 
-# Config key -> minimum.
-_AT_LEAST = {
-    "training.num_steps": 1, "training.batch_size": 1,
-    "training.max_consecutive_nonfinite": 1, "training.max_rollbacks": 0,
-    "training.watchdog_timeout_secs": 0, "checkpoint.every_steps": 1,
-    "checkpoint.keep": 1, "checkpoint.max_failures": 1,
-    "parallel.fsdp": 0, "parallel.microbatch_size_per_device": 0,
-    "parallel.substeps": 1, "parallel.heartbeat_secs": 1,
-    "log.every_steps": 1,
-}
 # Field of an example, other than image and label -> section and key of the file
 # that contains it.
 _EXTRA_FIELDS = {"noise": ("data", "pairs")}
@@ -101,11 +91,10 @@ def _max_levels(height: int, width: int) -> int:
 
 
 def method(config: ml_collections.ConfigDict) -> None:
-  """Checks the method's own constraints and those of numeric options.
+  """Checks the method's own constraints and those across sections.
 
   Raises:
-    UserError: sections of the config are incompatible, or an option is out of
-      range.
+    UserError: sections of the config are incompatible.
   """
   section, data = config.method, config.data
   cls = registry.METHODS[section.name].cls
@@ -131,18 +120,6 @@ def method(config: ml_collections.ConfigDict) -> None:
         f"method.sigma_min: got {low} with method.sigma_max={high}, expected "
         "0 < sigma_min < sigma_max; change one of them"
     )
-  for key, least in _AT_LEAST.items():
-    part, name = key.split(".")
-    value = config[part][name]
-    if value is not None and value < least:
-      raise errors.UserError(
-          f"{key}: got {value}, expected at least {least}; increase it"
-      )
-  for rate in config.training.ema_rates:
-    if not 0 <= rate < 1:
-      raise errors.UserError(
-          f"training.ema_rates: got {rate}, expected rates in [0, 1); change it"
-      )
 
 
 def frozen_run(
