@@ -1,7 +1,7 @@
 """Trains a model, samples from it, edits images with it and evaluates it.
 
-  python -m bcm_jax.main --config=FILE --workdir=DIR              trains
-  python -m bcm_jax.main --workdir=DIR --mode=MODE                uses the run
+  bcm_jax train --config=FILE --workdir=DIR      trains
+  bcm_jax MODE --workdir=DIR                     uses the run
 
 The same command starts a run, resumes it, and joins it on every host of a pod.
 Exit status: 0 done, 65 bad input, 74 machine failure, 75 preempted after saving
@@ -16,7 +16,9 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from bcm_jax import __version__
 from bcm_jax import errors
+from bcm_jax.utils import addresses
 from bcm_jax.utils import cli
 
 FLAGS = flags.FLAGS
@@ -157,6 +159,12 @@ def run(file: str | None, overrides: dict[str, str]) -> None:
   mode, workdir = FLAGS.mode, FLAGS.workdir
   if mode not in MODES:
     raise errors.unknown_name("--mode", mode, MODES)
+  for flag in _FLAGS:
+    value = FLAGS[flag.name].value
+    if isinstance(value, str):
+      addresses.check_local(f"--{flag.name}", value)
+  if file is not None:
+    addresses.check_local("--config", file)
   if workdir is None and mode not in _WITHOUT_WORKDIR:
     raise errors.UserError(
         f"--workdir: got None, expected a folder for mode {mode}; set it"
@@ -175,7 +183,7 @@ def run(file: str | None, overrides: dict[str, str]) -> None:
   else:
     from bcm_jax.config import resolve
 
-    config = resolve.load(file, overrides, workdir, mode != "train")
+    config = resolve.load(file, overrides, workdir)
     if mode != "compile":
       _connect(config, workdir)
   MODES[mode].function(config, workdir)
@@ -222,6 +230,9 @@ def main(argv: list[str] | None = None) -> None:
   argv = sys.argv if argv is None else argv
   logging.set_verbosity(logging.WARNING)
   with cli.reporting():
+    if "--version" in argv[1:]:
+      print(f"bcm_jax {__version__}")
+      sys.exit()
     if {"-h", "--help"} & set(argv[1:]):
       print(help_text())
       sys.exit()

@@ -41,6 +41,7 @@ from bcm_jax.training import sharding
 from bcm_jax.training import train_state
 from bcm_jax.training import train_step
 from bcm_jax.training import watchdog
+from bcm_jax.utils import addresses
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 
@@ -437,6 +438,7 @@ def prepare_workdir(
     UserError: the run in the directory has another config, another job holds
       the lock, or the directory is not writable.
   """
+  addresses.check_local("--workdir", workdir)
   with contextlib.ExitStack() as stack:
     try:
       run = resolve.of_run(workdir)

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from bcm_jax import __main__ as commands
+from bcm_jax import __version__
 from bcm_jax import errors
 from bcm_jax import main
 from bcm_jax.utils import cli
@@ -55,6 +56,34 @@ def check_help(text: str) -> list[str]:
   for row in found:
     assert ROW.fullmatch(row) and len(row) <= 80, row
   return re.findall(r"^  (?:-h, )?(--[^\s=]+)", "\n".join(found), re.MULTILINE)
+
+
+def test_the_version(capsys):
+  for call in (
+      lambda: commands.run(["--version"]),
+      lambda: commands.run(["train", "--version"]),
+      lambda: main.main(["main", "--version"]),
+  ):
+    assert status(call) == 0
+    assert capsys.readouterr().out == f"bcm_jax {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [["inspect"], ["compile"]])
+def test_no_config_and_no_work_directory(argv, capsys):
+  assert status(commands.run, argv) == errors.EXIT_BAD_INPUT
+  text = capsys.readouterr().err
+  assert "--config: got None," in text and "--workdir" not in text
+
+
+@pytest.mark.parametrize("argv", [
+    ["export", "DIR", "out.zip"], ["hub", "pack", "DIR", "out"],
+    ["convert", "DIR", "o.safetensors", "--reverse"],
+])
+def test_a_folder_without_a_run(argv, tmp_path, capsys):
+  argv = [str(tmp_path) if word == "DIR" else word for word in argv]
+  assert status(commands.run, argv) == errors.EXIT_BAD_INPUT
+  text = capsys.readouterr().err
+  assert str(tmp_path) in text and "--workdir" not in text
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
@@ -136,7 +165,7 @@ def test_help_of_every_command(module, name, monkeypatch, capsys):
     runpy.run_module(module, run_name="__main__", alter_sys=False)
   assert done.value.code == 0
   text = capsys.readouterr().out
-  assert text.startswith(f"usage: python -m {module} ")
+  assert text.startswith(f"usage: bcm_jax {name} ")
   assert "--help" in check_help(text)
   assert status(commands.run, [name, "--help"]) == 0
   assert capsys.readouterr().out == text

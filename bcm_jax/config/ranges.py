@@ -9,7 +9,7 @@ a tuple; keys that a class declares in several sections are listed once.
 import re
 from typing import Any
 
-from bcm_jax.utils import files
+from bcm_jax.utils import addresses
 
 _INT = f"[0, {2**31 - 1}]"
 _FLOAT = "[0, 1e9]"
@@ -61,20 +61,24 @@ _INTERVALS = {
     # Noise levels and other positive numbers.
     "(0, 1e6]": (
         "sample.times", "sample.zigzag_noise", "sample.zigzag_level",
-        "invert.times", "edit.times", "edit.sigma", "search.mid_times",
+        "invert.times", "invert.noise", "edit.times", "edit.sigma",
+        "edit.noise", "eval.inversion_noise", "search.mid_times",
         "search.noises", "search.levels", "method.sigma_min",
-        "method.sigma_max", "method.sigma_data", "method.rho", "method.p_std",
+        "method.sigma_max", "method.sigma_data",
         "method.huber_c", "method.feature_sigma", "method.gan_sigma_max",
         "optimizer.eps", "optimizer.grad_clip", "model.clip_act",
         "model.fourier_scale",
     ),
     "(1, 1e6]": ("method.ect_q",),
+    "[0.1, 1000]": ("method.rho",),
     "[0, 1e6]": (
         "sample.s_churn", "sample.s_tmin", "sample.s_tmax", "sample.s_noise",
-        "sample.guidance", "sample.guidance_interval", "invert.noise",
-        "edit.noise", "eval.inversion_noise", "optimizer.learning_rate",
+        "sample.guidance", "sample.guidance_interval",
+        "optimizer.learning_rate",
     ),
-    "[-1e6, 1e6]": ("edit.strength", "method.p_mean"),
+    "[-1e6, 1e6]": ("edit.strength",),
+    "[-10, 10]": ("method.p_mean",),
+    "[0.1, 100]": ("method.p_std",),
     "[0, 1000]": ("sample.rejection",),
     # Fractions, rates and probabilities.
     "[0, 1]": (
@@ -119,7 +123,7 @@ def problem(key: str, value: Any) -> str | None:
   if isinstance(value, str):
     if not value.strip():
       return "a text that is not empty"
-    return files.LOCAL if files.is_address(value) else None
+    return addresses.LOCAL if addresses.is_address(value) else None
   if value is None or isinstance(value, bool):
     return None
   text = _RANGES.get(key, _FLOAT if isinstance(value, float) else _INT)

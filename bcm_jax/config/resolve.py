@@ -63,7 +63,7 @@ _FREE = (
     "parallel", "checkpoint", "log", "sample", "invert", "edit", "eval",
     "search", "training.max_consecutive_nonfinite", "training.max_rollbacks",
     "training.watchdog_timeout_secs", "data.path", "data.data_dir",
-    "data.threads", "data.pairs",
+    "data.threads", "data.pairs", "data.allow_fewer_classes",
 )
 
 
@@ -254,12 +254,13 @@ def _suggestion(path: str, known: Iterable[str]) -> str:
   elif key in _OTHER_NAMES:
     names = [_OTHER_NAMES[key]]
   else:
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.8)
-    names = close or [k for k in _all_keys() if k.endswith(f".{key}")]
-    last = {k.rpartition(".")[2]: k for k in reversed([*_all_keys(), *known])}
-    names = names or [
-        last[k] for k in difflib.get_close_matches(key, last, n=1, cutoff=0.5)
-    ]
+    every = [k for k in _all_keys() if k != path]
+    last = {k.rpartition(".")[2]: k for k in reversed([*every, *known])}
+    names = (
+        [k for k in every if k.endswith(f".{key}")]
+        or difflib.get_close_matches(path, known, n=1, cutoff=0.8)
+        or [last[k] for k in difflib.get_close_matches(key, last, n=1)]
+    )
   if not names:
     return ""
   return f"; did you mean {' or '.join(map(repr, names[:3]))}?"
@@ -477,11 +478,13 @@ def check_resume(
   raise errors.UserError(
     "--workdir: got a run of another config, expected the same values; "
     + ", ".join(
-      f"{k}: got {new!r}, expected {old!r}"
+      f"{k} is {old!r} there, {new!r} here"
       for k, (old, new) in changed.items()
     )
-    + "; use another --workdir or the values of the run"
-    + (f" ({keep})" if keep else "")
+    + "; put them back to resume"
+    + (f" (for more steps: {keep})" if keep else "")
+    + ", or start from these weights with "
+    "--config.training.init_from=THIS_WORKDIR and another --workdir"
   )
 
 
@@ -537,8 +540,8 @@ def of_existing_run(
   config = of_run(workdir, overrides)
   if config is None:
     raise errors.UserError(
-      f"--workdir: got {workdir}, which has no config.json, expected the work "
-      "directory of a run; train or convert one"
+      f"{workdir}: has no config.json, expected the work directory of a run; "
+      "train or convert one"
     )
   return config
 
@@ -547,15 +550,13 @@ def load(
   file: str | None,
   overrides: Mapping[str, str],
   workdir: str | None = None,
-  of_run_too: bool = False,
 ) -> ml_collections.ConfigDict:
-  """Returns the config of a command line.
+  """Returns the config of a command line: of the file, else of the run.
 
   Args:
     file: config file, or None.
     overrides: 'section.key' -> text.
     workdir: work directory of a run, or None.
-    of_run_too: whether to use the config of the run in workdir without a file.
 
   Raises:
     UserError: neither a file nor a run.
@@ -563,12 +564,13 @@ def load(
   if file is not None:
     return resolve(read_file(file), overrides)
   run = None
-  if workdir is not None and of_run_too:
+  if workdir is not None:
     run = of_run(workdir, overrides)
   if run is None:
     names = ", ".join(p.name for p in shipped_configs())
+    which = f" and no run in --workdir={workdir}" if workdir is not None else ""
     raise errors.UserError(
-      f"--config: got None and --workdir={workdir} without a run, expected a "
-      f"config file; pass --config=configs/NAME, one of {names}"
+      f"--config: got None{which}, expected a config file; pass "
+      f"--config=configs/NAME, one of {names}"
     )
   return run

@@ -37,6 +37,8 @@ class Data:
     image_shape, num_classes: (height, width, channels), and the number of
       classes if any. Set for 'none'; otherwise filled in from data.path, so
       that a run can be sampled without its dataset.
+    allow_fewer_classes: accept data with fewer classes than the network has,
+      whose other classes are then not trained.
   """
 
   name: str = "digits"
@@ -52,6 +54,7 @@ class Data:
   pairs: str | None = None
   image_shape: tuple[int, ...] = ()
   num_classes: int | None = None
+  allow_fewer_classes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,11 +44,17 @@ def model(
         f"images of {name} have no labels; set model.num_classes=none, or sort "
         "the images into one folder per class"
     )
-  if section.num_classes is not None and data.num_classes > section.num_classes:
+  more = (section.num_classes or 0) - (data.num_classes or 0)
+  if section.num_classes and (
+      more < 0 or more and not config.data.allow_fewer_classes
+  ):
     raise errors.UserError(
-        f"model.num_classes: got {section.num_classes}, expected at least "
+        f"model.num_classes: got {section.num_classes}, expected "
         f"{data.num_classes} for labels of {name}; set "
-        f"model.num_classes={data.num_classes}"
+        f"model.num_classes={data.num_classes}" + (
+            ", or data.allow_fewer_classes=true for a network with classes "
+            "that this data does not train" if more > 0 else ""
+        )
     )
   labels = augmentation.LABEL_DIM
   if config.data.augment and section.get("augment_dim") != labels:

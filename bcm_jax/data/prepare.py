@@ -1,6 +1,6 @@
 """Writes images as raw pixels that are read by index: data.name='prepared'.
 
-  python -m bcm_jax.data.prepare photos photos64 --size=64
+  bcm_jax prepare photos photos64 --size=64
 
 IN is a folder of images, a .npz file, a zip file of EDM, a folder with train
 and test files of these kinds, or tfds:cifar10, tfds:imagenet_resized/64x64 or
@@ -251,7 +251,7 @@ def _summary(dataset, splits, skipped, out) -> str:
 
 
 def _parser() -> cli.Parser:
-  parser = cli.Parser("bcm_jax.data.prepare", __doc__)
+  parser = cli.Parser("prepare", __doc__)
   add = parser.add_argument
   add("source", metavar="IN", help="images, or tfds:NAME")
   add("out", metavar="OUT", help="folder to make")

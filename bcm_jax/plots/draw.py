@@ -1,4 +1,4 @@
-"""Plots figures of runs: python -m bcm_jax.plots RUN [RUN ...].
+"""Plots figures of runs: bcm_jax plots RUN [RUN ...].
 
 Training curves, quality over NFE, inversion error over the initial noise,
 reconstructions, interpolations and trajectories, as PNG files (docs/plots.md).
@@ -177,7 +177,7 @@ def _names(only: str) -> list[str]:
 
 
 def _parser() -> cli.Parser:
-  parser = cli.Parser("bcm_jax.plots", __doc__)
+  parser = cli.Parser("plots", __doc__)
   parser.add_argument("runs", nargs="+", metavar="RUN",
                       help="work directory, or a result file of mode eval")
   parser.add_argument("--out", metavar="DIR",

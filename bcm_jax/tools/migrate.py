@@ -1,6 +1,6 @@
 """Rewrites a run or model folder of the first version in today's format.
 
-  python -m bcm_jax.tools.migrate OLD NEW
+  bcm_jax migrate OLD NEW
 
 OLD is a work directory, a model folder (model.safetensors and config.json) or a
 folder of result files of mode eval, on a local disk; it is not changed. NEW is
@@ -208,7 +208,7 @@ def _copy(old: pathlib.Path, new: pathlib.Path, top: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  parser = cli.Parser("bcm_jax.tools.migrate", __doc__)
+  parser = cli.Parser("migrate", __doc__)
   parser.add_argument("old", metavar="OLD", help="folder to read")
   parser.add_argument("new", metavar="NEW", help="folder to create")
   with cli.reporting():

@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import shutil
 import tempfile
 from typing import Any, BinaryIO
@@ -13,24 +12,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from bcm_jax import errors
-
-# A scheme of two letters or more, so that C:/ is a path.
-_ADDRESS = re.compile(r"\s*[A-Za-z][\w+.-]+:/")
-LOCAL = (
-    "a path on this machine; gs:// and other addresses are not supported, copy "
-    "the files first"
-)
-
-
-def is_address(path: str | os.PathLike[str]) -> bool:
-  """Returns whether a path starts with a scheme, as in gs://BUCKET or gs:/x."""
-  return _ADDRESS.match(os.fspath(path)) is not None
-
-
-def check_local(key: str, path: str | os.PathLike[str]) -> None:
-  """Raises UserError if the value of a flag or key is an address."""
-  if is_address(path):
-    raise errors.UserError(f"{key}: got {os.fspath(path)!r}, expected {LOCAL}")
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ TINY = {
 
 def tiny(**overrides):
   texts = TINY | {k.replace("__", "."): v for k, v in overrides.items()}
-  return resolve.load("configs/digits.py", texts, None, False)
+  return resolve.load("configs/digits.py", texts)
 
 
 def cost(devices, **overrides):

@@ -23,13 +23,13 @@ from bcm_jax import train
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import digests
 from bcm_jax.config import registry
+from bcm_jax.config import renamed
 from bcm_jax.config import resolve
 from bcm_jax.editing import pretrained
 from bcm_jax.evaluation import tables
 from bcm_jax.export import model_folder
 from bcm_jax.generate import planning
 from bcm_jax.plots import records
-from bcm_jax.config import renamed
 from bcm_jax.tools import migrate
 from bcm_jax.training import nonfinite
 from bcm_jax.training import train_state
