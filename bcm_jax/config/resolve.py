@@ -355,15 +355,15 @@ def _convert(value: Any, hint: Any, path: str, name: str | None = None) -> Any:
     if typing.get_origin(hint):
       expected = str(hint).replace("typing.", "")
     raise errors.UserError(
-      f"{name}: got {_short(value)}, expected {expected}; correct the value"
+      f"{name}: got {short(value)}, expected {expected}; correct the value"
     ) from e
   expected = ranges.problem(path, converted)
   if expected is not None:
-    raise errors.UserError(f"{name}: got {_short(value)}, expected {expected}")
+    raise errors.UserError(f"{name}: got {short(value)}, expected {expected}")
   return converted
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
   """Returns one line of at most 80 characters."""
   text = repr(value)
   return text if len(text) <= 80 else f"{text[:77]}..."
