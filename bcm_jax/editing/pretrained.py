@@ -518,8 +518,8 @@ class Model:
     )
     if not is_valid or labels.min() < 0 or labels.max() >= classes:
       raise errors.UserError(
-          f"labels: got {resolve.short(labels.tolist())}, expected one or {count} integers "
-          f"from 0 to {classes - 1}"
+          f"labels: got {resolve.short(labels.tolist())}, expected one or "
+          f"{count} integers from 0 to {classes - 1}"
       )
     return np.broadcast_to(labels, (count,)).astype(np.int32)
 
