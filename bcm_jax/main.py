@@ -73,9 +73,9 @@ def _reference(config, workdir):
   references.run(_experiment(config), workdir)
 
 
-def _table(_, workdir):
+def _table(places, workdir):
   from bcm_jax.evaluation import tables
-  tables.run(workdir)
+  tables.run(workdir, places)
 
 
 def _inspect(config, workdir):
@@ -98,7 +98,8 @@ class Mode(NamedTuple):
 
   Attributes:
     help: one line of --help.
-    function: (resolved config, work directory) -> None.
+    function: (resolved config, work directory) -> None; of table, (folders and
+      files, work directory).
   """
 
   help: str
@@ -115,7 +116,7 @@ MODES = {
                    _search),
     "reference": Mode("write the statistics that FID compares with",
                       _reference),
-    "table": Mode("render DIR/results.md from the JSON files in DIR/results",
+    "table": Mode("render tables of runs and result files: table RUN [RUN ...]",
                   _table),
     "inspect": Mode("print all config keys, schedules, parameters, the run",
                     _inspect),
@@ -146,12 +147,15 @@ def _connect(config, workdir):
   )
 
 
-def run(file: str | None, overrides: dict[str, str]) -> None:
+def run(
+    file: str | None, overrides: dict[str, str], places: Sequence[str] = ()
+) -> None:
   """Checks the flags, resolves the config and runs the mode.
 
   Args:
     file: config file, or None.
     overrides: 'section.key' -> text.
+    places: the arguments that are no flags, of mode table.
 
   Raises:
     UserError: flags or config are invalid, or the mode fails on its input.
@@ -165,7 +169,14 @@ def run(file: str | None, overrides: dict[str, str]) -> None:
       addresses.check_local(f"--{flag.name}", value)
   if file is not None:
     addresses.check_local("--config", file)
-  if workdir is None and mode not in _WITHOUT_WORKDIR:
+  if places and mode != "table":
+    raise errors.UserError(
+        f"arguments: got {places[0]!r}, expected only flags; write "
+        "--FLAG=VALUE"
+    )
+  for place in places:
+    addresses.check_local("table", place)
+  if workdir is None and not places and mode not in _WITHOUT_WORKDIR:
     raise errors.UserError(
         f"--workdir: got None, expected a folder for mode {mode}; set it"
     )
@@ -174,7 +185,7 @@ def run(file: str | None, overrides: dict[str, str]) -> None:
       raise errors.UserError(
           f"--{flag}: got mode {mode}, expected mode {flag_mode}; remove it"
       )
-  config = None
+  config = list(places)
   if mode == "table":
     if file is not None or overrides:
       raise errors.UserError(
@@ -209,20 +220,14 @@ def help_text() -> str:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-  """Parses the flags; returns the program's name, as app.run expects."""
+  """Parses the flags; returns the other words, as app.run expects."""
   # Resets the flags, for a second call in a notebook.
   for flag in _FLAGS:
     FLAGS[flag.name].unparse()
   try:
-    rest = FLAGS(argv)
+    return FLAGS(argv)
   except flags.Error as e:
     raise errors.UserError(f"{e}; --help lists the flags") from e
-  if len(rest) > 1:
-    raise errors.UserError(
-        f"arguments: got {rest[1]!r}, expected only flags; write "
-        "--FLAG=VALUE"
-    )
-  return rest
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -238,7 +243,8 @@ def main(argv: list[str] | None = None) -> None:
       sys.exit()
     file, overrides, rest = cli.split_overrides(argv[1:])
     app.run(
-        lambda _: run(file, overrides), [argv[0], *rest], flags_parser=_parse
+        lambda words: run(file, overrides, words[1:]), [argv[0], *rest],
+        flags_parser=_parse,
     )
 
 

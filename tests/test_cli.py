@@ -110,6 +110,9 @@ def test_the_list_of_commands(argv, capsys):
         (["table", "--workdir=x", "--config.seed=1"],
          "expected None for mode table"),
         (["table", "--workdir=/nowhere"], "/nowhere"),
+        (["table", "/nowhere"], "/nowhere"),
+        (["table"], "--workdir: got None, expected a folder for mode table"),
+        (["eval", "runs/a"], "arguments: got 'runs/a', expected only flags"),
     ],
 )
 def test_bad_commands(argv, said, capsys):
@@ -142,6 +145,7 @@ def test_mode_table_runs_by_its_short_name(tmp_path):
   (tmp_path / "results" / "mine.json").write_text(json.dumps(result))
   assert status(commands.run, ["table", f"--workdir={tmp_path}"]) == 0
   assert "`mine`" in (tmp_path / "results.md").read_text(encoding="utf-8")
+  assert status(commands.run, ["table", str(tmp_path / "results")]) == 0
 
 
 def test_help_of_main_lists_modes_and_flags(capsys):

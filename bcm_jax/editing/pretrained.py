@@ -8,11 +8,12 @@
 
 Images are uint8 [n, H, W, C] in 0 .. 255; inputs may also be one image
 [H, W, C], a PIL image or a list of them. Latents are float32 [n, H, W, C] at
-noise level sigma_max. Work is sharded over all devices of the host. `labels` are classes, one int for all images or one per
-image; None for networks without classes. `seed` determines all noise; image i
-of a seed does not depend on the rest of the batch. `**settings` of an edit are
-the arguments noise, level, nfe and times of tasks.recipe. All methods raise
-UserError for arguments that do not fit the network.
+noise level sigma_max. Work is sharded over all devices of the host. `labels`
+are classes, one int for all images or one per image; None for networks without
+classes. `seed` determines all noise; image i of a seed does not depend on the
+rest of the batch. `**settings` of an edit are the arguments noise, level, nfe
+and times of tasks.recipe. All methods raise UserError for arguments that do not
+fit the network.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,6 +62,7 @@ class Model:
     image_shape: (H, W, C).
     num_classes: number of classes, or None.
     runner: batched sampler with the parameters.
+    source: description of the checkpoint.
   """
 
   def __init__(
@@ -70,9 +72,9 @@ class Model:
 
     Args:
       runner: batched sampler.
-      source: description of the checkpoint, for `repr`.
+      source: description of the checkpoint.
     """
-    self.runner, self._source = runner, source
+    self.runner, self.source = runner, source
     self.experiment = runner.experiment
     self.image_shape = self.experiment.image_shape
     self.num_classes = self.experiment.num_classes
@@ -81,7 +83,7 @@ class Model:
     config, shape = self.experiment.config, "x".join(map(str, self.image_shape))
     count = sum(np.size(x) for x in jax.tree.leaves(self.runner.params))
     return (
-        f"Model({self._source + ': ' if self._source else ''}"
+        f"Model({self.source + ': ' if self.source else ''}"
         f"{config.method.name}, {config.model.name} with {count:,} parameters, "
         f"images {shape}, {self.num_classes or 'no'} classes)"
     )
