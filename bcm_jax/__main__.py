@@ -2,11 +2,13 @@
 
   bcm_jax COMMAND [FLAGS]      such as: bcm_jax sample --workdir=runs/digits
   bcm_jax COMMAND --help       lists the flags of the command
+  bcm_jax --version            prints the version
 """
 
 import importlib
 import sys
 
+from bcm_jax import __version__
 from bcm_jax import errors
 from bcm_jax import main
 from bcm_jax.utils import cli
@@ -47,6 +49,8 @@ def run(argv: list[str] | None = None) -> None:
   with cli.reporting():
     if name in ("-h", "--help"):
       print(help_text())
+    elif name == "--version":
+      print(f"bcm_jax {__version__}")
     elif name in main.MODES:
       for word in rest:
         if word.lstrip("-").partition("=")[0] == "mode" and word[0] == "-":

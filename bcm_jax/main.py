@@ -1,7 +1,7 @@
 """Trains a model, samples from it, edits images with it and evaluates it.
 
-  python -m bcm_jax.main --config=FILE --workdir=DIR              trains
-  python -m bcm_jax.main --workdir=DIR --mode=MODE                uses the run
+  bcm_jax train --config=FILE --workdir=DIR      trains
+  bcm_jax MODE --workdir=DIR                     uses the run
 
 The same command starts a run, resumes it, and joins it on every host of a pod.
 Exit status: 0 done, 65 bad input, 74 machine failure, 75 preempted after saving
@@ -16,7 +16,9 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from bcm_jax import __version__
 from bcm_jax import errors
+from bcm_jax.utils import addresses
 from bcm_jax.utils import cli
 
 FLAGS = flags.FLAGS
@@ -71,9 +73,9 @@ def _reference(config, workdir):
   references.run(_experiment(config), workdir)
 
 
-def _table(_, workdir):
+def _table(places, workdir):
   from bcm_jax.evaluation import tables
-  tables.run(workdir)
+  tables.run(workdir, places)
 
 
 def _inspect(config, workdir):
@@ -96,7 +98,8 @@ class Mode(NamedTuple):
 
   Attributes:
     help: one line of --help.
-    function: (resolved config, work directory) -> None.
+    function: (resolved config, work directory) -> None; of table, (folders and
+      files, work directory).
   """
 
   help: str
@@ -113,7 +116,7 @@ MODES = {
                    _search),
     "reference": Mode("write the statistics that FID compares with",
                       _reference),
-    "table": Mode("render DIR/results.md from the JSON files in DIR/results",
+    "table": Mode("render tables of runs and result files: table RUN [RUN ...]",
                   _table),
     "inspect": Mode("print all config keys, schedules, parameters, the run",
                     _inspect),
@@ -144,12 +147,15 @@ def _connect(config, workdir):
   )
 
 
-def run(file: str | None, overrides: dict[str, str]) -> None:
+def run(
+    file: str | None, overrides: dict[str, str], places: Sequence[str] = ()
+) -> None:
   """Checks the flags, resolves the config and runs the mode.
 
   Args:
     file: config file, or None.
     overrides: 'section.key' -> text.
+    places: the arguments that are no flags, of mode table.
 
   Raises:
     UserError: flags or config are invalid, or the mode fails on its input.
@@ -157,7 +163,20 @@ def run(file: str | None, overrides: dict[str, str]) -> None:
   mode, workdir = FLAGS.mode, FLAGS.workdir
   if mode not in MODES:
     raise errors.unknown_name("--mode", mode, MODES)
-  if workdir is None and mode not in _WITHOUT_WORKDIR:
+  for flag in _FLAGS:
+    value = FLAGS[flag.name].value
+    if isinstance(value, str):
+      addresses.check_local(f"--{flag.name}", value)
+  if file is not None:
+    addresses.check_local("--config", file)
+  if places and mode != "table":
+    raise errors.UserError(
+        f"arguments: got {places[0]!r}, expected only flags; write "
+        "--FLAG=VALUE"
+    )
+  for place in places:
+    addresses.check_local("table", place)
+  if workdir is None and not places and mode not in _WITHOUT_WORKDIR:
     raise errors.UserError(
         f"--workdir: got None, expected a folder for mode {mode}; set it"
     )
@@ -166,7 +185,7 @@ def run(file: str | None, overrides: dict[str, str]) -> None:
       raise errors.UserError(
           f"--{flag}: got mode {mode}, expected mode {flag_mode}; remove it"
       )
-  config = None
+  config = list(places)
   if mode == "table":
     if file is not None or overrides:
       raise errors.UserError(
@@ -175,7 +194,7 @@ def run(file: str | None, overrides: dict[str, str]) -> None:
   else:
     from bcm_jax.config import resolve
 
-    config = resolve.load(file, overrides, workdir, mode != "train")
+    config = resolve.load(file, overrides, workdir)
     if mode != "compile":
       _connect(config, workdir)
   MODES[mode].function(config, workdir)
@@ -201,20 +220,14 @@ def help_text() -> str:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-  """Parses the flags; returns the program's name, as app.run expects."""
+  """Parses the flags; returns the other words, as app.run expects."""
   # Resets the flags, for a second call in a notebook.
   for flag in _FLAGS:
     FLAGS[flag.name].unparse()
   try:
-    rest = FLAGS(argv)
+    return FLAGS(argv)
   except flags.Error as e:
     raise errors.UserError(f"{e}; --help lists the flags") from e
-  if len(rest) > 1:
-    raise errors.UserError(
-        f"arguments: got {rest[1]!r}, expected only flags; write "
-        "--FLAG=VALUE"
-    )
-  return rest
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -222,12 +235,16 @@ def main(argv: list[str] | None = None) -> None:
   argv = sys.argv if argv is None else argv
   logging.set_verbosity(logging.WARNING)
   with cli.reporting():
+    if "--version" in argv[1:]:
+      print(f"bcm_jax {__version__}")
+      sys.exit()
     if {"-h", "--help"} & set(argv[1:]):
       print(help_text())
       sys.exit()
     file, overrides, rest = cli.split_overrides(argv[1:])
     app.run(
-        lambda _: run(file, overrides), [argv[0], *rest], flags_parser=_parse
+        lambda words: run(file, overrides, words[1:]), [argv[0], *rest],
+        flags_parser=_parse,
     )
 
 

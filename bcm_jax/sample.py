@@ -1,9 +1,11 @@
 """Modes sample, invert and edit: images from a checkpoint."""
 
 from collections.abc import Sequence
+import dataclasses
 import os
 from typing import Any
 
+import jax
 import numpy as np
 
 from bcm_jax.checkpoint import runs
@@ -33,14 +35,18 @@ def sample(
     workdir: str,
     runner: batched_sampler.BatchedSampler,
     sampler: str | None = None,
+    source: str = "",
 ) -> str:
-  """Generates images; writes samples.npz and grid.png.
+  """Generates images; writes samples.npz, grid.png and, on request, PNG files.
+
+  Images of other settings are kept, see files.keep_other.
 
   Args:
     experiment: config section sample.
     workdir: work directory of the run.
     runner: sampler with the parameters.
     sampler: in the notation of generate/planning.py; None is sample.sampler.
+    source: description of the checkpoint.
 
   Returns:
     The folder. samples.npz has arr_0 [n, H, W, C] uint8 and, for a conditional
@@ -64,6 +70,9 @@ def sample(
         section.seed,
     )
   folder = os.path.join(workdir, "samples", f"{plan.name}_nfe{plan.nfe}")
+  if jax.process_index():
+    return folder
+  files.keep_other(folder, _settings(section, source, plan))
   arrays = {"arr_0": images}
   if labels is not None:
     arrays["arr_1"] = labels
@@ -77,7 +86,20 @@ def sample(
           images[: 10 * columns], columns, scale=scale(experiment)
       ),
   )
+  if section.png:
+    os.makedirs(os.path.join(folder, "png"), exist_ok=True)
+    for i, image in enumerate(images):
+      path = os.path.join(folder, "png", f"{i:06}.png")
+      image_grid.save_png(path, image)
   return folder
+
+
+def _settings(section, source: str, plan) -> dict[str, Any]:
+  """Returns the settings that images depend on."""
+  settings = dataclasses.asdict(section) | {
+      "source": source, "plan": str(plan).splitlines()
+  }
+  return {k: v for k, v in settings.items() if k not in ("batch_size", "png")}
 
 
 def invert(
@@ -85,14 +107,18 @@ def invert(
     workdir: str,
     runner: batched_sampler.BatchedSampler,
     nfe: int | None = None,
+    source: str = "",
 ) -> str:
   """Encodes test images to latents and decodes them.
+
+  Files of other settings are kept, see files.keep_other.
 
   Args:
     experiment: config section invert.
     workdir: work directory of the run.
     runner: sampler with the parameters.
     nfe: number of network evaluations of the inversion; None is invert.nfe.
+    source: description of the checkpoint.
 
   Returns:
     The folder with inversion.npz (originals, latents, reconstructions, labels,
@@ -110,6 +136,9 @@ def invert(
   )
   mse = reconstruction.per_pixel_mse(batch["image"], images)
   folder = os.path.join(workdir, "inversions", f"nfe{plan.nfe}")
+  if jax.process_index():
+    return folder
+  files.keep_other(folder, _settings(section, source, plan))
   files.write_npz(
       os.path.join(folder, "inversion.npz"), originals=batch["image"],
       latents=latents, reconstructions=images, labels=batch["label"], mse=mse,
@@ -166,10 +195,11 @@ def run(
     planning.requested_labels(experiment, section)
   else:
     planning.inversion_plan(experiment)
-  _, _, params = runs.load_run(experiment, workdir)
+  step, average, params = runs.load_run(experiment, workdir)
+  source = f"step {step}, {average}"
   runner = batched_sampler.BatchedSampler(
       experiment, params, section.batch_size
   )
   if mode == "sample":
-    return [sample(experiment, workdir, runner)]
-  return [invert(experiment, workdir, runner)]
+    return [sample(experiment, workdir, runner, source=source)]
+  return [invert(experiment, workdir, runner, source=source)]

@@ -41,6 +41,7 @@ from bcm_jax.training import sharding
 from bcm_jax.training import train_state
 from bcm_jax.training import train_step
 from bcm_jax.training import watchdog
+from bcm_jax.utils import addresses
 from bcm_jax.utils import files
 from bcm_jax.utils import provenance
 
@@ -481,6 +482,7 @@ def lock_workdir(
       the lock.
     OSError: the directory is not writable.
   """
+  addresses.check_local("--workdir", workdir)
   os.makedirs(workdir, exist_ok=True)
   with contextlib.ExitStack() as stack:
     lock = stack.enter_context(workdir_lock.WorkdirLock(workdir))

@@ -36,12 +36,12 @@ def _config(file: str, teacher: str, pairs: str) -> Any:
       "training.batch_size": str(_BATCH), "training.init_from": "none",
       "optimizer.schedule": "constant",
   }
-  plain = resolve.load(f"configs/{file}", overrides, None, False)
+  plain = resolve.load(f"configs/{file}", overrides)
   if "teacher" in plain.method:
     overrides["method.teacher"] = teacher
   if plain.data.pairs is not None:
     overrides["data.pairs"] = pairs
-  return resolve.load(f"configs/{file}", overrides, None, False)
+  return resolve.load(f"configs/{file}", overrides)
 
 
 def _mean(bench: step_time.Bench) -> float:

@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
   add("--scaling", default="", metavar="1,2,4,8",
       help="compile for these numbers of devices")
   args = parser.parse_args(argv)
-  config = resolve.load(args.config, args.overrides, None, False)
+  config = resolve.load(args.config, args.overrides)
   counts = [int(n) for n in args.scaling.split(",") if n]
   multihost.use_cores(
       max(counts, default=config.parallel.cpu_devices),

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from bcm_jax import __main__ as commands
+from bcm_jax import __version__
 from bcm_jax import errors
 from bcm_jax import main
 from bcm_jax.utils import cli
@@ -57,6 +58,34 @@ def check_help(text: str) -> list[str]:
   return re.findall(r"^  (?:-h, )?(--[^\s=]+)", "\n".join(found), re.MULTILINE)
 
 
+def test_the_version(capsys):
+  for call in (
+      lambda: commands.run(["--version"]),
+      lambda: commands.run(["train", "--version"]),
+      lambda: main.main(["main", "--version"]),
+  ):
+    assert status(call) == 0
+    assert capsys.readouterr().out == f"bcm_jax {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [["inspect"], ["compile"]])
+def test_no_config_and_no_work_directory(argv, capsys):
+  assert status(commands.run, argv) == errors.EXIT_BAD_INPUT
+  text = capsys.readouterr().err
+  assert "--config: got None," in text and "--workdir" not in text
+
+
+@pytest.mark.parametrize("argv", [
+    ["export", "DIR", "out.zip"], ["hub", "pack", "DIR", "out"],
+    ["convert", "DIR", "o.safetensors", "--reverse"],
+])
+def test_a_folder_without_a_run(argv, tmp_path, capsys):
+  argv = [str(tmp_path) if word == "DIR" else word for word in argv]
+  assert status(commands.run, argv) == errors.EXIT_BAD_INPUT
+  text = capsys.readouterr().err
+  assert str(tmp_path) in text and "--workdir" not in text
+
+
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
 def test_the_list_of_commands(argv, capsys):
   assert status(commands.run, argv) == 0
@@ -81,6 +110,9 @@ def test_the_list_of_commands(argv, capsys):
         (["table", "--workdir=x", "--config.seed=1"],
          "expected None for mode table"),
         (["table", "--workdir=/nowhere"], "/nowhere"),
+        (["table", "/nowhere"], "/nowhere"),
+        (["table"], "--workdir: got None, expected a folder for mode table"),
+        (["eval", "runs/a"], "arguments: got 'runs/a', expected only flags"),
     ],
 )
 def test_bad_commands(argv, said, capsys):
@@ -113,6 +145,7 @@ def test_mode_table_runs_by_its_short_name(tmp_path):
   (tmp_path / "results" / "mine.json").write_text(json.dumps(result))
   assert status(commands.run, ["table", f"--workdir={tmp_path}"]) == 0
   assert "`mine`" in (tmp_path / "results.md").read_text(encoding="utf-8")
+  assert status(commands.run, ["table", str(tmp_path / "results")]) == 0
 
 
 def test_help_of_main_lists_modes_and_flags(capsys):
@@ -136,7 +169,7 @@ def test_help_of_every_command(module, name, monkeypatch, capsys):
     runpy.run_module(module, run_name="__main__", alter_sys=False)
   assert done.value.code == 0
   text = capsys.readouterr().out
-  assert text.startswith(f"usage: python -m {module} ")
+  assert text.startswith(f"usage: bcm_jax {name} ")
   assert "--help" in check_help(text)
   assert status(commands.run, [name, "--help"]) == 0
   assert capsys.readouterr().out == text

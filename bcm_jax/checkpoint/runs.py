@@ -155,8 +155,8 @@ def load_run(
   """
   if is_released(workdir):
     raise errors.UserError(
-        f"--workdir: got {workdir}, a released model, expected a run; convert "
-        f"it by bcm_jax hub unpack {workdir} WORKDIR"
+        f"{workdir}: a released model, expected a run; convert it by bcm_jax "
+        f"hub unpack {workdir} WORKDIR"
     )
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   average = average or experiment.config.sample.average

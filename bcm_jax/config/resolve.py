@@ -7,8 +7,9 @@ defaults are added. The complete result is written to config.json of the run.
 """
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import json
@@ -21,9 +22,12 @@ from typing import Any
 
 from flax import traverse_util
 import ml_collections
+import numpy as np
 
 from bcm_jax import errors
+from bcm_jax.config import ranges
 from bcm_jax.config import registry
+from bcm_jax.config import renamed
 from bcm_jax.config import schema
 from bcm_jax.training import optim
 from bcm_jax.utils import files
@@ -44,12 +48,23 @@ SECTIONS = {
 }
 # Keys whose default is training.num_steps.
 _SPANS = (("method", "curriculum_steps"), ("optimizer", "schedule_steps"))
+# Names of keys in other programs.
+_OTHER_NAMES = {
+    "lr": "optimizer.learning_rate", "bs": "training.batch_size",
+    "steps": "training.num_steps", "max_steps": "training.num_steps",
+    "total_steps": "training.num_steps", "dataset": "data.name",
+    "resolution": "data.size", "image_size": "data.size",
+    "ema": "training.ema_rates", "ema_rate": "training.ema_rates",
+    "ema_decay": "training.ema_rates", "precision": "model.dtype",
+    "fp16": "model.dtype", "teacher": "method.teacher",
+    "resume": "training.init_from", "cfg_scale": "sample.guidance",
+}
 # Sections and keys that may change when a run resumes.
 _FREE = (
     "parallel", "checkpoint", "log", "sample", "invert", "edit", "eval",
     "search", "training.max_consecutive_nonfinite", "training.max_rollbacks",
     "training.watchdog_timeout_secs", "data.path", "data.data_dir",
-    "data.threads", "data.pairs",
+    "data.threads", "data.pairs", "data.allow_fewer_classes",
 )
 
 
@@ -158,7 +173,10 @@ def resolve(
   sections = ["seed", "model", "method", "auxiliary_optimizer", *SECTIONS]
   for section in partial:
     if section not in sections:
-      raise errors.unknown_name("config section", section, sections)
+      raise errors.UserError(
+          f"config section: got {section!r}, expected one of "
+          f"{', '.join(sorted(sections))}{_suggestion(section, sections)}"
+      )
   full: dict[str, Any] = {"seed": _convert(partial.get("seed", 0), int, "seed")}
   full["training"] = _fill("training", partial, schema.Training)
   name, method = _look_up("method", partial, registry.METHODS)
@@ -194,23 +212,59 @@ def resolve(
 
 
 def _set(partial: dict[str, Any], path: str, text: str) -> None:
-  *sections, key = path.split(".")
-  if len(sections) > 1:
-    raise errors.UserError(
-      f"config key: got {path!r}, expected section.key; remove a part"
-    )
-  if not sections:
-    if key != "seed":
-      raise errors.unknown_name("config key", key, ["seed"])
-    partial[key] = text
+  section, dot, key = path.partition(".")
+  if path == "seed":
+    partial[path] = text
     return
-  partial.setdefault(sections[0], {})
-  if not isinstance(partial[sections[0]], dict):
+  if not dot or "." in key:
     raise errors.UserError(
-      f"config.{sections[0]}: got key {key!r}, expected a value without keys; "
-      f"write --config.{sections[0]}=VALUE"
+        f"config key: got {path!r}, expected SECTION.KEY or 'seed'"
+        f"{_suggestion(path, _all_keys())}"
     )
-  partial[sections[0]][key] = text
+  if not isinstance(partial.setdefault(section, {}), dict):
+    raise errors.UserError(
+      f"config.{section}: got key {key!r}, expected a value without keys; "
+      f"write --config.{section}=VALUE"
+    )
+  partial[section][key] = text
+
+
+def _all_keys() -> list[str]:
+  """Returns all keys as 'section.key', those of training first."""
+  classes = [("training", schema.Training), *SECTIONS.items()]
+  classes += [("method", m.cls) for m in registry.METHODS.values()]
+  classes += [("model", m.cls) for m in registry.MODELS.values()]
+  return list(dict.fromkeys(
+      f"{section}.{key}" for section, cls in classes for key in _keys(cls)
+  ))
+
+
+def _suggestion(path: str, known: Iterable[str]) -> str:
+  """Returns '; did you mean ...?' for an unknown section or key, or ''.
+
+  Args:
+    path: 'section.key', 'key' or 'section'.
+    known: the accepted names.
+  """
+  known, (section, _, key) = list(known), path.rpartition(".")
+  new = renamed.KEYS.get(section, {}).get(key)
+  if path in renamed.SECTIONS:
+    names = [renamed.SECTIONS[path]]
+  elif new is not None:
+    names = [f"{section}.{new}"]
+  elif key in _OTHER_NAMES:
+    names = [_OTHER_NAMES[key]]
+  else:
+    every = [k for k in _all_keys() if k != path]
+    last = {k.rpartition(".")[2]: k for k in reversed([*every, *known])}
+    names = (
+        [k for k in every if k.endswith(f".{key}")]
+        or difflib.get_close_matches(path, known, n=1, cutoff=0.8)
+        or [last[k] for k in difflib.get_close_matches(key, last, n=1)]
+    )
+  if not names:
+    return ""
+  return f"; did you mean {' or '.join(map(repr, names[:3]))}?"
 
 
 def _look_up(section, partial, table) -> tuple[str, Any]:
@@ -248,10 +302,11 @@ def _fill(section, partial, cls, extra=None) -> dict[str, Any]:
     if key not in keys and key != "name":
       kind = values.get("name")
       of = f" of {kind!r}" if isinstance(kind, str) else ""
-      raise errors.unknown_name(
-        f"config key{of}",
-        f"{section}.{key}",
-        [f"{section}.{k}" for k in keys],
+      known = sorted(f"{section}.{k}" for k in keys)
+      path = f"{section}.{key}"
+      raise errors.UserError(
+          f"config key{of}: got {path!r}, expected one of {', '.join(known)}"
+          f"{_suggestion(path, known)}"
       )
   return {
     key: _convert(values.get(key, default), hint, f"{section}.{key}")
@@ -259,37 +314,70 @@ def _fill(section, partial, cls, extra=None) -> dict[str, Any]:
   }
 
 
-def _convert(value: Any, hint: Any, path: str) -> Any:
+def argument(name: str, value: Any, key: str) -> Any:
+  """Returns an argument of a Python call, checked like the config key `key`.
+
+  Args:
+    name: name of the argument, for the error.
+    value: the argument.
+    key: 'section.key' of schema.py, with the type and range of the argument.
+
+  Raises:
+    UserError: the value is of another type, or out of range.
+  """
+  section, _, field = key.partition(".")
+  return _convert(value, _keys(SECTIONS[section])[field][0], key, name)
+
+
+def _convert(value: Any, hint: Any, path: str, name: str | None = None) -> Any:
   """Converts a value or its text to the type of a hint.
 
   Args:
     value: value of a config, or text of the command line.
     hint: type of the field.
-    path: 'section.key', for the error.
+    path: 'section.key', which determines the range (config/ranges.py).
+    name: name in errors; None is `path`.
 
   Raises:
-    UserError: the value is not of that type.
+    UserError: the value is not of that type, or out of range.
   """
+  name = path if name is None else name
   try:
-    return _cast(value, hint)
+    converted = _cast(value, hint)
+  # The errors of ast.literal_eval and float.
   except (
-    TypeError, ValueError, SyntaxError, MemoryError, RecursionError
-  ) as e:  # The last two are of ast.literal_eval, for deeply nested text.
+      *(TypeError, ValueError, SyntaxError, OverflowError),
+      *(MemoryError, RecursionError),
+  ) as e:
     if isinstance(e, errors.UserError):
       raise
     if typing.get_origin(hint) is typing.Literal:
       choices = typing.get_args(hint)
-      raise errors.unknown_name(f"config.{path}", str(value), choices) from e
+      raise errors.unknown_name(name, str(value), choices) from e
     expected = getattr(hint, "__name__", None) or str(hint)
     if typing.get_origin(hint):
       expected = str(hint).replace("typing.", "")
     raise errors.UserError(
-      f"config.{path}: got {value!r}, expected {expected}; correct the value"
+      f"{name}: got {short(value)}, expected {expected}; correct the value"
     ) from e
+  expected = ranges.problem(path, converted)
+  if expected is not None:
+    raise errors.UserError(
+        f"{name}: got {short(value)}, expected {expected}; correct the value"
+    )
+  return converted
+
+
+def short(value: Any) -> str:
+  """Returns one line of at most 80 characters."""
+  text = repr(value)
+  return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _cast(value: Any, hint: Any) -> Any:
   origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if isinstance(value, np.generic):
+    value = value.item()
   if origin in (typing.Union, types.UnionType):
     if value in (None, "None", "none"):
       return None
@@ -398,11 +486,13 @@ def check_resume(
   raise errors.UserError(
     "--workdir: got a run of another config, expected the same values; "
     + ", ".join(
-      f"{k}: got {new!r}, expected {old!r}"
+      f"{k} is {old!r} there, {new!r} here"
       for k, (old, new) in changed.items()
     )
-    + "; use another --workdir or the values of the run"
-    + (f" ({keep})" if keep else "")
+    + "; put them back to resume"
+    + (f" (for more steps: {keep})" if keep else "")
+    + ", or start from these weights with "
+    "--config.training.init_from=THIS_WORKDIR and another --workdir"
   )
 
 
@@ -507,8 +597,8 @@ def of_existing_run(
   config = of_run(workdir, overrides)
   if config is None:
     raise errors.UserError(
-      f"--workdir: got {workdir}, which has no config.json, expected the work "
-      "directory of a run; train or convert one"
+      f"{workdir}: has no config.json, expected the work directory of a run; "
+      "train or convert one"
     )
   return config
 
@@ -517,15 +607,13 @@ def load(
   file: str | None,
   overrides: Mapping[str, str],
   workdir: str | None = None,
-  of_run_too: bool = False,
 ) -> ml_collections.ConfigDict:
-  """Returns the config of a command line.
+  """Returns the config of a command line: of the file, else of the run.
 
   Args:
     file: config file, or None.
     overrides: 'section.key' -> text.
     workdir: work directory of a run, or None.
-    of_run_too: whether to use the config of the run in workdir without a file.
 
   Raises:
     UserError: neither a file nor a run.
@@ -533,12 +621,13 @@ def load(
   if file is not None:
     return resolve(read_file(file), overrides)
   run = None
-  if workdir is not None and of_run_too:
+  if workdir is not None:
     run = of_run(workdir, overrides)
   if run is None:
     names = ", ".join(p.name for p in shipped_configs())
+    which = f" and no run in --workdir={workdir}" if workdir is not None else ""
     raise errors.UserError(
-      f"--config: got None and --workdir={workdir} without a run, expected a "
-      f"config file; pass --config=configs/NAME, one of {names}"
+      f"--config: got None{which}, expected a config file; pass "
+      f"--config=configs/NAME, one of {names}"
     )
   return run

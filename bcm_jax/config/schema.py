@@ -41,6 +41,8 @@ class Data:
     image_shape, num_classes: (height, width, channels), and the number of
       classes if any. Set for 'none'; otherwise filled in from data.path, so
       that a run can be sampled without its dataset.
+    allow_fewer_classes: accept data with fewer classes than the network has,
+      whose other classes are then not trained.
   """
 
   name: str = "digits"
@@ -57,6 +59,7 @@ class Data:
   pairs: str | None = None
   image_shape: tuple[int, ...] = ()
   num_classes: int | None = None
+  allow_fewer_classes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +194,7 @@ class Sample:
     rejection_classifier: folder of the classifier, see
       bcm_jax.tools.train_classifier.
     num_samples: total number of images.
+    png: also write each image as a PNG file.
     batch_size: images per batch.
     label: class of all images; None gives all classes equal shares.
     seed: seed of the noise.
@@ -215,6 +219,7 @@ class Sample:
   rejection: float = 0.0
   rejection_classifier: str | None = None
   num_samples: int = 1000
+  png: bool = False
   batch_size: int = 250
   label: int | None = None
   seed: int = 0
@@ -310,6 +315,8 @@ class Eval:
 
   Attributes:
     at_end: evaluate at the end of training; otherwise only images are written.
+    samples: images of another program to evaluate instead of the network's: a
+      folder of image files, or an .npz with arr_0 and perhaps labels in arr_1.
     samplers: samplers to evaluate: 'ancestral' with the times of section
       sample, 'ancestral:4' with four network evaluations at default times, or
       'mixture@3/0.12>0.4' with these times.
@@ -345,6 +352,7 @@ class Eval:
   """
 
   at_end: bool = True
+  samples: str | None = None
   samplers: tuple[str, ...] = ("onestep", "ancestral")
   averages: tuple[str, ...] = ()
   steps: str = "last"

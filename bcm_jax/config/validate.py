@@ -1,6 +1,5 @@
 """Validates constraints across config sections; names no method."""
 
-import math
 from typing import Any
 
 import ml_collections
@@ -11,28 +10,6 @@ from bcm_jax.data import augmentation
 from bcm_jax.data import datasets
 from bcm_jax.methods import base
 
-# Config key -> minimum.
-_AT_LEAST = {
-    "training.num_steps": 1, "training.batch_size": 1,
-    "training.max_consecutive_nonfinite": 1, "training.max_rollbacks": 0,
-    "training.watchdog_timeout_secs": 0, "checkpoint.every_steps": 1,
-    "checkpoint.keep": 1, "checkpoint.max_failures": 1,
-    "parallel.fsdp": 0, "parallel.microbatch_size_per_device": 0,
-    "parallel.substeps": 1, "parallel.heartbeat_secs": 1,
-    "log.every_steps": 1,
-}
-# Key of an optimizer section -> (description, test).
-_OPTIMIZER = {
-    "learning_rate": ("0 or more", lambda x: x >= 0),
-    "warmup_steps": ("0 or more", lambda x: x >= 0),
-    "schedule_steps": ("at least 1", lambda x: x >= 1),
-    "final_fraction": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
-    "b1": ("a rate in [0, 1)", lambda x: 0 <= x < 1),
-    "b2": ("a rate in [0, 1)", lambda x: 0 <= x < 1),
-    "eps": ("more than 0", lambda x: x > 0),
-    "weight_decay": ("0 or more", lambda x: x >= 0),
-    "grad_clip": ("more than 0, or none", lambda x: x is None or x > 0),
-}
 # Field of an example, other than image and label -> section and key of the file
 # that contains it.
 _EXTRA_FIELDS = {"noise": ("data", "pairs")}
@@ -67,11 +44,17 @@ def model(
         f"images of {name} have no labels; set model.num_classes=none, or sort "
         f"the images into one folder per class{datasets.CLASSES_HINT}"
     )
-  if section.num_classes is not None and data.num_classes > section.num_classes:
+  more = (section.num_classes or 0) - (data.num_classes or 0)
+  if section.num_classes and (
+      more < 0 or more and not config.data.allow_fewer_classes
+  ):
     raise errors.UserError(
-        f"model.num_classes: got {section.num_classes}, expected at least "
+        f"model.num_classes: got {section.num_classes}, expected "
         f"{data.num_classes} for labels of {name}; set "
-        f"model.num_classes={data.num_classes}"
+        f"model.num_classes={data.num_classes}" + (
+            ", or data.allow_fewer_classes=true for a network with classes "
+            "that this data does not train" if more > 0 else ""
+        )
     )
   labels = augmentation.LABEL_DIM
   if config.data.augment and section.get("augment_dim") != labels:
@@ -114,11 +97,10 @@ def _max_levels(height: int, width: int) -> int:
 
 
 def method(config: ml_collections.ConfigDict) -> None:
-  """Checks the method's own constraints and those of numeric options.
+  """Checks the method's own constraints and those across sections.
 
   Raises:
-    UserError: sections of the config are incompatible, or an option is out of
-      range.
+    UserError: sections of the config are incompatible.
   """
   section, data = config.method, config.data
   cls = registry.METHODS[section.name].cls
@@ -144,38 +126,6 @@ def method(config: ml_collections.ConfigDict) -> None:
         f"method.sigma_min: got {low} with method.sigma_max={high}, expected "
         "0 < sigma_min < sigma_max; change one of them"
     )
-  for key, least in _AT_LEAST.items():
-    part, name = key.split(".")
-    value = config[part][name]
-    if value is not None and value < least:
-      raise errors.UserError(
-          f"{key}: got {value}, expected at least {least}; increase it"
-      )
-  for key in ("ema_halflife_kimg", "ema_rampup_ratio"):
-    values = config.training[key]
-    for value in values if isinstance(values, tuple) else (values,):
-      if value is not None and not 0 < value < math.inf:
-        raise errors.UserError(
-            f"training.{key}: got {value}, expected a positive number; change "
-            "it"
-        )
-  for part in ("optimizer", "auxiliary_optimizer"):
-    for key, (expected, valid) in _OPTIMIZER.items():
-      if part in config and not valid(config[part][key]):
-        raise errors.UserError(
-            f"{part}.{key}: got {config[part][key]}, expected {expected}; "
-            "change it"
-        )
-  for std in config.training.ema_stds:
-    if not std > 0:
-      raise errors.UserError(
-          f"training.ema_stds: got {std}, expected more than 0; change it"
-      )
-  for rate in config.training.ema_rates:
-    if not 0 <= rate < 1:
-      raise errors.UserError(
-          f"training.ema_rates: got {rate}, expected rates in [0, 1); change it"
-      )
 
 
 def frozen_run(

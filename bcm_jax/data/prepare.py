@@ -1,6 +1,6 @@
 """Writes images as raw pixels that are read by index: data.name='prepared'.
 
-  python -m bcm_jax.data.prepare photos photos64 --size=64
+  bcm_jax prepare photos photos64 --size=64
 
 IN is a folder of images, a .npz file, a zip file of images, a folder with train
 and test files of these kinds, or tfds:cifar10, tfds:imagenet_resized/64x64 or
@@ -327,7 +327,7 @@ def _mapping(dataset: dataset_spec.DataSet) -> str:
 
 
 def _parser() -> cli.Parser:
-  parser = cli.Parser("bcm_jax.data.prepare", __doc__)
+  parser = cli.Parser("prepare", __doc__)
   add = parser.add_argument
   add("source", metavar="IN", help="images, or tfds:NAME")
   add("out", metavar="OUT", help="folder to make")

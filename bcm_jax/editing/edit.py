@@ -4,6 +4,7 @@
       --config.edit.input=photo.png --config.edit.mask=mask.png
 """
 
+import dataclasses
 import os
 import time
 from typing import Any
@@ -47,12 +48,13 @@ def run(experiment: build.Experiment, workdir: str) -> list[str]:
   # Checks the task and its settings before the checkpoint is read.
   tasks.recipe(experiment, section.task, **settings(section))
   inputs = edit_inputs.read(experiment)
-  _, _, params = runs.load_run(experiment, workdir)
+  step, average, params = runs.load_run(experiment, workdir)
   size = experiment.config.sample.batch_size
   model = pretrained.Model(
     batched_sampler.BatchedSampler(
       experiment, params, min(size, len(inputs.images))
-    )
+    ),
+    f"step {step}, {average}",
   )
   if section.predict_labels:
     _classify(model, inputs)
@@ -71,8 +73,14 @@ def _classify(model: pretrained.Model, inputs: edit_inputs.Inputs) -> None:
     print("predicted labels of edit.end_images:", *inputs.second_labels)
 
 
-def _folder(workdir: str, task: str) -> str:
-  return os.path.join(workdir, "edits", task)
+def _folder(model: pretrained.Model, workdir: str, task: str) -> str:
+  """Returns the folder of a task; edits of other settings are kept."""
+  folder = os.path.join(workdir, "edits", task)
+  files.keep_other(
+    folder,
+    {"source": model.source, **dataclasses.asdict(model.experiment.edit)},
+  )
+  return folder
 
 
 def interpolate(
@@ -110,7 +118,7 @@ def interpolate(
   arrays = {"images": images}
   if inputs.labels is not None:
     arrays["labels"] = np.stack([inputs.labels, inputs.second_labels], axis=1)
-  folder = _folder(workdir, "interpolate")
+  folder = _folder(model, workdir, "interpolate")
   _write_record(model, folder, recipe, images, {})
   files.write_npz(os.path.join(folder, "interpolation.npz"), **arrays)
   image_grid.save_png(
@@ -139,7 +147,7 @@ def _edit(
   start = time.monotonic()
   results, record = perform(model, section, inputs)
   seconds = time.monotonic() - start
-  folder = _folder(workdir, section.task)
+  folder = _folder(model, workdir, section.task)
   _write_images(folder, inputs, results)
   network_inputs = _network_inputs(section, inputs)
   rows = [

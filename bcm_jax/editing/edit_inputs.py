@@ -67,24 +67,14 @@ def read(experiment: build.Experiment) -> Inputs:
 
 
 def _check(experiment, section: schema.Edit) -> None:
-  """Raises UserError for values out of range."""
+  """Raises UserError for a factor that does not divide the images."""
   height, width, _ = experiment.image_shape
   factor = section.factor
-  if section.task == "super_resolve" and (
-      factor < 2 or height % factor or width % factor
-  ):
+  if section.task == "super_resolve" and (height % factor or width % factor):
     raise errors.UserError(
         f"edit.factor: got {factor}, expected a divisor of {height}x{width} "
         "pixels, at least 2"
     )
-  for key, low, high in (
-      ("seed", 0, 2**31 - 1), ("num_interpolants", 2, 1000), ("quality", 1, 95)
-  ):
-    value = getattr(section, key)
-    if not low <= value <= high:
-      raise errors.UserError(
-          f"edit.{key}: got {value}, expected an integer from {low} to {high}"
-      )
 
 
 # Files ----------------------------------------------------------------------
@@ -270,11 +260,16 @@ def open_picture(
         f"{name}: got {width}x{height} pixels, expected at most "
         f"{most_pixels // 10**6} million; resize it"
     )
+  check_depth(picture, name)
+  return picture
+
+
+def check_depth(picture: PIL.Image.Image, name: str) -> None:
+  """Raises UserError for a picture of more than 8 bits per channel."""
   if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
     raise errors.UserError(
         f"{name}: got more than 8 bits per channel, expected 8; convert it"
     )
-  return picture
 
 
 def pixels_of(picture: PIL.Image.Image, channels: int) -> np.ndarray:

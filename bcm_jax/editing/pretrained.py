@@ -6,13 +6,14 @@
     latents = model.invert(images, labels=3)
     filled = model.inpaint(images, mask, labels=3)
 
-Images are uint8 [n, H, W, C]; inputs may also be one image [H, W, C]. Latents
-are float32 [n, H, W, C] at noise level sigma_max. Work is sharded over all
-devices of the host. `labels` are classes, one int for all images or one per
-image; None for networks without classes. `seed` determines all noise; image i
-of a seed does not depend on the rest of the batch. `**settings` of an edit are
-the arguments noise, level, nfe and times of tasks.recipe. All methods raise
-UserError for arguments that do not fit the network.
+Images are uint8 [n, H, W, C] in 0 .. 255; inputs may also be one image
+[H, W, C], a PIL image or a list of them. Latents are float32 [n, H, W, C] at
+noise level sigma_max. Work is sharded over all devices of the host. `labels`
+are classes, one int for all images or one per image; None for networks without
+classes. `seed` determines all noise; image i of a seed does not depend on the
+rest of the batch. `**settings` of an edit are the arguments noise, level, nfe
+and times of tasks.recipe. All methods raise UserError for arguments that do not
+fit the network.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 
 from bcm_jax import errors
 from bcm_jax.checkpoint import runs
@@ -31,6 +34,7 @@ from bcm_jax.config import build
 from bcm_jax.config import resolve
 from bcm_jax.data import image_source
 from bcm_jax.diffusion import process
+from bcm_jax.editing import edit_inputs
 from bcm_jax.editing import tasks
 from bcm_jax.export import model_folder
 from bcm_jax.generate import batched_sampler
@@ -38,6 +42,7 @@ from bcm_jax.generate import planning
 from bcm_jax.sampling import sampling_plan
 from bcm_jax.sampling import zero_shot
 from bcm_jax.training import rng
+from bcm_jax.utils import addresses
 
 # A small BCM of 8x8 digits, included in the package.
 SHIPPED = pathlib.Path(__file__).parents[1] / "networks" / "digits"
@@ -57,14 +62,31 @@ class Model:
     image_shape: (H, W, C).
     num_classes: number of classes, or None.
     runner: batched sampler with the parameters.
+    source: description of the checkpoint.
   """
 
-  def __init__(self, runner: batched_sampler.BatchedSampler):
-    """Wraps a batched sampler, which holds the parameters."""
-    self.runner = runner
+  def __init__(
+      self, runner: batched_sampler.BatchedSampler, source: str = ""
+  ):
+    """Wraps a batched sampler, which holds the parameters.
+
+    Args:
+      runner: batched sampler.
+      source: description of the checkpoint.
+    """
+    self.runner, self.source = runner, source
     self.experiment = runner.experiment
     self.image_shape = self.experiment.image_shape
     self.num_classes = self.experiment.num_classes
+
+  def __repr__(self):
+    config, shape = self.experiment.config, "x".join(map(str, self.image_shape))
+    count = sum(np.size(x) for x in jax.tree.leaves(self.runner.params))
+    return (
+        f"Model({self.source + ': ' if self.source else ''}"
+        f"{config.method.name}, {config.model.name} with {count:,} parameters, "
+        f"images {shape}, {self.num_classes or 'no'} classes)"
+    )
 
   # Generation ---------------------------------------------------------------
 
@@ -87,8 +109,8 @@ class Model:
     Returns:
       uint8 [count, H, W, C].
     """
-    if count < 1:
-      raise errors.UserError(f"count: got {count}, expected 1 or more")
+    count = resolve.argument("count", count, "sample.num_samples")
+    seed = resolve.argument("seed", seed, "sample.seed")
     if labels is None and self.num_classes is not None:
       labels = np.arange(count) % self.num_classes
     plan = planning.plan_of(self.experiment, sampler)
@@ -103,7 +125,7 @@ class Model:
   ) -> np.ndarray:
     """Generates images uint8 [n, H, W, C] from latents of `invert`."""
     plan = planning.plan_of(self.experiment, sampler)
-    latents = np.asarray(latents, np.float32)
+    latents = _finite("latents", latents)
     if latents.shape == self.image_shape:
       latents = latents[None]
     if latents.shape[1:] != self.image_shape or not len(latents):
@@ -226,13 +248,17 @@ class Model:
     """
     inversion, generation = self.recipe("interpolate", **settings).plans
     first, second = self.images(first), self.images(second)
-    is_number = isinstance(points, (int, np.integer))
-    if len(first) != len(second) or (
-        points < 2 if is_number else not len(points)
+    if _array("points", points).ndim == 0:
+      points = np.linspace(
+          0, 1, resolve.argument("points", points, "edit.num_interpolants")
+      )
+    points = _finite("points", points)
+    if len(first) != len(second) or points.ndim != 1 or not (
+        len(points) and points.min() >= 0 and points.max() <= 1
     ):
       raise errors.UserError(
-          f"interpolate: got {len(first)} and {len(second)} images and "
-          f"{points} points, expected as many of each and at least 2 points"
+          f"interpolate: got {len(first)} and {len(second)} images and points "
+          f"{points}, expected as many of each, and weights in [0, 1]"
       )
     end_labels = labels, labels if second_labels is None else second_labels
     a, b = (
@@ -243,7 +269,7 @@ class Model:
         for images, classes in zip((first, second), end_labels, strict=True)
     )
     columns = []
-    for weight in np.linspace(0, 1, points) if is_number else points:
+    for weight in points:
       weights = jnp.full(len(first), weight, jnp.float32)
       latents = np.asarray(
           zero_shot.slerp(jnp.asarray(a), jnp.asarray(b), weights)
@@ -317,8 +343,8 @@ class Model:
     """Upsamples images [n, H / factor, W / factor, C] to [n, H, W, C]."""
     (plan,) = self.recipe("super_resolve", **settings).plans
     height, width, channels = self.image_shape
-    is_factor = isinstance(factor, (int, np.integer)) and factor >= 2
-    if not is_factor or height % factor or width % factor:
+    factor = resolve.argument("factor", factor, "edit.factor")
+    if height % factor or width % factor:
       raise errors.UserError(
           f"factor: got {factor}, expected a divisor of {height}x{width} "
           "pixels, at least 2"
@@ -342,7 +368,7 @@ class Model:
 
     Args:
       images: uint8 [n, H, W, C], or float32 in units where [-1, 1] is black to
-        white; float32 values may exceed this range.
+        white, which only the noise exceeds.
       level: standard deviation sigma of the noise in these units; None
         estimates it per image, with the network if it supports inversion.
       labels: classes.
@@ -352,6 +378,7 @@ class Model:
     """
     self.recipe("denoise", level=level)
     images = _checked(images, self.image_shape, "images", floats=True)
+    _check_noisy(images, level)
     method, levels = self.experiment.method, self.experiment.levels
     if level is None and method.supports_inversion:
       calibration = self.latent_variances
@@ -435,7 +462,8 @@ class Model:
       labels: Labels = None, seed: int = 0, **settings: Any,
   ) -> np.ndarray:
     """Adds strength * direction [H, W, C] to the latents and decodes them."""
-    shift = strength * np.asarray(direction, np.float32)
+    strength = resolve.argument("strength", strength, "edit.strength")
+    shift = np.float32(strength) * _finite("direction", direction)
     if shift.shape != self.image_shape:
       raise errors.UserError(
           f"direction: got shape {shift.shape}, expected {self.image_shape}"
@@ -457,6 +485,7 @@ class Model:
 
   def keys(self, stream: str, seed: int, count: int) -> jnp.ndarray:
     """Returns one noise key per image, [count]."""
+    seed = resolve.argument("seed", seed, "sample.seed")
     return rng.example_keys(seed, stream, 0, jnp.arange(count))
 
   def images(self, images: Any) -> np.ndarray:
@@ -485,14 +514,14 @@ class Model:
           f"labels: got None, expected classes from 0 to {classes - 1}; give "
           "one for all images or one per image"
       )
-    labels = np.asarray(labels)
+    labels = _array("labels", labels)
     is_valid = np.issubdtype(labels.dtype, np.integer) and labels.shape in (
         (), (count,)
     )
     if not is_valid or labels.min() < 0 or labels.max() >= classes:
       raise errors.UserError(
-          f"labels: got {labels.tolist()}, expected one or {count} integers "
-          f"from 0 to {classes - 1}"
+          f"labels: got {resolve.short(labels.tolist())}, expected one or "
+          f"{count} integers from 0 to {classes - 1}"
       )
     return np.broadcast_to(labels, (count,)).astype(np.int32)
 
@@ -562,9 +591,15 @@ def load(
   Raises:
     UserError: no readable checkpoint, or an invalid option.
   """
-  if batch_size is not None and batch_size < 1:
-    raise errors.UserError(f"batch_size: got {batch_size}, expected at least 1")
-  path = os.fspath(SHIPPED if source is None else source)
+  if source is None:
+    source = SHIPPED
+  if not isinstance(source, str | os.PathLike):
+    raise errors.UserError(f"source: got {source!r}, expected a path or None")
+  average = resolve.argument("average", average, "sample.average")
+  if step is not None:
+    step = resolve.argument("step", step, "optimizer.warmup_steps")
+  path = os.fspath(source)
+  addresses.check_local("source", path)
   if runs.is_released(path):
     if average is not None or step is not None:
       raise errors.UserError(
@@ -572,11 +607,15 @@ def load(
           " a model folder, which holds one network; omit both"
       )
     experiment, params, _ = model_folder.load(path)
+    which = path
   else:
     experiment = build.build(resolve.of_existing_run(path), to_train=False)
-    _, _, params = runs.load_run(experiment, path, average, step)
-  size = batch_size or experiment.config.sample.batch_size
-  return Model(batched_sampler.BatchedSampler(experiment, params, size))
+    at, name, params = runs.load_run(experiment, path, average, step)
+    which = f"{path}, step {at}, {name}"
+  if batch_size is None:
+    batch_size = experiment.config.sample.batch_size
+  size = resolve.argument("batch_size", batch_size, "sample.batch_size")
+  return Model(batched_sampler.BatchedSampler(experiment, params, size), which)
 
 
 def _regeneration(
@@ -598,6 +637,67 @@ def _regeneration(
   return edit
 
 
+def _array(name: str, value: Any, channels: int | None = None) -> np.ndarray:
+  """Returns numbers or PIL images as an array.
+
+  Args:
+    name: name of the argument, for errors.
+    value: an array, nested lists, a PIL image or a list of them.
+    channels: channels to which PIL images are converted.
+
+  Raises:
+    UserError: lists or images of several sizes, or more than 8 bits.
+  """
+
+  def pixels(item):
+    if channels is None or not isinstance(item, PIL.Image.Image):
+      return item
+    edit_inputs.check_depth(item, name)
+    return edit_inputs.pixels_of(PIL.ImageOps.exif_transpose(item), channels)
+
+  if isinstance(value, list | tuple):
+    value = [pixels(item) for item in value]
+  try:
+    return np.asarray(pixels(value))
+  except ValueError as e:
+    raise errors.UserError(
+        f"{name}: got parts of several sizes ({e}), expected one array"
+    ) from e
+
+
+def _finite(name: str, value: Any) -> np.ndarray:
+  """Returns a float32 array; raises UserError unless all are finite numbers."""
+  array = _array(name, value)
+  if array.dtype.kind not in "iuf" or not np.isfinite(
+      array := array.astype(np.float32)
+  ).all():
+    raise errors.UserError(
+        f"{name}: got {array.dtype} of shape {array.shape} with values that "
+        "are no finite numbers, expected finite float32"
+    )
+  return array
+
+
+def _check_noisy(images: np.ndarray, level: float | None) -> None:
+  """Raises UserError for float images that are not [-1, 1] plus noise.
+
+  Their mean and, for a given level, their values are checked up to 8 standard
+  deviations, which excludes pixels in 0 .. 255.
+  """
+  if images.dtype == np.uint8:
+    return
+  axes = (1, 2, 3)
+  error = 8 * images.std(axes) / np.sqrt(np.prod(images.shape[1:]))
+  good = np.isfinite(images).all() and (
+      np.abs(images.mean(axes)) <= 1 + error
+  ).all()
+  if not good or level is not None and np.abs(images).max() > 1 + 8 * level:
+    raise errors.UserError(
+        f"images: got float32 from {images.min():g} to {images.max():g}, "
+        "expected [-1, 1] plus noise; convert them, or pass uint8"
+    )
+
+
 def _checked(
     images, shape: tuple[int, int, int], name: str, floats: bool = False
 ) -> np.ndarray:
@@ -606,7 +706,7 @@ def _checked(
   Raises:
     UserError: another dtype or shape.
   """
-  images = np.asarray(images)
+  images = _array(name, images, shape[-1])
   if images.shape == shape:
     images = images[None]
   dtypes = (np.uint8, np.float32) if floats else (np.uint8,)
@@ -631,7 +731,7 @@ def _known_pixels(mask, size: tuple[int, int], count: int) -> np.ndarray:
   Raises:
     UserError: another dtype or shape, or an image without a hole.
   """
-  mask = np.asarray(mask)
+  mask = _array("mask", mask)
   if mask.dtype != bool or mask.shape not in (size, (count, *size)):
     raise errors.UserError(
         f"mask: got {mask.dtype} of shape {mask.shape}, expected bool {size} "

@@ -14,6 +14,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.config import build
 from bcm_jax.config import registry
+from bcm_jax.config import resolve
 from bcm_jax.generate import planning
 from bcm_jax.sampling import sampling_plan
 
@@ -118,8 +119,11 @@ def recipe(
   if task not in TASKS:
     raise errors.unknown_name("edit.task", task, TASKS)
   defaults = TASKS[task]
+  noise = resolve.argument("edit.noise", noise, "edit.noise")
+  level = resolve.argument("edit.sigma", level, "edit.sigma")
+  nfe = resolve.argument("edit.nfe", nfe, "edit.nfe")
+  times = resolve.argument("edit.times", times, "edit.times")
   _check(experiment, task, defaults, noise, level)
-  times = tuple(float(t) for t in times)
   noise = defaults.noise if noise is None else noise
   level = defaults.level if level is None else level
   if task == "denoise":
@@ -202,11 +206,6 @@ def _inpainting(experiment, noise: float, nfe: int | None, times) -> Recipe:
     )
   if nfe is None:
     nfe = 2 * len(times) or TASKS["inpaint"].nfe
-  if noise <= 0:
-    raise errors.UserError(
-        f"edit.noise: got {noise}, expected more than 0, the noise in the hole "
-        "of edit.task='inpaint'"
-    )
   if nfe < 2 or nfe % 2:
     raise errors.UserError(
         f"edit.nfe: got {nfe}, expected an even number, 2 per round of "

@@ -6,7 +6,8 @@ reported per seed, with mean and standard deviation, never as the minimum over
 seeds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import math
 import os
 import time
 from typing import Any
@@ -21,12 +22,14 @@ from bcm_jax import sample
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import runs
 from bcm_jax.config import build
+from bcm_jax.config import resolve
 from bcm_jax.config import schema
 from bcm_jax.editing import edit
 from bcm_jax.editing import pretrained
 from bcm_jax.evaluation import bits_per_dim
 from bcm_jax.evaluation import inversion
 from bcm_jax.evaluation import references
+from bcm_jax.evaluation import sample_files
 from bcm_jax.generate import batched_sampler
 from bcm_jax.generate import planning
 from bcm_jax.generate import rejection
@@ -35,11 +38,13 @@ from bcm_jax.metrics import fid
 from bcm_jax.metrics import image_grid
 from bcm_jax.metrics import moments
 from bcm_jax.metrics import nearest_neighbors
+from bcm_jax.metrics import precision_recall
 from bcm_jax.metrics import quality
 from bcm_jax.plots import draw
 from bcm_jax.training import goodput
 from bcm_jax.training import metric_writers
 from bcm_jax.utils import files
+from bcm_jax.utils import hashing
 from bcm_jax.utils import provenance
 
 # Number of samples of published FIDs.
@@ -55,6 +60,34 @@ _STEPS = ("last", "all", "follow")
 _POLL_SECS = 30.0
 
 
+class Progress:
+  """Numbers measured so far, which a stopped evaluation continues from.
+
+  Args:
+    path: JSON file, removed by `done`; '' keeps nothing. With several hosts
+      nothing is read, since they might not agree.
+  """
+
+  def __init__(self, path: str = ""):
+    self._path, self._numbers = path if jax.process_count() == 1 else "", {}
+    if self._path and os.path.exists(self._path):
+      self._numbers = files.read_json(self._path)
+      print(f"continues from {self._path}")
+
+  def __call__(self, name: str, measure: Callable[[], Any]) -> Any:
+    """Returns the numbers of this name, measured if they are not known."""
+    if name not in self._numbers:
+      self._numbers[name] = measure()
+      if self._path:
+        files.write_json(self._path, self._numbers)
+    return self._numbers[name]
+
+  def done(self) -> None:
+    """Removes the file."""
+    if self._path and os.path.exists(self._path):
+      os.remove(self._path)
+
+
 class Evaluation:
   """Metrics of section eval, for all checkpoints and moving averages of a run.
 
@@ -67,6 +100,7 @@ class Evaluation:
   def __init__(self, experiment: build.Experiment, workdir: str):
     self.experiment, self.workdir = experiment, workdir
     self.section = experiment.eval
+    self.progress = Progress()
     check_outputs(experiment)
     check_protocol(self.section)
     self.features = references.open_features(self.section)
@@ -118,10 +152,15 @@ class Evaluation:
     result["samplers"] = {}
     for sampler in section.samplers:
       plan = planning.plan_of(experiment, sampler)
-      result["samplers"][_key(plan, sampler)] = self._sampler(runner, plan)
-    result["inversion"] = inversion.curve(experiment, runner)
+      key = _key(plan, sampler)
+      result["samplers"][key] = self._sampler(runner, key, plan)
+    result["inversion"] = self.progress(
+        "inversion", lambda: inversion.curve(experiment, runner)
+    )
     if section.likelihood_images:
-      result["likelihood"] = bits_per_dim.measure(experiment, params)
+      result["likelihood"] = self.progress(
+          "likelihood", lambda: bits_per_dim.measure(experiment, params)
+      )
     return result | {"protocol": self.facts}
 
   def grids(self) -> dict[str, np.ndarray]:
@@ -136,9 +175,46 @@ class Evaluation:
       )
     return grids
 
-  def _sampler(self, runner, plan) -> dict[str, Any]:
+  def of_files(self) -> dict[str, Any]:
+    """Computes the metrics of the images in eval.samples, like `__call__`.
+
+    Raises:
+      UserError: unsuitable files, or another number of images than
+        eval.num_samples.
+    """
+    experiment, section = self.experiment, self.section
+    images, labels = sample_files.read(
+        section.samples, experiment.image_shape, experiment.num_classes
+    )
+    if len(images) > section.num_samples or (
+        len(images) < section.num_samples and not section.allow_fewer_samples
+    ):
+      raise errors.UserError(
+          f"eval.samples: got {len(images)} images in {section.samples}, "
+          f"expected {section.num_samples}; set "
+          f"eval.num_samples={len(images)}"
+      )
+    numbers = self._numbers(images, self.features(images), labels)
+    name = os.path.basename(os.path.abspath(section.samples))
+    facts = provenance.facts(experiment.config) | self._protocol(len(images))
+    return {
+        "step": None, "average": name,
+        "samplers": {f"{name}_nfe0": {
+            "plan": [section.samples], "nfe": 0, **numbers,
+            "std": dict.fromkeys(numbers),
+        }},
+        "inversion": {},
+        "protocol": facts | {"seeds": [], "method": "images of a file"},
+    }
+
+  def _sampler(self, runner, key: str, plan) -> dict[str, Any]:
     """Metrics of one sampler: per seed, mean and standard deviation."""
-    seeds = {s: self._metrics(runner, plan, s) for s in self.section.seeds}
+    seeds = {
+        s: self.progress(
+            f"{key}, seed {s}", lambda s=s: self._metrics(runner, plan, s)
+        )
+        for s in self.section.seeds
+    }
     names = next(iter(seeds.values()))
     spread = {
       n: quality.spread([numbers[n] for numbers in seeds.values()])
@@ -189,9 +265,13 @@ class Evaluation:
 
   def _metrics(self, runner, plan, seed: int) -> dict[str, Any]:
     section = self.section
-    images, activations, labels = self._draw(
-      runner, plan, section.num_samples, seed
+    return self._numbers(
+        *self._draw(runner, plan, section.num_samples, seed)
     )
+
+  def _numbers(self, images, activations, labels) -> dict[str, Any]:
+    """Computes all metrics of images with these features."""
+    section = self.section
     numbers = quality.sample_quality(
       activations, self.features.distance, self.target, section.k
     )
@@ -216,12 +296,17 @@ class Evaluation:
       "worst_class_accuracy": r["worst_class_accuracy"],
     }
 
-  def _protocol(self) -> dict[str, Any]:
-    """Facts that must agree for two results to be comparable."""
+  def _protocol(self, count: int | None = None) -> dict[str, Any]:
+    """Facts that must agree for two results to be comparable.
+
+    Args:
+      count: number of samples; None is eval.num_samples.
+    """
     section, reference = self.section, self.target.reference
     real = self.target.real
+    count = section.num_samples if count is None else count
     facts = {
-        "samples": section.num_samples,
+        "samples": count,
         "seeds": list(section.seeds),
         "features": self.features.name,
         "features_digest": self.features.digest,
@@ -236,10 +321,8 @@ class Evaluation:
       facts["rejection"] = f"{sampling.rejection:g} more samples per class"
     if sampling.guidance != 1:
       facts["guidance"] = sampling.guidance
-    if section.num_samples < PROTOCOL_SAMPLES:
-      facts["few_samples"] = (
-        f"{section.num_samples} of the protocol's {PROTOCOL_SAMPLES}"
-      )
+    if count < PROTOCOL_SAMPLES:
+      facts["few_samples"] = f"{count} of the protocol's {PROTOCOL_SAMPLES}"
     return facts
 
 
@@ -257,7 +340,8 @@ def _as_json(v: Any) -> float | None:
 
 def summary(result: dict[str, Any]) -> str:
   """Formats a result as lines of text."""
-  lines = [f"step {result['step']}, {result['average']}"]
+  step = "" if result["step"] is None else f"step {result['step']}, "
+  lines = [f"{step}{result['average']}"]
   if "classifier_test_accuracy" in result:
     accuracy = result["classifier_test_accuracy"]
     lines.append(f"classifier: {accuracy:.2%} accuracy on real test images")
@@ -296,11 +380,18 @@ def run(
 ) -> list[dict[str, Any]]:
   """Mode eval: writes workdir/eval/STEP[_AVERAGE].json and prints the metrics.
 
+  A result of other settings is kept under the digest of its settings. With
+  eval.samples the images of a file are evaluated, without a checkpoint.
+
   Returns:
     The results, one per checkpoint and moving average.
   """
   evaluation = Evaluation(experiment, workdir)
   section = evaluation.section
+  if section.samples is not None:
+    result = evaluation.of_files()
+    _write(evaluation, f"samples_{result['average']}", result)
+    return [result]
   results = []
   for step in _steps(experiment, workdir, section.steps):
     for average in section.averages or (None,):
@@ -355,23 +446,57 @@ def _training(experiment, workdir: str, step: int) -> dict[str, Any]:
 
 
 def _evaluate_and_write(evaluation, step, average, params) -> dict[str, Any]:
+  name = f"{step}"
+  if len(evaluation.section.averages) > 1:
+    name = f"{step}_{average}"
+  digest = _settings_digest(evaluation, average)
+  evaluation.progress = Progress(os.path.join(
+      evaluation.workdir, "eval", f"{name}_{digest}.partial"
+  ))
   result = evaluation(step, average, params)
   result["training"] = _training(
     evaluation.experiment, evaluation.workdir, step
   )
-  name = f"{step}.json"
-  if len(evaluation.section.averages) > 1:
-    name = f"{step}_{average}.json"
-  path = os.path.join(evaluation.workdir, "eval", name)
-  if jax.process_index() == 0:
-    files.write_json(path, result)
-    if len({r["noise"] for r in result["inversion"].values()}) > 1:
-      draw.inversion(
-        result["inversion"], path.removesuffix(".json") + "_inversion.png"
-      )
-  print(summary(result))
-  print(f"numbers: {path}")
+  _write(evaluation, name, result)
+  evaluation.progress.done()
   return result
+
+
+def _settings_digest(evaluation, average: str) -> str:
+  """Returns eight hex digits of the settings that a result depends on."""
+  config = resolve.to_json(evaluation.experiment.config)
+  settings = {k: config[k] for k in ("eval", "sample", "invert")}
+  for key in ("steps", "averages", "at_end"):
+    del settings["eval"][key]
+  # Contents of the files that the settings name.
+  digests = ("features_digest", "reference_digest")
+  settings |= {k: evaluation.facts.get(k) for k in digests}
+  return hashing.json_digest([average, settings])[:8]
+
+
+def _write(evaluation, name: str, result: dict[str, Any]) -> None:
+  """Writes workdir/eval/NAME.json and prints it; keeps one of other settings.
+
+  The other one becomes NAME_DIGEST.json.
+  """
+  base = os.path.join(evaluation.workdir, "eval", name)
+  digest = _settings_digest(evaluation, result["average"])
+  if jax.process_index() == 0:
+    if os.path.exists(f"{base}.json"):
+      old = files.read_json(f"{base}.json")
+      # Results of earlier versions do not have it.
+      kept = old.get("settings_digest") or hashing.json_digest(old)[:8]
+      if kept != digest:
+        for end in (".json", "_inversion.png"):
+          if os.path.exists(base + end):
+            os.replace(base + end, f"{base}_{kept}{end}")
+    files.write_json(f"{base}.json", result | {"settings_digest": digest})
+    if os.path.exists(f"{base}_{digest}.json"):  # The same, written earlier.
+      os.remove(f"{base}_{digest}.json")
+    if len({r["noise"] for r in result["inversion"].values()}) > 1:
+      draw.inversion(result["inversion"], f"{base}_inversion.png")
+  print(summary(result))
+  print(f"numbers: {base}.json")
 
 
 def finish(
@@ -386,7 +511,7 @@ def finish(
   Returns:
     The result of mode eval, or None without eval.at_end.
   """
-  section = experiment.eval
+  section, source = experiment.eval, f"step {step}, {average}"
   result = None
   if section.at_end:
     evaluation = Evaluation(experiment, workdir)
@@ -396,11 +521,15 @@ def finish(
   )
   folders = []
   for sampler in section.samplers:
-    folders.append(sample.sample(experiment, workdir, runner, sampler))
+    folders.append(
+        sample.sample(experiment, workdir, runner, sampler, source)
+    )
   if experiment.method.supports_inversion and experiment.has_split("test"):
     for nfe in section.inversion_nfe:
-      folders.append(sample.invert(experiment, workdir, runner, nfe))
-    folders.append(edit.interpolate(pretrained.Model(runner), workdir))
+      folders.append(sample.invert(experiment, workdir, runner, nfe, source))
+    folders.append(
+        edit.interpolate(pretrained.Model(runner, source), workdir)
+    )
   if jax.process_index() == 0:
     metric_writers.write_evaluation(workdir, step, result or {}, {
         os.path.relpath(folder, workdir): np.asarray(
@@ -421,7 +550,7 @@ def check_before_training(experiment: build.Experiment) -> None:
   section = experiment.eval
   if section.at_end:
     check_protocol(section)
-    references.check(section)
+    references.check(experiment)
 
 
 def check_outputs(experiment: build.Experiment) -> None:
@@ -443,6 +572,15 @@ def check_protocol(section: schema.Eval) -> None:
     )
   if not section.seeds:
     raise errors.UserError("eval.seeds: got none, expected at least one seed")
+  fewest = min(section.num_samples, section.num_real_for_prdc or math.inf)
+  most_neighbors = max(section.k, precision_recall.DENSITY_K)
+  if fewest <= most_neighbors:
+    raise errors.UserError(
+        f"eval.k: got {section.k} with eval.num_samples={section.num_samples} "
+        f"and eval.num_real_for_prdc={section.num_real_for_prdc}, expected "
+        f"more than {most_neighbors} images of each, since density and "
+        f"coverage use {precision_recall.DENSITY_K} neighbors"
+    )
   if section.num_samples < PROTOCOL_SAMPLES and not section.allow_fewer_samples:
     raise errors.UserError(
         f"eval.num_samples: got {section.num_samples}, expected "

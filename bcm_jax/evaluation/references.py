@@ -71,11 +71,37 @@ def _user_defined_features(name: str) -> feature_extractors.Features:
   return feature_extractors.FunctionFeatures(function, name, digest)
 
 
-def check(section: schema.Eval) -> None:
-  """Raises UserError for features or a reference that cannot be loaded."""
-  open_features(section)
+def check(experiment: build.Experiment) -> None:
+  """Raises UserError for features or a reference that cannot be used."""
+  section = experiment.eval
+  features = open_features(section)
   if section.reference is not None:
-    reference_stats.load_reference(section.reference)
+    reference = reference_stats.load_reference(section.reference)
+    _check_reference(reference, features, experiment.image_shape)
+
+
+def _check_reference(
+    reference: reference_stats.Reference, features, shape
+) -> None:
+  """Checks features, dimensions and images of a reference file.
+
+  Raises:
+    UserError: they are not those of the features for images of this shape.
+  """
+  if reference.pooled is not None:
+    reference_stats.check_features(reference, features.name, features.digest)
+    black = features(np.zeros((1, *shape), np.uint8))
+    reference_stats.check_size(reference, features.name, black)
+  if reference.images is not None:
+    channels = reference.images.shape[3]
+    if channels != shape[2] or isinstance(
+        features, feature_extractors.Pixels
+    ) and reference.images.shape[1:] != shape:
+      raise errors.UserError(
+          f"eval.reference: got images {reference.images.shape}, expected [n, "
+          f"{', '.join(map(str, shape))}] as in this data; use the file of this"
+          " data"
+      )
 
 
 def in_blocks(
@@ -96,7 +122,7 @@ def compute(
   pooled, spatial = _measure(blocks, len(ids), features, source.name)
   return _reference(
       moments.gather(pooled), spatial and moments.gather(spatial), features,
-      describe(source),
+      describe(source), image_source.fingerprint(source),
   )
 
 
@@ -122,7 +148,7 @@ def _measure(
 
 
 def _reference(
-    pooled, spatial, features, data: str
+    pooled, spatial, features, data: str, images_digest: str
 ) -> reference_stats.Reference:
   return reference_stats.Reference(
     pooled=pooled.gaussian(),
@@ -131,6 +157,7 @@ def _reference(
     features_name=features.name,
     features_digest=features.digest,
     data=data,
+    images_digest=images_digest,
   )
 
 
@@ -161,10 +188,9 @@ def open_target(
   """
   section = experiment.eval
   if section.reference is not None:
-    reference = _from_file(section.reference, features)
+    reference = _from_file(section.reference, features, experiment.image_shape)
   else:
     reference = _of_training_split(experiment, features, folder)
-  reference_stats.check_features(reference, features.name, features.digest)
   if reference.images is not None:
     real = reference.images[: section.num_real_for_prdc]
     return quality.Target(reference, features(real).pooled)
@@ -187,8 +213,9 @@ def chosen(source: image_source.Source, count: int | None) -> np.ndarray:
   return np.random.default_rng(0).permutation(len(source))[:count]
 
 
-def _from_file(path: str, features) -> reference_stats.Reference:
+def _from_file(path: str, features, shape) -> reference_stats.Reference:
   reference = reference_stats.load_reference(path)
+  _check_reference(reference, features, shape)
   if not reference.data:
     name = os.path.basename(path)
     reference = dataclasses.replace(reference, data=name)
@@ -198,7 +225,11 @@ def _from_file(path: str, features) -> reference_stats.Reference:
   images = reference.images
   blocks = (images[i : i + _BLOCK] for i in range(0, len(images), _BLOCK))
   pooled, spatial = _measure(blocks, len(images), features, reference.data)
-  measured = _reference(pooled, spatial, features, reference.data)
+  source = image_source.ArraySource(images, name=reference.data)
+  measured = _reference(
+      pooled, spatial, features, reference.data,
+      image_source.fingerprint(source),
+  )
   return dataclasses.replace(measured, images=images)
 
 

@@ -1,12 +1,11 @@
-"""Renders docs/results.md from result files: mode table.
+"""Renders tables of results: mode table.
 
-FOLDER/results has one result file of mode eval per run; the name of the file is
-the name of the run in the tables. Methods without a result file are marked
-'not run'.
+Results are those of runs (WORKDIR/eval), or files of mode eval in a folder,
+whose names are those of the runs. Results of different protocols are never in
+one table. Methods without a result are marked 'not run'.
 """
 
-from collections.abc import Iterable, Mapping
-import json
+from collections.abc import Iterable, Mapping, Sequence
 import os
 import pathlib
 from typing import Any
@@ -45,26 +44,40 @@ _COLUMNS = {
 _INVERSION = ("mse", "psnr", "ssim", "lpips")
 
 
-def read(folder: str) -> dict[str, Result]:
-  """Reads the result files of a folder, by name; ignores other JSON files.
+def read(place: str) -> dict[str, Result]:
+  """Reads results by name; ignores other JSON files.
+
+  Args:
+    place: a result file, a folder of them, a work directory, or a folder with
+      work directories.
 
   Raises:
-    UserError: no JSON files, or a file that is not valid JSON.
+    UserError: no results, or a file that is not valid JSON.
   """
-  paths = sorted(pathlib.Path(folder).glob("*.json"))
-  if not paths:
+  path, found = pathlib.Path(place), {}
+  runs = sorted(path.glob("eval")) or sorted(path.glob("*/eval"))
+  if not path.joinpath("eval").is_dir():
+    found = _results([path] if path.is_file() else path.glob("*.json"))
+  for folder in runs:
+    results = _results(folder.glob("*.json"))
+    run = folder.resolve().parent.name
+    found |= {
+        run if len(results) == 1 else f"{run}/{name}": result
+        for name, result in results.items()
+    }
+  if not found:
     raise errors.UserError(
-        f"{folder}: has no .json files; copy result files of mode eval "
-        "(WORKDIR/eval/STEP.json) to it, under the name of the run"
+        f"{place}: has no results, expected a work directory after mode eval, "
+        "or its result files (.json)"
     )
+  return found
+
+
+def _results(paths: Iterable[pathlib.Path]) -> dict[str, Result]:
+  """Returns the results among JSON files, by the name of the file."""
   results = {}
-  for path in paths:
-    try:
-      content = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-      raise errors.UserError(
-          f"{path}: not valid JSON ({e}); write it again with mode eval"
-      ) from e
+  for path in sorted(paths):
+    content = files.read_json(path)
     if isinstance(content, dict) and "samplers" in content:
       # A key of results of the first version.
       if "compared_one_by_one" in content.get("protocol", {}):
@@ -179,8 +192,9 @@ def _protocol_line(name: str, result: Result) -> str:
   """One list item with the evaluation protocol of a run."""
   p = result["protocol"]
   seeds = ", ".join(map(str, p["seeds"]))
+  origin = [f"step {result['step']}", f"average {result['average']}"]
   facts = [
-      f"step {result['step']}", f"average {result['average']}",
+      *(origin if result["step"] is not None else [result["average"]]),
       f"{p['samples']:,} samples per seed (seeds {seeds})",
       f"features {p['features']} ({p['features_digest']})",
       f"reference {_count(p['reference_images'])} images "
@@ -192,7 +206,7 @@ def _protocol_line(name: str, result: Result) -> str:
   if "classifier_test_accuracy" in result:
     facts.append(f"classifier: {result['classifier_test_accuracy']:.2%} "
                  "accuracy on real test images")
-  first = next(iter(result["samplers"].values()))
+  first = next(iter(result["samplers"].values()), {})
   if "median_sample_to_train" in first:
     facts.append(
         "median distance to the nearest training image, pixels in 0..255: "
@@ -206,10 +220,11 @@ def _protocol_line(name: str, result: Result) -> str:
 
 _HEAD = """# Results
 
-Rendered by `python -m bcm_jax.main --mode=table --workdir=docs` from the JSON
-files in [results](results), which record the complete protocol;
+Rendered by `bcm_jax table --workdir=docs` from the JSON files in
+[results](results), which record the complete protocol;
 [evaluation.md](evaluation.md) defines the metrics. Methods without a result
-file are marked 'not run'. Every run is one training run (n = 1); numbers
+file are marked 'not run'; results of different protocols are in different
+tables. Every run is one training run (n = 1); numbers
 without ± are of one sampling seed (n = 1), others mean ± standard deviation
 over sampling seeds.
 """
@@ -228,26 +243,65 @@ def render(results: Mapping[str, Result]) -> str:
     parts.append(f"## {_TITLES.get(data, data)}\n")
     if data in _NOTES:
       parts.append(_NOTES[data] + "\n")
-    tables = [published_table(data, runs)]
-    if runs:
-      tables = [
-          samples_table(data, runs), inversion_table(data, runs), *tables
-      ]
-    parts += [table + "\n" for table in tables if table]
+    groups: dict[tuple[Any, ...], dict[str, Result]] = {}
+    for name, result in runs.items():
+      groups.setdefault(_comparable(result), {})[name] = result
+    for protocol, group in groups.items():
+      if len(groups) > 1:
+        parts.append(f"### {_title(protocol)}\n")
+      tables = samples_table(data, group), inversion_table(data, group)
+      parts += [table + "\n" for table in tables if table]
+    published_rows = published_table(data, runs)
+    if published_rows:
+      parts.append(published_rows + "\n")
     if runs:
       items = [_protocol_line(*item) for item in runs.items()]
       parts.append("\n".join(items) + "\n")
   return "\n".join(parts)
 
 
-def run(folder: str) -> str:
-  """Mode table: renders FOLDER/results/*.json to FOLDER/results.md.
+_COMPARED = (
+    "features", "features_digest", "reference_digest", "samples",
+    "num_real_for_prdc", "neighbors_k",
+)
+
+
+def _comparable(result: Result) -> tuple[Any, ...]:
+  """Returns the facts that are equal for results in one table."""
+  return tuple(result["protocol"][key] for key in _COMPARED)
+
+
+def _title(protocol: tuple[Any, ...]) -> str:
+  """Returns the heading of the tables of a protocol."""
+  features, digest, reference, samples, real, k = protocol
+  return (
+      f"Features {features} ({digest}), reference {reference}, {samples:,} "
+      f"samples, {real:,} real images (k = {k})"
+  )
+
+
+def run(folder: str | None, places: Sequence[str] = ()) -> str:
+  """Mode table: renders results as a page.
+
+  Args:
+    folder: folder of the page, results.md; None prints it.
+    places: see `read`; if empty, folder/results or else `folder`.
 
   Returns:
-    Path of the page.
+    The page.
   """
+  results: dict[str, Result] = {}
+  if not places:
+    inside = os.path.join(folder, "results")
+    places = [inside if os.path.isdir(inside) else folder]
+  for place in places:
+    for name, result in read(place).items():
+      results[f"{place}/{name}" if name in results else name] = result
+  page = render(results)
+  if folder is None:
+    print(page)
+    return page
   path = os.path.join(folder, "results.md")
-  page = render(read(os.path.join(folder, "results")))
   files.write_bytes(path, page.encode())
   print(f"written: {path}")
-  return path
+  return page

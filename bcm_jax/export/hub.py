@@ -1,4 +1,4 @@
-"""Shares models on the Hugging Face Hub: python -m bcm_jax.release.hub VERB.
+"""Shares models on the Hugging Face Hub: bcm_jax hub VERB.
 
   pack WORKDIR FOLDER      writes the network of a run as a model folder
   unpack FOLDER WORKDIR    writes a model folder as a work directory
@@ -207,7 +207,7 @@ def _one_line(error: BaseException, limit: int = 200) -> str:
 
 def _parser(verb: str | None) -> cli.Parser:
   """Returns the parser of a verb; None is that of all verbs, for --help."""
-  parser = cli.Parser("bcm_jax.release.hub", __doc__, config="values")
+  parser = cli.Parser("hub", __doc__, config="values")
   source, target = _VERBS[verb][1:] if verb else ("FROM", "TO")
   add = parser.add_argument
   add("verb", choices=_VERBS, metavar="VERB", help=", ".join(_VERBS))

@@ -1,9 +1,9 @@
-"""Exports samplers: python -m bcm_jax.release.export WORKDIR OUT.zip.
+"""Exports samplers: bcm_jax export WORKDIR OUT.zip.
 
 Writes the samplers of a run as StableHLO, with weights and a loader, to one
 file that requires only jax and flatbuffers (docs/export.md):
 
-  python -m bcm_jax.release.export runs/digits digits.zip \\
+  bcm_jax export runs/digits digits.zip \\
       --samplers=onestep,ancestral@0.7 --invert
 
 --samplers uses the notation of bcm_jax/generate/planning.py; the default is
@@ -383,7 +383,7 @@ def _store(out: str, members: dict[str, bytes]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
   """Runs the command; exits with 65 and a one-line error on invalid input."""
-  parser = cli.Parser("bcm_jax.release.export", __doc__, config="values")
+  parser = cli.Parser("export", __doc__, config="values")
   parser.add_argument(
     "workdir", metavar="WORKDIR", help="work directory of the run"
   )

@@ -1,4 +1,4 @@
-"""Converts published weights: python -m bcm_jax.interop.convert SOURCE OUT.
+"""Converts published weights: bcm_jax convert SOURCE OUT.
 
 SOURCE is a published checkpoint (PyTorch .pt or .pth, safetensors, an EDM or
 EDM2 .pkl, a jcm msgpack). OUT becomes a work directory for modes sample, invert
@@ -211,7 +211,7 @@ def to_file(workdir: str, out: str, average: str | None = None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
   """Runs the command; exits with status 65 and one line on bad input."""
-  parser = cli.Parser("bcm_jax.interop.convert", __doc__, config="values")
+  parser = cli.Parser("convert", __doc__, config="values")
   add = parser.add_argument
   add("source", metavar="SOURCE", help="file; with --reverse a work directory")
   add("out", metavar="OUT", help="work directory; with --reverse a file")

@@ -16,6 +16,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.config import build
 from bcm_jax.config import registry
+from bcm_jax.config import resolve
 from bcm_jax.config import schema
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
@@ -54,6 +55,10 @@ def parse(text: str) -> Request:
   Raises:
     UserError: unknown sampler or unparsable times.
   """
+  if not isinstance(text, str):
+    raise errors.UserError(
+        f"sampler: got {text!r}, expected a name such as 'ancestral:4'"
+    )
   head, at, tail = text.partition("@")
   name, colon, count = head.partition(":")
   if name not in SAMPLERS:
@@ -74,7 +79,9 @@ def parse(text: str) -> Request:
         f"{'intermediate times' if name not in _TAKES_TIMES else 'pairs e>t'}; "
         "omit them or choose 'mixture'"
     )
-  return Request(name, nfe, times, pairs)
+  return Request(
+      name, resolve.argument("sampler", nfe, "sample.nfe"), times, pairs
+  )
 
 
 def _parse_times(text: str) -> tuple[tuple[float, ...], Pairs]:
@@ -307,10 +314,14 @@ def inversion_plan(
       nfe, else default times.
 
   Raises:
-    UserError: times that do not match, or a network without inversion.
+    UserError: times that do not match or are out of range, or a network without
+      inversion.
   """
   section = experiment.invert
-  e = section.noise if noise is None else noise
+  nfe = resolve.argument("invert.nfe", nfe, "invert.nfe")
+  if noise is None:
+    noise = section.noise
+  e = resolve.argument("invert.noise", noise, "invert.noise")
   if not times:
     times = section.times
     if nfe is None:

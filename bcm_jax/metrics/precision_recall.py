@@ -20,6 +20,9 @@ import numpy as np
 from bcm_jax.errors import UserError
 from bcm_jax.metrics import nearest_neighbors
 
+# Neighbors of density and coverage.
+DENSITY_K = 5
+
 
 class Prdc(NamedTuple):
   """Precision, recall, density and coverage.
@@ -42,7 +45,7 @@ def prdc(
   real: np.ndarray,
   fake: np.ndarray,
   k: int = 3,
-  density_k: int = 5,
+  density_k: int = DENSITY_K,
   block_size: int = nearest_neighbors.BLOCK_SIZE,
 ) -> Prdc:
   """Computes all four metrics in one pass over the distances.

@@ -3,9 +3,11 @@
 The keys are those of the ADM evaluator (arr_0, mu, sigma, mu_s, sigma_s), so
 that either program reads the other's files. `meta`, which ADM ignores, is JSON
 with the features of the statistics. EDM's files have mu and sigma only, files
-of samples arr_0 only.
+of samples arr_0 only. EDM2's are pickles of {'fid': {'mu', 'sigma'}, ...}, read
+without running any code (utils/unpickle.py).
 """
 
+from collections.abc import Set
 import dataclasses
 import json
 import os
@@ -18,6 +20,7 @@ from absl import logging
 import numpy as np
 
 from bcm_jax.errors import UserError
+from bcm_jax.interop import torch_files
 from bcm_jax.metrics.moments import Gaussian
 from bcm_jax.utils import files
 from bcm_jax.utils import hashing
@@ -39,6 +42,8 @@ class Reference:
     data: description of the images, free text.
     images: uint8 [n, H, W, C] for precision and recall, or None; often fewer
       than `count`.
+    images_digest: fingerprint of the images of the statistics; None if not
+      recorded.
   """
 
   pooled: Gaussian | None = None
@@ -48,9 +53,19 @@ class Reference:
   features_digest: str | None = None
   data: str = ""
   images: np.ndarray | None = None
+  images_digest: str | None = None
 
   def digest(self) -> str:
-    """Returns 12 hex digits of the mean and covariance of `pooled`."""
+    """Returns 12 hex digits that identify the statistics.
+
+    A hash of the digests of images and features, which are exact: statistics
+    computed on two machines differ by rounding. Without them, as in files of
+    other programs, a hash of mean and covariance.
+    """
+    if self.images_digest and self.features_digest:
+      return hashing.json_digest(
+          [self.images_digest, self.features_name, self.features_digest]
+      )[:12]
     parts = [("", np.asarray(p, "<f8")) for p in self.pooled]
     return hashing.arrays_digest(parts)[:12]
 
@@ -82,23 +97,24 @@ def save_reference(
     "features_name": reference.features_name,
     "features_digest": reference.features_digest,
     "data": reference.data,
+    "images_digest": reference.images_digest,
   }
   files.write_npz(path, **arrays, meta=np.array(json.dumps(meta)))
 
 
 def load_reference(path: str | os.PathLike[str]) -> Reference:
-  """Reads statistics written by this package, ADM or EDM, or plain samples.
+  """Reads statistics of this package, ADM, EDM or EDM2, or plain samples.
 
   Returns:
     Contents of the file; statistics as float64.
 
   Raises:
-    UserError: the file is missing or no .npz, has pickled arrays, has neither
-      statistics nor images, or only one of a mean and its covariance, has wrong
-      shapes, or values that are not finite.
+    UserError: the file is missing, no .npz or .pkl, has pickled arrays, has
+      neither statistics nor images, or only one of a mean and its covariance,
+      has wrong shapes, or values that are not finite.
   """
   path = os.fspath(path)
-  arrays = _read(path)
+  arrays = _read_pickle(path) if path.endswith(".pkl") else _read(path)
   meta = _meta(path, arrays.pop("meta", None))
   _check(path, arrays)
   pooled, spatial = (
@@ -108,6 +124,36 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
     for keys in _STATISTICS
   )
   return Reference(pooled, spatial, images=arrays.get("arr_0"), **meta)
+
+
+def load_labels(path: str | os.PathLike[str]) -> np.ndarray | None:
+  """Returns arr_1 of an .npz, the labels of its images, or None."""
+  return _read(os.fspath(path), {"arr_1"}).get("arr_1")
+
+
+def check_size(reference: Reference, name: str, activations: Any) -> None:
+  """Checks that statistics have the dimensions of the features.
+
+  Args:
+    reference: the statistics.
+    name: name of the features.
+    activations: features of any images, feature_extractors.Activations.
+
+  Raises:
+    UserError: other dimensions.
+  """
+  for gaussian, rows in (
+    (reference.pooled, activations.pooled),
+    (reference.spatial, activations.spatial),
+  ):
+    if gaussian is not None and rows is not None and (
+      len(gaussian.mean) != rows.shape[1]
+    ):
+      raise UserError(
+        f"eval.reference: got statistics of {len(gaussian.mean)} features, "
+        f"expected {rows.shape[1]} as of {name} for images of this data; use "
+        "the file of these features"
+      )
 
 
 def check_features(reference: Reference, name: str, digest: str) -> None:
@@ -143,14 +189,30 @@ def check_features(reference: Reference, name: str, digest: str) -> None:
     )
 
 
-def _read(path: str) -> dict[str, np.ndarray]:
-  """Reads the arrays of an .npz that have known keys."""
+def _read_pickle(path: str) -> dict[str, np.ndarray]:
+  """Reads mu and sigma of EDM2's pickles, those of Inception."""
+  try:
+    with open(path, "rb") as file:
+      content = torch_files.read_pickle(file.read())
+    found = content["fid"] if "fid" in content else content
+    return {key: np.asarray(found[key].value) for key in ("mu", "sigma")}
+  except (OSError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(
+      f"{path}: cannot be read ({error!r}), expected EDM2's pickle with mu and "
+      f"sigma of 'fid'; {_RECREATE}"
+    ) from error
+
+
+_KEYS = {key for pair in _STATISTICS for key in pair} | {"arr_0", "meta"}
+
+
+def _read(path: str, keys: Set[str] = _KEYS) -> dict[str, np.ndarray]:
+  """Reads the arrays of an .npz that have these keys."""
   if not pathlib.Path(path).is_file():
     raise UserError(
       f"{path}: file does not exist, expected reference statistics or samples "
       "as .npz; check the path"
     )
-  keys = {key for pair in _STATISTICS for key in pair} | {"arr_0", "meta"}
   try:
     with np.load(path, allow_pickle=False) as file:
       return {key: file[key] for key in keys & set(file)}
@@ -172,8 +234,10 @@ def _meta(path: str, text: np.ndarray | None) -> dict[str, Any]:
   try:
     meta = json.loads(str(text))
     names = ("count", "features_name", "features_digest", "data")
-    return {name: meta[name] for name in names}
-  except (ValueError, TypeError, KeyError) as error:
+    # Not in files of earlier versions.
+    digest = {"images_digest": meta.get("images_digest")}
+    return {name: meta[name] for name in names} | digest
+  except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise UserError(
       f"{path}: meta is corrupt ({error!r}), expected JSON with count, "
       f"features_name, features_digest and data; {_RECREATE}"

@@ -1,4 +1,4 @@
-"""Plots figures of runs: python -m bcm_jax.plots RUN [RUN ...].
+"""Plots figures of runs: bcm_jax plots RUN [RUN ...].
 
 Training curves, quality over NFE, inversion error over the initial noise,
 reconstructions, interpolations and trajectories, as PNG files (docs/plots.md).
@@ -9,6 +9,7 @@ none and for invalid input.
 import collections
 from collections.abc import Callable, Sequence
 import os
+import pathlib
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -36,14 +37,19 @@ def overview(experiment: build.Experiment, workdir: str) -> str:
     Path of the PNG.
   """
   rows = []
-  for name in sorted(os.listdir(os.path.join(workdir, "samples"))):
-    with np.load(os.path.join(workdir, "samples", name, "samples.npz")) as f:
+  folder = pathlib.Path(workdir, "samples")
+  # Those of other settings have a digest after the NFE.
+  for path in sorted(folder.glob("*_nfe*/samples.npz")):
+    name = path.parent.name
+    if not name.rpartition("_nfe")[2].isdigit():
+      continue
+    with np.load(path) as f:
       rows.append((name.replace("_nfe", "\nNFE "), f["arr_0"][:_COLUMNS]))
   rows.sort(key=lambda row: "onestep" not in row[0])
-  inversions = os.path.join(workdir, "inversions")
-  if os.path.isdir(inversions):
-    name = sorted(os.listdir(inversions))[0]
-    with np.load(os.path.join(inversions, name, "inversion.npz")) as f:
+  inversions = sorted(pathlib.Path(workdir, "inversions").glob("nfe*/*.npz"))
+  if inversions:
+    name = inversions[0].parent.name
+    with np.load(inversions[0]) as f:
       latents = sample.latents_as_images(
           f["latents"], experiment.method.sigma_max
       )
@@ -177,7 +183,7 @@ def _names(only: str) -> list[str]:
 
 
 def _parser() -> cli.Parser:
-  parser = cli.Parser("bcm_jax.plots", __doc__)
+  parser = cli.Parser("plots", __doc__)
   parser.add_argument("runs", nargs="+", metavar="RUN",
                       help="work directory, or a result file of mode eval")
   parser.add_argument("--out", metavar="DIR",

@@ -220,7 +220,11 @@ def results(run: Run) -> list[dict[str, Any]]:
   # The newest file of an average replaces older ones.
   paths = sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p))
   keys = {"samplers", "step", "average", "protocol"}
-  records = [r for r in map(_read_json, paths) if keys <= r.keys()]
+  records = [
+      r for r in map(_read_json, paths)
+      # Images of other programs have no step.
+      if keys <= r.keys() and r["step"] is not None
+  ]
   if not records:
     raise errors.UserError(
         f"{run.path}: has no results; --mode=eval writes them"
@@ -377,7 +381,10 @@ def reconstruction(run: Run) -> list[Rows]:
   """Reads real images, latents and reconstructions of every inversion."""
   folder = pathlib.Path(_directory(run), "inversions")
   blocks = []
-  for path in sorted(folder.glob("*/inversion.npz"), key=_by_number):
+  paths = folder.glob("*/inversion.npz")
+  # Those of other settings have a digest after the NFE.
+  paths = [p for p in paths if "_" not in p.parent.name]
+  for path in sorted(paths, key=_by_number):
     arrays = _arrays(str(path), "invert", "originals", "latents", "mse")
     shown = slice(0, _SHOWN_INVERSIONS)
     latents = arrays["latents"][shown]

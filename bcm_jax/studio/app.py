@@ -1,7 +1,7 @@
 """Web interface: generates images and edits real ones.
 
-  python -m bcm_jax.studio                 # the digits network of this package
-  python -m bcm_jax.studio runs/mine --port=7861
+  bcm_jax studio                      # the digits network of this package
+  bcm_jax studio runs/mine --port=7861
 
 Needs the extra `studio`: pip install 'bcm_jax[studio]'. Listens on 127.0.0.1
 only, unless --host is given. Behind a proxy or a tunnel, --allow-host names the
@@ -422,7 +422,7 @@ def launch(
 
 def main(argv: list[str] | None = None) -> None:
   """Runs the command; exits with 65 and one line on invalid input."""
-  parser = cli.Parser("bcm_jax.studio", __doc__)
+  parser = cli.Parser("studio", __doc__)
   parser.add_argument(
       "checkpoint", nargs="?",
       help="work directory or packed folder; the digits network by default",

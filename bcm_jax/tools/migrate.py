@@ -1,6 +1,6 @@
 """Rewrites a run or model folder of the first version in today's format.
 
-  python -m bcm_jax.tools.migrate OLD NEW
+  bcm_jax migrate OLD NEW
 
 OLD is a work directory, a model folder (model.safetensors and config.json) or a
 folder of result files of mode eval, on a local disk; it is not changed. NEW is
@@ -25,6 +25,7 @@ from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import digests
 from bcm_jax.checkpoint import runs
 from bcm_jax.checkpoint import workdir_lock
+from bcm_jax.config import renamed
 from bcm_jax.export import model_folder
 from bcm_jax.training import metric_writers
 from bcm_jax.training import nonfinite
@@ -35,38 +36,6 @@ from bcm_jax.utils import files
 # Format of checkpoints and model folders that this command reads.
 FORMAT = 1
 
-_CONFIG = {
-    "training": {
-        "hang_secs": "watchdog_timeout_secs",
-        "max_skipped_in_row": "max_consecutive_nonfinite",
-    },
-    "parallel": {
-        "max_examples": "microbatch_size_per_device",
-        "steps_per_call": "substeps",
-    },
-    "eval": {
-        "allow_few": "allow_fewer_samples",
-        "baseline": "inversion_baseline",
-        "baseline_nfe": "inversion_baseline_nfe",
-        "likelihood_legacy": "ctm_likelihood_compat",
-        "num_reference": "num_real_for_prdc",
-    },
-    "sample": {"guide": "guidance_network"},
-    "edit": {
-        "second": "end_images",
-        "present": "positive_images",
-        "absent": "negative_images",
-        "points": "num_interpolants",
-        "classify": "predict_labels",
-        "level": "sigma",
-    },
-    "method": {
-        "bins": "time_distribution",
-        "scales": "discretization",
-        "doubled_batch": "concat_jumps",
-        "huber_normalise": "huber_normalize",
-    },
-}
 _RESULT = {
     "recognised": "class_accuracy",
     "recognised_worst_class": "worst_class_accuracy",
@@ -76,7 +45,6 @@ _RESULT = {
     "neighbours_k": "neighbors_k",
     "ratio": "memorization_ratio",
 }
-_SECTIONS = {"critic": "auxiliary_optimizer"}
 _STATE = {"players": "networks", "window": "data_offset"}
 # An average, or the name of its result file without the suffix.
 _POWER = re.compile(r"(\d+_)?power_(\d+(?:\.\d+)?(?:e-?\d+)?)")
@@ -133,7 +101,9 @@ def migrate(old: str, new: str) -> str:
 def config(old: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a resolved config of the first version with today's keys."""
   new = {
-      _SECTIONS.get(section, section): _rename(values, _CONFIG.get(section, {}))
+      renamed.SECTIONS.get(section, section): _rename(
+          values, renamed.KEYS.get(section, {})
+      )
       for section, values in old.items()
   }
   if new["method"].get("dm_weight") == "normalised":
@@ -240,7 +210,7 @@ def _copy(old: pathlib.Path, new: pathlib.Path, top: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
   """Entry point; exits with 65 and one line on bad input."""
-  parser = cli.Parser("bcm_jax.tools.migrate", __doc__)
+  parser = cli.Parser("migrate", __doc__)
   parser.add_argument("old", metavar="OLD", help="folder to read")
   parser.add_argument("new", metavar="NEW", help="folder to create")
   with cli.reporting():

@@ -1,4 +1,4 @@
-"""Trains a classifier: python -m bcm_jax.train_classifier --config=F --out=DIR.
+"""Trains a classifier: bcm_jax train_classifier --config=F --out=DIR.
 
 Trains a small ResNet on the labeled images of config section `data`. Its
 pooled activations are features for Frechet distances:
@@ -314,7 +314,7 @@ def _check_source(source: image_source.Source) -> None:
 
 
 def _parser() -> cli.Parser:
-  parser = cli.Parser("bcm_jax.train_classifier", __doc__, config="file")
+  parser = cli.Parser("train_classifier", __doc__, config="file")
   default = Settings()
   add = parser.add_argument
   add("--out", required=True, metavar="DIR", help="folder to create")
@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     file, overrides = flags.pop("config"), flags.pop("overrides")
     output = {k: flags.pop(k) for k in ("out", "name", "overwrite")}
     settings = Settings(**flags)
-    config = resolve.load(file, overrides, None, False)
+    config = resolve.load(file, overrides)
     multihost.use_cores(config.parallel.cpu_devices, settings.batch_size)
     print(train_classifier(config, settings=settings, **output))
 

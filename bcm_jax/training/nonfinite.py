@@ -1,9 +1,10 @@
 """Counts consecutive non-finite steps; records rollbacks and diagnostics.
 
 The training step leaves parameters, optimizer state and averages unchanged if a
-loss, gradient or updated parameter is not finite. After several consecutive non-finite steps the
-loop rolls back to the last good checkpoint and continues with other data; after
-several rollbacks without a new checkpoint it stops and writes diagnostics.
+loss, gradient or updated parameter is not finite. After several consecutive
+non-finite steps the loop rolls back to the last good checkpoint and continues
+with other data; after several rollbacks without a new checkpoint it stops and
+writes diagnostics.
 """
 
 import collections

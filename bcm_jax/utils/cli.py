@@ -10,6 +10,7 @@ import sys
 from typing import Any, NoReturn
 
 from bcm_jax import errors
+from bcm_jax.utils import addresses
 
 
 def split_overrides(
@@ -44,20 +45,19 @@ def split_overrides(
 
 
 class Parser(argparse.ArgumentParser):
-  """Parser of a command's flags; a wrong flag is a UserError.
+  """Parser of a command's flags; a wrong flag or an address is a UserError.
 
   Args:
-    module: dotted name, as in python -m NAME, or path of a script.
+    name: name of the command, or path of a script.
     doc: the module's docstring, shown by --help.
     config: 'file' if the command takes --config=FILE and --config.a.b=VALUE,
       'values' if only the latter; '' for neither. parse_args returns them as
       `config` (None if not given) and `overrides`.
   """
 
-  def __init__(self, module: str, doc: str, config: str = ""):
-    script = module.endswith(".py")
+  def __init__(self, name: str, doc: str, config: str = ""):
     super().__init__(
-        prog=f"python {module}" if script else f"python -m {module}",
+        prog=f"{'python' if name.endswith('.py') else 'bcm_jax'} {name}",
         description=doc, epilog="Defaults are in parentheses.",
         allow_abbrev=False,
         # One line per flag, whatever the width of the terminal.
@@ -78,15 +78,25 @@ class Parser(argparse.ArgumentParser):
     """Parses a command line; sys.argv[1:] if args is None."""
     args = sys.argv[1:] if args is None else args
     if not self._config:
-      return super().parse_args(args, namespace)
+      return self._local(super().parse_args(args, namespace))
     file, overrides, rest = split_overrides(args)
-    found = super().parse_args(rest, namespace)
+    found = self._local(super().parse_args(rest, namespace))
     if file is not None and self._config == "values":
       raise errors.UserError(
           f"--config={file}: this command reads no config file (a run has its "
           "own config); set single values by --config.section.key=value"
       )
     found.config, found.overrides = file, overrides
+    return found
+
+  def _local(self, found: argparse.Namespace) -> argparse.Namespace:
+    """Checks that no argument is the address of another machine."""
+    for action in self._actions:
+      values = getattr(found, action.dest, None)
+      for value in values if isinstance(values, list) else [values]:
+        if isinstance(value, str):
+          name = action.option_strings or [action.metavar or action.dest]
+          addresses.check_local(name[-1], value)
     return found
 
   def error(self, message: str):

@@ -13,6 +13,7 @@ import uuid
 import numpy as np
 
 from bcm_jax import errors
+from bcm_jax.utils import hashing
 
 
 @contextlib.contextmanager
@@ -80,18 +81,15 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-  """Returns the content of a JSON file.
-
-  Raises:
-    ValueError: it is not JSON, or nested too deeply.
-    OSError: it cannot be read.
-  """
-  with open(path, "rb") as file:
-    content = file.read()
+  """Reads a JSON file; raises UserError if it is damaged."""
   try:
-    return json.loads(content)
-  except RecursionError as e:
-    raise ValueError("nested too deeply") from e
+    with open(path, encoding="utf-8") as file:
+      return json.load(file)
+  except (ValueError, RecursionError) as e:
+    raise errors.UserError(
+        f"{path}: got damaged JSON ({e}), expected a complete file; delete it "
+        "or write it again"
+    ) from e
 
 
 def check_free(path: str) -> None:
@@ -136,3 +134,27 @@ def new_folder(path: str, overwrite: bool = False) -> Iterator[str]:
   except BaseException:
     shutil.rmtree(folder, ignore_errors=True)
     raise
+
+
+def keep_other(folder: str, settings: dict[str, Any]) -> None:
+  """Prepares a folder for output with these settings; keeps other output.
+
+  A folder with other settings is renamed to FOLDER_DIGEST, of its settings.
+
+  Args:
+    folder: folder to write to; its settings.json has the settings.
+    settings: JSON values that the output depends on.
+  """
+  settings = json.loads(json.dumps(settings))
+
+  def kept(of):
+    return f"{folder}_{hashing.json_digest(of)[:8]}"
+
+  path = os.path.join(folder, "settings.json")
+  old = read_json(path) if os.path.isfile(path) else {}
+  if os.path.isdir(folder) and old != settings:
+    shutil.rmtree(kept(old), ignore_errors=True)
+    os.replace(folder, kept(old))
+  if os.path.isdir(kept(settings)):  # Written before the others.
+    os.replace(kept(settings), folder)
+  write_json(path, settings)

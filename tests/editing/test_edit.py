@@ -404,8 +404,8 @@ def test_files_that_do_not_fit(tmp_path, keys, said):
   files(tmp_path)
   paths = ("input", "mask", "reference", "positive_images", "negative_images")
   keys = {k: tmp_path / v if k in paths else v for k, v in keys.items()}
-  built = experiment(**({"task": "restore", "label": "3"} | keys))
   with pytest.raises(errors.UserError, match=said):
+    built = experiment(**({"task": "restore", "label": "3"} | keys))
     edit.run(built, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
 

@@ -1,6 +1,9 @@
 """The Python object, around an exact network: numbers in closed form."""
 
+import math
+
 import numpy as np
+import PIL.Image
 import pytest
 
 import bcm_jax
@@ -275,6 +278,121 @@ def test_one_image_is_a_batch_of_one(grey):
   )
   rows = grey.interpolate(photos()[0], photos()[1], 3, points=np.int64(3))
   assert rows.shape == (1, 3, 8, 8, 1)
+
+
+SETTINGS = {
+    "noise": lambda m, v: m.restore(photos(), 3, noise=v),
+    "nfe": lambda m, v: m.restore(photos(), 3, nfe=v),
+    "times": lambda m, v: m.restore(photos(), 3, times=(v,)),
+    "sigma": lambda m, v: m.stroke(photos(), 3, level=v),
+    "level": lambda m, v: m.denoise(photos(), v, 3),
+    "invert.noise": lambda m, v: m.invert(photos(), 3, noise=v),
+    "invert.nfe": lambda m, v: m.invert(photos(), 3, nfe=v),
+    "seed": lambda m, v: m.sample(1, 3, v),
+    "seed of an edit": lambda m, v: m.restore(photos(), 3, v),
+    "count": lambda m, v: m.sample(v),
+    "labels": lambda m, v: m.sample(2, labels=v),
+    "sampler": lambda m, v: m.sample(1, sampler=v or 7),
+    "strength": lambda m, v: m.shift(
+        photos(), np.zeros((8, 8, 1)), v, 3
+    ),
+    "direction": lambda m, v: m.shift(
+        photos(), [[[v]] * 8] * 8, 1.0, 3
+    ),
+    "latents": lambda m, v: m.decode([[[[v]] * 8] * 8], 3),
+    "points": lambda m, v: m.interpolate(photos(), photos(), 3, points=v),
+    "weights": lambda m, v: m.interpolate(photos(), photos(), 3, points=[v]),
+    "factor": lambda m, v: m.super_resolve(photos()[:, ::2, ::2], v, 3),
+}
+GOOD = {  # Argument -> numbers that it takes.
+    "seed": [0], "seed of an edit": [0], "labels": [0], "strength": [0, -1],
+    "direction": [0, -1, 1e18], "latents": [0, -1, 1e18], "weights": [0],
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_numbers_that_no_argument_takes(grey, name):
+  values = (0, -1, math.nan, math.inf, 1e18, 10**400, "x", [[1], [2, 3]])
+  for value in values:
+    try:
+      SETTINGS[name](grey, value)
+    except errors.UserError as e:
+      assert "\n" not in str(e) and value not in GOOD.get(name, ())
+    else:
+      assert value in GOOD.get(name, ())
+
+
+def test_seeds_do_not_wrap(grey):
+  for seed in (2**32, -1, 2**40):
+    with pytest.raises(errors.UserError, match="seed"):
+      grey.sample(1, 3, seed)
+  assert (grey.sample(1, 3, 2**32 - 1) != grey.sample(1, 3, 0)).any()
+  np.testing.assert_array_equal(
+      grey.sample(1, 3, np.int64(7)), grey.sample(1, 3, 7)
+  )
+
+
+@pytest.mark.parametrize("sampler", [
+    "ancestral:0", "ancestral:-1", "ancestral:1000000000", "ancestral@nan",
+    "ancestral@inf", "ancestral@0", "ancestral@-1", "ancestral:1.5",
+    "zigzag@nan>nan", "@", "heun:99999999999", 3, b"onestep",
+])
+def test_samplers_of_odd_numbers(grey, sampler):
+  with pytest.raises(errors.UserError):
+    grey.sample(1, 3, sampler=sampler)
+
+
+def test_pil_images_in_any_mode(grey, colour):
+  for model, channels, modes in (
+      (grey, 1, ("L", "RGB", "P", "LA", "1")),
+      (colour, 3, ("L", "RGB", "P", "RGBA", "CMYK")),
+  ):
+    images = photos(2, channels)
+    pictures = [PIL.Image.fromarray(np.squeeze(x)) for x in images]
+    np.testing.assert_array_equal(model.images(pictures), images)
+    np.testing.assert_array_equal(model.images(pictures[0]), images[:1])
+    for mode in modes:
+      picture = pictures[0].convert(mode)
+      assert model.images(picture).shape == (1, 8, 8, channels)
+  turned = pictures[0].copy()
+  turned.getexif()[0x0112] = 3  # Upside down.
+  np.testing.assert_array_equal(model.images(turned)[0], images[0, ::-1, ::-1])
+  for bad in (
+      pictures[0].convert("I"), pictures[0].convert("F"),
+      pictures[0].resize((9, 8)), [pictures[0], pictures[0].resize((4, 4))],
+      "photo.png", None, [], {"a": 1}, [pictures[0], "b.png"],
+  ):
+    with pytest.raises(errors.UserError, match="images"):
+      model.images(bad)
+
+
+def test_float_images_of_another_range_are_refused(grey):
+  clean = image_source.to_float(photos(8))
+  grey.denoise(clean, 0.5, 3)
+  for level in (None, 0.5):
+    for bad in (255 * (clean + 1) / 2, clean + np.float32(40), clean * np.nan):
+      with pytest.raises(errors.UserError, match="images"):
+        grey.denoise(np.float32(bad), level, 3)
+
+
+def test_repr_names_the_network(grey):
+  text = repr(pretrained.Model(grey.runner, "runs/a, step 3, ema_0.9"))
+  assert text.startswith("Model(runs/a, step 3, ema_0.9: bcm, adm with ")
+  assert "images 8x8x1, 10 classes" in text and "\n" not in text
+
+
+def test_options_of_load(tmp_path):
+  for options, key in (
+      ({"batch_size": 0}, "batch_size"), ({"batch_size": math.nan}, "batch"),
+      ({"step": -1, "source": tmp_path}, "step"),
+      ({"step": 1.5, "source": tmp_path}, "step"), ({"source": 3}, "source"),
+      ({"average": 3, "source": tmp_path}, "average"),
+      ({"source": "gs://bucket/run"}, "source"),
+      ({"source": tmp_path}, str(tmp_path)),
+  ):
+    with pytest.raises(errors.UserError, match=key) as caught:
+      bcm_jax.load(**options)
+    assert "--workdir" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -109,3 +109,56 @@ def test_mode_table_reads_a_folder_and_leaves_other_files(tmp_path):
   with pytest.raises(errors.UserError, match="broken.json"):
     tables.run(str(tmp_path))
   assert (tmp_path / "results.md").read_text() == page
+
+
+def write(path, content):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("key, value", [
+    ("samples", 10_000), ("features", "pixels"), ("features_digest", "0"),
+    ("reference_digest", "0"), ("num_real_for_prdc", 5), ("neighbors_k", 4),
+])
+def test_protocols_are_never_mixed_in_a_table(key, value):
+  other = result(method="ict")
+  other["protocol"][key] = value
+  page = tables.render({"a": result(), "b": other, "c": result()})
+  for head in ("| run | sampler", "| run | inversion"):
+    found = [t for t in page.split("\n\n") if t.startswith(head)]
+    assert len(found) == 2
+    assert ["`a`" in t for t in found] == ["`c`" in t for t in found]
+    assert all(("`a`" in t) != ("`b`" in t) for t in found)
+  titles = [x for x in page.splitlines() if x.startswith("### ")]
+  assert len(set(titles)) == 2
+
+
+def test_tables_of_runs(tmp_path, capsys):
+  write(tmp_path / "runs" / "a" / "config.json", {"sample": {}})
+  write(tmp_path / "runs" / "a" / "eval" / "7.json", result())
+  write(tmp_path / "runs" / "b" / "eval" / "7.json", result())
+  write(tmp_path / "runs" / "b" / "eval" / "7_0123abcd.json", result(fid=4.0))
+  write(tmp_path / "one.json", result())
+  runs = tmp_path / "runs"
+  assert set(tables.read(str(runs / "a"))) == {"a"}
+  assert set(tables.read(str(runs))) == {"a", "b/7", "b/7_0123abcd"}
+  assert set(tables.read(str(tmp_path / "one.json"))) == {"one"}
+  page = tables.run(None, [str(runs / "a"), str(tmp_path / "one.json")])
+  assert capsys.readouterr().out == page + "\n"
+  assert "| `a` |" in page and "| `one` |" in page
+  tables.run(str(runs / "b"))
+  assert "`b/7_0123abcd`" in (runs / "b" / "results.md").read_text()
+  # Two runs of one name stay apart.
+  write(tmp_path / "old" / "a" / "eval" / "7.json", result())
+  page = tables.run(None, [str(runs / "a"), str(tmp_path / "old" / "a")])
+  assert f"`{tmp_path}/old/a/a`" in page and "| `a` |" in page
+  for wrong in (tmp_path / "gone", tmp_path / "runs" / "a" / "config.json"):
+    with pytest.raises(errors.UserError, match=wrong.name):
+      tables.run(None, [str(wrong)])
+
+
+def test_results_without_samplers_or_of_files():
+  empty = result(data="mine") | {"samplers": {}, "inversion": {}}
+  images = result(data="mine") | {"step": None, "average": "theirs.npz"}
+  page = tables.render({"empty": empty, "images": images})
+  assert "* `images`: theirs.npz; " in page and "step None" not in page

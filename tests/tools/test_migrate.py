@@ -23,6 +23,7 @@ from bcm_jax import train
 from bcm_jax.checkpoint import checkpoint
 from bcm_jax.checkpoint import digests
 from bcm_jax.config import registry
+from bcm_jax.config import renamed
 from bcm_jax.config import resolve
 from bcm_jax.editing import pretrained
 from bcm_jax.evaluation import tables
@@ -163,9 +164,9 @@ def test_every_key_of_the_config_is_known(old, new):
 def test_the_page_lists_the_keys():
   page = FILES.parents[2] / "docs" / "renames.md"
   rows = re.findall(r"`(\w+)\.(\w+)` \| `\1\.(\w+)` \|", page.read_text())
-  assert {row for row in rows if row[0] in migrate._CONFIG} == {
+  assert {row for row in rows if row[0] in renamed.KEYS} == {
       (section, old, new)
-      for section, table in migrate._CONFIG.items()
+      for section, table in renamed.KEYS.items()
       for old, new in table.items()
   }
 
