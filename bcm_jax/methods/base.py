@@ -309,6 +309,7 @@ class SingleNetworkMethod(Method):
 # Aliases, since a field of the class below hides the module.
 Preconditioning = preconditioning.Preconditioning
 PreconditioningName = preconditioning.Name
+OuterSkip = preconditioning.OuterSkip
 
 
 @dataclasses.dataclass(frozen=True)
