@@ -4,6 +4,9 @@ from collections.abc import Mapping
 import os
 from typing import Any
 
+import jax
+import numpy as np
+
 from bcm_jax import __version__
 from bcm_jax import errors
 from bcm_jax.checkpoint import checkpoint
@@ -82,6 +85,26 @@ def write(
       saved.save(step, state, meta)
 
 
+def check_finite(place: str, params: Params) -> None:
+  """Raises UserError if parameters are NaN or infinite.
+
+  Args:
+    place: file or folder, for the error.
+    params: nested dicts of arrays on the host.
+  """
+  bad = [
+      "/".join(str(getattr(k, "key", k)) for k in path)
+      for path, value in jax.tree_util.tree_leaves_with_path(params)
+      if not np.isfinite(np.asarray(value, np.float32)).all()
+  ]
+  if bad:
+    raise errors.UserError(
+        f"{place}: got values that are not finite in {len(bad)} tensors, such "
+        f"as {bad[0]}, expected finite weights; use a checkpoint from before "
+        "they diverged"
+    )
+
+
 def choose(
     network: str, state: Any, average: str | None, what: str
 ) -> tuple[str, Params]:
@@ -120,14 +143,17 @@ def load_params(place: str, average: str | None) -> Params:
     average: see `choose`.
 
   Raises:
-    UserError: no good checkpoint, none of this step, or unknown average.
+    UserError: no good checkpoint, none of this step, unknown average, or values
+      that are not finite.
   """
   workdir, step = split_place(place, "training.init_from")
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   _, state, _ = saved.read_raw(step)
   # All methods with several networks name the sampled one 'student'.
   network = "student"
-  return choose(network, state, average, "training.init_average")[1]
+  params = choose(network, state, average, "training.init_average")[1]
+  check_finite(workdir, params)
+  return params
 
 
 def load_run(
@@ -150,8 +176,8 @@ def load_run(
     (step, name of the average, parameters).
 
   Raises:
-    UserError: no good checkpoint, unknown average, or a released model instead
-      of a run.
+    UserError: no good checkpoint, unknown average, values that are not finite,
+      or a released model instead of a run.
   """
   if is_released(workdir):
     raise errors.UserError(
@@ -168,8 +194,9 @@ def load_run(
     )
   else:
     average, params = choose(name, state, average, "sample.average")
-  network = experiment.method.networks[name]
-  return step, average, network.without_heads(params)
+  params = experiment.method.networks[name].without_heads(params)
+  check_finite(f"{workdir}, step {step}, {average}", params)
+  return step, average, params
 
 
 def _posthoc(saved, step: int, average: str, stds) -> Params:

@@ -94,15 +94,45 @@ class Bidirectional:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trajectory:
-  """Flow map G(x, t, u) = (u/t) x + (1 - u/t) g(x, t, u) for u <= t.
+class Plain:
+  """Network output without preconditioning, D = F(c_in x), with EDM's c_in.
 
-  Kim et al. (CTM, 2024), eq. 9, where `inner` is the preconditioning of g. With
-  EDM's form for g it equals `Bidirectional`; only the trained range of u
-  differs.
+  Inner form 'no' of CTM's released code. The end level u is ignored.
+  """
+
+  sigma_data: float = 0.5
+  ends_at_denoiser = True
+
+  def __call__(self, t, u=None) -> Coefficients:
+    c_in = EDM(self.sigma_data)(t).c_in
+    return Coefficients(jnp.zeros_like(c_in), jnp.ones_like(c_in), c_in)
+
+
+# Values of config.method.outer_skip.
+OuterSkip = Literal["euler", "variance", "euler_variance_mixed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+  """Flow map G(x, t, u) = k(t, u) x + (1 - u/t) g(x, t, u) for u <= t.
+
+  Kim et al. (CTM, 2024), eq. 9, where `inner` is the preconditioning of g and
+  k = u/t. With EDM's form for g it equals `Bidirectional`; only the trained
+  range of u differs. The released code has two other forms of k
+  (karras_diffusion.py, get_outer_scalings).
+
+  Attributes:
+    inner: preconditioning of g.
+    outer: k: 'euler' u/t; 'variance' v(u, t) = sqrt(((u - sigma_min)^2 +
+      sigma_data^2) / ((t - sigma_min)^2 + sigma_data^2));
+      'euler_variance_mixed' (u + v) / (t + 1).
+    sigma_data, sigma_min: see v.
   """
 
   inner: Preconditioning = EDM()
+  outer: OuterSkip = "euler"
+  sigma_data: float = 0.5
+  sigma_min: float = 0.002
   # Not relied on: u -> 0 is trained, u = 0 is not.
   ends_at_denoiser = False
 
@@ -110,7 +140,33 @@ class Trajectory:
     t, u = dtypes.at_least_float32(t), dtypes.at_least_float32(u)
     c_skip, c_out, c_in = self.inner(t)
     rest = (t - u) / t
-    return Coefficients(u / t + rest * c_skip, rest * c_out, c_in)
+    return Coefficients(self._skip(t, u) + rest * c_skip, rest * c_out, c_in)
+
+  def _skip(self, t, u) -> jax.Array:
+    """Returns k(t, u)."""
+    if self.outer == "euler":
+      return u / t
+    variance = jnp.sqrt(self._variance(u) / self._variance(t))
+    return variance if self.outer == "variance" else (u + variance) / (t + 1)
+
+  def _variance(self, t) -> jax.Array:
+    return (t - self.sigma_min) ** 2 + self.sigma_data**2
+
+  def denoiser(self, t, u=None) -> Coefficients:
+    """Returns the coefficients of the denoiser that G contains.
+
+    D = g(x, t, t) + (1 - t dk/du(t, t)) x, so that G has the slope of the ODE
+    at u = t; with 'euler' D is g.
+    """
+    t = dtypes.at_least_float32(t)
+    c_skip, c_out, c_in = self.inner(t)
+    slope = (t - self.sigma_min) / self._variance(t)
+    rest = {
+        "euler": 0.0,
+        "variance": 1 - t * slope,
+        "euler_variance_mixed": 1 - t * (1 + slope) / (t + 1),
+    }[self.outer]
+    return Coefficients(c_skip + rest, c_out, c_in)
 
 
 # Values of config.method.preconditioning.

@@ -179,7 +179,9 @@ def load(
     experiment = build.build(config, to_train=False)
   except errors.UserError as e:
     raise errors.UserError(f"{path}: {e}") from e
-  _check_shapes(os.path.join(folder, WEIGHTS), experiment, params)
+  path = os.path.join(folder, WEIGHTS)
+  _check_shapes(path, experiment, params)
+  runs.check_finite(path, params)
   return experiment, params, metadata
 
 

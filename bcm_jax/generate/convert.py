@@ -1,12 +1,13 @@
 """Converts published weights: bcm_jax convert SOURCE OUT.
 
-SOURCE is a published checkpoint (PyTorch .pt or .pth, safetensors, an EDM or
-EDM2 .pkl, a jcm msgpack). OUT becomes a work directory for modes sample, invert
+SOURCE is a published checkpoint (PyTorch .pt or .pth, safetensors or the index
+file of its shards, an EDM or EDM2 .pkl, a jcm msgpack). OUT becomes a work directory for modes sample, invert
 and eval, and for training.init_from. With --reverse, SOURCE is a work directory
 and OUT a .safetensors file with PyTorch's parameter names.
 
-Settings that the tensors do not determine have the published values; they are
-printed and can be changed, such as --config.model.num_head_channels=32
+The tensors do not determine the method of a network with one noise level:
+--as=METHOD says it (edm, ct, cd, ict, ect, dmd, dmd2, sid). Other settings that
+they do not determine have the published values; they are printed and can be changed, such as --config.model.num_head_channels=32
 (docs/checkpoints.md). Exit status: 0 done, 65 bad input.
 """
 
@@ -38,7 +39,10 @@ _FAMILIES = {model: family for family, model in _MODELS.items()} | {
     "ncsnpp": "edm-song"
 }
 # Default network of a file with several: the first of these that it contains.
-_GROUPS = ("ema", "params_ema", "model_ema", "", "params", "model", "net")
+_AVERAGES = ("ema", "params_ema", "model_ema", "ema_model", "ema_state_dict",
+             "state_dict_ema", "ema_params")
+_GROUPS = (*_AVERAGES, "", "params", "model", "net", "state_dict",
+           "model_state_dict")
 
 
 def data_of(model: dict[str, Any], image_size: int) -> dict[str, Any]:
@@ -60,20 +64,46 @@ def data_of(model: dict[str, Any], image_size: int) -> dict[str, Any]:
 
 
 def _choose_group(groups: dict[str, Any], name: str | None) -> str:
-  if name is None:
-    name = next((g for g in _GROUPS if g in groups), None)
-  if name is None and len(groups) == 1:
-    return next(iter(groups))
-  if name not in groups:
+  """Returns the group of the network, the user's or the average of the file.
+
+  Raises:
+    UserError: the user's does not exist, or several are possible.
+  """
+  if name is not None:
+    if name not in groups:
+      raise errors.UserError(
+          f"--group: got {name}, expected one of "
+          f"{', '.join(map(repr, groups))}, the groups of the file; choose one"
+      )
+    return name
+  networks = {
+      g for g, tensors in groups.items()
+      if transfer.prefixes(transfer.unwrap(tensors))
+  }
+  # No network by its names: its error tells which tensors the group has.
+  candidates = networks or groups.keys()
+  averages = [g for g in _AVERAGES if g in groups]
+  if averages and candidates.isdisjoint(averages):
     raise errors.UserError(
-        f"--group: got {name}, expected one of "
-        f"{', '.join(map(repr, groups))}, the networks of the file; choose one"
+        f"--group: got none, and the average {averages[0]!r} has no names of a "
+        f"network, expected one of {', '.join(map(repr, sorted(candidates)))}; "
+        f"choose one, such as --group={min(candidates)}, for weights without "
+        "the average"
     )
-  return name
+  chosen = next((g for g in _GROUPS if g in candidates), None)
+  if chosen is None and len(candidates) == 1:
+    return next(iter(candidates))
+  if chosen is None:
+    raise errors.UserError(
+        "--group: got none, expected one of "
+        f"{', '.join(map(repr, sorted(candidates)))}, the groups of the file; "
+        f"choose one, such as --group={min(candidates)}"
+    )
+  return chosen
 
 
 def _split_model(
-    overrides: dict[str, str], model: dict[str, Any], kind: str
+    overrides: dict[str, str], model: dict[str, Any], kind: str, method: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
   """Applies --config.model.*; returns (model section, other overrides)."""
   model_overrides = {
@@ -81,7 +111,7 @@ def _split_model(
   }
   section = {"name": _MODELS[kind]} | model
   config = resolve.resolve(
-      {"model": section, **sections.of(kind, model)}, model_overrides
+      {"model": section, **sections.METHODS[method]}, model_overrides
   )
   rest = {k: v for k, v in overrides.items() if k not in model_overrides}
   return config.model.to_dict(), rest
@@ -95,6 +125,8 @@ def to_workdir(
     step: int | None = None,
     overrides: dict[str, str] | None = None,
     image_size: int | None = None,
+    method: str | None = None,
+    prefix: str | None = None,
 ) -> str:
   """Converts a published checkpoint to a work directory.
 
@@ -106,13 +138,18 @@ def to_workdir(
     step: step of the new checkpoint; None takes it from the file name.
     overrides: 'section.key' -> text, for settings that the tensors do not
       determine.
-    image_size: height and width in pixels; None is the default of the family.
+    image_size: height and width in pixels; None is that of the tensors.
+    method: method of the network, a key of sections.METHODS; None is that of
+      the tensors or of the file.
+    prefix: prefix of the network's names, of a file with several; None finds
+      it.
 
   Returns:
     Summary of detected and assumed settings, several lines of text.
 
   Raises:
-    UserError: the file cannot be read or does not fit its network.
+    UserError: the file cannot be read, does not fit its network, has values
+      that are not finite, or does not determine a required setting.
   """
   files.check_free(out)
   file = weight_files.read(source)
@@ -121,15 +158,21 @@ def to_workdir(
   if image_size is not None:
     metadata["image_size"] = image_size
   family, tensors, options = transfer.recognize(
-      file.groups[group], kind, metadata
+      file.groups[group], kind, metadata, prefix
   )
   size = options.pop("image_size")
-  config = _config(options, family.NAME, size, overrides or {})
-  experiment = build.build(config)
+  method, known = sections.method_of(
+      family.NAME, options, method, os.path.basename(source), file.metadata
+  )
+  if family is transfer.FAMILIES["openai"] and not known.startswith("assumed"):
+    options["qkv_norm"] = method in ("ict", "bcm")
+  config = _config(options, family.NAME, size, overrides or {}, method)
+  experiment = build.build(config, to_train=False)
   params = transfer.read_params(
       family, experiment.method.network, size, tensors
   )
   params = jax.tree.map(lambda v: np.asarray(v, np.float32), params)
+  runs.check_finite(source, params)
   if step is None:
     step = step_of(source)
   facts = {"converted_from": os.path.basename(source), "kind": family.NAME}
@@ -142,23 +185,29 @@ def to_workdir(
     facts,
   )
   count = sum(v.size for v in jax.tree.leaves(params))
-  listed = ", ".join(f"{k}={v}" for k, v in sorted(options.items()))
+  listed, assumed = (
+      ", ".join(f"{k}={config.model[k]}" for k in sorted(keys)) or "nothing"
+      for keys in (options.keys() - set(family.ASSUMED), family.ASSUMED)
+  )
   return (
     f"{file.kind}, network {group or 'of the file'!r}, kind {family.NAME}: "
     f"{len(tensors)} tensors, {count:,} parameters, {size}x{size}\n"
     f"found: {listed}\n"
-    f"sampled as method {config.method.name!r} with preconditioning "
-    f"{config.method.preconditioning!r}\nwritten: {out}"
+    f"assumed (--config.model.NAME changes it): {assumed}\n"
+    f"method {method} ({known}): method.name={config.method.name!r} with "
+    f"preconditioning {config.method.preconditioning!r}\nwritten: {out}"
   )
 
 
-def _config(options, kind, image_size, overrides) -> ml_collections.ConfigDict:
+def _config(
+    options, kind, image_size, overrides, method
+) -> ml_collections.ConfigDict:
   """Returns the config of a converted network, with the user's overrides."""
-  model, rest = _split_model(overrides, options, kind)
+  model, rest = _split_model(overrides, options, kind, method)
   return resolve.resolve(
     {
       "model": model,
-      **sections.of(kind, model),
+      **sections.METHODS[method],
       "data": data_of(model, image_size),
       "training": {"ema_rates": ()},
     },
@@ -221,7 +270,14 @@ def main(argv: list[str] | None = None) -> None:
     metavar="NAME",
     help=", ".join(["auto", *transfer.FAMILIES]),
   )
+  add(
+    "--as",
+    dest="method",
+    metavar="METHOD",
+    help=", ".join(sections.METHODS),
+  )
   add("--group", metavar="NAME", help="the network, of a file with several")
+  add("--prefix", metavar="TEXT", help="prefix of the network's tensor names")
   add("--step", type=int, metavar="N", help="step of the new checkpoint")
   add("--image-size", type=int, metavar="N", help="side in pixels")
   add("--average", metavar="NAME", help="with --reverse: the moving average")
@@ -240,6 +296,8 @@ def main(argv: list[str] | None = None) -> None:
           args.step,
           args.overrides,
           args.image_size,
+          args.method,
+          args.prefix,
         )
       )
 

@@ -1,7 +1,7 @@
 """Conversion of published generator weights to Flax parameters, and back.
 
-A family is a module of `interop.families` with NAME, NETWORK, PREFIXES,
-IMAGE_SIZE, `entry` and `recognize`. Optional functions are `constants`, for
+A family is a module of `interop.families` with NAME, NETWORK, PREFIXES, MARKER,
+ASSUMED, `entry` and `recognize`. Optional functions are `constants`, for
 buffers that are determined by the network attributes, and `join` and `split`,
 for Flax parameters that correspond to several tensors. Published names are
 derived from the Flax parameter tree, so that both directions use one table and
@@ -11,6 +11,7 @@ check that it is complete.
 from collections.abc import Mapping
 import functools
 import inspect
+import re
 from types import ModuleType
 from typing import Any
 
@@ -205,9 +206,83 @@ def _check_names(expected, tensors) -> None:
   )
 
 
+# Parts of names that torch.compile, DDP, FSDP and checkpointing insert.
+_WRAPPERS = (
+    "_orig_mod.", "module.", "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+)
+
+
+def unwrap(tensors: Mapping[str, Any]) -> dict[str, Any]:
+  """Removes the parts of names that wrappers of torch insert.
+
+  Returns:
+    The same tensors; with their own names if some would get the same name.
+  """
+  wrapped = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, _WRAPPERS))})+")
+  renamed = {wrapped.sub("", name): v for name, v in tensors.items()}
+  return renamed if len(renamed) == len(tensors) else dict(tensors)
+
+
+def prefixes(tensors: Mapping[str, Any]) -> list[str]:
+  """Returns what precedes a family's names, one prefix per network."""
+  markers = {family.MARKER for family in FAMILIES.values()}
+  return sorted({
+      name.removesuffix(marker)
+      for name in tensors for marker in markers
+      if name.endswith(marker) and name.removesuffix(marker)[-1:] in (
+          "", ".", "/"
+      )
+  })
+
+
+def only_network(
+    tensors: Mapping[str, Any], prefix: str | None = None
+) -> Tensors:
+  """Selects the tensors of one network and removes their prefix.
+
+  Args:
+    tensors: name in the file -> array.
+    prefix: prefix of the network's names; None finds it, and removes it if all
+      names have it.
+
+  Raises:
+    UserError: no name has the prefix; or prefix is None, and the names of
+      several networks, or of a network and of others, have different prefixes.
+  """
+  unwrapped = unwrap(tensors)
+  if prefix is not None:
+    for named in (tensors, unwrapped):
+      found = {
+          n.removeprefix(prefix): v
+          for n, v in named.items() if n.startswith(prefix)
+      }
+      if found:
+        return unwrap(found)
+    raise errors.UserError(
+        f"--prefix: got {prefix!r}, expected the beginning of names such as "
+        f"{', '.join(sorted(tensors)[:3])}; correct it"
+    )
+  known = prefixes(unwrapped)
+  others = {
+      n for n in unwrapped if len(known) == 1 and not n.startswith(known[0])
+  }
+  if len(known) > 1 or others:
+    shown = ", ".join(repr(p) for p in known[:8])
+    also = f" besides {', '.join(sorted(others)[:3])}" if others else ""
+    raise errors.UserError(
+        f"--prefix: got tensors of networks with the prefix {shown}{also}, "
+        "expected one network; choose it, such as "
+        f"--prefix={known[0] or 'NAME.'}"
+    )
+  if not known:
+    return unwrapped
+  return {n.removeprefix(known[0]): v for n, v in unwrapped.items()}
+
+
 def recognize(
     tensors: Tensors, kind: str = "auto", metadata: Mapping[str, Any] | None
-    = None,
+    = None, prefix: str | None = None,
 ) -> tuple[ModuleType, Tensors, dict[str, Any]]:
   """Detects the family and the network attributes of published tensors.
 
@@ -215,18 +290,21 @@ def recognize(
     tensors: name in the file -> array.
     kind: name of a family, or 'auto' to try all families.
     metadata: metadata of the file.
+    prefix: see `only_network`.
 
   Returns:
     (family, tensors without prefixes, network attributes and image_size).
 
   Raises:
-    UserError: the kind is unknown, or no family matches the tensors.
+    UserError: the kind is unknown, or no family matches the tensors; as
+      `only_network`; or the family does not determine the image size.
   """
   if kind != "auto" and kind not in FAMILIES:
     raise errors.unknown_name("--kind", kind, ["auto", *FAMILIES])
   families = FAMILIES.values() if kind == "auto" else [FAMILIES[kind]]
+  selected = only_network(tensors, prefix)
   for family in families:
-    stripped = strip(family, tensors)
+    stripped = strip(family, selected)
     try:
       attributes = family.recognize(stripped, dict(metadata or {}))
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as e:
@@ -235,8 +313,8 @@ def recognize(
           f"{e}; use the original file"
       ) from e
     if attributes is not None:
-      image_size = (metadata or {}).get("image_size", family.IMAGE_SIZE)
-      attributes.setdefault("image_size", image_size)
+      given = (metadata or {}).get("image_size")
+      attributes["image_size"] = _image_size(family, attributes, given)
       _levels_to_pixels(attributes)
       return family, stripped, attributes
   shown = ", ".join(sorted(tensors)[:4])
@@ -244,6 +322,30 @@ def recognize(
       f"tensors: got {shown} ({len(tensors)} in total), expected a network of "
       f"kind {', '.join(f.NAME for f in families)}; correct SOURCE or --kind"
   )
+
+
+def _image_size(family, attributes, given: int | None) -> int:
+  """Returns the image size in pixels, from the user or the tensors.
+
+  Raises:
+    UserError: the user's differs from that of the tensors, or neither is known.
+  """
+  found = attributes.get("image_size")
+  if given is None:
+    given = found
+  if given is None:
+    raise errors.UserError(
+        "--image-size: got none, expected the pixels per side: the tensors of "
+        f"kind {family.NAME!r} with channel_mult="
+        f"{attributes['channel_mult']} do not determine it; give "
+        "--image-size=N"
+    )
+  if found not in (None, given):
+    raise errors.UserError(
+        f"--image-size: got {given}, expected {found} as in the names of the "
+        "tensors; omit it"
+    )
+  return given
 
 
 def _levels_to_pixels(attributes: dict[str, Any]) -> None:

@@ -7,8 +7,10 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import json
 import math
 import os
+import re
 from typing import Any, BinaryIO
 
 from flax import serialization
@@ -42,6 +44,7 @@ _NUMBERS = {*_SAFETENSORS.values(), np.dtype(np.complex128)}
 
 # Entries of a Flax training state that become groups; a file without them is a
 # single parameter tree.
+_MAX_INDEX = 64 << 20  # Bytes of an index file.
 _FLAX_GROUPS = {"params", "params_ema", "target_params", "ema_params"}
 
 
@@ -70,18 +73,23 @@ class WeightFile:
 def read(path: str) -> WeightFile:
   """Reads a weight file; detects its format from the content.
 
-  The file name is ignored. Nothing in the file is executed or imported.
+  The file name is ignored, except that of a shard. Nothing in the file is
+  executed or imported.
 
   Args:
-    path: local file.
+    path: local file; the index file of a model in several shards reads them
+      all.
 
   Raises:
     UserError: the file is not readable, of an unknown format, corrupt,
       truncated, or a pickle that could run code; the message starts with the
       path.
   """
+  _check_path(path)
   try:
     with open(path, "rb") as file:
+      if file.peek(1)[:1] == b"{":
+        return _read_shards(path, _read_index(file))
       kind = _kind(file)
       groups, metadata = _READERS[kind](file)
   except errors.UserError as e:
@@ -96,6 +104,91 @@ def read(path: str) -> WeightFile:
         " check whether the file is corrupt"
     ) from None
   return WeightFile(kind, groups, metadata)
+
+
+def _check_path(path: str) -> None:
+  """Raises UserError for an address, a folder or a single shard."""
+  if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", path):
+    raise errors.UserError(
+        f"{path}: got an address, expected a local file; download it first"
+    )
+  if os.path.isdir(path):
+    raise errors.UserError(
+        f"{path}: got a folder, expected a weight file; name a file in it, of "
+        "a model in several shards its .index.json"
+    )
+  shard = re.search(r"-(\d+)-of-(\d+)\.[a-z]+$", path)
+  if shard and int(shard[2]) > 1:
+    raise errors.UserError(
+        f"{path}: got shard {int(shard[1])} of {int(shard[2])}, expected a "
+        "whole file; convert the index file beside it, such as "
+        "model.safetensors.index.json"
+    )
+
+
+def _read_index(file: BinaryIO) -> dict[str, str]:
+  """Returns {tensor: shard} of an index file; UserError for another file."""
+  content = file.read(_MAX_INDEX + 1)
+  try:
+    index = json.loads(content) if len(content) <= _MAX_INDEX else None
+  except (ValueError, RecursionError):
+    index = None
+  names = index.get("weight_map") if isinstance(index, dict) else None
+  if not isinstance(names, dict) or not names or not all(
+      isinstance(shard, str) for shard in names.values()
+  ):
+    raise errors.UserError(
+        "got JSON or text without a weight_map of names, expected a weight "
+        "file or the index file of shards"
+    )
+  return names
+
+
+def _read_shards(path: str, names: Mapping[str, str]) -> WeightFile:
+  """Reads all shards of an index file of Hugging Face.
+
+  Args:
+    path: index file.
+    names: {tensor: shard}.
+
+  Raises:
+    UserError: a shard outside of its folder, or tensors other than those of the
+      index.
+  """
+  shards = sorted(set(names.values()))
+  tensors, metadata, kind = {}, {}, None
+  for shard in shards:
+    if os.path.basename(shard) != shard or shard in ("", ".", ".."):
+      raise errors.UserError(
+          f"weight_map: got the shard {unpickle.shown(shard)}, expected a file "
+          "beside the index file"
+      )
+    place = os.path.join(os.path.dirname(path), shard)
+    try:
+      with open(place, "rb") as file:
+        kind = _kind(file)
+        groups, more = _READERS[kind](file)
+    except OSError as e:
+      raise errors.UserError(
+          f"shard {shard}: cannot be read ({e.strerror}), expected it beside "
+          "the index file; download it"
+      ) from None
+    metadata |= more
+    for group in groups.values():
+      wrong = sorted(n for n in group if names.get(n) != shard)
+      if wrong:
+        raise errors.UserError(
+            f"shard {shard}: got tensor {unpickle.shown(wrong[0])}, which the "
+            "index file does not list there; download both again"
+        )
+      tensors |= group
+  missing = sorted(names.keys() - tensors.keys())
+  if missing:
+    raise errors.UserError(
+        f"shards: got no tensor {unpickle.shown(missing[0])}, expected all of "
+        "the index file; download them again"
+    )
+  return WeightFile(kind, {"": tensors}, metadata)
 
 
 def check_suffix(path: str) -> None:
@@ -135,6 +228,20 @@ def write(path: str, tensors: Mapping[str, np.ndarray]) -> None:
   files.write_bytes(os.path.abspath(path), safetensors.numpy.save(arrays))
 
 
+# First bytes of other files.
+_OTHERS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not weights; fetch them "
+    "with git lfs pull",
+    b"\x1f\x8b": "a gzip archive; unpack it",
+    b"\xfd7zXZ": "an xz archive; unpack it",
+    b"7z\xbc\xaf": "a 7-Zip archive; unpack it",
+    b"BZh": "a bzip2 archive; unpack it",
+    b"GGUF": "a GGUF file, which has other names",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+}
+
+
 def _kind(file: BinaryIO) -> str:
   """Returns the format of a file from its first bytes; rewinds the file."""
   head = file.read(64)
@@ -151,6 +258,17 @@ def _kind(file: BinaryIO) -> str:
   # Nonempty map of MessagePack.
   if head[:1] in (b"\xde", b"\xdf") or head[:1] and 0x81 <= head[0] <= 0x8F:
     return "flax_msgpack"
+  what = next((v for k, v in _OTHERS.items() if head.startswith(k)), None)
+  if head.lstrip()[:1] == b"<":
+    what = (
+        "a page of HTML or XML, not weights; the download needs another "
+        "address or a login"
+    )
+  if what:
+    raise errors.UserError(
+        f"got {what}, expected a whole file of torch.save, an EDM .pkl, "
+        ".safetensors or Flax msgpack"
+    )
   raise errors.UserError(
       f"got {size} bytes that start with {head[:8]!r}, expected a whole file of"
       " torch.save, an EDM .pkl, .safetensors or Flax msgpack"

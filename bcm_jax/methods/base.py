@@ -315,6 +315,7 @@ class SingleNetworkMethod(Method):
 # Aliases, since a field of the class below hides the module.
 Preconditioning = preconditioning.Preconditioning
 PreconditioningName = preconditioning.Name
+OuterSkip = preconditioning.OuterSkip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,6 +76,9 @@ class TrajectoryDistillation(
 
   Attributes:
     num_levels: N, number of levels of the grid.
+    inner_preconditioning: preconditioning of g: 'edm', 'cm' or 'none', of
+      preconditioning='ctm'.
+    outer_skip: factor of x in G, see diffusion.preconditioning.Trajectory.
     max_solver_steps: M, maximum number of teacher steps from t to u.
     solver_steps_law: distribution of h in 1 .. M: 'weighted' (P(h) ~ h),
       'uniform' or 'fixed' (h = M).
@@ -120,6 +123,8 @@ class TrajectoryDistillation(
   teacher: edm.Diffusion | None = base.frozen_field()
   gan_encoder: gan.Projected | None = base.frozen_field()
   preconditioning: base.PreconditioningName = "ctm"
+  inner_preconditioning: Literal["edm", "cm", "none"] = "edm"
+  outer_skip: base.OuterSkip = "euler"
   num_levels: int = 18
   max_solver_steps: int = 17
   solver_steps_law: Literal["weighted", "uniform", "fixed"] = "weighted"
@@ -326,14 +331,33 @@ class TrajectoryDistillation(
 
   # Jumps ----------------------------------------------------------------------
 
+  @property
+  def coefficients(self) -> base.Preconditioning:
+    """Preconditioning: (t, u) -> c_skip, c_out and c_in."""
+    if self.preconditioning != "ctm":
+      return super().coefficients
+    inner = {
+        "edm": preconditioning.EDM(self.sigma_data),
+        "cm": preconditioning.ConsistencyBoundary(
+            self.sigma_data, self.sigma_min
+        ),
+        "none": preconditioning.Plain(self.sigma_data),
+    }[self.inner_preconditioning]
+    return preconditioning.Trajectory(
+        inner, self.outer_skip, self.sigma_data, self.sigma_min
+    )
+
   def denoise(
       self, params, x, sigma, labels, dropout_keys=None, augment_labels=None
   ) -> jax.Array:
-    """Returns g(x, sigma, sigma) [B, H, W, C], the denoiser inside G."""
+    """Returns the denoiser inside G [B, H, W, C], usually g(x, sigma, sigma)."""
     network = self.apply_network(params, labels, dropout_keys, augment_labels)
+    form = preconditioning.EDM(self.sigma_data)
+    if self.preconditioning == "ctm":
+      form = self.coefficients.denoiser
     return preconditioning.precondition(
         lambda x, c_noise, _: network(x, c_noise, c_noise),
-        preconditioning.EDM(self.sigma_data), x, sigma, sigma, self.c_noise,
+        form, x, sigma, sigma, self.c_noise,
     )
 
   def solve(self, ctx: base.Context, x_t, times) -> jax.Array:

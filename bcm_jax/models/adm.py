@@ -78,24 +78,36 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-  """Downsampling without resblock_updown: 3x3 convolution with stride 2."""
+  """Downsampling without resblock_updown: 3x3 convolution with stride 2.
+
+  Without `conv` the 2x2 mean.
+  """
 
   dtype: Dtype | None = None
+  conv: bool = True
 
   @nn.compact
   def __call__(self, x):
+    if not self.conv:
+      return resampling.halve(x)
     return layers.conv(
         x, x.shape[-1], 3, stride=2, name="op", dtype=self.dtype
     )
 
 
 class Upsample(nn.Module):
-  """Upsampling without resblock_updown: nearest neighbor, 3x3 convolution."""
+  """Upsampling without resblock_updown: nearest neighbor, 3x3 convolution.
+
+  Without `conv` only the nearest neighbor.
+  """
 
   dtype: Dtype | None = None
+  conv: bool = True
 
   @nn.compact
   def __call__(self, x):
+    if not self.conv:
+      return resampling.double(x)
     return layers.conv(
         resampling.double(x), x.shape[-1], 3, name="conv", dtype=self.dtype
     )
@@ -112,13 +124,17 @@ class ADM(nn.Module):
     attention_resolutions: resolutions in pixels with attention.
     num_head_channels: channels per attention head; None uses num_heads.
     num_heads: number of attention heads if num_head_channels is None.
+    num_heads_upsample: the same in the decoder; None is num_heads.
     num_classes: number of classes; None is unconditional.
     two_time: add a time embedding for the end level u (BCM, CTM). False for a
       denoiser or a consistency model.
     end_branch: how the embedding of u is combined: 'align' by a bias-free dense
       layer with that of t (BCM), 'blocks' in every residual block (CTM).
     augment_dim: size of EDM's augmentation labels; 0 disables them.
+    channel_mult_emb: width of the embedding, in units of model_channels.
     resblock_updown: resample inside residual blocks; False uses convolutions.
+    conv_resample: without resblock_updown, resample with convolutions; False
+      uses the 2x2 mean and the nearest neighbor only.
     use_scale_shift_norm: scale-shift conditioning (OpenAI's CM); False is
       additive (iCT, BCM).
     qkv_norm: normalize q, k and v, which stabilizes consistency training.
@@ -144,11 +160,14 @@ class ADM(nn.Module):
   attention_resolutions: tuple[int, ...] = (16, 8)
   num_head_channels: int | None = 64
   num_heads: int = 4
+  num_heads_upsample: int | None = None
   num_classes: int | None = None
   two_time: bool = False
   end_branch: Literal["align", "blocks"] = "align"
   augment_dim: int = 0
+  channel_mult_emb: int = 4
   resblock_updown: bool = True
+  conv_resample: bool = True
   use_scale_shift_norm: bool = False
   qkv_norm: bool = True
   dropout: float = 0.0
@@ -203,11 +222,11 @@ class ADM(nn.Module):
     return self.num_groups, self.min_group_channels
 
   def _embedding(self, c_noise, c_noise_end, labels, augment_labels):
-    """Returns (emb, emb_end) [B, 4 model_channels], at least float32.
+    """Returns (emb, emb_end) [B, width], at least float32.
 
     emb_end is None unless end_branch is 'blocks'.
     """
-    width = 4 * self.model_channels
+    width = self.channel_mult_emb * self.model_channels
 
     def branch(value, name):
       e = embeddings.sinusoidal_embedding(value, self.model_channels)
@@ -246,6 +265,8 @@ class ADM(nn.Module):
 
   def _attend(self, h, name):
     heads = self.num_heads
+    if name.startswith("output") and self.num_heads_upsample is not None:
+      heads = self.num_heads_upsample
     if self.num_head_channels is not None:
       heads = h.shape[-1] // self.num_head_channels
     if not heads:  # Narrower than one head: no attention, as in EDM.
@@ -296,7 +317,7 @@ class ADM(nn.Module):
       if self.resblock_updown:
         h = self._res(h, emb, dropout_keys, h.shape[-1], size, name, "down")
       else:
-        h = Downsample(self.dtype, name=name)(h)
+        h = Downsample(self.dtype, self.conv_resample, name=name)(h)
       skips.append(h)
       size //= 2
     return skips
@@ -319,7 +340,7 @@ class ADM(nn.Module):
           if self.resblock_updown:
             h = self._res(h, emb, dropout_keys, h.shape[-1], size, name, "up")
           else:
-            h = Upsample(self.dtype, name=name)(h)
+            h = Upsample(self.dtype, self.conv_resample, name=name)(h)
           size *= 2
         index += 1
     return h

@@ -127,6 +127,10 @@ class EDM2(nn.Module):
     model_channels: base width; 192 is EDM2-S.
     out_channels: number of output channels.
     channel_mult: width of each level, in units of model_channels.
+    channel_mult_noise: width of the noise features, in units of model_channels;
+      None is that of the first level.
+    channel_mult_emb: width of the embedding, in units of model_channels; None
+      is that of the widest level.
     num_res_blocks: blocks per level (one more in the decoder).
     attention_resolutions: resolutions in pixels with attention; the first
       decoder block always has it.
@@ -150,6 +154,8 @@ class EDM2(nn.Module):
   model_channels: int = 192
   out_channels: int = 3
   channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+  channel_mult_noise: int | None = None
+  channel_mult_emb: int | None = None
   num_res_blocks: int = 3
   attention_resolutions: tuple[int, ...] = (16, 8)
   num_head_channels: int = 64
@@ -240,9 +246,11 @@ class EDM2(nn.Module):
       )
 
   def _embedding(self, c_noise, labels):
-    """Returns the embedding [B, maximum width] of noise level and class."""
-    width = self.model_channels * max(self.channel_mult)
-    features = self.model_channels * self.channel_mult[0]
+    """Returns the embedding [B, width] of noise level and class."""
+    mult, mult_noise = self.channel_mult_emb, self.channel_mult_noise
+    mult = max(self.channel_mult) if mult is None else mult
+    mult_noise = self.channel_mult[0] if mult_noise is None else mult_noise
+    width, features = self.model_channels * mult, self.model_channels * mult_noise
     emb = mp_layers.MPFourier(features, name="emb_fourier")(c_noise)
     emb = mp_layers.MPConv(width, name="emb_noise")(emb)
     if labels is not None:

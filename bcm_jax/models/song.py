@@ -170,6 +170,7 @@ class SongUNet(nn.Module):
     embedding: noise level embedding, 'positional' (DDPM++) or 'fourier'
       (NCSN++).
     embedding_mult: size of that embedding, in units of model_channels.
+    channel_mult_emb: width of the layers that follow it, in the same units.
     fourier_scale: standard deviation of the Fourier frequencies.
     encoder: 'standard', or with an input pyramid: 'skip' or 'residual'.
     decoder: 'standard', or 'skip': the output is a sum over levels.
@@ -192,6 +193,7 @@ class SongUNet(nn.Module):
   dropout: float = 0.0
   embedding: Literal["positional", "fourier"] = "positional"
   embedding_mult: int = 1
+  channel_mult_emb: int = 4
   fourier_scale: float = 16.0
   encoder: Literal["standard", "skip", "residual"] = "standard"
   decoder: Literal["standard", "skip"] = "standard"
@@ -239,7 +241,7 @@ class SongUNet(nn.Module):
   def _embedding(self, c_noise, c_noise_end, labels, augment_labels):
     """Returns (emb, emb_end) after the last SiLU, at least float32."""
     noise = self.model_channels * self.embedding_mult
-    width = 4 * self.model_channels
+    width = self.channel_mult_emb * self.model_channels
 
     features = (
         embeddings.Fourier(noise, self.fourier_scale, name="map_noise")

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcm_jax.diffusion import preconditioning as pre
+from bcm_jax.methods import ctm as trajectory
 from bcm_jax.models import edm2
 from bcm_jax.models import end_time
 from tests.parity import files
 from tests.parity import report
+from tests.parity import trajectories
 from tests.parity import weights
 
 # What attention in half precision leaves of F.
@@ -199,15 +201,14 @@ def loosened(check: report.Check, precision: str) -> report.Check:
 
 def ctm(file, precision):
   """CTM's networks: F, the denoiser g and the trajectory map G."""
-  args = file.meta["ctm_args"]
-  forms = args["inner_parametrization"], args["outer_parametrization"]
-  if forms != ("edm", "euler"):
-    raise ValueError(f"parametrisations {forms}, known are ('edm', 'euler')")
   model = weights.model(file)
   w, given = model.weights(precision), Inputs(file, precision)
   y = model.labels(file)
-  inner = pre.EDM(file.setting("sigma_data", 0.5))
-  outer = pre.Trajectory(inner)
+  outer = trajectories.method(
+      file, trajectory.TrajectoryDistillation, model
+  ).coefficients
+  # CTM returns the denoiser that G contains.
+  inner = outer.denoiser
   x, xs, t, s = given.image("x"), given.image("xs"), given.t, given.s
 
   def f():

@@ -47,6 +47,39 @@ class Recorded(trajectory.TrajectoryDistillation):
     return x_t
 
 
+# What the released code can do besides, and its value here.
+_ONLY = {
+    "target_subtract": False, "rescaling": False, "time_continuous": False,
+    "target_matching": False, "ctm_target_matching": False,
+    "weight_schedule": "uniform", "diffusion_weight_schedule": "karras_weight",
+    "ctm_estimate_inner_type": "model",
+    "ctm_estimate_outer_type": "target_model_sg",
+}
+
+
+def method(file: files.Reference, cls, model, **options):
+  """A method with the parametrizations and levels of a file.
+
+  Raises:
+    ValueError: for options of the released code that have no match here.
+  """
+  args = file.meta["ctm_args"]
+  other = {k: args[k] for k, v in _ONLY.items() if args.get(k, v) != v}
+  if args.get("training_mode", "ctm") != "ctm":
+    other["training_mode"] = args["training_mode"]
+  if other:
+    raise ValueError(f"ctm_args: no match for {other}")
+  inner = args["inner_parametrization"].lower()
+  return cls(
+      model.compiled, model.noise, teacher=None,
+      sigma_data=file.setting("sigma_data", 0.5),
+      sigma_min=file.setting("sigma_min", 0.002),
+      sigma_max=file.setting("sigma_max", 80.0), rho=file.setting("rho", 7.0),
+      inner_preconditioning={"no": "none"}.get(inner, inner),
+      outer_skip=args["outer_parametrization"].lower(), **options,
+  )
+
+
 def ctm(file: files.Reference, precision: str):
   """Estimates, targets, both terms and gradients of their sum."""
   model = weights.model(file)
@@ -63,13 +96,12 @@ def ctm(file: files.Reference, precision: str):
 
   def make(inner, jumps=1):
     cls = type("Bound", (Recorded,), {"jumps": jumps})
-    method = cls(
-        model.compiled, model.noise, teacher=None,
-        metric="l2", target_inner=inner, adaptive=False,
+    made = method(
+        file, cls, model, metric="l2", target_inner=inner, adaptive=False,
         num_levels=int(file.meta["ctm_args"]["start_scales"]),
     )
     i = jnp.asarray(file["in/t_idx"])
-    grid = method.grid.astype(precision)
+    grid = made.grid.astype(precision)
     cls.recorded = {
         "times": trajectory.Times(
             grid[i], grid[i + steps], grid[jnp.asarray(file["in/s_idx"])], i,
@@ -78,21 +110,21 @@ def ctm(file: files.Reference, precision: str):
         "dsm_sigma": jnp.asarray(file["in/dsm_sigma"], precision),
         "noise": noise, "dsm_noise": dsm_noise,
     }
-    return method
+    return made
 
   modes = {f"self_learn_{k}": (v, 1) for k, v in _INNER.items()}
   modes[f"{_ITERATIVE}_model_sg"] = ("online", steps)
   for mode, (inner, jumps) in modes.items():
     if f"{mode}_dsm" not in file.outputs:
       continue
-    method = make(inner, jumps)
-    times = method.sample_times(ctx)
-    x_t = method.sample_x_t(ctx, times.t)
+    made = make(inner, jumps)
+    times = made.sample_times(ctx)
+    x_t = made.sample_x_t(ctx, times.t)
     values = {
-        "estimate": method.estimate(params, ctx, x_t, times),
-        "target": method.target(params, ctx, x_t, times),
+        "estimate": made.estimate(params, ctx, x_t, times),
+        "target": made.target(params, ctx, x_t, times),
     }
-    _, parts = method.student_loss(params, ctx)
+    _, parts = made.student_loss(params, ctx)
     values |= {"consistency": parts["loss_ctm"], "dsm": parts["loss_dsm"]}
     for name, value in values.items():
       # Levels of L_DSM are in the file in float32 alone.
@@ -100,9 +132,9 @@ def ctm(file: files.Reference, precision: str):
       if f"{mode}_{name}" in file.outputs:
         yield file.check(f"{mode}_{name}", value, precision, rel)
   if precision == "float64" and file.has("grad/"):
-    method = make("online")
+    online = make("online")
     grad = jax.grad(
-        lambda p: jnp.mean(method.student_loss(p, ctx)[0])
+        lambda p: jnp.mean(online.student_loss(p, ctx)[0])
     )(params)
     yield from file.tensors("grad", model.named(grad), precision)
 

@@ -200,9 +200,89 @@ class Model:
     return preconditioning.precondition(network, form, x, t, u, self.noise)
 
 
+# Constructor arguments by family: those that the tensors tell, that are used
+# (see `_openai` and others), that do nothing outside of training; and the
+# values of those that have no match here.
+_TOLD = {
+    "openai": (
+        "model_channels", "num_res_blocks", "channel_mult", "num_classes",
+        "use_scale_shift_norm", "resblock_updown", "conv_resample",
+        "in_channels", "out_channels",
+        # Without effect in the released attention.
+        "use_new_attention_order", "attention_type",
+    ),
+    "edm": (
+        "img_resolution", "img_channels", "label_dim", "augment_dim",
+        "model_channels", "channel_mult", "channel_mult_emb", "num_blocks",
+        "attn_resolutions", "embedding_type", "channel_mult_noise",
+        "encoder_type", "decoder_type", "resample_filter", "arch",
+        "sigma_min", "sigma_max", "sigma_data",
+    ),
+    "edm2": (
+        "img_resolution", "img_channels", "label_dim", "model_channels",
+        "channel_mult", "channel_mult_noise", "channel_mult_emb", "num_blocks",
+        "attn_resolutions", "logvar_channels", "sigma_data",
+    ),
+    "jcm": (
+        "nf", "ch_mult", "num_res_blocks", "data_std", "t_min", "t_max", "rho",
+        "embedding_type", "name", "num_scales", "beta_min", "beta_max",
+        "sigma_min", "sigma_max", "ema_rate", "fourier_scale", "init_scale",
+    ),
+}
+_USED = {
+    "openai": (
+        "image_size", "attention_resolutions", "num_head_channels",
+        "num_heads", "num_heads_upsample",
+    ),
+    "edm": (),
+    "edm2": (
+        "channels_per_head", "label_balance", "concat_balance", "res_balance",
+        "attn_balance", "clip_act",
+    ),
+    "jcm": ("attn_resolutions", "fir", "fir_kernel"),
+}
+_TRAINING = ("dropout", "label_dropout", "use_checkpoint")
+_ONLY = {
+    "openai": {"dims": (2,), "use_fp16": (False,), "training_mode": ("ctm",)},
+    "edm": {
+        "use_fp16": (False,), "model_type": ("SongUNet", "DhariwalUNet"),
+        "training_mode": ("ctm",),
+    },
+    "edm2": {
+        "use_fp16": (False,), "resample_filter": ([1, 1],),
+    },
+    "jcm": {
+        "attention_type": ("ddpm",), "conv_size": (3,),
+        "double_heads": (False,), "nonlinearity": ("swish",),
+        "normalization": ("GroupNorm",), "progressive": ("none",),
+        "progressive_combine": ("sum",),
+        "progressive_input": ("none", "residual"),
+        "resamp_with_conv": (True,), "resblock_type": ("biggan",),
+        "skip_rescale": (True,), "conditional": (True,),
+    },
+}
+
+
+def _check_constructor(family: str, c: dict) -> None:
+  """Raises Unreadable for arguments that have no match here."""
+  family = family.replace("edm-song", "edm").replace("edm-adm", "edm")
+  known = {*_TOLD[family], *_USED[family], *_TRAINING}
+  other = {
+      k: v for k, v in c.items()
+      if k not in known and v not in _ONLY[family].get(k, ())
+  }
+  if c.get("in_channels", 0) != c.get("out_channels", 0):
+    other |= {"in_channels": c["in_channels"]}
+  if other:
+    raise Unreadable(
+        f"constructor: got {other}, which the network here does not have"
+    )
+
+
 def _openai(c: dict, source: str) -> dict:
   """What state dicts of OpenAI's U-Net do not tell."""
   size, heads = c["image_size"], c.get("num_head_channels", -1)
+  upsample = c.get("num_heads_upsample", -1)
   return dict(
       image_size=size,
       attention_resolutions=tuple(
@@ -210,23 +290,28 @@ def _openai(c: dict, source: str) -> dict:
       ),
       num_head_channels=None if heads == -1 else heads,
       num_heads=c.get("num_heads", 1),
+      num_heads_upsample=None if upsample == -1 else upsample,
       qkv_norm=source not in PLAIN,
   )
 
 
 def _edm2(c: dict) -> dict:
-  names = {f.name for f in dataclasses.fields(edm2.EDM2)} - {"channel_mult"}
-  same = {k: v for k, v in c.items() if k in names and not k.startswith("num_")}
+  """What state dicts of EDM2 do not tell."""
+  same = {k: c[k] for k in _USED["edm2"] if k in c and "_per_" not in k}
   return same | dict(num_head_channels=c.get("channels_per_head", 64))
 
 
 @functools.cache
-def model(file: files.Reference, recipe: str | None = None) -> Model:
+def model(
+    file: files.Reference, recipe: str | None = None, part: str = ""
+) -> Model:
   """The network of a file.
 
   Args:
     file: with weights or with the name of the file that has them.
     recipe: key of meta that moves the weights, such as 'target_recipe'.
+    part: of a file with several networks the name of one: its weights are
+      'state_dict/<part>/', its arguments 'constructor_<part>'.
 
   Raises:
     UserError, Unreadable: for weights that are no known network's.
@@ -234,21 +319,23 @@ def model(file: files.Reference, recipe: str | None = None) -> Model:
   if recipe is not None and file.meta.get(recipe) is None:
     return model(file)
   tensors = file.moved(file.meta[recipe] if recipe else None)
+  if part:
+    tensors = file.group(f"state_dict/{part}/")
   home = file
   while "state_dict_from" in home.meta:
     home = home.beside(home.meta["state_dict_from"])
-  c = file.constructor
+  c = file.meta[f"constructor_{part}"] if part else file.constructor
   if "unet.out_gain" in tensors:
     family, found = edm2_names, edm2_names.recognize(tensors, {})
     found |= _edm2(c)
   else:
-    metadata = {}
-    if "image_size" in file.meta:
-      metadata = dict(
-          image_size=file.meta["image_size"],
-          attention_resolutions=tuple(c.get("attn_resolutions", ())),
-      )
+    size = file.meta.get("image_size", c.get("image_size"))
+    metadata = {} if size is None else dict(
+        image_size=size,
+        attention_resolutions=tuple(c.get("attn_resolutions", ())),
+    )
     family, _, found = transfer.recognize(tensors, metadata=metadata)
+  _check_constructor(family.NAME, c)
   if family.NAME == "openai":
     found |= _openai(c, file.source)
   if family.NAME == "jcm":

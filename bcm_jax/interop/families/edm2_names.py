@@ -1,5 +1,6 @@
 """Tensor names of NVIDIA's EDM2 state dicts for `EDM2`."""
 
+import math
 import re
 
 import numpy as np
@@ -12,7 +13,13 @@ Tensors = dict[str, np.ndarray]
 NAME = "edm2"
 NETWORK = edm2.EDM2
 PREFIXES = ("",)
-IMAGE_SIZE = 64
+# A tensor that every network of the family has.
+MARKER = "unet.out_gain"
+# Attributes that the tensors do not determine.
+ASSUMED = (
+    "num_head_channels", "label_balance", "concat_balance", "res_balance",
+    "attn_balance", "clip_act",
+)
 
 
 def entry(network, path, shape) -> layouts.Entry:
@@ -44,15 +51,18 @@ def recognize(tensors: Tensors, metadata: dict) -> dict | None:
              for n in tensors)
   blocks = {(int(m[1]), int(m[2])) for m in matches if m}
   sizes = sorted({size for size, _ in blocks}, reverse=True)
-  width = tensors[f"unet.enc.{sizes[0]}x{sizes[0]}_conv.weight"].shape[0]
+  widths = [_block(tensors, s, "conv_res0").shape[0] for s in sizes]
+  emb, noise = tensors["unet.emb_noise.weight"].shape
+  # Only the widths themselves are determined, not their common unit.
+  unit = math.gcd(*widths, emb, noise)
   label = tensors.get("unet.emb_label.weight")
   return dict(
       image_size=sizes[0],
-      model_channels=width,
+      model_channels=unit,
       out_channels=tensors["unet.out_conv.weight"].shape[0],
-      channel_mult=tuple(
-          _block(tensors, s, "conv_res0").shape[0] // width for s in sizes
-      ),
+      channel_mult=tuple(w // unit for w in widths),
+      channel_mult_noise=None if noise == widths[0] else noise // unit,
+      channel_mult_emb=None if emb == max(widths) else emb // unit,
       num_res_blocks=1 + max(index for _, index in blocks),
       attention_resolutions=tuple(
           s for s in sizes if _block(tensors, s, "attn_qkv") is not None

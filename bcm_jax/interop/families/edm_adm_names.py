@@ -14,6 +14,10 @@ NAME = "edm-adm"
 NETWORK = adm.ADM
 PREFIXES = ("model.", "")
 IMAGE_SIZE = 64
+# A tensor that every network of the family has.
+MARKER = "map_layer0.weight"
+# Attributes that the tensors do not determine.
+ASSUMED = ("num_head_channels",)
 
 _ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj_out": "proj"}
 _PARTS = _ATTENTION | {
@@ -109,7 +113,7 @@ def recognize(tensors: Tensors, metadata: dict) -> dict | None:
   sizes = edm_names.resolutions(tensors)
   if not sizes or "out_norm.weight" not in tensors:
     return None
-  width = tensors[f"enc.{sizes[0]}x{sizes[0]}_conv.weight"].shape[0]
+  emb, width = tensors["map_layer0.weight"].shape
   return adm.DHARIWAL | dict(
       image_size=sizes[0],
       model_channels=width,
@@ -118,6 +122,7 @@ def recognize(tensors: Tensors, metadata: dict) -> dict | None:
           tensors[f"enc.{s}x{s}_block0.conv0.weight"].shape[0] // width
           for s in sizes
       ),
+      channel_mult_emb=emb // width,
       num_res_blocks=edm_names.count_blocks(tensors, sizes[0]),
       attention_resolutions=tuple(
           s for s in sizes if f"enc.{s}x{s}_block0.qkv.weight" in tensors

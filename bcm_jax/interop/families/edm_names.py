@@ -12,7 +12,10 @@ Tensors = dict[str, np.ndarray]
 NAME = "edm-song"
 NETWORK = song.SongUNet
 PREFIXES = ("model.", "")
-IMAGE_SIZE = 32
+# A tensor that every network of the family has.
+MARKER = "map_layer0.weight"
+# Attributes that the tensors do not determine.
+ASSUMED = ()
 
 
 def entry(network, path, shape) -> layouts.Entry:
@@ -91,6 +94,7 @@ def recognize(tensors: Tensors, metadata: dict) -> dict | None:
       augment_dim=shape(tensors, "map_augment.weight", 1) or 0,
       embedding="fourier" if "map_noise.freqs" in tensors else "positional",
       embedding_mult=tensors["map_layer0.weight"].shape[1] // width,
+      channel_mult_emb=tensors["map_layer0.weight"].shape[0] // width,
       encoder=pyramid.pop() if pyramid else "standard",
       decoder="skip" if heads > 1 else "standard",
       resample_filter=taps(filters[0]) if filters else (1, 1),

@@ -17,6 +17,10 @@ NAME = "jcm"
 NETWORK = song.SongUNet
 PREFIXES = ("",)
 IMAGE_SIZE = 32
+# A tensor that every network of the family has.
+MARKER = "ResnetBlockBigGANpp_0/Conv_0/kernel"
+# Attributes that the tensors do not determine.
+ASSUMED = ("attention_resolutions", "resample_filter")
 
 _RES = "ResnetBlockBigGANpp"
 _PARTS = {
