@@ -54,7 +54,6 @@ _INTERVALS = {
     ),
     "[2, 1000]": ("edit.num_interpolants",),
     "[2, 4096]": ("edit.factor",),
-    "[1, 1000]": ("model.num_res_blocks",),
     "[0, 1024]": ("data.threads", "parallel.cpu_devices", "model.augment_dim"),
     "[1, 95]": ("edit.quality",),
     "[1, 3]": ("data.channels",),
@@ -79,7 +78,7 @@ _INTERVALS = {
     "[-1e6, 1e6]": ("edit.strength",),
     "[-10, 10]": ("method.p_mean",),
     "[0.1, 100]": ("method.p_std",),
-    "[0, 1000]": ("sample.rejection",),
+    "[0, 1000]": ("model.num_res_blocks", "sample.rejection"),
     # Fractions, rates and probabilities.
     "[0, 1]": (
         "data.augment", "sample.gamma", "optimizer.final_fraction",
