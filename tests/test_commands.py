@@ -357,7 +357,7 @@ def test_nan_loss_stops_with_a_diagnosis(tmp_path, capsys):
     capsys,
     f"--config={tiny_run.__file__}",
     f"--workdir={tmp_path}",
-    "--config.parallel.cpu_devices=none",
+    "--config.parallel.cpu_devices=0",
     "--config.training.max_consecutive_nonfinite=2",
     "--config.method.sigma_data=1e30",
   )

@@ -225,6 +225,7 @@ def test_an_average_that_a_config_asks_for_is_packed_alone(run, tmp_path):
   assert meta["released"]["average"] == "ema_0.9"
 
 
+@pytest.mark.slow
 def test_a_result_of_several_averages_is_found(run, tmp_path):
   copy = tmp_path / "run"
   shutil.copytree(run, copy)

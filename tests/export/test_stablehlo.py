@@ -124,6 +124,7 @@ def test_samples_are_those_of_the_library(library, model, sampler):
     assert_within_a_grey_level(got, expected)
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch(path, model):
   parts = stablehlo_runtime.load(path, batch_size=5)
   images = parts.sample(7, seed=1, sampler=SAMPLERS[1])

@@ -61,7 +61,12 @@ def fails(capsys, *arguments):
   return error
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [
+    # Others of their families are fast.
+    pytest.param(name, marks=pytest.mark.slow)
+    if name in ("cm_unet", "edm_adm") else name
+    for name in SETTINGS
+])
 def test_round_trip_is_bit_identical(name, tmp_path, capsys):
   out = tmp_path / "run"
   run(source_file(name, tmp_path), out, *SETTINGS[name])

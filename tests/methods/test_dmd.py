@@ -12,6 +12,7 @@ import pytest
 from bcm_jax.methods import dmd
 from bcm_jax.training import train_state
 from bcm_jax.training import train_step
+from tests import quick
 from tests import toys
 
 B = 20_000
@@ -252,9 +253,9 @@ def test_the_fake_loss_gives_the_generator_nothing():
 def begin(method, images):
   optimizers = {name: optax.adam(1e-2) for name in method.networks}
   start = {"student": ZERO, "fake_score": ZERO}
-  state = train_state.create(
+  state = quick.jit(lambda: train_state.create(
       method, optimizers, (), 0, images, None, start
-  ).replace(frozen={"teacher": ZERO})
+  ))().replace(frozen={"teacher": ZERO})
   step = train_step.make_step(
       method, optimizers, train_step.StepOptions(ema_rates=())
   )
@@ -292,15 +293,15 @@ def test_who_learns_from_the_discriminator():
     networks={"student": {"scale": jnp.float32(0.3)}, "fake_score": fake},
     frozen={"teacher": ZERO},
   )
-  grads = jax.grad(lambda p: jnp.mean(method.fake_loss(p, ctx)[1]["loss_gan"]))(
-    fake
-  )
+  grads = quick.jit(jax.grad(
+    lambda p: jnp.mean(method.fake_loss(p, ctx)[1]["loss_gan"])
+  ))(fake)
   assert optax.global_norm(grads["head"]) > 0
   # This toy's features come before its only parameter: no encoder to train.
   assert grads["network"]["scale"] == 0
-  student = jax.grad(
+  student = quick.jit(jax.grad(
     lambda p: jnp.mean(method.student_loss(p, ctx)[1]["loss_gan"])
-  )({"scale": jnp.float32(0.3)})
+  ))({"scale": jnp.float32(0.3)})
   assert student["scale"] != 0
 
 

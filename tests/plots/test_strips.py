@@ -177,9 +177,15 @@ def untrained(folder, file, **changed):
   "file, changed, shapes, said",
   [
     ("digits.py", {}, [(6, 12), (6, 14)], "one jump f(x, T, t)"),
-    ("digits_ict.py", {}, [(6, 12)], "with noise added"),
+    pytest.param(
+      "digits_ict.py", {}, [(6, 12)], "with noise added",
+      marks=pytest.mark.slow,
+    ),
     # Without guidance: this run cannot guide itself.
-    ("digits_edm.py", {"sample__guidance": "3.0"}, [(6, 12)], "Heun's solver"),
+    pytest.param(
+      "digits_edm.py", {"sample__guidance": "3.0"}, [(6, 12)], "Heun's solver",
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_checkpoint_becomes_strips(

@@ -57,14 +57,15 @@ def browser():
   from playwright import sync_api
 
   with sync_api.sync_playwright() as playwright:
+    # Of one context, so that all pages share a cache.
     yield playwright.chromium.launch(
         executable_path=CHROMIUM, args=["--no-sandbox"]
-    )
+    ).new_context(viewport={"width": 1280, "height": 1000})
 
 
 @pytest.fixture
 def page(browser, address):
-  page = browser.new_page(viewport={"width": 1280, "height": 1000})
+  page = browser.new_page()
   page.set_default_timeout(30_000)
   page.goto(address)
   page.get_by_role("button", name="Generate").wait_for()

@@ -105,6 +105,7 @@ def test_a_migrated_run_samples_the_same_images(new, images, name, average):
   np.testing.assert_allclose(found, images[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_migrated_run_resumes_as_the_first_version_did(
     new, images, tmp_path
 ):
@@ -287,7 +288,10 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if "studio" in name else name
+    for name in COMMANDS  # To import Gradio takes seconds.
+])
 def test_old_folders_are_refused(name, old, new, tmp_path, capsys):
   words = COMMANDS[name].replace("OLD", str(old)).replace("NEW", str(new))
   words = words.replace("TMP", str(tmp_path)).replace("TINY", tiny_run.__file__)

@@ -78,7 +78,7 @@ def test_eight_devices_are_the_same(tmp_path):
        "jit-8"],
       env={**os.environ, "PYTHONPATH": str(root),
            "XLA_FLAGS": quick.flags(8)},
-      cwd=root, capture_output=True, text=True, timeout=120, check=False,
+      cwd=root, capture_output=True, text=True, timeout=300, check=False,
   )
   assert done.returncode == 0, done.stderr
   with np.load(tmp_path / "8.npz") as eight:

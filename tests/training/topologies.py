@@ -139,7 +139,9 @@ def weighed(topology):
       train_step.StepOptions(ema_rates=(), axis_name=devices.axis_name),
   ))
   images = toys.images(B, 4)
-  state = train_state.create(ctm, optimizer, (), 0, images, None)
+  state = jax.jit(
+      lambda: train_state.create(ctm, optimizer, (), 0, images, None)
+  )()
   # Away from the optimum, where there is nothing to weigh.
   state.networks["student"].params["scale"] = jnp.float32(0.7)
   state = devices.place(state.replace(
