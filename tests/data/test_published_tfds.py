@@ -173,3 +173,8 @@ def test_the_decoder_says_the_shape(data_dir):
   )
   assert source.image_shape == (8, 8, 1)
   assert source.fetch(np.array([0]))["image"].shape == (1, 8, 8, 1)
+
+
+def test_photographs_are_not_turned_as_for_the_published_models(monkeypatch):
+  monkeypatch.setattr(published_tfds, "TFDSSource", lambda *args: args[3])
+  assert not datasets.find("imagenet2012").open("train", None).upright
