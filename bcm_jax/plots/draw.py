@@ -1,13 +1,15 @@
 """Plots figures of runs: bcm_jax plots RUN [RUN ...].
 
 Training curves, quality over NFE, inversion error over the initial noise,
-reconstructions, interpolations and trajectories, as PNG files (docs/plots.md).
+reconstructions, interpolations and trajectories, as PNG, PDF or SVG files
+(docs/plots.md).
 Figures without data are skipped. Exit status: 0 for one figure or more, 65 for
 none and for invalid input.
 """
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+import itertools
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -69,6 +71,7 @@ def overview(experiment: build.Experiment, workdir: str) -> str:
   return path
 
 
+@figures.styled
 def search(record: dict[str, Any], path: str) -> None:
   """Plots the distances of all candidates of a search.
 
@@ -85,15 +88,18 @@ def search(record: dict[str, Any], path: str) -> None:
     e, _, t = last.rpartition(">")
     varied = sampler.removesuffix(last) + ("e>t" if e else "t")
     stages[varied].append((float(e) if e else None, float(t), cost))
-  figure = figures.blank(4 * len(stages), 3)
+  figure = figures.blank(figures.COLUMN * len(stages), 2.4)
   axes = figure.subplots(1, len(stages), squeeze=False)[0]
   for axis, (varied, points) in zip(axes, stages.items(), strict=True):
-    for e in sorted({p[0] for p in points}, key=lambda e: e or 0):
+    ends = sorted({p[0] for p in points}, key=lambda e: e or 0)
+    for (e, style), marker in zip(
+        figures.styles(ends).items(), itertools.cycle(figures.SHAPES)
+    ):
       curve = sorted(p[1:] for p in points if p[0] == e)
-      axis.plot(*zip(*curve, strict=True), "o-",
-                label=None if e is None else f"e = {e:g}")
+      axis.plot(*zip(*curve, strict=True), marker=marker,
+                label=None if e is None else f"e = {e:g}", **style)
     if points[0][0] is not None:
-      axis.legend(fontsize="small")
+      axis.legend()
     axis.set(xscale="log", xlabel="t (sigma)", title=varied)
     figures.mark(axis, {p[1] for p in points})
   axes[0].set_ylabel(record["distance"])
@@ -119,7 +125,7 @@ class Kind(NamedTuple):
 
   Attributes:
     read: run -> data to draw; raises UserError if the run has none.
-    draw: ({label of a run: data}, path of the PNG) -> None.
+    draw: ({label of a run: data}, path of the file) -> None.
     together: one figure for all runs instead of one per run.
   """
 
@@ -141,17 +147,19 @@ KINDS = {
 
 
 def make(
-    runs: Sequence[records.Run], out: str, names: Sequence[str]
+    runs: Sequence[records.Run], out: str, names: Sequence[str],
+    formats: Sequence[str] = ("png",),
 ) -> list[str]:
   """Draws figures of these kinds; prints their paths, and reasons for skipping.
 
   Args:
     runs: runs to draw.
-    out: folder of the PNGs.
+    out: folder of the files.
     names: keys of KINDS.
+    formats: of figures.FORMATS.
 
   Returns:
-    Paths of the PNGs.
+    Paths of the files.
   """
   written = []
   for name in names:
@@ -166,19 +174,21 @@ def make(
           data[run.label] = kind.read(run)
         except errors.UserError as e:
           print(f"{name} of {run.label} skipped: {e}")
-      if data:
-        written.append(os.path.join(out, f"{name}{suffix}.png"))
+      for extension in formats if data else ():
+        written.append(os.path.join(out, f"{name}{suffix}.{extension}"))
         kind.draw(data, written[-1])
         print(f"written: {written[-1]}")
   return written
 
 
-def _names(only: str) -> list[str]:
-  """Parses a comma-separated list of kinds of figures."""
-  names = [name for name in only.split(",") if name]
+def _names(flag: str, value: str, known: Collection[str]) -> list[str]:
+  """Parses a comma-separated list of known names."""
+  names = [name for name in value.split(",") if name]
   for name in names:
-    if name not in KINDS:
-      raise errors.unknown_name("figure in --only", name, KINDS)
+    if name not in known:
+      raise errors.unknown_name(flag, name, known)
+  if not names:
+    raise errors.unknown_name(flag, value, known)
   return names
 
 
@@ -191,22 +201,29 @@ def _parser() -> cli.Parser:
   parser.add_argument("--only", default=",".join(KINDS), metavar="NAMES",
                       help="figures to draw, such as "
                       f"{','.join(list(KINDS)[:2])} (all)")
+  parser.add_argument("--formats", default="png", metavar="NAMES",
+                      help=f"of {','.join(figures.FORMATS)} (%(default)s)")
   return parser
 
 
-def run(paths: Sequence[str], out: str | None, only: str) -> list[str]:
-  """Draws the figures of the command; returns paths of the PNGs.
+def run(
+    paths: Sequence[str], out: str | None, only: str, formats: str = "png"
+) -> list[str]:
+  """Draws the figures of the command; returns paths of the files.
 
   Args:
     paths: work directories or result files.
     out: folder of the figures, None for the default.
     only: comma-separated kinds of figures.
+    formats: comma-separated formats of files.
 
   Raises:
     UserError: unknown figures, no runs, a folder that is not writable, or no
       data to draw.
   """
-  names, runs = _names(only), records.open_runs(paths)
+  names = _names("figure in --only", only, KINDS)
+  extensions = _names("--formats", formats, figures.FORMATS)
+  runs = records.open_runs(paths)
   if out is None:
     first = runs[0].path
     out = os.path.join(
@@ -218,7 +235,7 @@ def run(paths: Sequence[str], out: str | None, only: str) -> list[str]:
     raise errors.UserError(
         f"--out: cannot write to {out}: {e.strerror}; choose another folder"
     ) from e
-  written = make(runs, out, names)
+  written = make(runs, out, names, extensions)
   if not written:
     raise errors.UserError(
         f"{', '.join(paths)}: no data to draw; run the commands named above "
@@ -232,4 +249,4 @@ def main(argv: list[str] | None = None) -> None:
   logging.set_verbosity(logging.WARNING)
   with cli.reporting():
     flags = _parser().parse_args(argv)
-    run(flags.runs, flags.out, flags.only)
+    run(flags.runs, flags.out, flags.only, flags.formats)

@@ -1,9 +1,12 @@
-"""Matplotlib figures: data from `records` and `strips` to PNG files.
+"""Matplotlib figures: data from `records` and `strips` to image files.
 
-Colors are the colorblind-safe palette of Okabe and Ito.
+Figures are as wide as a column (3.25 in) or page (6.75 in) of a paper, with
+text of 7 and 8 points, so that they can be included at their size. Colors are
+the colorblind-safe palette of Okabe and Ito; lines and markers differ too.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
 import io
 import textwrap
 from typing import Any
@@ -17,24 +20,51 @@ from bcm_jax.utils import files
 COLORS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 )
-_LINES = ("-", "--", ":", "-.")
+_LINES = ("-", "--", "-.", ":")
+SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*")
 _MARKERS = {
     "onestep": "o", "ancestral": "s", "cm_multistep": "^", "heun": "D",
     "ddim": "v", "gamma": "P", "zigzag": "X", "mixture": "*",
 }
-_DPI = 160
+FORMATS = ("png", "pdf", "svg")
+# Widths of a column and of a page in inches.
+COLUMN, PAGE = 3.25, 6.75
+_STYLE = {
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
+    "figure.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
+    "legend.fontsize": 7, "legend.handlelength": 2.8, "axes.linewidth": 0.6,
+    "grid.linewidth": 0.5, "grid.alpha": 0.25, "lines.linewidth": 1.2,
+    "lines.markersize": 4, "savefig.dpi": 300,
+    # Text stays text: TrueType fonts, which publishers ask for.
+    "pdf.fonttype": 42, "svg.fonttype": "none",
+}
+# Omitted, so that equal data give equal files.
+_DATES = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 # Panels of training curves: these first, speed last.
 _FIRST = ("loss", "grad_norm")
 _TITLES = {"steps_per_sec": "steps/s", "skipped": "steps skipped"}
 _PANELS_PER_ROW = 3
 # Sizes in inches of a panel and of an image in a row.
-_PANEL = (3.4, 2.6)
-_SMALL_IMAGE, _IMAGE = 0.5, 0.8
-# Mean width of a letter in inches.
-_LETTER = 0.075
+_PANEL = (PAGE / _PANELS_PER_ROW, 1.8)
+_SMALL_IMAGE, _IMAGE = 0.42, 0.7
+# Mean width of a letter of 7 points in inches.
+_LETTER = 0.055
 _TICKS = 8
 # Smallest ratio of two NFEs whose tick labels do not overlap.
 _TICK_RATIO = 1.3
+
+
+def styled(draw: Callable) -> Callable:
+  """Wraps a function that draws a figure: sizes for papers, see _STYLE."""
+
+  @functools.wraps(draw)
+  def run(*args):
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+      return draw(*args)
+
+  return run
 
 
 def blank(width: float, height: float):
@@ -45,10 +75,10 @@ def blank(width: float, height: float):
   return figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def save(figure, path: str, dpi: int = _DPI) -> None:
-  """Writes a figure as PNG, atomically."""
-  content = io.BytesIO()
-  figure.savefig(content, dpi=dpi, format="png")
+def save(figure, path: str) -> None:
+  """Writes a figure atomically, in the format of the path's extension."""
+  content, extension = io.BytesIO(), path.rpartition(".")[2]
+  figure.savefig(content, format=extension, metadata=_DATES.get(extension))
   files.write_bytes(path, content.getvalue())
 
 
@@ -61,11 +91,12 @@ def mark(axis, values: Iterable[float]) -> None:
 
 
 def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-  """Color and line style of each label, in order of appearance."""
+  """Returns color and line style per label, in order of appearance."""
   labels, n = dict.fromkeys(labels), len(COLORS)
   return {
       label: {
-          "color": COLORS[i % n], "linestyle": _LINES[i // n % len(_LINES)]
+          # Unique for 28 labels: 7 and 4 have no common divisor.
+          "color": COLORS[i % n], "linestyle": _LINES[i % len(_LINES)]
       }
       for i, label in enumerate(labels)
   }
@@ -78,9 +109,25 @@ def wide(values: np.ndarray) -> bool:
               and finite.max() >= 10 * finite.min())
 
 
+def _log_y(axis, values: np.ndarray) -> None:
+  """Makes the y axis logarithmic, with numbers at its ticks."""
+  from matplotlib import ticker
+
+  axis.set_yscale("log")
+  decades = np.log10(np.nanmax(values) / np.nanmin(values))
+  if decades >= 1:
+    subs = (1, 2, 5) if decades < 3 else (1,)
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+  else:
+    axis.yaxis.set_minor_formatter("{x:g}")
+  axis.yaxis.set_major_formatter("{x:g}")
+
+
 # Training curves --------------------------------------------------------------
 
 
+@styled
 def curves(runs: Mapping[str, records.Series], path: str) -> None:
   """Plots every metric over the step, raw and smoothed, one panel each."""
   from matplotlib import ticker
@@ -96,20 +143,25 @@ def curves(runs: Mapping[str, records.Series], path: str) -> None:
     lines = {name: s[key] for name, s in runs.items() if key in s}
     for name, (steps, values) in lines.items():
       marker = "o" if len(steps) == 1 else None
-      axis.plot(steps, values, alpha=0.25, linewidth=0.8, **style[name])
+      axis.plot(steps, values, alpha=0.25, linewidth=0.6,
+                color=style[name]["color"])
       axis.plot(steps, records.smooth(values, len(values) // 25),
-                marker=marker, linewidth=1.5, **style[name])
-    if wide(np.concatenate([values for _, values in lines.values()])):
-      axis.set_yscale("log")
+                marker=marker, **style[name])
+    together = np.concatenate([values for _, values in lines.values()])
+    together = together[np.isfinite(together)]
+    if wide(together):
+      _log_y(axis, together)
+    elif together.size and np.ptp(together) <= 1e-6 * abs(together[0]):
+      # A constant, whose rounding errors would be magnified.
+      axis.set_ylim(*sorted((0.9 * together[0], 1.1 * together[0])))
     network, metric = key
     title = _TITLES.get(metric, metric)
-    axis.set_title(title if network == "student" else f"{title}, {network}",
-                   fontsize="medium")
+    axis.set_title(title if network == "student" else f"{title}, {network}")
     axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axis.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     _plain(axis)
   for axis in axes[len(panels) - columns : len(panels)]:
-    axis.set_xlabel("training step", fontsize="small")
+    axis.set_xlabel("training step")
   for axis in axes[len(panels):]:
     axis.set_axis_off()
   if len(runs) > 1:
@@ -125,8 +177,7 @@ def _panel_order(key: tuple[str, str]) -> tuple:
 
 def _plain(axis) -> None:
   axis.spines[["top", "right"]].set_visible(False)
-  axis.grid(alpha=0.25)
-  axis.tick_params(labelsize="small")
+  axis.grid(True)
 
 
 def _legend(figure, styles_of: Mapping[str, dict[str, Any]]) -> None:
@@ -134,11 +185,11 @@ def _legend(figure, styles_of: Mapping[str, dict[str, Any]]) -> None:
   from matplotlib import lines
 
   handles = [lines.Line2D([], [], label=k, **s) for k, s in styles_of.items()]
-  # An entry has a line and spacing, 0.6 inches, in addition to its text.
-  entry_width = _LETTER * max(map(len, styles_of)) + 0.6
+  # An entry has a line and spacing, 0.5 inches, in addition to its text.
+  entry_width = _LETTER * max(map(len, styles_of)) + 0.5
   width = figure.bbox.width / figure.figure.dpi
   figure.legend(
-      handles=handles, loc="outside lower center", fontsize="small",
+      handles=handles, loc="outside lower center",
       ncols=max(1, min(len(handles), int(width / entry_width))), frameon=False,
   )
 
@@ -146,12 +197,13 @@ def _legend(figure, styles_of: Mapping[str, dict[str, Any]]) -> None:
 # Results of mode eval ---------------------------------------------------------
 
 
+@styled
 def quality(runs: Mapping[str, Sequence[records.Curve]], path: str) -> None:
   """Plots quality over NFE: one row of panels per evaluation protocol.
 
   Args:
     runs: label of a run -> its curves, one per metric and family of samplers.
-    path: path of the PNG.
+    path: path of the file.
   """
   curves = [curve for curves_of_run in runs.values() for curve in curves_of_run]
   protocols = list(dict.fromkeys(curve.protocol for curve in curves))
@@ -160,17 +212,20 @@ def quality(runs: Mapping[str, Sequence[records.Curve]], path: str) -> None:
       [curve for curve in curves if curve.protocol == p] for p in protocols
   ]
   columns = max(len({c.metric for c in row}) for row in rows)
+  width = COLUMN if columns == 1 else PAGE
   heights = [
-      3.4 + 0.22 * len({(c.label, c.family) for c in row}) / columns
+      2.5 + 0.15 * len({(c.label, c.family) for c in row}) * COLUMN / width
       for row in rows
   ]
-  figure = blank(max(5.5, 3.6 * columns), sum(heights))
+  figure = blank(width, sum(heights))
   parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)
   for part, protocol, row in zip(parts[:, 0], protocols, rows, strict=True):
     bars = any(p.std for curve in row for p in curve.points)
+    title = f"{protocol}"
+    if bars:
+      title += "; bars: standard deviation over seeds"
     part.suptitle(
-        f"{protocol}{'; bars: standard deviation over seeds' if bars else ''}",
-        fontsize="small",
+        textwrap.fill(title, int(width / _LETTER)), fontsize=7
     )
     metrics = list(dict.fromkeys(curve.metric for curve in row))
     axes = part.subplots(1, columns, squeeze=False)[0]
@@ -189,7 +244,6 @@ def quality(runs: Mapping[str, Sequence[records.Curve]], path: str) -> None:
 def _quality_style(curve: records.Curve, colors) -> dict[str, Any]:
   return colors[curve.label] | {
       "marker": _MARKERS.get(curve.family.removesuffix("_churn"), "h"),
-      "markersize": 5,
   }
 
 
@@ -200,14 +254,17 @@ def _quality_panel(
     nfe, mean, std = zip(*curve.points, strict=True)
     axis.errorbar(
         nfe, mean, [np.nan if s is None else s for s in std],
-        capsize=2.5, linewidth=1.3, **_quality_style(curve, colors),
+        capsize=2, elinewidth=0.8, **_quality_style(curve, colors),
     )
   better = "lower" if metric.startswith(("FD", "FID")) else "higher"
   axis.set_xscale("log", base=2)
-  axis.set(xlabel="NFE", ylabel=f"{better} is better")
-  axis.set_title(metric, fontsize="medium")
-  if wide(np.array([p.mean for c in curves for p in c.points])):
-    axis.set_yscale("log")
+  axis.set(
+      xlabel="network evaluations (NFE)", ylabel=f"{better} is better",
+      title=metric,
+  )
+  means = np.array([p.mean for c in curves for p in c.points])
+  if wide(means):
+    _log_y(axis, means)
   axis.xaxis.set_major_formatter("{x:g}")
   values = sorted({p.nfe for c in curves for p in c.points})
   pairs = zip(values, values[1:], strict=False)
@@ -217,36 +274,34 @@ def _quality_panel(
   _plain(axis)
 
 
+@styled
 def inversion(panels: records.Inversions, path: str) -> None:
   """Plots reconstruction error over the initial noise, one panel per dataset.
 
   Args:
     panels: dataset -> label of a curve -> [(noise, MSE)].
-    path: path of the PNG.
+    path: path of the file.
   """
-  from matplotlib import ticker
-
-  figure = blank(6 * len(panels), 4)
+  entries = max(map(len, panels.values()))
+  figure = blank(COLUMN * len(panels), 2.4 + 0.14 * entries)
   axes = figure.subplots(1, len(panels), squeeze=False)[0]
   for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-    for (name, points), style in zip(
-        curves.items(), styles(curves).values(), strict=True
+    for i, ((name, points), style) in enumerate(
+        zip(curves.items(), styles(curves).values(), strict=True)
     ):
-      axis.plot(*zip(*points, strict=True), label=name, marker="o",
-                markersize=5, **style)
+      axis.plot(*zip(*points, strict=True), label=name,
+                marker=SHAPES[i % len(SHAPES)], **style)
     axis.set(
-        xscale="log", yscale="log", xlabel="initial noise e (sigma)",
+        xscale="log", xlabel="initial noise e (sigma)",
         ylabel="reconstruction MSE on [0, 1]", title=title,
     )
-    if wide(np.array([e for points in curves.values() for _, e in points])):
-      axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-      axis.yaxis.set_minor_formatter(ticker.NullFormatter())
-    else:
-      axis.yaxis.set_minor_formatter("{x:g}")
-    axis.yaxis.set_major_formatter("{x:g}")
+    _log_y(axis, np.array([e for p in curves.values() for _, e in p]))
     mark(axis, (noise for points in curves.values() for noise, _ in points))
-    axis.legend(fontsize="small")
-    axis.grid(alpha=0.25)
+    # Below the panel: curves may be anywhere in it.
+    axis.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False
+    )
+    _plain(axis)
   save(figure, path)
 
 
@@ -264,20 +319,23 @@ def all_inversions(
 # Images -----------------------------------------------------------------------
 
 
+@styled
 def image_rows(
     runs: Mapping[str, Sequence[records.Rows]], path: str
 ) -> None:
   """Plots blocks of rows of images, one below the other, each with an axis."""
   blocks = [block for blocks_of_run in runs.values() for block in blocks_of_run]
-  side = max(map(_side, blocks))
-  heights = [side * len(block.rows) + 0.9 for block in blocks]
   widest = max(len(block.columns) for block in blocks)
-  figure = blank(side * widest + 1.2, sum(heights) + 0.3)
+  # The names of the rows are beside the images.
+  side = min(max(map(_side, blocks)), (PAGE - 1) / widest)
+  width = max(COLUMN, side * widest + 1)
+  heights = [side * len(block.rows) + 0.75 for block in blocks]
+  figure = blank(width, sum(heights) + 0.25)
   figure.get_layout_engine().set(hspace=0.06)
   axes = figure.subplots(len(blocks), 1, squeeze=False, height_ratios=heights)
   for axis, block in zip(axes[:, 0], blocks, strict=True):
-    _block(axis, block)
-  figure.suptitle(", ".join(runs), fontsize="medium")
+    _block(axis, block, int(width / _LETTER))
+  figure.suptitle(", ".join(runs))
   save(figure, path)
 
 
@@ -286,7 +344,7 @@ def _side(block: records.Rows) -> float:
   return _SMALL_IMAGE if block.images.shape[2] <= 16 else _IMAGE
 
 
-def _block(axis, block: records.Rows) -> None:
+def _block(axis, block: records.Rows, letters: int) -> None:
   rows, columns, height, width, channels = block.images.shape
   pad, scale = 4, max(1, 64 // height)
   mosaic = image_grid.image_grid(
@@ -301,10 +359,9 @@ def _block(axis, block: records.Rows) -> None:
 
   axis.set_xticks(centers(columns, width), block.columns)
   axis.set_yticks(centers(rows, height), block.rows)
-  axis.tick_params(length=0, labelsize="small")
-  letters = int(columns * _side(block) / _LETTER)
+  axis.tick_params(length=0)
   axis.set_title(
-      textwrap.fill(block.title, letters), fontsize="medium", loc="left"
+      textwrap.fill(block.title, int(0.75 * letters)), fontsize=7, loc="left"
   )
   axis.set_anchor("W")
   axis.set_xlabel(block.axis)

@@ -2,6 +2,7 @@
 
 import json
 
+from matplotlib import text
 import numpy as np
 from PIL import Image
 import pytest
@@ -187,6 +188,65 @@ def test_runs_share_panels_by_network_and_metric(tmp_path, drawn):
 def test_more_runs_than_colors_take_other_lines():
   found = figures.styles(map(str, range(20)))
   assert len({tuple(s.values()) for s in found.values()}) == 20
+
+
+def test_figures_fit_a_paper(tmp_path, full, drawn):
+  runs = {}
+  for i in range(6):
+    write_metrics(
+        tmp_path / f"r{i}",
+        *({"step": s, "loss": i + 10 / s, "lr": 1e-4} for s in range(1, 9)),
+    )
+    write_result(
+        tmp_path / f"r{i}",
+        {"heun_nfe7": numbers(7, 30.0 + i, 0.5), "heun_nfe35": numbers(35, 2)},
+        errors_at(0.1, 0.2, nfe=i + 1),
+    )
+    runs[f"r{i}"] = run_at(tmp_path / f"r{i}")
+  for read, plot, width in (
+      (records.scalars, figures.curves, 4.5),
+      (records.quality, figures.quality, figures.PAGE),
+      (records.inversions, figures.all_inversions, figures.COLUMN),
+  ):
+    plot({name: read(run) for name, run in runs.items()}, "x.png")
+    assert drawn[-1].get_size_inches()[0] == pytest.approx(width)
+  one = records.Run("full", str(full))
+  for read in (records.reconstruction, records.interpolation):
+    figures.image_rows({"full": read(one)}, "x.png")
+    assert (figures.COLUMN <= drawn[-1].get_size_inches()[0] <= figures.PAGE)
+  for figure in drawn:
+    sizes = {t.get_fontsize() for t in figure.findobj(text.Text)}
+    assert 7 <= min(sizes) and max(sizes) <= 8
+  lines = drawn[2].axes[0].lines
+  for looks in ("get_color", "get_marker"):
+    assert len({getattr(line, looks)() for line in lines}) == 6
+  assert len({line.get_linestyle() for line in lines}) == 4
+  loss, distance = drawn[0].axes[0], drawn[1].subfigs[0].axes[0]
+  for axis in (loss, distance, drawn[2].axes[0]):
+    assert axis.get_yscale() == "log"
+    low, high = axis.get_ylim()
+    # At least two numbers, without powers.
+    labels = [
+        label.get_text() for minor in (False, True)
+        for at, label in zip(axis.get_yticks(minor=minor),
+                             axis.get_yticklabels(minor=minor), strict=True)
+        if low <= at <= high and label.get_text()
+    ]
+    assert len(labels) >= 2 and not any("$" in label for label in labels)
+
+
+def test_files_of_every_format(full, tmp_path, capsys):
+  out = tmp_path / "out"
+  draw.main([
+      str(full), "--only=inversion", f"--out={out}", "--formats=png,pdf,svg"
+  ])
+  first = {p.suffix: p.read_bytes()[:5] for p in out.iterdir()}
+  assert first == {".png": b"\x89PNG\r", ".pdf": b"%PDF-", ".svg": b"<?xml"}
+  # Text stays text.
+  assert "reconstruction MSE" in (out / "inversion.svg").read_text()
+  with Image.open(out / "inversion.png") as picture:
+    assert picture.info["dpi"] == pytest.approx((300, 300), rel=1e-3)
+    assert picture.width == 975
 
 
 # Results ----------------------------------------------------------------------
@@ -399,6 +459,7 @@ def test_a_result_file_is_a_run_of_numbers_alone(full, capsys):
 
 @pytest.mark.parametrize("flags, said", [
     (["--only=curve"], "'curves'"),
+    (["--formats=jpg"], "pdf, png, svg"),
     (["--out=/proc/none"], "/proc/none"),
     (["--ot=x"], "--help"),
 ])
