@@ -12,6 +12,8 @@ from bcm_jax.data import resizing
 # Number of channels -> PIL mode.
 _MODES = {1: "L", 3: "RGB"}
 _NPY = b"\x93NUMPY"
+# Largest side of resized images, in pixels.
+_MAX_SIZE = 65536
 
 
 class CorruptImage(errors.UserError):
@@ -43,9 +45,9 @@ class Decoder:
       )
     if self.crop not in resizing.BY_NAME:
       raise errors.unknown_name("crop", self.crop, resizing.BY_NAME)
-    if self.size is not None and self.size < 1:
+    if self.size is not None and not 1 <= self.size <= _MAX_SIZE:
       raise errors.UserError(
-          f"size: got {self.size}, expected 1 or more pixels; change it"
+          f"size: got {self.size}, expected 1 to {_MAX_SIZE} pixels; change it"
       )
 
   def __call__(self, content: bytes, file: str) -> np.ndarray:
