@@ -69,11 +69,14 @@ class Settings:
   label_smoothing: float = 0.1
 
   def __post_init__(self):
-    for name, low in (("steps", 1), ("batch_size", 1), ("seed", 0)):
+    for name, low, high in (
+        ("steps", 1, 2**31 - 1), ("batch_size", 1, 2**31 - 1),
+        ("seed", 0, 2**32 - 1),
+    ):
       value = getattr(self, name)
-      if value is not None and value < low:
+      if value is not None and not low <= value <= high:
         raise errors.UserError(
-            f"--{name}: got {value}, expected at least {low}"
+            f"--{name}: got {value}, expected {low} to {high}"
         )
     if not 0 < self.learning_rate < math.inf:
       raise errors.UserError(

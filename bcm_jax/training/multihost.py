@@ -51,8 +51,8 @@ def connect(
     patience_secs: timeout of joining in seconds.
 
   Raises:
-    UserError: only some of the three arguments are set, or process_id is out
-      of range.
+    UserError: only some of the three arguments are set, process_id is out of
+      range, or coordinator is not HOST:PORT.
   """
   cluster = (coordinator, num_processes, process_id)
   if None in cluster and any(x is not None for x in cluster):
@@ -68,6 +68,12 @@ def connect(
         f"--process_id: got {process_id}, expected 0 .. {num_processes - 1} "
         f"for --num_processes={num_processes}; number the processes from 0"
     )
+  if coordinator is not None:
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+      raise errors.UserError(
+          f"--coordinator: got {coordinator!r}, expected HOST:PORT of process 0"
+      )
   try:
     with log_missing_hosts(
         workdir, process_id, num_processes, min(20.0, patience_secs / 6)

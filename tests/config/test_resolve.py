@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bcm_jax import errors
+from bcm_jax import main
 from bcm_jax.config import build
 from bcm_jax.config import resolve
 from tests import teachers
@@ -170,6 +171,39 @@ def test_refused_stretch_says_how_to_keep_the_curriculum():
   with pytest.raises(errors.UserError) as caught:
     resolve.check_resume(run, digits(training__num_steps="150"))
   assert "--config.method.curriculum_steps=100" in str(caught.value)
+
+
+def test_a_runs_own_config_serves_training(tmp_path, monkeypatch):
+  run = digits(training__num_steps="100", optimizer__learning_rate="0.5")
+  resolve.write(run, str(tmp_path))
+  assert resolve.load(None, {}, str(tmp_path)).to_dict() == run.to_dict()
+  more = resolve.load(None, {"training.num_steps": "150"}, str(tmp_path))
+  assert more.method.curriculum_steps == more.optimizer.schedule_steps == 100
+  resolve.check_resume(run, more)
+  trained = []
+  changed = main.MODES["train"]._replace(function=lambda *a: trained.append(a))
+  monkeypatch.setitem(main.MODES, "train", changed)
+  monkeypatch.setattr(main, "_connect", lambda *a: None)
+  with pytest.raises(SystemExit):
+    main.main(["bcm_jax", f"--workdir={tmp_path}"])
+  ((config, workdir),) = trained
+  assert config.to_dict() == run.to_dict() and workdir == str(tmp_path)
+  with pytest.raises(errors.UserError, match="--config: got None"):
+    resolve.load(None, {}, str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("key, text", [
+    ("training.batch_size", "32"), ("optimizer.learning_rate", "0.5"),
+    ("method.s1", "320"),
+])
+def test_refused_changes_name_both_values_and_the_way_on(key, text):
+  run = digits()
+  with pytest.raises(errors.UserError) as caught:
+    resolve.check_resume(run, digits(**{key: text}))
+  section, name = key.split(".")
+  assert f"{key} is {run[section][name]!r} there" in str(caught.value)
+  assert "--config.training.init_from=" in str(caught.value)
+  assert "\n" not in str(caught.value)
 
 
 def test_files_are_found_from_any_directory(tmp_path, monkeypatch):

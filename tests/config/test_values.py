@@ -5,6 +5,7 @@ import re
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from bcm_jax import __main__ as commands
@@ -232,3 +233,38 @@ def test_no_command_takes_an_address(argv, tmp_path, monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert address in line
     assert not list(tmp_path.iterdir())
+
+
+CONNECTED = ["inspect", "--config=configs/digits.py", "--num_processes=2"]
+
+
+@pytest.mark.parametrize("argv, flag", [
+    *((["prepare", "in", "out", f"--size={v}"], "size") for v in (
+        0, -1, 10**9, "nan",
+    )),
+    (["prepare", "in", "out", "--channels=2"], "channels"),
+    (["prepare", "in", "out", "--shard_mb=0"], "shard_mb"),
+    *((["train_classifier", "--config=configs/digits.py", "--out=cls", f], f)
+      for f in (
+          "--steps=0", "--steps=-1", "--batch_size=0", "--learning_rate=nan",
+          "--learning_rate=inf", "--learning_rate=-1", "--seed=-1",
+          "--seed=4294967296", "--steps=99999999999",
+      )),
+    *(([*CONNECTED, "--process_id=0", f"--coordinator={v}"], "coordinator")
+      for v in ("host", "host:0", "host:99999", ":1234", "host:port")),
+    ([*CONNECTED, "--process_id=2", "--coordinator=h:1"], "process_id"),
+    ([*CONNECTED, "--process_id=-1", "--coordinator=h:1"], "process_id"),
+])
+def test_numbers_that_no_flag_takes(argv, flag, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+  monkeypatch.setattr(jax.distributed, "initialize", None)
+  if argv[0] == "prepare":
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+  with pytest.raises(SystemExit) as done:
+    commands.run([a.replace("=cls", f"={tmp_path}/cls") for a in argv])
+  assert done.value.code == errors.EXIT_BAD_INPUT
+  (line,) = capsys.readouterr().err.splitlines()
+  assert flag.lstrip("-").partition("=")[0] in line
+  assert not (tmp_path / "out").exists() and not (tmp_path / "cls").exists()
