@@ -158,6 +158,11 @@ def resolve(
   for section in partial:
     if section not in sections:
       raise errors.unknown_name("config section", section, sections)
+    if section != "seed" and not isinstance(partial[section], dict):
+      raise errors.UserError(
+          f"config.{section}: got {str(partial[section])[:80]!r}, expected a "
+          "section of keys; correct config.json"
+      )
   full: dict[str, Any] = {"seed": _convert(partial.get("seed", 0), int, "seed")}
   full["training"] = _fill("training", partial, schema.Training)
   name, method = _look_up("method", partial, registry.METHODS)
@@ -215,7 +220,7 @@ def _set(partial: dict[str, Any], path: str, text: str) -> None:
 def _look_up(section, partial, table) -> tuple[str, Any]:
   values = partial.get(section, {})
   name = values.get("name") if isinstance(values, Mapping) else None
-  if name not in table:
+  if not isinstance(name, str) or name not in table:
     raise errors.unknown_name(f"{section}.name", str(name), table)
   return name, table[name]
 

@@ -20,6 +20,13 @@ _AT_LEAST = {
     "parallel.substeps": 1, "parallel.heartbeat_secs": 1,
     "log.every_steps": 1,
 }
+# Options of networks that are numbers of something.
+_POSITIVE = (
+    "model_channels", "out_channels", "num_res_blocks", "num_heads",
+    "num_heads_upsample", "num_head_channels", "num_groups",
+    "min_group_channels", "channel_mult_emb", "channel_mult_noise",
+    "embedding_mult", "logvar_channels", "num_classes",
+)
 # Field of an example, other than image and label -> section and key of the file
 # that contains it.
 _EXTRA_FIELDS = {"noise": ("data", "pairs")}
@@ -34,6 +41,11 @@ def model(
     UserError: image shape, channels, classes or widths do not match.
   """
   section, name = config.model, config.data.name
+  if not section.channel_mult or min(section.channel_mult) < 1:
+    raise errors.UserError(
+        f"model.channel_mult: got {tuple(section.channel_mult)}, expected "
+        "positive widths of at least one level; change it"
+    )
   height, width, channels = data.image_shape
   halvings = 2 ** (len(section.channel_mult) - 1)
   if height % halvings or width % halvings:
@@ -73,6 +85,11 @@ def model(
 
 def _check_widths(model) -> None:
   """Checks that groups and heads divide the widths; raises UserError."""
+  for key in _POSITIVE:
+    if model.get(key) is not None and model[key] < 1:
+      raise errors.UserError(
+          f"model.{key}: got {model[key]}, expected at least 1; increase it"
+      )
   for mult in model.channel_mult:
     width = model.model_channels * mult
     groups = model.get("num_groups")
