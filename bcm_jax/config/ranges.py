@@ -43,6 +43,8 @@ _INTERVALS = {
         "model.attention_resolutions", "model.num_head_channels",
         "model.num_heads", "model.num_groups", "model.min_group_channels",
         "model.embedding_mult", "model.resample_filter",
+        "model.num_heads_upsample", "model.channel_mult_emb",
+        "model.channel_mult_noise",
         "model.logvar_channels", "method.gan_features",
     ),
     "[1, 10000]": (

@@ -177,6 +177,11 @@ def resolve(
           f"config section: got {section!r}, expected one of "
           f"{', '.join(sorted(sections))}{_suggestion(section, sections)}"
       )
+    if section != "seed" and not isinstance(partial[section], dict):
+      raise errors.UserError(
+          f"config.{section}: got {str(partial[section])[:80]!r}, expected a "
+          "section of keys; correct config.json"
+      )
   full: dict[str, Any] = {"seed": _convert(partial.get("seed", 0), int, "seed")}
   full["training"] = _fill("training", partial, schema.Training)
   name, method = _look_up("method", partial, registry.METHODS)

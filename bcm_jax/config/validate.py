@@ -24,6 +24,11 @@ def model(
     UserError: image shape, channels, classes or widths do not match.
   """
   section, name = config.model, config.data.name
+  if not section.channel_mult or min(section.channel_mult) < 1:
+    raise errors.UserError(
+        f"model.channel_mult: got {tuple(section.channel_mult)}, expected "
+        "positive widths of at least one level; change it"
+    )
   height, width, channels = data.image_shape
   halvings = 2 ** (len(section.channel_mult) - 1)
   if height % halvings or width % halvings:

@@ -82,6 +82,7 @@ def _packed(source: str, options: dict[str, Any]) -> Iterator[tuple[str, str]]:
           "expected it only for a work directory; omit it, or push the work "
           "directory"
       )
+    model_folder.check_links(source)
     model_folder.load(source)
     yield source, ""
     return

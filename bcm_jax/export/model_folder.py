@@ -66,6 +66,8 @@ _NO_AVERAGES = {
 # Config keys that may name Python code to import, and safe replacements for
 # downloaded folders.
 _CODE_KEYS = {"eval.features": "pixels", "method.gan_encoder": "teacher"}
+_MAX_JSON = 64 << 20  # Bytes.
+_MAX_STEP = 2**31  # Steps are int32 in the train state.
 _MAX_NAMES = 3  # Number of tensor names in an error.
 
 
@@ -97,6 +99,7 @@ def pack(
       as `write`.
   """
   files.check_free(out)
+  _check_outside(workdir, out)
   config = resolve.of_existing_run(workdir, overrides)
   experiment = build.build(config, to_train=False)
   step, average, params = runs.load_run(experiment, workdir, average, step)
@@ -139,6 +142,7 @@ def unpack(
     UserError: as `load`, or workdir exists.
   """
   files.check_free(workdir)
+  _check_outside(folder, workdir)
   experiment, params, metadata = load(folder, overrides)
   runs.write(
     workdir,
@@ -153,6 +157,16 @@ def unpack(
     f"{metadata['config_digest']}, stored as {metadata['dtype']}\n"
     f"written: {workdir}"
   )
+
+
+def _check_outside(source: str, target: str) -> None:
+  """Raises UserError if a target folder is inside its source."""
+  inner, outer = os.path.realpath(target), os.path.realpath(source)
+  if os.path.commonpath([inner, outer]) == outer:
+    raise errors.UserError(
+      f"{target}: got a folder inside {source}, expected one outside of it; "
+      "choose another place"
+    )
 
 
 def load(
@@ -381,7 +395,7 @@ def read_result(folder: str) -> dict[str, Any] | None:
     UserError: the file is corrupt.
   """
   path = os.path.join(folder, RESULT)
-  return _read_json(path) if os.path.exists(path) else None
+  return _read_json(path) if os.path.lexists(path) else None
 
 
 def _tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
@@ -414,6 +428,21 @@ def _check_result(result, metadata) -> None:
       )
 
 
+def check_links(folder: str) -> None:
+  """Raises UserError if a file of a model folder is a link or no file.
+
+  For uploads: the content of a link may be any file of the machine.
+  """
+  for name in FILES:
+    path = os.path.join(folder, name)
+    is_file = os.path.isfile(path) and not os.path.islink(path)
+    if os.path.lexists(path) and not is_file:
+      raise errors.UserError(
+        f"{path}: got a link or no regular file, expected a file of the "
+        "folder; replace it by a copy"
+      )
+
+
 def _check_files(folder: str) -> None:
   """Raises UserError if a required file is missing."""
   missing = [
@@ -430,6 +459,9 @@ def _check_files(folder: str) -> None:
 
 def _read_json(path: str) -> dict[str, Any]:
   """Reads a JSON object; UserError if the file is corrupt."""
+  # Opening another kind of file, such as a pipe, may block.
+  if not os.path.isfile(path) or os.path.getsize(path) > _MAX_JSON:
+    raise _corrupt_file_error(path, "no regular file, or a huge one")
   try:
     with open(path, encoding="utf-8") as file:
       content = json.load(file)
@@ -464,6 +496,8 @@ def _metadata(
   invalid = [
     k for k, kind in _HEADER_TYPES.items() if type(header.get(k)) is not kind
   ]
+  if type(header.get("step")) is int and not 0 <= header["step"] < _MAX_STEP:
+    invalid.append("step")
   if invalid or header["dtype"] not in DTYPES:
     fields = ", ".join(invalid or ["dtype"])
     raise _corrupt_file_error(path, f"a header without a valid {fields}")

@@ -37,6 +37,7 @@ LOADER = "exported.py"
 # Seeds are uint32, indices of images int32.
 MAX_SEED = 2**32 - 1
 MAX_INDEX = 2**31 - 1
+_ARGUMENTS = ("weights", "seed", "index", "labels", "images", "latents")
 # Exceptions of zipfile, zlib, json and numpy for corrupt bytes.
 _CORRUPT = (
     zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError,
@@ -93,6 +94,7 @@ def load(path: str, batch_size: int = 256) -> "Model":
   for name, content in contents.items():
     if hashlib.sha256(content).hexdigest() != manifest["files"][name]:
       raise _corrupt_file_error(path, f"another digest of {name}")
+  weights = _read_weights(path, contents.pop(WEIGHTS))
   platform = export.default_export_platform()
   if platform not in manifest["platforms"]:
     raise PlatformError(
@@ -100,7 +102,7 @@ def load(path: str, batch_size: int = 256) -> "Model":
         f"{platform}, the platform of jax; export again with "
         f"--platforms={platform}, or set JAX_PLATFORMS to one of the file's"
     )
-  return Model(manifest, contents, batch_size)
+  return Model(manifest, contents, weights, batch_size)
 
 
 def record_digest(manifest: dict[str, Any]) -> str:
@@ -117,6 +119,68 @@ def _corrupt_file_error(path: str, problem: str) -> DamagedError:
   )
 
 
+def _read_weights(path: str, content: bytes) -> dict[str, np.ndarray]:
+  """Returns the arrays of weights.npz; DamagedError for other content."""
+  try:
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+      weights = {name: file[name] for name in file.files}
+  except (*_CORRUPT, AttributeError) as e:
+    raise _corrupt_file_error(path, f"{WEIGHTS} with {e}") from e
+  for name, value in weights.items():
+    # bfloat16 is stored as raw bytes.
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+      raise _corrupt_file_error(path, f"values of {name} that are not finite")
+  return weights
+
+
+def _check_types(path: str, manifest: dict[str, Any]) -> None:
+  """Raises DamagedError for an entry of another type than exports have."""
+
+  def integers(value, count=None):
+    return isinstance(value, list) and count in (None, len(value)) and all(
+        type(n) is int and 0 < n < 2**31 for n in value
+    )
+
+  def texts(value):
+    return isinstance(value, list) and all(type(v) is str for v in value)
+
+  def function(entry):
+    return (
+        isinstance(entry, dict) and entry.get("file") in names
+        and texts(entry.get("arguments"))
+        and set(entry["arguments"]) <= set(_ARGUMENTS)
+    )
+
+  def is_optional(key):
+    return key in manifest and (
+        manifest[key] is None or function(manifest[key])
+    )
+
+  files, samplers = manifest.get("files"), manifest.get("samplers")
+  names = [] if not isinstance(files, dict) else list(files)
+  classes, shape = manifest.get("num_classes"), manifest.get("image_shape")
+  versions = manifest.get("versions")
+  wrong = [
+      name for name, is_right in {
+          "files": WEIGHTS in names and texts(list(files.values())),
+          "platforms": texts(manifest.get("platforms"))
+          and manifest["platforms"],
+          "image_shape": integers(shape, 3),
+          "num_classes": classes is None or integers([classes]),
+          "samplers": isinstance(samplers, dict) and samplers
+          and all(map(function, samplers.values())),
+          "invert": is_optional("invert"),
+          "decode": is_optional("decode"),
+          "versions": isinstance(versions, dict)
+          and type(versions.get("jax")) is str,
+          "calling_convention_version":
+          integers([manifest.get("calling_convention_version")]),
+      }.items() if not is_right
+  ]
+  if wrong:
+    raise _corrupt_file_error(path, f"{MANIFEST} with a wrong {wrong[0]}")
+
+
 def _check_manifest(path: str, manifest: dict[str, Any]) -> None:
   """Raises an ExportedError for a corrupt manifest or another version."""
   if manifest["sha256"] != record_digest(manifest):
@@ -126,6 +190,7 @@ def _check_manifest(path: str, manifest: dict[str, Any]) -> None:
         f"{path}: got format {manifest['format']}, expected {FORMAT}; use the "
         "exported.py inside this file"
     )
+  _check_types(path, manifest)
   version = manifest["calling_convention_version"]
   low = export.minimum_supported_calling_convention_version
   high = export.maximum_supported_calling_convention_version
@@ -155,6 +220,7 @@ class Model:
       self,
       manifest: dict[str, Any],
       contents: dict[str, bytes],
+      weights: dict[str, np.ndarray],
       batch_size: int,
   ):
     self.manifest = manifest
@@ -164,8 +230,7 @@ class Model:
     self.samplers = manifest["samplers"]
     self.inversion = manifest["invert"]
     self._batch_size = batch_size
-    with np.load(io.BytesIO(contents.pop(WEIGHTS))) as file:
-      self._weights = jax.device_put({name: file[name] for name in file.files})
+    self._weights = jax.device_put(weights)
     self._contents = contents
     self._functions = {}
 
@@ -310,7 +375,13 @@ class Model:
       # Pads the last batch to the same size, which avoids a second compilation.
       index = np.minimum(np.arange(first, first + size), n - 1)
       values = fixed | {name: array[index] for name, array in rows.items()}
-      result = function(*(values[name] for name in entry["arguments"]))
+      try:
+        result = function(*(values[name] for name in entry["arguments"]))
+      except (KeyError, TypeError, ValueError) as e:
+        raise DamagedError(
+            f"{entry['file']}: expected a function of the network's arguments,"
+            f" got {type(e).__name__}: {str(e)[:200]}; export it again"
+        ) from e
       results.append(np.asarray(result)[: n - first])
     return np.concatenate(results)
 

@@ -237,7 +237,9 @@ def ctm(file, precision):
 
 def _from(*sources):
   def accepts(file):
-    weighted = bool(file.group("state_dict/"))
+    weighted = bool(file.group("state_dict/")) and (
+        "constructor_main" not in file.meta  # Two networks: see samplers.
+    )
     return weighted and file.source.endswith(sources)
   return accepts
 

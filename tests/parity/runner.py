@@ -11,6 +11,7 @@ import jax
 
 from tests.parity import augment
 from tests.parity import averages
+from tests.parity import distribution_matching
 from tests.parity import features
 from tests.parity import files
 from tests.parity import losses
@@ -42,7 +43,7 @@ RUNNERS = [
     Runner(*pair)
     for module in (
         networks, losses, trajectories, samplers, schedules, averages,
-        augment, features, metrics,
+        augment, features, metrics, distribution_matching,
     )
     for pair in module.RUNNERS
 ]

@@ -12,6 +12,7 @@ from bcm_jax.diffusion import preconditioning as pre
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules
 from bcm_jax.diffusion import solvers
+from bcm_jax.sampling import guidance
 from bcm_jax.sampling import samplers
 from bcm_jax.sampling import sampling_plan
 from tests.parity import karras_solvers
@@ -228,7 +229,61 @@ def edm(file, precision):
     yield file.check(name, out, precision)
 
 
+def autoguidance(file, precision):
+  """EDM2's edm_sampler: Heun's method guided by a second network."""
+
+  def load(part):
+    model = weights.model(file, part=part)
+    params = model.weights(precision)
+    form = pre.EDM(file.meta[f"constructor_{part}"].get("sigma_data", 0.5))
+
+    def denoise(x, t, u, labels):
+      labels = None if model.network.num_classes is None else labels
+      return model.map(params, form, x, t, u, labels)
+
+    return model, denoise
+
+  (main_model, main), (_, guide) = load("main"), load("guide")
+  labels = main_model.labels(file)
+  xs = jnp.asarray(file.image("in/xs"), precision)
+  sigma = jnp.asarray(file["in/sigma"], precision)
+  for name, denoise in (("main_D", main), ("guide_D", guide)):
+    if name in file.outputs:
+      value = denoise(xs, sigma, 0 * sigma, labels)
+      yield file.check(name, value, precision)
+  for run, given in file.meta["runs"].items():
+    options = {k.lower(): v for k, v in given.items()}
+    count, low, high, rho, weight = (
+      options.pop(k, v)
+      for k, v in (
+        ("num_steps", 32), ("sigma_min", 0.002), ("sigma_max", 80.0),
+        ("rho", 7.0), ("guidance", 1.0),
+      )
+    )
+    churn = solvers.Churn(
+      **{
+        {"s_min": "s_tmin", "s_max": "s_tmax"}.get(k, k): float(v)
+        for k, v in options.items()
+      }
+    )
+    other = guidance.without_class(main) if "null" in run else guide
+    guided = main if weight == 1 else guidance.guided(main, other, weight)
+    start = Start(guided, labels, sampling_plan.NoiseRange(0.0), precision)
+    sigmas = schedules.karras_sigmas(count, low, high, rho)[::-1]
+    # A draw is recorded for a step that adds noise, and for no other.
+    adds = (churn.s_churn > 0) & (sigmas >= churn.s_tmin) & (
+      sigmas <= churn.s_tmax
+    )
+    drawn = file.image("in/churn")
+    noises = [drawn[sum(adds[:i])] for i in range(count)]
+    x = jnp.asarray(sigmas[0] * file.image("in/noise"), precision)
+    out = start.solve(x, np.append(sigmas, 0.0), "heun", churn, noises)
+    yield file.check(f"sample_{run}", out, precision)
+
+
 RUNNERS = [
+  (lambda f: f.source.endswith("NVlabs/edm2") and "runs" in f.meta,
+   autoguidance),
   (lambda f: "in/zT" in f and "params" in f.meta, bcm),
   (lambda f: "in/latents" in f and f.source.endswith("NVlabs/edm"), edm),
 ]
