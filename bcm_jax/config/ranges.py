@@ -65,7 +65,7 @@ _INTERVALS = {
         "invert.times", "invert.noise", "edit.times", "edit.sigma",
         "edit.noise", "eval.inversion_noise", "search.mid_times",
         "search.noises", "search.levels", "method.sigma_min",
-        "method.sigma_max", "method.sigma_data", "method.huber_c",
+        "method.sigma_max", "method.sigma_data",
         "method.feature_sigma", "method.gan_sigma_max", "optimizer.eps",
         "optimizer.grad_clip", "model.clip_act", "model.fourier_scale",
         "training.ema_halflife_kimg", "training.ema_rampup_ratio",

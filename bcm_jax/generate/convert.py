@@ -1,14 +1,14 @@
 """Converts published weights: bcm_jax convert SOURCE OUT.
 
 SOURCE is a published checkpoint (PyTorch .pt or .pth, safetensors or the index
-file of its shards, an EDM or EDM2 .pkl, a jcm msgpack). OUT becomes a work directory for modes sample, invert
-and eval, and for training.init_from. With --reverse, SOURCE is a work directory
+file of its shards, an EDM or EDM2 .pkl, a jcm msgpack). OUT becomes a work
+directory for modes sample, invert and eval, and for training.init_from. With --reverse, SOURCE is a work directory
 and OUT a .safetensors file with PyTorch's parameter names.
 
 The tensors do not determine the method of a network with one noise level:
 --as=METHOD says it (edm, ct, cd, ict, ect, dmd, dmd2, sid). Other settings that
-they do not determine have the published values; they are printed and can be changed, such as --config.model.num_head_channels=32
-(docs/checkpoints.md). Exit status: 0 done, 65 bad input.
+they do not determine have the published values; they are printed and can be
+changed, such as --config.model.num_head_channels=32 (docs/checkpoints.md). Exit status: 0 done, 65 bad input.
 """
 
 import os
@@ -165,7 +165,7 @@ def to_workdir(
       family.NAME, options, method, os.path.basename(source), file.metadata
   )
   if family is transfer.FAMILIES["openai"] and not known.startswith("assumed"):
-    options["qkv_norm"] = method in ("ict", "bcm")
+    options["qkv_norm"] = method in sections.QKV_NORM
   config = _config(options, family.NAME, size, overrides or {}, method)
   experiment = build.build(config, to_train=False)
   params = transfer.read_params(

@@ -33,6 +33,8 @@ _CLASSES = {
     "EDMLoss": "edm", "EDM2Loss": "edm", "VPLoss": "edm", "VELoss": "edm",
     "ECMLoss": "ect", "ECMPrecond": "ect",
 }
+# Methods whose networks of family openai normalize queries and keys.
+QKV_NORM = ("bcm", "ict")
 # Families whose published networks are all consistency models of one sampler.
 _CONSISTENCY = ("openai", "jcm")
 
