@@ -238,5 +238,6 @@ def _listing(
           f" {' '.join(EXTENSIONS)} files in a class folder; fill or delete it,"
           " or start its name with a dot to skip it"
       )
-    files.sort(key=lambda f: folders.index(f.partition("/")[0]))
+    rank = {name: k for k, name in enumerate(folders)}
+    files.sort(key=lambda f: rank[f.partition("/")[0]])
   return files

@@ -5,6 +5,7 @@ Face's ImageFolder (columns file_name and label). One that exists is used or
 named in an error.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Sequence
 import csv
 import dataclasses
@@ -313,7 +314,7 @@ def _from_table(place, prefix, name, train) -> Labels | None:
     return None
   files = [file.replace("\\", "/").removeprefix("./") for file, _ in rows]
   if len(set(files)) < len(files):
-    repeated = next(f for k, f in enumerate(files) if f in files[:k])
+    repeated = collections.Counter(files).most_common(1)[0][0]
     raise errors.UserError(
         f"{path}: got two labels of {repeated}, expected one; correct it"
     )

@@ -13,8 +13,6 @@ EXTENSIONS = (
     ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif",
     ".jp2", ".j2k",
 )
-# EDM2's dataset_tool.py also writes arrays.
-_ALL_EXTENSIONS = (*EXTENSIONS, ".npy")
 # Files that give labels.
 TABLES = ("dataset.json", "metadata.jsonl", "metadata.csv")
 _LIKE_LABELS = re.compile(
@@ -157,7 +155,10 @@ def is_hidden(name: str) -> bool:
 
 def is_image(name: str) -> bool:
   """Returns True if the name has the suffix of an image or array file."""
-  return name.lower().endswith(_ALL_EXTENSIONS) and not may_be_labels(name)
+  name = name.lower()
+  if name.endswith(".npy"):  # EDM2's dataset_tool.py writes arrays.
+    return not may_be_labels(name)
+  return name.endswith(EXTENSIONS)
 
 
 def may_be_labels(name: str) -> bool:

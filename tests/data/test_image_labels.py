@@ -379,6 +379,20 @@ def test_a_packed_folder_of_images_is_no_class(tmp_path):
   assert _find(outer).class_names == ("cat", "dog")
 
 
+def test_zip_files_of_splits(tmp_path):
+  for name, prefix, files in (
+      ("Train", "", ["cat/1.png", "dog/1.png"]), ("val", "", ["cat/2.png"]),
+      ("train", "train/", ["cat/1.png", "dog/1.png"]),
+      ("test", "test/", ["dog/2.png"]),
+  ):
+    root = tmp_path / f"in{bool(prefix)}"
+    _pack(_put(root / name, files), prefix)
+  for root, label in ((tmp_path / "inFalse", 0), (tmp_path / "inTrue", 1)):
+    found = datasets.find("zip", path=str(root))
+    assert found.class_names == ("cat", "dog")
+    assert found.open("test", None).labels.tolist() == [label]
+
+
 @pytest.mark.parametrize("link, target", [
     ("cat/up", "."), ("cat/self", "cat"), ("dog", "cat"), ("x", "x"),
     ("gone", "nowhere"), ("cat/gone.png", "nowhere.png"),
