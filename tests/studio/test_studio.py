@@ -345,8 +345,21 @@ def test_uploads_are_private_and_deleted_at_the_end(monkeypatch, tmp_path):
   assert os.environ["GRADIO_TEMP_DIR"] == "of_the_user"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_says_when_it_is_ready_and_cleans_up(number, tmp_path):
+def test_ctrl_c_stops_the_studio(monkeypatch, capsys):
+  port, folders = free_port(), []
+
+  def interrupt():
+    folders.append(os.environ["GRADIO_TEMP_DIR"])
+    assert upload(f"http://127.0.0.1:{port}").status_code == 200
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(app, "_wait", interrupt)
+  app.launch(pretrained.Model(exact.runner(exact.experiment())), port=port)
+  assert capsys.readouterr().out.splitlines()[-1] == "studio stopped"
+  assert not os.path.exists(folders[0])
+
+
+def test_the_command_says_when_it_is_ready_and_cleans_up(tmp_path):
   port = free_port()
   process = subprocess.Popen(
       [sys.executable, "-m", "bcm_jax.studio", f"--port={port}"],
@@ -359,7 +372,7 @@ def test_the_command_says_when_it_is_ready_and_cleans_up(number, tmp_path):
     assert f"ready: http://127.0.0.1:{port}" in lines[1]
     assert upload(f"http://127.0.0.1:{port}").status_code == 200
     assert list(tmp_path.glob("bcm_jax_studio_*/*/private.png"))
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
   finally:
     process.kill()
