@@ -98,6 +98,17 @@ def test_images_are_generated(page):
   look(page, "generate")
 
 
+def test_the_slider_of_evaluations_is_shown_where_it_acts(page):
+  slider = page.get_by_text("network evaluations (NFE)", exact=True)
+  assert not slider.locator("visible=true").count()
+  page.get_by_label("sampler").click()
+  page.get_by_role("option", name="ancestral").click()
+  slider.locator("visible=true").first.wait_for()
+  page.get_by_role("button", name="Generate").click()
+  page.get_by_text("ancestral: 2 NFE").wait_for()
+  look(page, "sampler")
+
+
 def test_an_uploaded_image_is_inverted(page, tmp_path):
   page.get_by_role("tab", name="Invert").click()
   page.get_by_label("Remove Image").first.click()
