@@ -411,13 +411,18 @@ def launch(
   print(f"studio ready: {address} (Ctrl-C stops it)", flush=True)
   if block:
     try:
-      threading.Event().wait()
+      _wait()
     except KeyboardInterrupt:
       print("studio stopped", flush=True)
     finally:
       page.close(verbose=False)
       clean()
   return page
+
+
+def _wait() -> None:
+  """Waits for a signal."""
+  threading.Event().wait()
 
 
 def main(argv: list[str] | None = None) -> None:

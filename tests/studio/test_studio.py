@@ -99,6 +99,17 @@ def test_images_are_generated(page):
   look(page, "generate")
 
 
+def test_the_slider_of_evaluations_is_shown_where_it_acts(page):
+  slider = page.get_by_text("network evaluations (NFE)", exact=True)
+  assert not slider.locator("visible=true").count()
+  page.get_by_label("sampler").click()
+  page.get_by_role("option", name="ancestral").click()
+  slider.locator("visible=true").first.wait_for()
+  page.get_by_role("button", name="Generate").click()
+  page.get_by_text("ancestral: 2 NFE").wait_for()
+  look(page, "sampler")
+
+
 def test_an_uploaded_image_is_inverted(page, tmp_path):
   page.get_by_role("tab", name="Invert").click()
   page.get_by_label("Remove Image").first.click()
@@ -346,8 +357,21 @@ def test_uploads_are_private_and_deleted_at_the_end(monkeypatch, tmp_path):
   assert os.environ["GRADIO_TEMP_DIR"] == "of_the_user"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_says_when_it_is_ready_and_cleans_up(number, tmp_path):
+def test_ctrl_c_stops_the_studio(monkeypatch, capsys):
+  port, folders = free_port(), []
+
+  def interrupt():
+    folders.append(os.environ["GRADIO_TEMP_DIR"])
+    assert upload(f"http://127.0.0.1:{port}").status_code == 200
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(app, "_wait", interrupt)
+  app.launch(pretrained.Model(exact.runner(exact.experiment())), port=port)
+  assert capsys.readouterr().out.splitlines()[-1] == "studio stopped"
+  assert not os.path.exists(folders[0])
+
+
+def test_the_command_says_when_it_is_ready_and_cleans_up(tmp_path):
   port = free_port()
   process = subprocess.Popen(
       [sys.executable, "-m", "bcm_jax.studio", f"--port={port}"],
@@ -360,7 +384,7 @@ def test_the_command_says_when_it_is_ready_and_cleans_up(number, tmp_path):
     assert f"ready: http://127.0.0.1:{port}" in lines[1]
     assert upload(f"http://127.0.0.1:{port}").status_code == 200
     assert list(tmp_path.glob("bcm_jax_studio_*/*/private.png"))
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
   finally:
     process.kill()
