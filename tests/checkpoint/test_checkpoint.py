@@ -15,8 +15,6 @@ from bcm_jax.checkpoint.checkpoint import Checkpoints
 from bcm_jax.errors import UserError
 from tests.training import damages
 
-pytestmark = pytest.mark.slow
-
 # Orbax leaves a coroutine behind when a read fails.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning")

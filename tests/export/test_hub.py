@@ -296,7 +296,7 @@ def grow(params):
       grow,
       "time_embed_align.kernel: got (2, 3)",
     ),
-    (lambda p: [p.pop(k) for k in sorted(p)[1:]], "71 more"),
+    (lambda p: [p.pop(k) for k in sorted(p)[1:]], "49 more"),
   ],
 )
 def test_tensors_of_another_network(folder, tmp_path, capsys, change, said):

@@ -33,6 +33,7 @@ from tests import toys
 
 TINY = {
     **toys.TINY,
+    "model.num_res_blocks": "1",  # Else its images are nearly grey.
     "sample.num_samples": "5", "sample.batch_size": "4",
     "invert.nfe": "2", "invert.seed": "3", "training.ema_rates": "()",
 }
