@@ -58,7 +58,7 @@ _JUMPS = "ancestral:2,ancestral:4,ancestral:8"
 RUNS = {
     "edm": Run("digits_edm.py", "heun,heun:7,ddim:8"),
     "ict": Run("digits_ict.py", _MULTISTEP),
-    "bcm": Run("digits.py", f"onestep,{_JUMPS}"),
+    "bcm": Run("digits.py", f"onestep,{_JUMPS},mixture@0.7/0.1>0.4"),
     "cd": Run("digits_cd.py", _MULTISTEP, _TEACHER),
     "ctm": Run("digits_ctm.py", f"{_MULTISTEP},{_JUMPS}", _TEACHER),
     "ctm_gan": Run(

@@ -2,7 +2,8 @@
 
   python benchmarks/precision.py docs/results/precision.json
 
-Networks of the published shapes at a quarter of their width, random weights of
+All levels in half precision (model.float32_levels=0). Networks of the published
+shapes at a quarter of their width, random weights of
 trained magnitude (normal, 1 / sqrt(fan-in)), noise levels over the whole range.
 Prints and writes as JSON the root mean square of F(half) - F(float32), relative
 to that of F(float32).
@@ -72,7 +73,8 @@ def main() -> None:
     norm = np.sqrt(np.mean(exact**2, axis=axes))
     result[name] = {}
     for dtype in ("bfloat16", "float16"):
-      out = jax.jit(network.clone(dtype=dtype).apply)(params, *args)
+      half = network.clone(dtype=dtype, float32_levels=0)
+      out = jax.jit(half.apply)(params, *args)
       error = np.sqrt(np.mean((np.asarray(out) - exact) ** 2, axis=axes)) / norm
       result[name][dtype] = {
           "worst": float(error.max()), "mean": float(error.mean())

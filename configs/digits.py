@@ -62,9 +62,14 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.checkpoint = dict(every_steps=500, keep=2)
   config.log = dict(every_steps=50, progress_secs=15.0)
-  config.sample = dict(times=(0.7,))  # Intermediate level of two steps.
+  # Levels of the jump and of the zigzag of four steps; a jump below 0.3 is
+  # inaccurate.
+  config.sample = dict(
+      times=(0.7,), zigzag_noise=(0.1,), zigzag_level=(0.4,)
+  )
   # With 1,437 training images, 50,000 samples are not more informative.
   config.eval = dict(
-    num_samples=1000, allow_fewer_samples=True, num_real_for_prdc=1000
+    samplers=("onestep", "ancestral", "mixture"), num_samples=1000,
+    allow_fewer_samples=True, num_real_for_prdc=1000,
   )
   return config

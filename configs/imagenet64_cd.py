@@ -21,7 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
       image_shape=(64, 64, 3), num_classes=1000,
   )
   config.model = dict(
-      name="dhariwal", num_classes=1000, dropout=0.0, dtype="bfloat16"
+      name="dhariwal", num_classes=1000, dropout=0.0, dtype="bfloat16",
+      float32_levels=0,
   )
   config.method = dict(
       name="cd", teacher="runs/edm", s0=39, s1=39, target_mu0=0.95

@@ -25,6 +25,7 @@ def get_config(variant: str = "dsm") -> ml_collections.ConfigDict:
   )
   config.model = dict(
       name="dhariwal", num_classes=1000, dropout=0.0, dtype="bfloat16",
+      float32_levels=0,
       two_time=True, end_branch="blocks",
   )
   config.method = dict(

@@ -30,7 +30,8 @@ def get_config(variant: str = "dmd2") -> ml_collections.ConfigDict:
       num_classes=1000,
   )
   config.model = dict(
-      name="dhariwal", num_classes=1000, dropout=0.0, dtype="bfloat16"
+      name="dhariwal", num_classes=1000, dropout=0.0, dtype="bfloat16",
+      float32_levels=0,
   )
   config.method = dict(
       name="dmd" if variant == "dmd" else "dmd2", teacher="runs/edm"

@@ -29,7 +29,9 @@ def get_config() -> ml_collections.ConfigDict:
       name="prepared", path="data/imagenet64_edm", image_shape=(64, 64, 3),
       num_classes=1000,
   )
-  config.model = dict(name="dhariwal", num_classes=1000, dtype="bfloat16")
+  config.model = dict(
+      name="dhariwal", num_classes=1000, dtype="bfloat16", float32_levels=0
+  )
   config.method = dict(name="edm")
   config.optimizer = dict(
       name="adam", learning_rate=1e-4, warmup_steps=10_000_000 // batch

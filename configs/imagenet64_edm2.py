@@ -44,6 +44,7 @@ def get_config(variant: str = "s") -> ml_collections.ConfigDict:
   config.model = dict(
       name="edm2", model_channels=width, dropout=dropout, num_classes=1000,
       dtype="bfloat16",
+      float32_levels=0,
   )
   config.method = dict(name="edm", p_mean=-0.8, p_std=1.6, uncertainty=True)
   config.optimizer = dict(

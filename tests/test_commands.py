@@ -104,7 +104,9 @@ def test_training_leaves_a_run_that_explains_itself(run):
 
 def test_evaluation_holds_every_number(run):
   result = json.loads((run / "eval" / f"{STEPS}.json").read_text())
-  assert set(result["samplers"]) == {"onestep_nfe1", "ancestral_nfe2"}
+  assert set(result["samplers"]) == {
+      "onestep_nfe1", "ancestral_nfe2", "mixture_nfe4"
+  }
   for numbers in result["samplers"].values():
     worst, mean = numbers["worst_class_accuracy"], numbers["class_accuracy"]
     assert 0 <= worst <= mean <= 1

@@ -250,10 +250,10 @@ def test_pairs_are_what_the_solver_makes_of_their_noise(teacher):
   out = runner(
     plan, examples["noise"].astype(np.float32) * 40, examples["label"], None
   )
-  difference = np.abs(
-    image_source.to_uint8(out).astype(int) - examples["image"].astype(int)
-  )
-  assert difference.max() <= 1
+  # Without the floor's bias of half a gray level.
+  stored = image_source.to_float(examples["image"])
+  error = (stored - np.clip(out, -1, 1)) * 127.5
+  assert np.abs(error).max() < 0.51 and abs(error.mean()) < 0.15
   noise = source.fetch(np.arange(40))["noise"].astype(float)
   assert np.std(noise) == pytest.approx(1, abs=0.05)
 

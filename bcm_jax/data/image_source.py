@@ -179,20 +179,26 @@ def fingerprint(source: Source) -> str:
   ])[:12]
 
 
-def to_uint8(image: np.ndarray) -> np.ndarray:
-  """Maps [-1, 1] to uint8 by floor(clip((x + 1) * 127.5, 0, 255)).
+def to_uint8(image: np.ndarray, rounding: str = "floor") -> np.ndarray:
+  """Maps [-1, 1] to uint8, as the released samplers in float32 arithmetic.
 
-  Floor and float32 arithmetic match the official samplers (consistency_models
-  and BCM, `image_sample.py`), so that saved samples and reconstruction errors
-  are comparable with published ones.
+  'floor' is floor(clip((x + 1) * 127.5, 0, 255)) (consistency_models and BCM,
+  `image_sample.py`); 'nearest' is floor(clip(x * 127.5 + 128, 0, 255)) (EDM and
+  EDM2), half a gray level brighter on average. Saved samples and reconstruction
+  errors are then comparable with published ones.
 
   Args:
     image: floating point, any shape; values outside [-1, 1] are clipped.
+    rounding: 'floor' or 'nearest', such as `Method.rounding`.
 
   Returns:
     uint8 of the same shape.
   """
-  scaled = (np.asarray(image, np.float32) + np.float32(1)) * np.float32(127.5)
+  image, half = np.asarray(image, np.float32), np.float32(127.5)
+  scaled = {
+      "floor": lambda: (image + np.float32(1)) * half,
+      "nearest": lambda: image * half + np.float32(128),
+  }[rounding]()
   return np.floor(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 

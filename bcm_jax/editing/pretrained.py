@@ -133,9 +133,12 @@ class Model:
           f"latents: got shape {latents.shape}, expected [n, "
           f"{', '.join(map(str, self.image_shape))}]"
       )
-    return image_source.to_uint8(
+    return self._to_uint8(
         self._run(plan, latents, labels, "sample/added", seed)
     )
+
+  def _to_uint8(self, images: np.ndarray) -> np.ndarray:
+    return image_source.to_uint8(images, self.experiment.method.rounding)
 
   # Inversion ----------------------------------------------------------------
 
@@ -277,7 +280,7 @@ class Model:
       images = self._run(
           generation, latents, end_labels[int(weight > 0.5)], "edit/added", seed
       )
-      columns.append(image_source.to_uint8(images))
+      columns.append(self._to_uint8(images))
     return np.stack(columns, axis=1)
 
   def inpaint(
@@ -568,8 +571,8 @@ class Model:
         function, {"images": images, **arrays}, labels, "edit/added", seed
     )
     if isinstance(result, tuple):
-      return image_source.to_uint8(result[0]), *result[1:]
-    return image_source.to_uint8(result)
+      return self._to_uint8(result[0]), *result[1:]
+    return self._to_uint8(result)
 
 
 def load(

@@ -315,6 +315,7 @@ class Evaluation:
         "reference_images": reference.count,
         "num_real_for_prdc": 0 if real is None else len(real),
         "neighbors_k": section.k,
+        "uint8": self.experiment.method.rounding,
     }
     sampling = self.experiment.sample
     if sampling.rejection:

@@ -238,9 +238,8 @@ def sampler(experiment, guide, plan: sampling_plan.Plan) -> Function:
       experiment.method.sigma_max,
     )
     keys = rng.example_keys(seed, "sample/added", 0, index)
-    return _to_uint8(
-        samplers.run_rolled(plan, *maps(weights), noise, labels, keys)
-    )
+    images = samplers.run_rolled(plan, *maps(weights), noise, labels, keys)
+    return _to_uint8(images, experiment.method.rounding)
 
   return Function(_argument_names(experiment, "seed", "index"), sample, plan)
 
@@ -264,16 +263,16 @@ def _decoder(experiment, guide) -> Function:
   plan = sampling_plan.ancestral((), experiment.levels)
 
   def decode(weights, latents, labels=None):
-    return _to_uint8(
-      samplers.run_rolled(plan, *maps(weights), latents, labels, None)
-    )
+    images = samplers.run_rolled(plan, *maps(weights), latents, labels, None)
+    return _to_uint8(images, experiment.method.rounding)
 
   return Function(_argument_names(experiment, "latents"), decode, plan)
 
 
-def _to_uint8(x: jax.Array) -> jax.Array:
+def _to_uint8(x: jax.Array, rounding: str) -> jax.Array:
   """Computes image_source.to_uint8 in JAX."""
-  return jnp.floor(jnp.clip((x + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+  scaled = {"floor": (x + 1) * 127.5, "nearest": x * 127.5 + 128}[rounding]
+  return jnp.floor(jnp.clip(scaled, 0, 255)).astype(jnp.uint8)
 
 
 # File -------------------------------------------------------------------------

@@ -195,7 +195,9 @@ def generate(
     keys = rng.example_keys(seed, "sample/added", 0, jnp.asarray(part))
     part_labels = None if labels is None else labels[part]
     sampled = runner(plan, np.asarray(noise), part_labels, keys)
-    images.append(image_source.to_uint8(sampled))
+    images.append(
+        image_source.to_uint8(sampled, experiment.method.rounding)
+    )
   return np.concatenate(images)
 
 
@@ -266,4 +268,4 @@ def invert_and_reconstruct(
   )
   decoding = sampling_plan.ancestral((), experiment.levels)
   images = runner(decoding, latents, batch["label"], keys)
-  return latents, image_source.to_uint8(images)
+  return latents, image_source.to_uint8(images, experiment.method.rounding)

@@ -27,6 +27,12 @@ _TAKES_TIMES = ("ancestral", "mixture", "cm_multistep", "gamma")
 # ODE solvers; they use sample.num_levels instead of times.
 _SOLVERS = ("ddim", "heun")
 _TAKES_PAIRS = ("zigzag", "mixture")
+# Samplers whose jumps end at intermediate times. Their default times are above
+# this multiple of sigma_data, since networks are least accurate in jumps to
+# lower levels: on digits four and eight steps through lower ones are worse than
+# two (benchmarks/methods_digits.py).
+_JUMPS_TO_TIMES = ("ancestral", "mixture", "gamma")
+_LOWEST_TIME = 0.4
 # Published zigzag of the three-step sampler on ImageNet-64 (Li & He, 2024).
 _ZIGZAG = ((0.1, 1.2),)
 
@@ -213,10 +219,12 @@ def plan_of(
       times = ()
     if inner is None and not times:
       inner = 2
-    levels = experiment.levels
+    levels, method = experiment.levels, experiment.method
+    end = levels.sigma_min
+    if name in _JUMPS_TO_TIMES and not method.is_denoiser:
+      end = max(end, _LOWEST_TIME * method.sigma_data)
     mid = times_between(
-        times, inner, levels.sigma_max, levels.sigma_min,
-        experiment.method.rho, "sample",
+        times, inner, levels.sigma_max, end, method.rho, "sample"
     )
   plan = _plan(name, mid, pairs, sample.gamma, experiment.levels)
   if nfe is not None and plan.nfe != nfe:

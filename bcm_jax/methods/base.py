@@ -226,6 +226,8 @@ class Method:
     supports_inversion: whether the flow map also maps images to noise.
     is_denoiser: whether the flow map is an Euler step of a denoiser, to which
       higher-order solvers and guidance apply.
+    rounding: how samples become uint8, 'floor' or 'nearest', as in the released
+      samplers; see image_source.to_uint8.
     sigma_min: lowest noise level of the flow map.
     sigma_max: highest noise level of the flow map.
   """
@@ -241,6 +243,7 @@ class Method:
   takes_end_time = False
   supports_inversion = False
   is_denoiser = False
+  rounding = "floor"
 
   @classmethod
   def constraints(cls, config) -> str | None:

@@ -47,6 +47,7 @@ class Diffusion(base.PreconditionedNetwork, base.SingleNetworkMethod):
   paper = "Karras et al., 2022"
   takes_end_time = True  # The flow map is a DDIM step to any level.
   is_denoiser = True
+  rounding = "nearest"
 
   @classmethod
   def constraints(cls, config):

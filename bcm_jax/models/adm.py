@@ -149,6 +149,11 @@ class ADM(nn.Module):
     dtype: dtype of the convolutions in the torso (bfloat16 on accelerators);
       None follows input and parameters. Embeddings, norm statistics, softmax
       and the head use at least float32.
+    float32_levels: number of levels, from the finest, that are computed in
+      float32 or wider despite dtype. Consistency residuals, differences of
+      nearly equal outputs, need the finest level; denoisers need none.
+    precision: precision of convolutions and matrix products of float32 arrays;
+      'default' is one bfloat16 pass on TPUs and TF32 on GPUs.
     attention: attention implementation for bfloat16.
     remat: recompute residual blocks in the backward pass to save memory.
   """
@@ -176,6 +181,8 @@ class ADM(nn.Module):
   num_groups: int = 32
   min_group_channels: int = 1
   dtype: layers.Precision | None = None
+  float32_levels: int = 1
+  precision: layers.MatmulPrecision = "highest"
   attention: layers.Attention = "xla"
   remat: bool = False
 
@@ -210,12 +217,17 @@ class ADM(nn.Module):
       [B, H, W, out_channels], float32 or wider.
     """
     layers.check_inputs(self, x, c_noise_end, labels, augment_labels)
-    emb = self._embedding(c_noise, c_noise_end, labels, augment_labels)
     dtype = jnp.promote_types(jnp.float32, x.dtype)
-    h = x if self.dtype is None else x.astype(self.dtype)
-    h = self._torso(h, emb, dropout_keys)
-    h = nn.silu(layers.group_norm(h.astype(dtype), *self._groups, name="out_0"))
-    return layers.conv(h, self.out_channels, 3, name="out_2", zero=True)
+    with jax.default_matmul_precision(self.precision):
+      emb = self._embedding(c_noise, c_noise_end, labels, augment_labels)
+      h = x if self._dtype(0) is None else x.astype(self.dtype)
+      h = self._torso(h, emb, dropout_keys).astype(dtype)
+      h = nn.silu(layers.group_norm(h, *self._groups, name="out_0"))
+      return layers.conv(h, self.out_channels, 3, name="out_2", zero=True)
+
+  def _dtype(self, level: int):
+    """Returns the dtype of a level; None follows input and parameters."""
+    return None if level < self.float32_levels else self.dtype
 
   @property
   def _groups(self):
@@ -256,14 +268,16 @@ class ADM(nn.Module):
       )
     return emb, emb_end
 
-  def _res(self, h, emb, dropout_keys, features, size, name, resample=None):
+  def _res(
+      self, h, emb, dropout_keys, features, size, level, name, resample=None
+  ):
     block = nn.remat(ResBlock) if self.remat else ResBlock
     return block(
         features, self._rate(size), resample, self.use_scale_shift_norm,
-        self._groups, self.dtype, name=name,
+        self._groups, self._dtype(level), name=name,
     )(h, *emb, dropout_keys)
 
-  def _attend(self, h, name):
+  def _attend(self, h, level, name):
     heads = self.num_heads
     if name.startswith("output") and self.num_heads_upsample is not None:
       heads = self.num_heads_upsample
@@ -272,7 +286,7 @@ class ADM(nn.Module):
     if not heads:  # Narrower than one head: no attention, as in EDM.
       return h
     return layers.AttentionBlock(
-        heads, self._groups, self.qkv_norm, self.dtype, self.attention,
+        heads, self._groups, self.qkv_norm, self._dtype(level), self.attention,
         name=name,
     )(h)
 
@@ -283,13 +297,13 @@ class ADM(nn.Module):
     """
     skips = self._encoder(h, emb, dropout_keys)
     h = skips[-1]
-    size = h.shape[1]
+    size, level = h.shape[1], len(self.channel_mult) - 1
     for index in ("0", "1", "2"):
       name = f"middle_block_{index}"
       if index == "1":
-        h = self._attend(h, name)
+        h = self._attend(h, level, name)
       else:
-        h = self._res(h, emb, dropout_keys, h.shape[-1], size, name)
+        h = self._res(h, emb, dropout_keys, h.shape[-1], size, level, name)
     return self._decoder(h, skips, emb, dropout_keys)
 
   def _encoder(self, h, emb, dropout_keys):
@@ -297,27 +311,31 @@ class ADM(nn.Module):
     size = h.shape[1]
     h = layers.conv(
         h, self.model_channels * self.channel_mult[0], 3,
-        name="input_blocks_0_0", dtype=self.dtype,
+        name="input_blocks_0_0", dtype=self._dtype(0),
     )
     skips = [h]
     for level, mult in enumerate(self.channel_mult):
       for _ in range(self.num_res_blocks):
         name = f"input_blocks_{len(skips)}"
         h = self._res(
-            h, emb, dropout_keys, self.model_channels * mult, size,
+            h, emb, dropout_keys, self.model_channels * mult, size, level,
             f"{name}_0",
         )
         if size in self.attention_resolutions:
-          h = self._attend(h, f"{name}_1")
+          h = self._attend(h, level, f"{name}_1")
         skips.append(h)
       layers.sow_level(self, level, h)
       if level == len(self.channel_mult) - 1:
         break
       name = f"input_blocks_{len(skips)}_0"
       if self.resblock_updown:
-        h = self._res(h, emb, dropout_keys, h.shape[-1], size, name, "down")
+        h = self._res(
+            h, emb, dropout_keys, h.shape[-1], size, level, name, "down"
+        )
       else:
-        h = Downsample(self.dtype, self.conv_resample, name=name)(h)
+        h = Downsample(
+            self._dtype(level), self.conv_resample, name=name
+        )(h)
       skips.append(h)
       size //= 2
     return skips
@@ -330,17 +348,21 @@ class ADM(nn.Module):
         name, part = f"output_blocks_{index}", 1
         h = jnp.concatenate([h, skips.pop()], axis=-1)
         h = self._res(
-            h, emb, dropout_keys, self.model_channels * mult, size,
+            h, emb, dropout_keys, self.model_channels * mult, size, level,
             f"{name}_0",
         )
         if size in self.attention_resolutions:
-          h, part = self._attend(h, f"{name}_1"), 2
+          h, part = self._attend(h, level, f"{name}_1"), 2
         if level and block == self.num_res_blocks:
           name = f"{name}_{part}"
           if self.resblock_updown:
-            h = self._res(h, emb, dropout_keys, h.shape[-1], size, name, "up")
+            h = self._res(
+                h, emb, dropout_keys, h.shape[-1], size, level, name, "up"
+            )
           else:
-            h = Upsample(self.dtype, self.conv_resample, name=name)(h)
+            h = Upsample(
+                self._dtype(level), self.conv_resample, name=name
+            )(h)
           size *= 2
         index += 1
     return h

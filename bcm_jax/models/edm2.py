@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bcm_jax.models import dtypes
 from bcm_jax.models import layers
 from bcm_jax.models import mp_layers
 from bcm_jax.models import resampling
@@ -147,6 +148,11 @@ class EDM2(nn.Module):
     dtype: dtype of the torso (bfloat16 on accelerators); None follows the
       input. Embeddings, kernel and pixel norms, softmax and the last
       convolution use at least float32.
+    float32_levels: number of levels, from the finest, that are computed in
+      float32 or wider despite dtype. Consistency residuals, differences of
+      nearly equal outputs, need the finest level; denoisers need none.
+    precision: precision of convolutions and matrix products of float32 arrays;
+      'default' is one bfloat16 pass on TPUs and TF32 on GPUs.
     attention: attention implementation for bfloat16.
     remat: recompute blocks in the backward pass to save memory.
   """
@@ -168,6 +174,8 @@ class EDM2(nn.Module):
   dropout: float = 0.0
   logvar_channels: int = 128
   dtype: layers.Precision | None = None
+  float32_levels: int = 1
+  precision: layers.MatmulPrecision = "highest"
   attention: layers.Attention = "xla"
   remat: bool = False
 
@@ -226,14 +234,20 @@ class EDM2(nn.Module):
     self._check(x, c_noise_end, labels)
     if self.is_initializing():
       self.logvar(c_noise)  # Creates its parameters in `init`.
-    emb = self._embedding(c_noise, labels)
     dtype = jnp.promote_types(jnp.float32, x.dtype)
-    h = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-    h = h.astype(dtype if self.dtype is None else self.dtype)
-    skips = self._encoder(h, emb, dropout_keys)
-    h = self._decoder(skips, emb, dropout_keys).astype(dtype)
-    gain = self.param("out_gain", nn.initializers.zeros_init(), ())
-    return mp_layers.MPConv(self.out_channels, 3, name="out_conv")(h, gain)
+    with jax.default_matmul_precision(self.precision):
+      emb = self._embedding(c_noise, labels)
+      h = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+      skips = self._encoder(h.astype(dtype), emb, dropout_keys)
+      h = self._decoder(skips, emb, dropout_keys).astype(dtype)
+      gain = self.param("out_gain", nn.initializers.zeros_init(), ())
+      return mp_layers.MPConv(self.out_channels, 3, name="out_conv")(h, gain)
+
+  def _cast(self, h, level: int):
+    """Casts the input of a block to the dtype of a level."""
+    if self.dtype is None or level < self.float32_levels:
+      return dtypes.at_least_float32(h)
+    return h.astype(self.dtype)
 
   def _check(self, x, c_noise_end, labels):
     if c_noise_end is not None:
@@ -262,9 +276,11 @@ class EDM2(nn.Module):
       emb = mp_layers.add(emb, label, self.label_balance)
     return mp_layers.silu(emb)
 
-  def _block(self, h, emb, keys, part, features, attend=False, resample=None):
+  def _block(
+    self, h, emb, keys, level, part, features, attend=False, resample=None
+  ):
     """Applies one block, named by its output resolution."""
-    size = h.shape[1]
+    h, size = self._cast(h, level), h.shape[1]
     if resample:
       size = size // 2 if resample == "down" else size * 2
     side, kind = part.split("_")
@@ -296,17 +312,21 @@ class EDM2(nn.Module):
     """Returns the outputs of all encoder blocks, first to last."""
     size = h.shape[1]
     width = self.model_channels * self.channel_mult[0]
-    skips = [mp_layers.MPConv(width, 3, name=f"enc_{size}x{size}_conv")(h)]
+    conv = mp_layers.MPConv(width, 3, name=f"enc_{size}x{size}_conv")
+    skips = [conv(self._cast(h, 0))]
     for level, mult in enumerate(self.channel_mult):
       if level:
         width = skips[-1].shape[-1]
         skips.append(
-          self._block(skips[-1], emb, keys, "enc_down", width, resample="down")
+          self._block(
+            skips[-1], emb, keys, level, "enc_down", width, resample="down"
+          )
         )
       for i in range(self.num_res_blocks):
         skips.append(
           self._block(
-            skips[-1], emb, keys, f"enc_block{i}", self.model_channels * mult
+            skips[-1], emb, keys, level, f"enc_block{i}",
+            self.model_channels * mult,
           )
         )
       layers.sow_level(self, level, skips[-1])
@@ -318,13 +338,13 @@ class EDM2(nn.Module):
     for level, mult in reversed(list(enumerate(self.channel_mult))):
       width = h.shape[-1]
       if level == len(self.channel_mult) - 1:
-        h = self._block(h, emb, keys, "dec_in0", width, attend=True)
-        h = self._block(h, emb, keys, "dec_in1", width)
+        h = self._block(h, emb, keys, level, "dec_in0", width, attend=True)
+        h = self._block(h, emb, keys, level, "dec_in1", width)
       else:
-        h = self._block(h, emb, keys, "dec_up", width, resample="up")
+        h = self._block(h, emb, keys, level, "dec_up", width, resample="up")
       for i in range(self.num_res_blocks + 1):
         h = mp_layers.concatenate(h, skips.pop(), self.concat_balance)
         h = self._block(
-          h, emb, keys, f"dec_block{i}", self.model_channels * mult
+          h, emb, keys, level, f"dec_block{i}", self.model_channels * mult
         )
     return h

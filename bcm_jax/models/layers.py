@@ -13,6 +13,7 @@ from bcm_jax.models import dtypes
 Dtype = Any
 Precision = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["xla", "cudnn"]
+MatmulPrecision = Literal["default", "high", "highest"]
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as torch.nn.Conv2d and torch.nn.Linear.
 _torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

@@ -177,6 +177,11 @@ class SongUNet(nn.Module):
     resample_filter: taps of the resampling filter.
     dtype: dtype of the convolutions except the last; None follows input and
       parameters.
+    float32_levels: number of levels, from the finest, that are computed in
+      float32 or wider despite dtype. Consistency residuals, differences of
+      nearly equal outputs, need the finest level; denoisers need none.
+    precision: precision of convolutions and matrix products of float32 arrays;
+      'default' is one bfloat16 pass on TPUs and TF32 on GPUs.
     attention: attention implementation for bfloat16.
     remat: recompute blocks in the backward pass to save memory.
   """
@@ -199,6 +204,8 @@ class SongUNet(nn.Module):
   decoder: Literal["standard", "skip"] = "standard"
   resample_filter: tuple[int, ...] = (1, 1)
   dtype: layers.Precision | None = None
+  float32_levels: int = 1
+  precision: layers.MatmulPrecision = "highest"
   attention: layers.Attention = "xla"
   remat: bool = False
 
@@ -232,11 +239,16 @@ class SongUNet(nn.Module):
       [B, H, W, out_channels], float32 or wider.
     """
     layers.check_inputs(self, x, c_noise_end, labels, augment_labels)
-    emb = self._embedding(c_noise, c_noise_end, labels, augment_labels)
     head_dtype = jnp.promote_types(jnp.float32, x.dtype)
-    h = x if self.dtype is None else x.astype(self.dtype)
-    skips = self._encode(h, emb, dropout_keys)
-    return self._decode(skips, emb, dropout_keys, head_dtype)
+    with jax.default_matmul_precision(self.precision):
+      emb = self._embedding(c_noise, c_noise_end, labels, augment_labels)
+      h = x if self._dtype(0) is None else x.astype(self.dtype)
+      skips = self._encode(h, emb, dropout_keys)
+      return self._decode(skips, emb, dropout_keys, head_dtype)
+
+  def _dtype(self, level: int):
+    """Returns the dtype of a level; None follows input and parameters."""
+    return None if level < self.float32_levels else self.dtype
 
   def _embedding(self, c_noise, c_noise_end, labels, augment_labels):
     """Returns (emb, emb_end) after the last SiLU, at least float32."""
@@ -274,20 +286,21 @@ class SongUNet(nn.Module):
       emb = _dense(both, width, name=self.ALIGN, use_bias=False)
     return nn.silu(emb), None
 
-  def _block(self, h, emb, dropout_keys, features, name, *, resample=None,
-             attend=False):
+  def _block(self, h, emb, dropout_keys, features, level, name, *,
+             resample=None, attend=False):
     block = nn.remat(Block) if self.remat else Block
     return block(
         features, self.dropout, resample, attend, self.resample_filter,
-        self.dtype, self.attention, name=name,
+        self._dtype(level), self.attention, name=name,
     )(h, *emb, dropout_keys)
 
-  def _pyramid(self, name, features, h, aux):
+  def _pyramid(self, level, name, features, h, aux):
     """Adds the input pyramid at a level; returns (h, pyramid)."""
-    down = dict(resample="down", taps=self.resample_filter, dtype=self.dtype)
+    dtype = self._dtype(level)
+    down = dict(resample="down", taps=self.resample_filter, dtype=dtype)
     if self.encoder == "skip":
       aux = resampling.halve(aux, self.resample_filter)
-      h += Conv(features, 1, dtype=self.dtype, name=f"{name}_aux_skip")(aux)
+      h += Conv(features, 1, dtype=dtype, name=f"{name}_aux_skip")(aux)
     elif self.encoder == "residual":
       aux = Conv(features, fused=True, name=f"{name}_aux_residual", **down)(aux)
       h = aux = (h + aux) * _ROOT_HALF
@@ -299,17 +312,20 @@ class SongUNet(nn.Module):
     for level, mult in enumerate(self.channel_mult):
       name = f"enc_{size}x{size}"
       if level == 0:
-        h = Conv(self.model_channels, dtype=self.dtype, name=f"{name}_conv")(x)
+        h = Conv(
+            self.model_channels, dtype=self._dtype(0), name=f"{name}_conv"
+        )(x)
       else:
         width = h.shape[-1]
         h = self._block(
-            h, emb, dropout_keys, width, f"{name}_down", resample="down"
+            h, emb, dropout_keys, width, level, f"{name}_down",
+            resample="down",
         )
-        h, aux = self._pyramid(name, width, h, aux)
+        h, aux = self._pyramid(level, name, width, h, aux)
       skips.append(h)
       for index in range(self.num_res_blocks):
         h = self._block(
-            h, emb, dropout_keys, self.model_channels * mult,
+            h, emb, dropout_keys, self.model_channels * mult, level,
             f"{name}_block{index}",
             attend=size in self.attention_resolutions,
         )
@@ -327,18 +343,18 @@ class SongUNet(nn.Module):
       name, width = f"dec_{size}x{size}", h.shape[-1]
       if lowest:
         h = self._block(
-            h, emb, dropout_keys, width, f"{name}_in0", attend=True
+            h, emb, dropout_keys, width, level, f"{name}_in0", attend=True
         )
-        h = self._block(h, emb, dropout_keys, width, f"{name}_in1")
+        h = self._block(h, emb, dropout_keys, width, level, f"{name}_in1")
       else:
         h = self._block(
-            h, emb, dropout_keys, width, f"{name}_up", resample="up"
+            h, emb, dropout_keys, width, level, f"{name}_up", resample="up"
         )
       for index in range(self.num_res_blocks + 1):
         last = index == self.num_res_blocks
         h = self._block(
             jnp.concatenate([h, skips.pop()], axis=-1), emb, dropout_keys,
-            self.model_channels * mult, f"{name}_block{index}",
+            self.model_channels * mult, level, f"{name}_block{index}",
             attend=last and size in self.attention_resolutions,
         )
       if self.decoder == "skip" or level == 0:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from bcm_jax.config import registry
 from bcm_jax.data import image_source
 from bcm_jax.errors import UserError
 
@@ -92,6 +93,28 @@ def test_to_uint8_floors_and_clips_in_float32():
   assert image_source.to_uint8(x).tolist() == [0, 0, 127, 127, 255, 255]
   # In float64 this value is just below 1 and its floor would be 254.
   assert image_source.to_uint8(np.array([1 - 1e-12])).tolist() == [255]
+
+
+@pytest.mark.parametrize("rounding", ["floor", "nearest"])
+def test_to_uint8_is_the_rule_of_released_samplers(rounding):
+  """EDM and EDM2: (x * 127.5 + 128).clip(0, 255).to(torch.uint8)."""
+  x = np.linspace(-1.2, 1.2, 2001, dtype=np.float32)
+  scaled = {"floor": (x + 1) * 127.5, "nearest": x * 127.5 + 128}[rounding]
+  expected = scaled.clip(0, 255).astype(np.uint8)
+  got = image_source.to_uint8(x, rounding)
+  np.testing.assert_array_equal(got, expected)
+  grey = np.arange(256, dtype=np.uint8)
+  back = image_source.to_uint8(image_source.to_float(grey), rounding)
+  np.testing.assert_array_equal(back, grey)
+  inside = np.abs(x) < 0.99  # The floor is half a gray level too dark.
+  bias = (got / 127.5 - 1 - x)[inside].mean() * 127.5
+  assert bias == pytest.approx(-0.5 if rounding == "floor" else 0, abs=0.02)
+
+
+def test_every_method_declares_its_rule():
+  rules = {n: m.cls.rounding for n, m in registry.METHODS.items()}
+  assert rules.pop("edm") == "nearest"
+  assert set(rules.values()) == {"floor"}
 
 
 def test_floats_are_the_nearest_that_come_back():

@@ -137,3 +137,33 @@ def test_inversions_by_number_and_noise(experiment):
   assert plan.steps[0] == sampling_plan.AddNoise(0.2, 0.2)
   assert plan.nfe == 3
   assert planning.inversion_plan(experiment).steps[0].scale == 0.07
+
+
+@pytest.mark.parametrize("file, name", [
+    ("digits.py", "ancestral"), ("digits_ctm.py", "ancestral"),
+    ("digits_ctm.py", "gamma"), ("digits.py", "mixture"),
+])
+@pytest.mark.parametrize("nfe", [2, 4, 8, 16])
+def test_default_times_are_levels_that_a_jump_can_hit(file, name, nfe):
+  """Not below 0.4 sigma_data, 0.3 on digits."""
+  config = resolve.resolve(resolve.read_file(file), {"sample.times": "()"})
+  built = build.build(config, to_train=False)
+  nfe += 2 * (name == "mixture")  # Its zigzag ends at a level of its own.
+  plan = planning.plan_of(built, f"{name}:{nfe}")
+  assert plan.nfe == nfe
+  steps = plan.steps[: -3 if name == "mixture" else None]
+  levels = [s.t for s in steps if isinstance(s, sampling_plan.Jump)]
+  assert min(levels) > 0.3
+
+
+def test_default_times_of_exact_levels_reach_sigma_min():
+  """Noise is added to reach them, or the network is a denoiser."""
+  for file, name in (("digits_ict.py", "cm_multistep"),
+                     ("digits_edm.py", "ancestral")):
+    config = resolve.resolve(resolve.read_file(file), {"sample.times": "()"})
+    built = build.build(config, to_train=False)
+    levels = [
+        s.t for s in planning.plan_of(built, f"{name}:8").steps
+        if isinstance(s, sampling_plan.Jump)
+    ]
+    assert min(levels) < 0.1
