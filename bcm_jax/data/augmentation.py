@@ -425,8 +425,9 @@ def apply(
     (images, labels): images like the input and labels [B, 9], 0 for transforms
     that were skipped: flip x, flip y, scale, cos - 1 and sin of the rotation,
     anisotropic scale times cos and sin of its axis, translation x, translation
-    y. With `more` [B, 19]: then two each of rotate_int and translate_int, one of
-    brightness, contrast and lumaflip, cos - 1 and sin of the hue, saturation.
+    y. With `more` [B, 19]: then two each of rotate_int and translate_int, one
+    of brightness, contrast and lumaflip, cos - 1 and sin of the hue,
+    saturation.
     Both have the dtype of the images, at least float32.
 
   Raises:

@@ -1,13 +1,15 @@
 """Converts published weights: python -m bcm_jax.interop.convert SOURCE OUT.
 
 SOURCE is a published checkpoint (PyTorch .pt or .pth, safetensors or the index
-file of its shards, an EDM or EDM2 .pkl, a jcm msgpack). OUT becomes a work directory for modes sample, invert
-and eval, and for training.init_from. With --reverse, SOURCE is a work directory
-and OUT a .safetensors file with PyTorch's parameter names.
+file of its shards, an EDM or EDM2 .pkl, a jcm msgpack). OUT becomes a work
+directory for modes sample, invert and eval, and for training.init_from. With
+--reverse, SOURCE is a work directory and OUT a .safetensors file with PyTorch's
+parameter names.
 
 The tensors do not determine the method of a network with one noise level:
 --as=METHOD says it (edm, ct, cd, ict, ect, dmd, dmd2, sid). Other settings that
-they do not determine have the published values; they are printed and can be changed, such as --config.model.num_head_channels=32
+they do not determine have the published values; they are printed and can be
+changed, such as --config.model.num_head_channels=32
 (docs/checkpoints.md). Exit status: 0 done, 65 bad input.
 """
 

@@ -7,7 +7,6 @@ from unittest import mock
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bcm_jax.diffusion import process
 from bcm_jax.diffusion import schedules

@@ -13,7 +13,6 @@ import numpy as np
 from bcm_jax.diffusion import preconditioning
 from bcm_jax.interop import transfer
 from bcm_jax.interop.families import edm2_names
-from bcm_jax.models import edm2
 from tests import quick
 from tests.parity import files
 
