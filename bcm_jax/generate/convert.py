@@ -167,7 +167,7 @@ def to_workdir(
       family.NAME, options, method, os.path.basename(source), file.metadata
   )
   if family is transfer.FAMILIES["openai"] and not known.startswith("assumed"):
-    options["qkv_norm"] = method in ("ict", "bcm")
+    options["qkv_norm"] = sections.QKV_NORM.get(method, False)
   config = _config(options, family.NAME, size, overrides or {}, method)
   experiment = build.build(config, to_train=False)
   params = transfer.read_params(

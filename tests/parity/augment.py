@@ -55,9 +55,9 @@ def recorded(
       which = name in tables[1]
       gates[which][:, list(tables[which]).index(name)] = values.ravel()
     elif what.startswith("shift"):
-      fields[what] = values.reshape(2, batch).T
+      fields[what] = values.reshape(2, batch).T.astype(np.float64)
     else:
-      fields[what] = values.ravel()
+      fields[what] = values.ravel().astype(np.float64)
   first, more = (
     cls(**{k: fields[k] for k in cls._fields if k != "gates"}, gates=gate)
     for cls, gate in zip(classes, gates, strict=True)

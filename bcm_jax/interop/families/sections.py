@@ -26,6 +26,8 @@ METHODS = {
     "dmd2": {"method": {"name": "dmd2"}},
     "sid": {"method": {"name": "dmd2", "sigma_max": 2.5}},
 }
+# Methods whose published networks of kind openai normalize q, k and v.
+QKV_NORM = {"bcm": True, "ict": True}
 # Method of networks with an end level, by model.end_branch.
 _TWO_TIME = {"align": "bcm", "blocks": "ctm"}
 # Classes of EDM's pickles that tell the method.
