@@ -168,3 +168,30 @@ def test_precision_and_shape_are_looked_at():
     check = report.Check("x", actual, one, 1.0)
     line = report.compared("f", "float64", [check], [])
     assert not line.passed and words in line.text
+
+
+OPTIONS = sorted((GOLDENS / "options").glob("*.npz"))
+
+
+@pytest.mark.parametrize("path", [
+    pytest.param(p, marks=[] if "augment" in p.name else pytest.mark.slow)
+    for p in OPTIONS
+], ids=lambda p: p.stem)
+def test_options_of_the_official_constructors(path):
+  lines = list(runner.lines(path, None))
+  assert lines and all(line.passed for line in lines), lines
+
+
+@pytest.mark.parametrize("name, option", [
+    ("edm2_one_level", {"new_option": 1}), ("edm2_one_level",
+    {"resample_filter": [1, 3, 3, 1]}), ("edm_song_options",
+    {"model_type": "OtherUNet"}), ("edm_augment_gray", {"cutout": 1}),
+])
+def test_unknown_options_fail(name, option, tmp_path):
+  path = tmp_path / f"{name}.npz"
+  shutil.copy(GOLDENS / "options" / f"{name}.npz", path)
+  old = json.loads(str(np.load(path)["meta"]))
+  change(path, meta=meta(constructor=old["constructor"] | option))
+  lines = list(runner.lines(path, None))
+  assert not any(line.passed for line in lines)
+  assert any(next(iter(option)) in str(line) for line in lines), lines

@@ -40,6 +40,19 @@ _TRANSFORMS = {
     "translate_frac": ((7, 8), ("shift", "gate")),
 }
 _GEOMETRIC = tuple(_TRANSFORMS)[2:]
+# The same of the transforms that the paper does not use; fields of `MoreDraws`.
+_MORE = {
+    "rotate_int": ((9, 10), ("quarters", "gate")),
+    "translate_int": ((11, 12), ("shift_int", "gate")),
+    "brightness": ((13,), ("brightness", "gate")),
+    "contrast": ((14,), ("contrast", "gate")),
+    "lumaflip": ((15,), ("lumaflip", "gate")),
+    "hue": ((16, 17), ("hue", "gate")),
+    "saturation": ((18,), ("saturation", "gate")),
+}
+_COLORS = tuple(_MORE)[2:]
+# All transforms in the official order.
+_ORDER = ("xflip", "yflip", *tuple(_MORE)[:2], *_GEOMETRIC, *_COLORS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +78,18 @@ class AugmentPipe:
     aniso_rotate_prob: probability that the anisotropic scaling uses random
       axes instead of the image axes.
     translate_frac_std: standard deviation of the translation, in image sizes.
+    rotate_int: multiplier of the rotation by multiples of 90 degrees. This and
+      the following are not used in the paper; `apply` needs `more` for them.
+    translate_int: multiplier of the translation by whole pixels.
+    translate_int_max: range of that translation, in image sizes.
+    brightness: multiplier of adding brightness_std * normal.
+    contrast: multiplier of multiplying by 2^(contrast_std * normal).
+    lumaflip: multiplier of the reflection of the gray axis.
+    hue: multiplier of the rotation about the gray axis.
+    saturation: multiplier of multiplying the rest by 2^(saturation_std *
+      normal).
+    brightness_std, contrast_std, saturation_std: see above.
+    hue_max: largest rotation of the hue, in units of pi radians.
 
   Raises:
     UserError: at construction, for a probability outside [0, 1] or a negative
@@ -83,6 +108,18 @@ class AugmentPipe:
   aniso_std: float = 0.2
   aniso_rotate_prob: float = 0.5
   translate_frac_std: float = 0.125
+  rotate_int: float = 0.0
+  translate_int: float = 0.0
+  translate_int_max: float = 0.125
+  brightness: float = 0.0
+  contrast: float = 0.0
+  lumaflip: float = 0.0
+  hue: float = 0.0
+  saturation: float = 0.0
+  brightness_std: float = 0.2
+  contrast_std: float = 0.5
+  hue_max: float = 1.0
+  saturation_std: float = 1.0
 
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
@@ -97,11 +134,16 @@ class AugmentPipe:
   def label_columns(self) -> tuple[int, ...]:
     """Label columns of the transforms with a multiplier above 0.
 
-    The official code returns only these columns; `apply` returns all nine and
-    sets the others to 0.
+    In the official order. The official code returns only these columns; `apply`
+    returns all nine, or nineteen with `more`, and sets the others to 0.
     """
-    on = (name for name in _TRANSFORMS if getattr(self, name) > 0)
-    return tuple(c for name in on for c in _TRANSFORMS[name][0])
+    on = (name for name in _ORDER if getattr(self, name) > 0)
+    return tuple(c for name in on for c in (_TRANSFORMS | _MORE)[name][0])
+
+  @property
+  def needs_more(self) -> bool:
+    """True if a transform that the paper does not use is on."""
+    return any(getattr(self, name) > 0 for name in _MORE)
 
 
 def training_pipe(p: float) -> AugmentPipe:
@@ -144,6 +186,42 @@ class Draws(NamedTuple):
   aniso_coin: jax.Array
   shift: jax.Array
   gates: jax.Array
+
+
+class MoreDraws(NamedTuple):
+  """Random numbers of the transforms that the paper does not use.
+
+  Attributes:
+    quarters: [B] 0, 1, 2 or 3 with equal probability.
+    shift_int: [B, 2] uniform in [0, 1), x and y.
+    brightness, contrast, saturation: [B] standard normal.
+    lumaflip: [B] fair coin, 0 or 1.
+    hue: [B] uniform in [0, 1).
+    gates: [B, 7], see `Draws`.
+  """
+
+  quarters: jax.Array
+  shift_int: jax.Array
+  brightness: jax.Array
+  contrast: jax.Array
+  lumaflip: jax.Array
+  hue: jax.Array
+  saturation: jax.Array
+  gates: jax.Array
+
+
+def draw_more(keys: jax.Array, dtype=jnp.float32) -> MoreDraws:
+  """Draws the numbers of the other transforms, from the same keys as `draw`."""
+
+  def one(key):
+    first, second = jax.random.split(jax.random.fold_in(key, 1))
+    u = jax.random.uniform(first, (5 + len(_MORE),), dtype)
+    n = jax.random.normal(second, (3,), dtype)
+    coin = (u[3] < 0.5).astype(dtype)
+    quarters = jnp.floor(4 * u[0])
+    return MoreDraws(quarters, u[1:3], n[0], n[1], coin, u[4], n[2], u[5:])
+
+  return jax.vmap(one)(keys)
 
 
 def draw(keys: jax.Array, dtype=jnp.float32) -> Draws:
@@ -232,11 +310,101 @@ def _sources(pipe: AugmentPipe, params: Draws, height: int, width: int, x, y):
   )
 
 
+def _blit(pipe, images, more: MoreDraws, is_open):
+  """Rotates by quarter turns and translates by pixels.
+
+  Returns:
+    (images, labels [B, 4]).
+  """
+  _, height, width, _ = images.shape
+  quarters = jnp.where(is_open["rotate_int"], more.quarters, 0)
+  mirrored = (quarters == 1) | (quarters == 2)
+  flipped = (quarters == 2) | (quarters == 3)
+  if pipe.rotate_int > 0:
+    if height != width:
+      raise ValueError(f"rotate_int: got {height}x{width}, expected a square")
+    for chosen, changed in (
+        (mirrored, lambda x: x[:, :, ::-1]), (flipped, lambda x: x[:, ::-1]),
+        (quarters % 2 == 1, lambda x: x.swapaxes(1, 2)),
+    ):
+      images = jnp.where(chosen[:, None, None, None], changed(images), images)
+  size = jnp.asarray([width, height], images.dtype)
+  reach = size * pipe.translate_int_max
+  shift = jnp.where(
+      is_open["translate_int"][:, None], more.shift_int * 2 - 1, 0
+  )
+  shift = jnp.round(shift * reach)
+  if pipe.translate_int > 0:
+
+    def move(image, by):
+      def source(n, by):  # Reflected at the edges.
+        at = jnp.mod(jnp.arange(n) + by.astype(jnp.int32), max(2 * n - 2, 1))
+        return n - 1 - jnp.abs(n - 1 - at)
+
+      rows, columns = source(height, by[1]), source(width, -by[0])
+      return image[rows][:, columns]
+
+    images = jax.vmap(move)(images, shift)
+  moved = shift / jnp.where(reach > 0, reach, 1)
+  turned = jnp.stack([mirrored, flipped], axis=1).astype(images.dtype)
+  return images, jnp.concatenate([turned, moved], axis=1)
+
+
+def _color(pipe, more: MoreDraws, is_open, dtype):
+  """Returns (linear [B, 3, 3], offset [B, 3], labels [B, 6]) of the colors."""
+  matmul = functools.partial(jnp.matmul, precision="highest")
+  brightness, contrast, lumaflip, saturation = (
+      jnp.where(is_open[name], getattr(more, name), 0)
+      for name in ("brightness", "contrast", "lumaflip", "saturation")
+  )
+  hue = (more.hue * 2 - 1) * (np.pi * pipe.hue_max)
+  hue = jnp.where(is_open["hue"], hue, 0)
+  gray = jnp.full((3, 3), 1 / 3, dtype)  # Projection onto the gray axis.
+  cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+  rest = jnp.eye(3, dtype=dtype) - gray
+
+  def wide(value):
+    return value[:, None, None]
+
+  scale = jnp.exp2(pipe.contrast_std * contrast)
+  offset = (scale * pipe.brightness_std * brightness)[:, None, None]
+  offset = jnp.broadcast_to(offset, (len(hue), 3, 1))
+  linear = wide(scale) * jnp.eye(3, dtype=dtype)
+  for step in (
+      jnp.eye(3, dtype=dtype) - 2 * gray * wide(lumaflip),
+      # Rodrigues' rotation about the gray axis.
+      gray + rest * wide(jnp.cos(hue))
+      + jnp.asarray(cross, dtype) * wide(jnp.sin(hue)),
+      gray + rest * wide(jnp.exp2(pipe.saturation_std * saturation)),
+  ):
+    linear, offset = matmul(step, linear), matmul(step, offset)
+  labels = jnp.stack([
+      brightness, contrast, lumaflip, jnp.cos(hue) - 1, jnp.sin(hue), saturation
+  ], axis=1)
+  return linear, offset[..., 0], labels
+
+
+def _apply_color(images, linear, offset):
+  """Applies [B, 3, 3] and [B, 3] to RGB images, their means to gray images."""
+  if images.shape[-1] == 3:
+    colored = jnp.einsum(
+        "bhwc,bdc->bhwd", images, linear, precision="highest"
+    )
+    return colored + offset[:, None, None]
+  if images.shape[-1] != 1:
+    raise ValueError(
+        f"images: got {images.shape[-1]} channels, expected 1 or 3 for colors"
+    )
+  scale = linear.mean(axis=1).sum(axis=1)[:, None, None, None]
+  return images * scale + offset.mean(axis=1)[:, None, None, None]
+
+
 def apply(
     pipe: AugmentPipe,
     images: jax.Array,
     draws: Draws,
     margin: warp.Margin | None = None,
+    more: MoreDraws | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Augments a batch; jittable for a static pipe and margin.
 
@@ -250,16 +418,24 @@ def apply(
     draws: random numbers of the same examples, in any precision.
     margin: ((top, bottom), (left, right)), the width of the reflection padding
       in pixels; at most (and by default) H - 1 and W - 1. Pixels beyond are 0.
+    more: random numbers of the transforms that the paper does not use; required
+      iff one is on.
 
   Returns:
     (images, labels): images like the input and labels [B, 9], 0 for transforms
     that were skipped: flip x, flip y, scale, cos - 1 and sin of the rotation,
     anisotropic scale times cos and sin of its axis, translation x, translation
-    y. Both have the dtype of the images, at least float32.
+    y. With `more` [B, 19]: then two each of rotate_int and translate_int, one
+    of brightness, contrast and lumaflip, cos - 1 and sin of the hue,
+    saturation.
+    Both have the dtype of the images, at least float32.
 
   Raises:
-    ValueError: the margin is out of range.
+    ValueError: the margin is out of range; `more` is missing; rotate_int with
+      images that are not square; colors of images without 1 or 3 channels.
   """
+  if pipe.needs_more and more is None:
+    raise ValueError("more: got None, expected the draws of the transforms")
   images = dtypes.at_least_float32(images)
   params = _parameters(pipe, draws, images.dtype)
 
@@ -268,8 +444,20 @@ def apply(
 
   images = select(params.xflip, images[:, :, ::-1])
   images = select(params.yflip, images[:, ::-1])
+  labels = _labels(params)
+  if more is not None:
+    more = MoreDraws(*(jnp.asarray(v, images.dtype) for v in more))
+    gates = dict(zip(_MORE, more.gates.T, strict=True))
+    is_open = {
+        name: gates[name] < getattr(pipe, name) * pipe.p for name in _MORE
+    }
+    images, blits = _blit(pipe, images, more, is_open)
+    linear, offset, colors = _color(pipe, more, is_open, images.dtype)
+    labels = jnp.concatenate([labels, blits, colors], axis=1)
   if any(getattr(pipe, name) > 0 for name in _GEOMETRIC):
     height, width = images.shape[1:3]
     sources = functools.partial(_sources, pipe, params, height, width)
     images = warp.resample(images, sources, margin)
-  return images, _labels(params)
+  if any(getattr(pipe, name) > 0 for name in _COLORS):
+    images = _apply_color(images, linear, offset)
+  return images, labels

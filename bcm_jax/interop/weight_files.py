@@ -114,8 +114,12 @@ def _check_path(path: str) -> None:
     )
   if os.path.isdir(path):
     raise errors.UserError(
-        f"{path}: got a folder, expected a weight file; name a file in it, of "
-        "a model in several shards its .index.json"
+        f"{path}: cannot be read, got a folder, expected a weight file; name a "
+        "file in it, of a model in several shards its .index.json"
+    )
+  if "\0" in path or os.path.exists(path) and not os.path.isfile(path):
+    raise errors.UserError(
+        f"{unpickle.shown(path)}: got no regular file, expected a weight file"
     )
   shard = re.search(r"-(\d+)-of-(\d+)\.[a-z]+$", path)
   if shard and int(shard[2]) > 1:
@@ -158,7 +162,8 @@ def _read_shards(path: str, names: Mapping[str, str]) -> WeightFile:
   shards = sorted(set(names.values()))
   tensors, metadata, kind = {}, {}, None
   for shard in shards:
-    if os.path.basename(shard) != shard or shard in ("", ".", ".."):
+    is_name = os.path.basename(shard) == shard and "\0" not in shard
+    if not is_name or shard in ("", ".", ".."):
       raise errors.UserError(
           f"weight_map: got the shard {unpickle.shown(shard)}, expected a file "
           "beside the index file"

@@ -350,7 +350,7 @@ class TrajectoryDistillation(
   def denoise(
       self, params, x, sigma, labels, dropout_keys=None, augment_labels=None
   ) -> jax.Array:
-    """Returns the denoiser inside G [B, H, W, C]; mostly g(x, sigma, sigma)."""
+    """Returns the denoiser inside G [B, H, W, C]; by default g(x, t, t)."""
     network = self.apply_network(params, labels, dropout_keys, augment_labels)
     form = preconditioning.EDM(self.sigma_data)
     if self.preconditioning == "ctm":

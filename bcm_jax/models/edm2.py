@@ -264,9 +264,8 @@ class EDM2(nn.Module):
     mult, mult_noise = self.channel_mult_emb, self.channel_mult_noise
     mult = max(self.channel_mult) if mult is None else mult
     mult_noise = self.channel_mult[0] if mult_noise is None else mult_noise
-    width = self.model_channels * mult
-    features = self.model_channels * mult_noise
-    emb = mp_layers.MPFourier(features, name="emb_fourier")(c_noise)
+    width, noise = (self.model_channels * m for m in (mult, mult_noise))
+    emb = mp_layers.MPFourier(noise, name="emb_fourier")(c_noise)
     emb = mp_layers.MPConv(width, name="emb_noise")(emb)
     if labels is not None:
       if labels.ndim == 1:

@@ -1,5 +1,7 @@
 """Preconditionings: identities, the exact Gaussian map, reference numbers."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,3 +183,40 @@ def test_one_step_from_noise_has_the_closed_form_spread(x64):
   np.testing.assert_allclose(
       gaussian.flow_map(80 * z, t, u), spread * z, rtol=1e-9
   )
+
+
+@pytest.mark.parametrize("inner", [
+    pre.EDM(0.6), pre.ConsistencyBoundary(0.6, 0.01), pre.Plain(0.6)
+])
+@pytest.mark.parametrize("outer", typing.get_args(pre.OuterSkip))
+def test_trajectories_have_the_slope_of_their_denoiser(inner, outer):
+  """dG/du at u = t is (x - D) / t for any F: matches the ODE."""
+  form = pre.Trajectory(inner, outer, 0.6, 0.01)
+  x, f = 1.3, -0.7
+  with jax.enable_x64(True):
+    for t in (0.05, 0.8, 20.0):
+
+      def g(u, t=t):
+        c = form(jnp.float64(t), u)
+        return c.c_skip * x + c.c_out * f
+
+      c = form.denoiser(jnp.float64(t))
+      d = c.c_skip * x + c.c_out * f
+      slope = jax.grad(g)(jnp.float64(t))
+      np.testing.assert_allclose(slope, (x - d) / t, rtol=1e-9)
+      if outer != "euler_variance_mixed":
+        np.testing.assert_allclose(g(jnp.float64(t)), x, rtol=1e-12)
+
+
+def test_parametrizations_of_ctm_by_hand():
+  t, u, sd, low = 2.0, 0.5, 0.5, 0.002
+  v = np.sqrt(((u - low) ** 2 + sd**2) / ((t - low) ** 2 + sd**2))
+  inner = pre.Plain(sd)
+  for outer, skip in (
+      ("euler", u / t), ("variance", v),
+      ("euler_variance_mixed", (u + v) / (t + 1)),
+  ):
+    c = pre.Trajectory(inner, outer, sd, low)(t, u)
+    np.testing.assert_allclose(c.c_skip, skip, rtol=1e-6)
+    np.testing.assert_allclose(c.c_out, 1 - u / t, rtol=1e-6)
+    np.testing.assert_allclose(c.c_in, 1 / np.hypot(t, sd), rtol=1e-6)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import struct
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -387,3 +388,87 @@ def test_every_method_has_words():
   other["method"]["name"] = "new"
   metadata = dict(ABOUT, dtype="float32", config_digest="a", bcm_jax="0.1")
   assert "A model of method new" in model_card.text(other, metadata, 1)
+
+
+def test_header_steps_out_of_range(tmp_path):
+  for step in (-5, 2**31, 10**300, True, 1.5):
+    folder = written(tmp_path / f"{str(step)[:9]}")
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    header = weight_files.read(str(path)).metadata["bcm_jax"]
+    changed = json.dumps(json.loads(header) | {"step": step})
+    path.write_bytes(safetensors.numpy.save(tensors, {"bcm_jax": changed}))
+    assert "step" in fails(folder)
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.__setitem__("model", []),
+    lambda c: c.__setitem__("method", None),
+    lambda c: c.__setitem__("optimizer", None),
+    lambda c: c.__setitem__("data", "digits"),
+    lambda c: c["method"].__setitem__("name", ["bcm"]),
+    lambda c: c["method"].__setitem__("name", {}),
+    lambda c: c["model"].__setitem__("channel_mult", []),
+    lambda c: c["model"].__setitem__("channel_mult", [0, 1]),
+    lambda c: c["model"].__setitem__("min_group_channels", 0),
+    lambda c: c["model"].__setitem__("num_heads", -1),
+    lambda c: c["model"].__setitem__("model_channels", 0),
+])
+def test_hostile_configs(change, tmp_path):
+  config = json.loads(json.dumps(CONFIG))
+  change(config)
+  model_folder.write(str(tmp_path / "f"), CONFIG, tree(), ABOUT)
+  path = tmp_path / "f" / "model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  header = json.loads(weight_files.read(str(path)).metadata["bcm_jax"])
+  header["config_digest"] = hashing.json_digest(config)[:12]
+  content = safetensors.numpy.save(tensors, {"bcm_jax": json.dumps(header)})
+  path.write_bytes(content)
+  (tmp_path / "f" / "config.json").write_text(json.dumps(config))
+  with pytest.raises(errors.UserError, match="model|method|optimizer|data"):
+    model_folder.unpack(str(tmp_path / "f"), str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "result.json", "config.json"])
+def test_links_and_pipes_are_not_sent(name, tmp_path):
+  folder = written(tmp_path / "f")
+  model_folder.check_links(str(folder))
+  path = folder / name
+  path.unlink(missing_ok=True)
+  (tmp_path / "secret").write_text("{}")
+  path.symlink_to(tmp_path / "secret")
+  with pytest.raises(errors.UserError, match="link"):
+    model_folder.check_links(str(folder))
+  path.unlink()
+  path.symlink_to(tmp_path / "absent")
+  with pytest.raises(errors.UserError, match="link"):
+    model_folder.check_links(str(folder))
+  path.unlink()
+  os.mkfifo(path)
+  with pytest.raises(errors.UserError, match="regular file"):
+    model_folder.check_links(str(folder))
+  if name == "result.json":
+    assert "regular file" in fails(folder)  # Without waiting for a writer.
+
+
+def test_targets_inside_their_source(tmp_path):
+  folder = written(tmp_path / "f")
+  (tmp_path / "link").symlink_to(folder)
+  for target in ("f/sub", "f/a/../sub", "link/sub"):
+    with pytest.raises(errors.UserError, match="inside"):
+      model_folder.unpack(str(folder), str(tmp_path / target))
+  assert sorted(os.listdir(folder)) == [
+      "README.md", "config.json", "model.safetensors"
+  ]
+
+
+def test_weights_that_are_not_finite():
+  # The shipped network, with one value changed after its digest was checked.
+  source = "bcm_jax/networks/digits"
+  raw, params, metadata = model_folder.read(source)
+  params["out_2"]["bias"] = np.full_like(params["out_2"]["bias"], np.nan)
+  with mock.patch.object(
+      model_folder, "read", lambda folder: (raw, params, metadata)
+  ), pytest.raises(errors.UserError, match="not finite"):
+    model_folder.load(source)

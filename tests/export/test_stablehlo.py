@@ -710,3 +710,47 @@ def test_the_page_names_every_flag_and_call():
   assert len(public) == 3 and len(kinds) == 5
   for word in [*public, *kinds, f"more than {samplers.UNROLLED} evaluations"]:
     assert word in text, word
+
+
+def npz(**arrays):
+  buffer = io.BytesIO()
+  np.savez(buffer, **arrays)
+  return buffer.getvalue()
+
+
+@pytest.mark.parametrize("weights, changes", [
+  (None, {"platforms": 3}),
+  (None, {"platforms": []}),
+  (None, {"image_shape": None}),
+  (None, {"image_shape": [8, 8, -1]}),
+  (None, {"num_classes": "ten"}),
+  (None, {"invert": ...}),
+  (None, {"invert": {"file": "absent.bin", "arguments": []}}),
+  (None, {"samplers": {}}),
+  (None, {"samplers": {"onestep": []}}),
+  (None, {"versions": None}),
+  (None, {"calling_convention_version": "9"}),
+  (None, {"files": {}}),
+  (npz(a=np.array([1, "x"], dtype=object)), {}),
+  (npz(a=np.float32([np.nan])), {}),
+  (b"PK\x03\x04x", {}),
+  (b"", {}),
+])
+def test_edited_files_with_fitting_digests(weights, changes, tmp_path):
+  content = npz(a=np.zeros(2, np.float32)) if weights is None else weights
+  manifest = {
+    "format": 1, "platforms": ["cpu"], "image_shape": [8, 8, 1],
+    "files": {"weights.npz": hashlib.sha256(content).hexdigest()},
+    "num_classes": 10, "invert": None, "decode": None,
+    "samplers": {"onestep": {"file": "weights.npz", "arguments": ["seed"]}},
+    "versions": {"jax": "x"}, "calling_convention_version":
+    jax_export.maximum_supported_calling_convention_version,
+  } | changes
+  manifest = {k: v for k, v in manifest.items() if v is not ...}
+  manifest["sha256"] = stablehlo_runtime.record_digest(manifest)
+  path = tmp_path / "x.zip"
+  with zipfile.ZipFile(path, "w") as file:
+    file.writestr("manifest.json", json.dumps(manifest))
+    file.writestr("weights.npz", content)
+  with pytest.raises(stablehlo_runtime.DamagedError):
+    stablehlo_runtime.load(path)

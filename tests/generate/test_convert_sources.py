@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 from flax import traverse_util
 import ml_dtypes
@@ -191,6 +192,18 @@ def test_addresses(place, tmp_path):
   refused("address", place, tmp_path)
 
 
+def test_a_pipe(tmp_path):
+  os.mkfifo(tmp_path / "x.pt")
+  refused("regular file", tmp_path / "x.pt", tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["\0", "..", "a/b", "", 3, "absent"])
+def test_shards_that_are_no_files(shard, tmp_path):
+  path = tmp_path / "x.index.json"
+  path.write_text(json.dumps({"weight_map": {"a": shard}}))
+  refused("shard|weight_map", path, tmp_path)
+
+
 def test_a_folder(tmp_path):
   (tmp_path / "weights").mkdir()
   refused("folder", tmp_path / "weights", tmp_path)
@@ -254,9 +267,11 @@ def test_image_sizes(bcm, edm, tmp_path):
 
 @pytest.mark.parametrize("mult, size, name, method, qkv_norm", [
     ((1, 1, 2, 2, 4, 4), 256, "ct_bedroom256.pt", "ct", False),
-    ((1, 1, 2, 2, 4, 4), 256, "weights.pt", "ict", False),
+    pytest.param((1, 1, 2, 2, 4, 4), 256, "weights.pt", "ict", False,
+                 marks=pytest.mark.slow),
     ((1, 2, 3, 4), 64, "edm_imagenet64_ema.pt", "edm", False),
-    ((1, 2, 3, 4), 64, "ict_imagenet64.pt", "ict", True),
+    pytest.param((1, 2, 3, 4), 64, "ict_imagenet64.pt", "ict", True,
+                 marks=pytest.mark.slow),
 ])
 def test_networks_of_openai(mult, size, name, method, qkv_norm, tmp_path):
   model = dict(

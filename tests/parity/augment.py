@@ -15,6 +15,13 @@ from tests.parity import report
 def recorded_draws(
   pipe: augmentation.AugmentPipe, numbers: Sequence[np.ndarray]
 ) -> augmentation.Draws:
+  """The first of `recorded`."""
+  return recorded(pipe, numbers)[0]
+
+
+def recorded(
+  pipe: augmentation.AugmentPipe, numbers: Sequence[np.ndarray]
+) -> tuple[augmentation.Draws, augmentation.MoreDraws | None]:
   """Draws as the official pipe made them, from a record of its calls.
 
   Args:
@@ -23,31 +30,39 @@ def recorded_draws(
       2 x B with x before y.
 
   Returns:
-    float64 NumPy arrays; numbers not drawn are 0.
+    float64 NumPy arrays; numbers not drawn are 0. Those of the transforms that
+    the paper does not use are None if none is on.
 
   Raises:
     ValueError: for more or fewer calls than the pipe makes, or none at all.
   """
-  on = [name for name in augmentation._TRANSFORMS if getattr(pipe, name) > 0]
+  tables = augmentation._TRANSFORMS, augmentation._MORE
+  on = [name for name in augmentation._ORDER if getattr(pipe, name) > 0]
   calls = [
-    (name, what) for name in on for what in augmentation._TRANSFORMS[name][1]
+    (name, what) for name in on for what in (tables[0] | tables[1])[name][1]
   ]
   if not calls or len(calls) != len(numbers):
     raise ValueError(f"{len(numbers)} recorded calls, expected {len(calls)}")
   batch = numbers[-1].size  # Every transform ends with one number an example.
-  fields = {name: np.zeros(batch) for name in augmentation.Draws._fields}
-  fields["shift"] = np.zeros((batch, 2))
-  fields["gates"] = np.ones((batch, len(augmentation._TRANSFORMS)))
+  classes = augmentation.Draws, augmentation.MoreDraws
+  fields = {
+    name: np.zeros(batch) for cls in classes for name in cls._fields
+  }
+  fields["shift"] = fields["shift_int"] = np.zeros((batch, 2))
+  gates = [np.ones((batch, len(table))) for table in tables]
   for (name, what), values in zip(calls, numbers, strict=True):
     if what == "gate":
-      fields["gates"][:, list(augmentation._TRANSFORMS).index(name)] = (
-        values.ravel()
-      )
-    elif what == "shift":
-      fields["shift"][:] = values.reshape(2, batch).T
+      which = name in tables[1]
+      gates[which][:, list(tables[which]).index(name)] = values.ravel()
+    elif what.startswith("shift"):
+      fields[what] = values.reshape(2, batch).T.astype(np.float64)
     else:
-      fields[what][:] = values.ravel()
-  return augmentation.Draws(**fields)
+      fields[what] = values.ravel().astype(np.float64)
+  first, more = (
+    cls(**{k: fields[k] for k in cls._fields if k != "gates"}, gates=gate)
+    for cls, gate in zip(classes, gates, strict=True)
+  )
+  return first, more if pipe.needs_more else None
 
 
 def exact_margin(
@@ -83,27 +98,21 @@ def exact_margin(
 def pipe(file, precision):
   """AugmentPipe(x) -> images and labels."""
   fields = {f.name for f in dataclasses.fields(augmentation.AugmentPipe)}
-  unknown = {k: v for k, v in file.constructor.items() if k not in fields}
-  # Strengths of transforms that are off do nothing.
-  lacking = sorted(
-    k
-    for k, v in unknown.items()
-    if v and not k.endswith(("_std", "_max", "_prob"))
-  )
-  if lacking:
+  unknown = sorted(file.constructor.keys() - fields)
+  if unknown:
     for name in file.outputs:
-      reason = f"data.augmentation has no {', '.join(lacking)}"
+      reason = f"data.augmentation has no {', '.join(unknown)}"
       yield report.Missing(name, reason)
     return
-  settings = augmentation.AugmentPipe(
-    **{k: v for k, v in file.constructor.items() if k in fields}
-  )
+  settings = augmentation.AugmentPipe(**file.constructor)
   numbers = [v for _, v in sorted(file.group("in/draw").items())]
-  draws = recorded_draws(settings, numbers)
+  draws, more = recorded(settings, numbers)
   x = jnp.asarray(file.image("in/x"), precision)
   margin = exact_margin(settings, draws, x.shape[1:])
-  run = quick.jit(lambda x, d: augmentation.apply(settings, x, d, margin))
-  y, labels = run(x, draws)
+  run = quick.jit(
+    lambda x, d, m: augmentation.apply(settings, x, d, margin, m)
+  )
+  y, labels = run(x, draws, more)
   columns = list(settings.label_columns)
   for name, value in (("y", y), ("labels", labels[:, columns])):
     if name in file.outputs:

@@ -52,7 +52,7 @@ RUNNERS = [
 def precisions(file: files.Reference, wanted: str | None) -> list[str]:
   """The precisions to run a file in."""
   if not any(file.twin(name) for name in file.outputs):
-    return ["exact"]
+    return ["float32" if file.meta.get("f32_vs_f64") else "exact"]
   return [p for p in ("float32", "float64") if wanted in (None, p)]
 
 
