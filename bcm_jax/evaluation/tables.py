@@ -6,7 +6,6 @@ the name of the run in the tables. Methods without a result file are marked
 """
 
 from collections.abc import Iterable, Mapping
-import json
 import os
 import pathlib
 from typing import Any
@@ -60,8 +59,8 @@ def read(folder: str) -> dict[str, Result]:
   results = {}
   for path in paths:
     try:
-      content = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
+      content = files.read_json(path)
+    except ValueError as e:
       raise errors.UserError(
           f"{path}: not valid JSON ({e}); write it again with mode eval"
       ) from e

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 from typing import Any, BinaryIO
 import uuid
@@ -79,19 +80,30 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
   write_bytes(path, to_json(content))
 
 
+def parse_json(text: str | bytes) -> Any:
+  """Returns the content of JSON text.
+
+  Raises:
+    ValueError: it is not JSON, or nested too deeply.
+  """
+  try:
+    return json.loads(text)
+  except RecursionError as e:
+    raise ValueError("nested too deeply") from e
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
   """Returns the content of a JSON file.
 
   Raises:
-    ValueError: it is not JSON, or nested too deeply.
+    ValueError: it is not a file, not JSON, or nested too deeply.
     OSError: it cannot be read.
   """
+  # A folder cannot be read, and a pipe would block.
+  if not stat.S_ISREG(os.stat(path).st_mode):
+    raise ValueError("not a regular file")
   with open(path, "rb") as file:
-    content = file.read()
-  try:
-    return json.loads(content)
-  except RecursionError as e:
-    raise ValueError("nested too deeply") from e
+    return parse_json(file.read())
 
 
 def check_free(path: str) -> None:
