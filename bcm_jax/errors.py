@@ -66,7 +66,7 @@ def of_file(error: OSError) -> UserError | MachineError | None:
         f"{place}{error.strerror}; free space or repair the disk, then run the "
         "same command again"
     )
-  if error.errno in _PLACE and error.filename:
+  if error.errno in _PLACE:
     return UserError(
         f"{place}{error.strerror}, expected to read or write there; change the "
         "permissions, move what is in the way, or choose another folder"

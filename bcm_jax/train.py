@@ -67,7 +67,8 @@ def train_and_evaluate(
     UserError: the config is invalid or not that of the run in workdir, another
       job writes to workdir, or rollbacks did not end non-finite steps.
     MachineError: checkpoints cannot be written.
-    Preempted: SIGTERM was received; a checkpoint is saved.
+    Preempted: SIGTERM or SIGINT was received; a checkpoint is saved. With
+      nothing to save SIGTERM ends the process, also while it compiles.
   """
   began = time.monotonic()
   experiment = build.build(config)
@@ -79,12 +80,12 @@ def train_and_evaluate(
     lock = _on_process_0(
         workdir, lambda: lock_workdir(experiment.config, workdir)
     )
-    if lock is not None:
-      stack.callback(lock.release)
+    release = lock.release if lock is not None else lambda: None
+    stack.callback(release)
     accounts = goodput.Goodput(
         workdir if jax.process_index() == 0 else None, began=began
     )
-    preemption = multihost.PreemptionSignal()
+    preemption = multihost.PreemptionSignal(release)
     stack.enter_context(preemption.listening())
     run = Run(experiment, workdir, source, accounts, preemption, lock)
     state = run.train()
@@ -496,6 +497,7 @@ def lock_workdir(
 
 def begin_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Writes config.json; removes DONE, as the run trains or evaluates again."""
+  os.makedirs(runs.checkpoint_dir(workdir), exist_ok=True)
   with contextlib.suppress(FileNotFoundError):
     os.remove(os.path.join(workdir, DONE))
   resolve.write(config, workdir)

@@ -127,7 +127,7 @@ MUTATIONS = (
   Mutation(
     "notice at the end ignored",
     "training/multihost.py",
-    "    if self._preempted:\n      self._stop()\n",
+    "    if self._preempted:\n      raise errors.Preempted(_NOTHING_TO_SAVE)\n",
     "",
     "training/test_multihost.py::test_a_notice_waits_where_it_is_deferred",
   ),

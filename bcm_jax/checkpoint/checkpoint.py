@@ -21,6 +21,8 @@ Only this module imports Orbax, which takes seconds.
 from collections.abc import Callable, Mapping
 import dataclasses
 import logging as std_logging
+import pathlib
+import re
 import time
 from typing import Any
 
@@ -43,6 +45,8 @@ _STATE, _META = "state", "meta"
 # Environment failures: the checkpoint itself may be intact.
 _NOT_DAMAGE = (MemoryError, PermissionError)
 _MAX_LISTED = 5
+# Name of the folder of a step; int() would also take digits of other scripts.
+_STEP = re.compile(r"0|[1-9][0-9]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +162,7 @@ class Checkpoints:
     return sorted(
         int(path.name)
         for path in self._directory.iterdir()
-        if path.name.isdigit()
+        if _STEP.fullmatch(path.name) and path.is_dir()
         and (not marker or (path / "commit_success.txt").exists())
     )
 
@@ -495,6 +499,10 @@ def read_step(folder: epath.Path, version: int = digests.FORMAT) -> Loaded:
     UserError: it has another format.
   """
   step = int(folder.name)
+  if "://" not in str(folder):
+    for path in pathlib.Path(folder).rglob("*"):
+      if not path.is_file() and not path.is_dir():  # Orbax waits for a pipe.
+        raise digests.Damage(f"{path.name}: a pipe or a dangling link")
   record = _attempt(
     "meta",
     lambda: _read_item(

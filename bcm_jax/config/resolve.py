@@ -544,7 +544,7 @@ def read_run(workdir: str) -> dict[str, Any] | None:
     UserError: the file is damaged or of the first version of bcm_jax.
   """
   path = pathlib.Path(workdir) / "config.json"
-  if not path.is_file():
+  if not path.exists():
     return None
   try:
     raw = files.read_json(path)

@@ -71,7 +71,7 @@ class Progress:
   def __init__(self, path: str = ""):
     self._path, self._numbers = path if jax.process_count() == 1 else "", {}
     if self._path and os.path.exists(self._path):
-      self._numbers = files.read_json(self._path)
+      self._numbers = _read_object(self._path)
       print(f"continues from {self._path}")
 
   def __call__(self, name: str, measure: Callable[[], Any]) -> Any:
@@ -484,7 +484,7 @@ def _write(evaluation, name: str, result: dict[str, Any]) -> None:
   digest = _settings_digest(evaluation, result["average"])
   if jax.process_index() == 0:
     if os.path.exists(f"{base}.json"):
-      old = files.read_json(f"{base}.json")
+      old = _read_object(f"{base}.json")
       # Results of earlier versions do not have it.
       kept = old.get("settings_digest") or hashing.json_digest(old)[:8]
       if kept != digest:
@@ -498,6 +498,20 @@ def _write(evaluation, name: str, result: dict[str, Any]) -> None:
       draw.inversion(result["inversion"], f"{base}_inversion.png")
   print(summary(result))
   print(f"numbers: {base}.json")
+
+
+def _read_object(path: str) -> dict[str, Any]:
+  """Reads a JSON object that an evaluation wrote."""
+  try:
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+      raise ValueError("not an object")
+  except ValueError as e:
+    raise errors.UserError(
+        f"{path}: got a damaged file ({e}), expected numbers of mode eval; "
+        "remove it to evaluate again"
+    ) from e
+  return content
 
 
 def finish(

@@ -77,7 +77,12 @@ def _results(paths: Iterable[pathlib.Path]) -> dict[str, Result]:
   """Returns the results among JSON files, by the name of the file."""
   results = {}
   for path in sorted(paths):
-    content = files.read_json(path)
+    try:
+      content = files.read_json(path)
+    except ValueError as e:
+      raise errors.UserError(
+          f"{path}: not valid JSON ({e}); write it again with mode eval"
+      ) from e
     if isinstance(content, dict) and "samplers" in content:
       # A key of results of the first version.
       if "compared_one_by_one" in content.get("protocol", {}):

@@ -126,8 +126,16 @@ class Record:
     self._path, self._measure = path, measure
     self.content = {"costs": {}, "best": None} | facts
     if os.path.exists(path):
-      with open(path, encoding="utf-8") as f:
-        self.content["costs"] = json.load(f)["costs"]
+      try:
+        costs = dict(files.read_json(path)["costs"])
+        if not all(isinstance(x, float) for x in costs.values()):
+          raise ValueError("a cost is not a number")
+      except (ValueError, TypeError, KeyError) as e:
+        raise errors.UserError(
+            f"{path}: got a damaged file ({e!r}), expected the costs of a "
+            "search; remove it to search again"
+        ) from e
+      self.content["costs"] = costs
 
   def __call__(self, sampler: str) -> float:
     costs = self.content["costs"]

@@ -5,7 +5,6 @@ the command that writes it.
 """
 
 from collections.abc import Iterator, Sequence
-import json
 import os
 import pathlib
 import re
@@ -17,6 +16,7 @@ import numpy as np
 from bcm_jax import errors
 from bcm_jax.config import resolve
 from bcm_jax.data import image_source
+from bcm_jax.utils import files
 
 # Metrics without a prefix belong to the sampled network, named so in all
 # methods.
@@ -172,13 +172,15 @@ def _records(path: str) -> Iterator[dict[str, Any]]:
   with open(path, encoding="utf-8", errors="replace") as file:
     for text in file:
       try:
-        record = json.loads(text)
+        record = files.parse_json(text)
         step = record.pop("step")
         if "kind" not in record:
           # Non-finite numbers are stored as strings.
           values = {k: float(v) for k, v in record.items()}
           yield {"step": int(step), "scalars": values}
-      except (ValueError, TypeError, KeyError, AttributeError):
+      except (
+          ValueError, TypeError, KeyError, AttributeError, OverflowError
+      ):
         continue
 
 
@@ -237,7 +239,7 @@ def results(run: Run) -> list[dict[str, Any]]:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
-    content = json.loads(path.read_text())
+    content = files.read_json(path)
   except ValueError as e:
     raise errors.UserError(
         f"{path}: not valid JSON ({e}); write it again with --mode=eval"

@@ -9,7 +9,7 @@ networks stay the same; keys are renamed by the tables below (docs/renames.md),
 and digests of what contains them are computed again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import json
 import os
 import pathlib
@@ -88,11 +88,8 @@ def migrate(old: str, new: str) -> str:
       )
     shutil.copytree(
         old, folder, dirs_exist_ok=True,
-        ignore=lambda at, names: done if at == old else (),
-        copy_function=lambda source, target: _copy(
-            pathlib.Path(source), pathlib.Path(target),
-            os.path.relpath(source, old).split(os.sep)[0],
-        ),
+        ignore=lambda at, names: _left_out(at, names, old, done),
+        copy_function=lambda source, target: _copy_file(source, target, old),
     )
   found = f"checkpoints: {', '.join(map(str, steps))}\n" if steps else ""
   return f"{found}written: {new}"
@@ -114,6 +111,41 @@ def config(old: Mapping[str, Any]) -> dict[str, Any]:
       for rule in new["parallel"]["sharding"]
   ]
   return json.loads(json.dumps(new, sort_keys=True))
+
+
+def _config_of(old: Any, path: object) -> dict[str, Any]:
+  """Returns `config(old)`, checked.
+
+  Args:
+    old: JSON content of a config.
+    path: its file or checkpoint, for errors.
+
+  Raises:
+    UserError: no config, or not one of the first version.
+  """
+  sections = old if isinstance(old, Mapping) else {}
+  training, parallel = (
+      sections.get(name) for name in ("training", "parallel")
+  )
+  if isinstance(training, Mapping) and "hang_secs" not in training:
+    raise errors.UserError(
+        f"{path}: got a config of this version, expected one of the first "
+        "version; nothing has to be migrated"
+    )
+  try:
+    rules = parallel["sharding"]
+    valid = all(
+        isinstance(v, Mapping) for k, v in sections.items() if k != "seed"
+    ) and all(isinstance(rule, str) for rule in rules)
+    valid = valid and {"training", "method"} <= sections.keys()
+  except (TypeError, KeyError):
+    valid = False
+  if not valid:
+    raise errors.UserError(
+        f"{path}: got damaged content, expected the config of a run; restore "
+        "it from a backup"
+    )
+  return config(sections)
 
 
 def _rename(tree: Any, table: Mapping[str, str]) -> Any:
@@ -160,7 +192,9 @@ def _write_checkpoints(old: str, new: str) -> list[int]:
             "again"
         ) from e
       leaves = {_path(path): leaf for path, leaf in loaded.leaves.items()}
-      meta = loaded.meta | {"config": config(loaded.meta["config"])}
+      meta = loaded.meta | {
+          "config": _config_of(loaded.meta.get("config"), folder)
+      }
       target.save(step, traverse_util.unflatten_dict(leaves), meta)
       target.wait()
   return steps
@@ -177,10 +211,46 @@ def _write_model_folder(old: str, new: str) -> None:
       r'^license: "(.*)"$', card.read_text() if card.exists() else "", re.M
   )
   model_folder.write(
-      new, config(raw), params, about, metadata["dtype"],
+      new, _config_of(raw, old), params, about, metadata["dtype"],
       None if result is None else _rename(result, _RESULT),
       license_id and license_id.group(1),
   )
+
+
+def _left_out(at: str, names: list[str], old: str, done) -> Sequence[str]:
+  """Returns the names in OLD that are written otherwise.
+
+  Raises:
+    UserError: a link to a folder that contains it.
+  """
+  here = pathlib.Path(os.path.realpath(at))
+  for path in (os.path.join(at, name) for name in names):
+    if os.path.islink(path) and here.is_relative_to(os.path.realpath(path)):
+      raise errors.UserError(
+          f"{path}: got a link to a folder that contains it, expected none; "
+          "remove it"
+      )
+  return done if at == old else ()
+
+
+def _copy_file(source: str, target: str, old: str) -> None:
+  """Copies a file of OLD.
+
+  Raises:
+    UserError, MachineError: it cannot be copied; shutil.copytree collects only
+      the texts of OSError.
+  """
+  try:
+    if not os.path.isfile(source):
+      raise errors.UserError(
+          f"{source}: got a pipe or a dangling link, expected a file; remove it"
+      )
+    _copy(
+        pathlib.Path(source), pathlib.Path(target),
+        os.path.relpath(source, old).split(os.sep)[0],
+    )
+  except OSError as e:
+    raise errors.of_file(e) or e from e
 
 
 def _copy(old: pathlib.Path, new: pathlib.Path, top: str) -> None:
@@ -193,13 +263,13 @@ def _copy(old: pathlib.Path, new: pathlib.Path, top: str) -> None:
       )
   elif old.suffix == ".json" and top not in _AS_IS:
     try:
-      content = json.loads(old.read_text())
+      content = files.read_json(old)
     except ValueError as e:
       raise errors.UserError(
           f"{old} is damaged ({e}); repair or remove it"
       ) from e
     if top == model_folder.CONFIG:
-      content = config(content)
+      content = _config_of(content, old)
     else:
       table = _STATE if top == nonfinite.ROLLBACKS else _RESULT
       content = _rename(content, table)

@@ -8,7 +8,8 @@ therefore add up to the wall time.
 
 from collections.abc import Callable, Iterator
 import contextlib
-import json
+import logging
+import math
 import os
 import pathlib
 import time
@@ -131,6 +132,22 @@ class Goodput:
     }
 
 
+def _check(record: Any) -> dict[str, Any]:
+  """Returns a record of `Goodput.record`; raises ValueError if it is not one.
+  """
+  try:
+    numbers = [record[k] for k in ("first", "last", "steps", "wall")]
+    numbers += [record["seconds"][k] for k in (*PARTS, "step")]
+  except (TypeError, KeyError) as e:
+    raise ValueError("not a record") from e
+  if not all(
+      type(x) in (int, float) and math.isfinite(x) and abs(x) < 2**63
+      for x in numbers
+  ):
+    raise ValueError("a value is not a number")
+  return record
+
+
 def total(workdir: str) -> dict[str, Any] | None:
   """Sums the records of all starts of a run.
 
@@ -143,15 +160,15 @@ def total(workdir: str) -> dict[str, Any] | None:
   records = []
   for path in sorted((pathlib.Path(workdir) / FOLDER).glob("*.json")):
     try:
-      records.append(json.loads(path.read_text()))
-    except ValueError:
-      continue
+      records.append(_check(files.read_json(path)))
+    except (OSError, ValueError) as e:
+      logging.warning("%s is left out of the time accounting: %s", path, e)
   if not records:
     return None
-  seconds: dict[str, float] = {}
-  for record in records:
-    for name, value in record["seconds"].items():
-      seconds[name] = seconds.get(name, 0.0) + value
+  seconds = {
+      name: sum(r["seconds"][name] for r in records)
+      for name in (*PARTS, "step")
+  }
   # A killed start may have trained more steps than its last record has; the
   # next start continues from a checkpoint of these.
   steps = records[-1]["steps"] + sum(

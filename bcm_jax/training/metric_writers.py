@@ -18,6 +18,7 @@ from absl import logging
 from flax import traverse_util
 import numpy as np
 
+from bcm_jax import errors
 from bcm_jax.training import fault_injection
 from bcm_jax.utils import files
 
@@ -164,6 +165,11 @@ class JsonlWriter:
     """Opens the file for appending; removes a partial last line of a crash."""
     os.makedirs(logdir, exist_ok=True)
     self.path = os.path.join(logdir, METRICS_FILE)
+    if os.path.lexists(self.path) and not os.path.isfile(self.path):
+      raise errors.UserError(
+          f"{self.path}: got a folder, pipe or dangling link, expected a file; "
+          "move it away"
+      )
     _drop_partial_line(self.path)
     self._file = open(self.path, "ab", buffering=0)
     self._waiting = b""
@@ -348,7 +354,7 @@ def _jsonable(value: Any) -> Any:
 
 def _parse(line: str) -> Any:
   try:
-    return json.loads(line)
+    return files.parse_json(line)
   except ValueError:
     return None
 

@@ -4,7 +4,7 @@ All communication uses JAX's distributed runtime, which discovers and monitors
 the other processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import logging
 import os
@@ -243,15 +243,31 @@ def to_host(tree: Any) -> Any:
 
 
 class PreemptionSignal:
-  """Detects a preemption signal (SIGTERM) on any process of the run.
+  """Detects a preemption signal (SIGTERM) or Ctrl-C on any process of the run.
 
   With several processes, JAX's preemption service distributes the signal and
-  selects a step that no process has passed; with one process, a signal handler
+  selects a step that no process has passed. With one process, a signal handler
   sets a flag.
+
+  Before a step of this start is finished and after the last save there is
+  nothing to save: SIGTERM then ends a single process at once, also while it
+  compiles. It raises nothing, since XLA crashes if an exception interrupts a
+  compilation and the interpreter exits.
+
+  Args:
+    release: called before the process ends, for example to release a lock.
+    end: ends the process with a status; replaced by tests.
   """
 
-  def __init__(self):
-    self._preempted = self._deferred = False
+  def __init__(
+      self,
+      release: Callable[[], Any] = lambda: None,
+      end: Callable[[int], Any] = os._exit,
+  ):
+    self._release = release
+    self._end = end
+    self._preempted = self._interrupted = False
+    self._deferred = self._stepped = False
 
   def reached(self, call: int) -> bool:
     """Returns whether to save and stop after a call of the training step.
@@ -259,6 +275,7 @@ class PreemptionSignal:
     Args:
       call: index of the call, 0, 1, 2, ...; query each index once.
     """
+    self._stepped = True
     if jax.process_count() > 1:
       # JAX returns True for one index only, after which the loop may roll back.
       self._preempted |= multihost_utils.reached_preemption_sync_point(call)
@@ -266,27 +283,31 @@ class PreemptionSignal:
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[None]:
-    """Handles SIGTERM in the context.
+    """Handles SIGTERM and SIGINT in the context, in the main thread only.
 
     Raises:
-      Preempted: SIGTERM was received outside of a `deferred` context.
+      KeyboardInterrupt: SIGINT was received twice, or with nothing to save.
     """
-    main = threading.current_thread() == threading.main_thread()
-    if jax.process_count() > 1 or not main:
+    if threading.current_thread() != threading.main_thread():
       yield
       return
-    old_handler = signal.signal(signal.SIGTERM, self._handle)
-    try:
+    handlers = {signal.SIGINT: self._interrupt}
+    if jax.process_count() == 1:
+      handlers[signal.SIGTERM] = self._preempt
+    with contextlib.ExitStack() as stack:
+      for number, handler in handlers.items():
+        old_handler = signal.signal(number, handler)
+        stack.callback(signal.signal, number, old_handler)
       yield
-    finally:
-      signal.signal(signal.SIGTERM, old_handler)
 
   @contextlib.contextmanager
   def deferred(self) -> Iterator[None]:
-    """Defers Preempted: the loop polls `reached`.
+    """Defers the end of the process from the first finished step on.
+
+    The loop polls `reached`.
 
     Raises:
-      Preempted: at the end of the context, if SIGTERM was received in it.
+      Preempted: at the end of the context, if a signal was received in it.
     """
     self._deferred = True
     try:
@@ -294,15 +315,36 @@ class PreemptionSignal:
     finally:
       self._deferred = False
     if self._preempted:
-      self._stop()
+      raise errors.Preempted(_NOTHING_TO_SAVE)
 
-  def _handle(self, number: int, frame: types.FrameType | None) -> None:
+  @property
+  def _to_save(self) -> bool:
+    return self._deferred and self._stepped
+
+  def _preempt(self, number: int, frame: types.FrameType | None) -> None:
     del number, frame
     self._preempted = True
-    if not self._deferred:
-      self._stop()
+    if not self._to_save:
+      _say(f"preempted: {_NOTHING_TO_SAVE}")
+      self._release()
+      self._end(errors.EXIT_PREEMPTED)
 
-  def _stop(self) -> None:
-    raise errors.Preempted(
-        "nothing to save; the same command resumes from the newest checkpoint"
-    )
+  def _interrupt(self, number: int, frame: types.FrameType | None) -> None:
+    if self._interrupted or not self._to_save:
+      signal.default_int_handler(number, frame)
+    self._interrupted = True
+    _say("interrupted; saving after this step (again: stops without)")
+    if jax.process_count() > 1:  # JAX informs the other processes.
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self._preempted = True
+
+
+_NOTHING_TO_SAVE = (
+    "nothing to save; the same command resumes from the newest checkpoint"
+)
+
+
+def _say(text: str) -> None:
+  """Writes a line to stderr; a handler may interrupt a print."""
+  os.write(2, f"{text}\n".encode())

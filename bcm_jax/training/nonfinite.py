@@ -10,15 +10,15 @@ writes diagnostics.
 import collections
 from collections.abc import Mapping
 import dataclasses
-import json
 import os
-import pathlib
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from bcm_jax import errors
+from bcm_jax.training import multihost
 from bcm_jax.utils import files
 
 # The guard checks a call this many calls later, so as not to wait for the
@@ -161,8 +161,18 @@ class Rollback:
 
 
 def rollback_history(workdir: str) -> list[Rollback]:
-  """Returns all rollbacks, oldest first, on all processes; process 0 reads."""
-  rows = _read_rollbacks(workdir) if jax.process_index() == 0 else []
+  """Returns all rollbacks, oldest first, on all processes; process 0 reads.
+
+  Raises:
+    UserError: rollbacks.json is damaged.
+  """
+  rows, error = [], None
+  if jax.process_index() == 0:
+    try:
+      rows = _read_rollbacks(workdir)
+    except errors.UserError as e:
+      error = e
+  multihost.raise_everywhere(error)
   if jax.process_count() == 1:
     return rows
   share = multihost_utils.broadcast_one_to_all
@@ -211,7 +221,19 @@ def add_rollback(workdir: str, rollback: Rollback) -> None:
 
 
 def _read_rollbacks(workdir: str) -> list[Rollback]:
-  path = pathlib.Path(workdir) / ROLLBACKS
-  if not path.exists():
+  path = os.path.join(workdir, ROLLBACKS)
+  if not os.path.exists(path):
     return []
-  return [Rollback(**r) for r in json.loads(path.read_text())]
+  try:
+    rows = [Rollback(**r) for r in files.read_json(path)]
+    if any(
+        type(x) is not int or not 0 <= x < 2**31
+        for row in rows for x in dataclasses.astuple(row)
+    ):
+      raise ValueError("a value is not a number of steps")
+  except (ValueError, TypeError) as e:
+    raise errors.UserError(
+        f"{path}: got a damaged file ({e}), expected the rollbacks of the run; "
+        "restore it from a backup, or remove it to try the same data again"
+    ) from e
+  return rows

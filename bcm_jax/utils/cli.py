@@ -129,8 +129,9 @@ def reporting() -> Iterator[None]:
       raise
     _exit(expected)
   except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    sys.exit(errors.EXIT_INTERRUPTED)
+    print("interrupted", file=sys.stderr, flush=True)
+    # XLA may still compile in a thread, and crashes if the interpreter exits.
+    os._exit(errors.EXIT_INTERRUPTED)
 
 
 def _exit(error: Exception) -> NoReturn:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 from typing import Any, BinaryIO
 import uuid
@@ -80,16 +81,30 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
   write_bytes(path, to_json(content))
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-  """Reads a JSON file; raises UserError if it is damaged."""
+def parse_json(text: str | bytes) -> Any:
+  """Returns the content of JSON text.
+
+  Raises:
+    ValueError: it is not JSON, or nested too deeply.
+  """
   try:
-    with open(path, encoding="utf-8") as file:
-      return json.load(file)
-  except (ValueError, RecursionError) as e:
-    raise errors.UserError(
-        f"{path}: got damaged JSON ({e}), expected a complete file; delete it "
-        "or write it again"
-    ) from e
+    return json.loads(text)
+  except RecursionError as e:
+    raise ValueError("nested too deeply") from e
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+  """Returns the content of a JSON file.
+
+  Raises:
+    ValueError: it is not a file, not JSON, or nested too deeply.
+    OSError: it cannot be read.
+  """
+  # A folder cannot be read, and a pipe would block.
+  if not stat.S_ISREG(os.stat(path).st_mode):
+    raise ValueError("not a regular file")
+  with open(path, "rb") as file:
+    return parse_json(file.read())
 
 
 def check_free(path: str) -> None:
@@ -151,7 +166,9 @@ def keep_other(folder: str, settings: dict[str, Any]) -> None:
     return f"{folder}_{hashing.json_digest(of)[:8]}"
 
   path = os.path.join(folder, "settings.json")
-  old = read_json(path) if os.path.isfile(path) else {}
+  old = {}
+  with contextlib.suppress(FileNotFoundError, ValueError):
+    old = read_json(path)
   if os.path.isdir(folder) and old != settings:
     shutil.rmtree(kept(old), ignore_errors=True)
     os.replace(folder, kept(old))

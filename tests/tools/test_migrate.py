@@ -6,6 +6,7 @@ with model.width=8, 4 steps), `packed` (its network in bfloat16), and
 """
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -229,6 +230,54 @@ def test_bad_folders(old, new, tmp_path):
     with pytest.raises(errors.UserError, match=said):
       migrate.migrate(str(source), str(target))
     assert not (tmp_path / "new").exists()
+
+
+CONFIGS = [
+    "[]", "3", "null", "{}", "", "[" * 100_000, '{"method": 3}',
+    '{"method": {"name": "bcm"}, "parallel": 3, "training": {"hang_secs": 1}}',
+    '{"method": {}, "parallel": {"sharding": [3]}, "training":'
+    ' {"hang_secs": 1}}',
+    '{"training": {"num_steps": 3}}',
+]
+
+
+@pytest.mark.parametrize("text", CONFIGS)
+def test_odd_configs_are_refused(tmp_path, text):
+  (tmp_path / "old").mkdir()
+  (tmp_path / "old" / "config.json").write_text(text)
+  with pytest.raises(errors.UserError, match="config.json"):
+    migrate.migrate(str(tmp_path / "old"), str(tmp_path / "new"))
+  assert [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_migrating_twice_or_into_itself_is_refused(old, new, tmp_path):
+  shutil.copytree(new / "run", tmp_path / "run")
+  shutil.copytree(new / "run", tmp_path / "no_steps")
+  shutil.rmtree(tmp_path / "no_steps" / "checkpoints")
+  for name in ("run", "no_steps"):
+    before = contents(tmp_path)
+    with pytest.raises(errors.UserError, match=name):
+      migrate.migrate(str(tmp_path / name), str(tmp_path / "again"))
+    assert contents(tmp_path) == before
+  before = contents(old)
+  for place in ("run", "run/new"):
+    with pytest.raises(errors.UserError):
+      migrate.migrate(str(old / "run"), str(old / place))
+  assert contents(old) == before
+
+
+@pytest.mark.parametrize("make", [
+    lambda folder: (folder / "self").symlink_to(folder),
+    lambda folder: (folder / "self").symlink_to("self"),
+    lambda folder: (folder / "gone.json").symlink_to("nowhere"),
+    lambda folder: os.mkfifo(folder / "pipe.json"),
+])
+def test_odd_files_are_named(old, tmp_path, make):
+  shutil.copytree(old / "run", tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints")
+  make(tmp_path / "run")
+  with pytest.raises(errors.UserError, match="self|gone|pipe"):
+    migrate.migrate(str(tmp_path / "run"), str(tmp_path / "new"))
 
 
 def test_digests_of_frozen_networks_stay():

@@ -3,6 +3,7 @@
 What two do: test_two_processes.py.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -79,27 +80,85 @@ def test_copies_share_no_memory_and_are_whole():
     assert not np.shares_memory(copies[name], np.asarray(value))
 
 
+def never(status):
+  pytest.fail(f"ended with {status}")
+
+
+def notified(number=signal.SIGTERM):
+  """Sends a signal to this process; its handler has run on return."""
+  os.kill(os.getpid(), number)
+  signal.sigtimedwait([], 0.01)
+
+
 def test_a_notice_waits_where_it_is_deferred():
-  notice = multihost.PreemptionSignal()
+  notice = multihost.PreemptionSignal(end=never)
   before = signal.getsignal(signal.SIGTERM)
   with notice.listening():
     with pytest.raises(errors.Preempted, match="nothing to save"):
       with notice.deferred():
         assert not notice.reached(0)
-        os.kill(os.getpid(), signal.SIGTERM)
+        notified()
         assert notice.reached(1) and notice.reached(2)
       pytest.fail("went on after the end of what was deferred")
-    with pytest.raises(errors.Preempted):
-      os.kill(os.getpid(), signal.SIGTERM)
-      signal.sigtimedwait([], 1)
   assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+def test_with_nothing_to_save_a_notice_ends_the_process_at_once(
+    capfd, compiling
+):
+  calls = []
+  notice = multihost.PreemptionSignal(
+      lambda: calls.append("released"), calls.append
+  )
+  with notice.listening(), contextlib.suppress(errors.Preempted):
+    with notice.deferred() if compiling else contextlib.nullcontext():
+      notified()
+      assert calls == ["released", errors.EXIT_PREEMPTED]
+  assert capfd.readouterr().err.count("preempted: nothing to save") == 1
+
+
+def test_ctrl_c_saves_and_a_second_one_does_not(capfd):
+  notice = multihost.PreemptionSignal(end=never)
+  before = signal.getsignal(signal.SIGINT)
+  with notice.listening():
+    with pytest.raises(KeyboardInterrupt):  # Nothing to save yet.
+      notified(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+      with notice.deferred():
+        assert not notice.reached(0)
+        notified(signal.SIGINT)
+        assert notice.reached(1)
+        notified(signal.SIGINT)
+  assert signal.getsignal(signal.SIGINT) == before
+  assert capfd.readouterr().err.count("interrupted; saving") == 1
+
+
+def test_ctrl_c_on_one_of_several_processes_is_a_notice_of_jax(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(
+      multihost.multihost_utils, "reached_preemption_sync_point",
+      lambda call: False,
+  )
+  seen = []
+  before = signal.signal(signal.SIGTERM, lambda *args: seen.append(args[0]))
+  notice = multihost.PreemptionSignal(end=never)
+  try:
+    with notice.listening(), notice.deferred():
+      notice.reached(0)
+      notified(signal.SIGINT)
+      notified(0)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert seen == [signal.SIGTERM]
+
+
 def test_what_the_loop_raises_is_not_hidden_by_a_notice():
-  notice = multihost.PreemptionSignal()
+  notice = multihost.PreemptionSignal(end=never)
   with notice.listening(), pytest.raises(KeyError):
     with notice.deferred():
-      os.kill(os.getpid(), signal.SIGTERM)
+      assert not notice.reached(0)
+      notified()
       raise KeyError
 
 

@@ -141,19 +141,48 @@ def test_a_notice_saves_the_step_and_the_next_start_goes_on(
 
 
 @pytest.mark.slow
-def test_a_notice_before_the_first_step_ends_at_once(server, tmp_path):
+@pytest.mark.parametrize("where", ["_create", "_train_step"])
+def test_a_notice_before_the_first_step_ends_at_once(server, tmp_path, where):
   code = """
-import os, signal
+import os, signal, time
 from bcm_jax import train
-def create(self):
+def create(self, *args):
   os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(60)
   raise AssertionError("not told")
-train.Run._create = create
+train.Run.WHERE = create
 """
+  start = server.start(tmp_path, code=code.replace("WHERE", where))
+  start.wait(errors.EXIT_PREEMPTED, 30)
+  assert start.text.count("preempted: nothing to save") == 1
+  assert released(tmp_path)
+
+
+def test_ctrl_c_saves_as_a_notice_does(server, unbroken, tmp_path):
+  code = TOLD.replace("STEP", "5").replace("SIGTERM", "SIGINT")
   start = server.start(tmp_path, code=code)
   start.wait(errors.EXIT_PREEMPTED)
-  assert "preempted: nothing to save" in start.text
-  assert released(tmp_path)
+  assert f"preempted: step 5 of {STEPS} is saved in" in start.text
+  assert "Traceback" not in start.text and released(tmp_path)
+  server.start(tmp_path).wait(0)
+  starts.assert_same_run(tmp_path, unbroken, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["_create", "_train_step"])
+def test_ctrl_c_with_nothing_to_save_ends_in_one_line(server, tmp_path, where):
+  code = """
+import os, signal, time
+from bcm_jax import train
+def create(self, *args):
+  os.kill(os.getpid(), signal.SIGINT)
+  time.sleep(60)
+train.Run.WHERE = create
+"""
+  start = server.start(tmp_path, code=code.replace("WHERE", where))
+  start.wait(errors.EXIT_INTERRUPTED, 30)
+  assert start.text.count("interrupted") == 1
+  assert "Traceback" not in start.text and released(tmp_path)
 
 
 @pytest.mark.slow
