@@ -457,10 +457,12 @@ def _on_process_0(workdir: str, action: Callable[[], Any]) -> Any:
     except (errors.UserError, errors.MachineError) as e:
       error = e
     except OSError as e:
-      error = errors.of_file(e) or errors.UserError(
-          f"--workdir: got {workdir} ({e.strerror}), expected a writable "
-          "folder; choose another"
-      )
+      error = errors.of_file(e)
+      if not isinstance(error, errors.MachineError):
+        error = errors.UserError(
+            f"--workdir: got {workdir} ({e.filename}: {e.strerror}), expected "
+            "a writable folder; move what is in the way or choose another"
+        )
   multihost.raise_everywhere(error)
   return result
 

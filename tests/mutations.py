@@ -158,7 +158,7 @@ MUTATIONS = (
   Mutation(
     "lock not looked at before a save",
     "train.py",
-    "(saving and not self.lock.look())",
+    "(committing and not self.lock.look())",
     "False",
     "training/test_mishaps.py::"
     "test_a_writer_that_was_replaced_stops_before_it_saves",
@@ -217,8 +217,8 @@ MUTATIONS = (
   Mutation(
     "saved before it was checked",
     "train.py",
-    "guard.check(step, metrics, wait=saving)",
-    "guard.check(step, metrics, wait=last)",
+    "guard.check(step, metrics, wait=saving,",
+    "guard.check(step, metrics, wait=last,",
     _ROLLING + "test_a_roll_back_goes_on_with_other_data[at_save]",
   ),
   Mutation(

@@ -1,6 +1,8 @@
 """Command lines: short names, --help, errors and exit statuses."""
 
+import errno
 import json
+import os
 import pathlib
 import re
 import runpy
@@ -244,3 +246,59 @@ def test_parser_takes_the_config_that_its_command_reads():
     if config == "values":
       found = vars(parser.parse_args(argv[1:]))
       assert found == {"out": "b", "config": None, "overrides": {"x.y": "1"}}
+
+
+@pytest.mark.parametrize("number, expected", [
+    (errno.ENOSPC, errors.EXIT_MACHINE), (errno.EROFS, errors.EXIT_MACHINE),
+    (errno.EIO, errors.EXIT_MACHINE), (errno.EDQUOT, errors.EXIT_MACHINE),
+    (errno.EFBIG, errors.EXIT_MACHINE), (errno.EACCES, errors.EXIT_BAD_INPUT),
+    (errno.ENOTDIR, errors.EXIT_BAD_INPUT),
+    (errno.EISDIR, errors.EXIT_BAD_INPUT),
+    (errno.ELOOP, errors.EXIT_BAD_INPUT),
+    (errno.ENAMETOOLONG, errors.EXIT_BAD_INPUT),
+])
+def test_a_disk_or_place_that_fails_is_one_line(capsys, number, expected):
+  def fail():
+    with cli.reporting():
+      raise OSError(number, "why", "a/file")
+
+  assert status(fail) == expected
+  text = capsys.readouterr().err
+  assert text.startswith("error: a/file: why") and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOENT, "why", "a/file"), OSError("why"), KeyError("x"),
+    RecursionError("x"),
+])
+def test_what_may_be_a_bug_keeps_its_traceback(error):
+  with pytest.raises(type(error)), cli.reporting():
+    raise error
+
+
+def test_ctrl_c_is_one_line(capsys, monkeypatch):
+  ended = []
+  monkeypatch.setattr(cli.os, "_exit", ended.append)
+  with cli.reporting():
+    raise KeyboardInterrupt
+  assert ended == [errors.EXIT_INTERRUPTED]
+  assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("argv", [
+    ["--mode=sample"], ["--mode=eval"], ["--mode=invert"], ["--mode=edit"],
+    ["--mode=inspect"], ["--config=configs/digits.py"],
+])
+@pytest.mark.parametrize("make", [
+    lambda path: path.mkdir(), lambda path: os.mkfifo(path),
+    lambda path: path.write_text("[" * 100_000),
+    lambda path: path.write_text("[]"), lambda path: path.write_text(""),
+])
+def test_a_damaged_config_of_a_run_is_one_line(tmp_path, capsys, argv, make):
+  make(tmp_path / "config.json")
+  command = ["bcm_jax", f"--workdir={tmp_path}", *argv]
+  if argv == ["--mode=inspect"]:
+    command.append(f"--compare={tmp_path}")
+  assert status(main.main, command) == errors.EXIT_BAD_INPUT
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(f"error: {tmp_path}/config.json: got a damaged file")

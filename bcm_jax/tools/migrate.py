@@ -221,14 +221,16 @@ def _left_out(at: str, names: list[str], old: str, done) -> Sequence[str]:
   """Returns the names in OLD that are written otherwise.
 
   Raises:
-    UserError: a link to a folder that contains it.
+    UserError: a dangling link, or one to a folder that contains it.
   """
   here = pathlib.Path(os.path.realpath(at))
   for path in (os.path.join(at, name) for name in names):
-    if os.path.islink(path) and here.is_relative_to(os.path.realpath(path)):
+    if os.path.islink(path) and (
+        not os.path.exists(path) or here.is_relative_to(os.path.realpath(path))
+    ):
       raise errors.UserError(
-          f"{path}: got a link to a folder that contains it, expected none; "
-          "remove it"
+          f"{path}: got a link to nothing or to a folder that contains it, "
+          "expected none; remove it"
       )
   return done if at == old else ()
 
@@ -243,7 +245,7 @@ def _copy_file(source: str, target: str, old: str) -> None:
   try:
     if not os.path.isfile(source):
       raise errors.UserError(
-          f"{source}: got a pipe or a dangling link, expected a file; remove it"
+          f"{source}: got a pipe or a socket, expected a file; remove it"
       )
     _copy(
         pathlib.Path(source), pathlib.Path(target),

@@ -36,7 +36,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   except BaseException as e:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
       os.remove(temporary)
-    if isinstance(e, OSError):
+    if isinstance(e, OSError) and e.errno is not None:
       e.filename = e.filename or path  # A failed write() does not name it.
     raise
 

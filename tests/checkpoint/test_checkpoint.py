@@ -1,6 +1,8 @@
 """Checkpoints: exact, atomic, verified, never lost to one bad file."""
 
 import logging
+import os
+import pathlib
 import shutil
 
 from flax import struct
@@ -295,3 +297,30 @@ def test_trouble_of_the_machine_condemns_nothing(run, monkeypatch):
   with pytest.raises(PermissionError):
     Checkpoints(run / "checkpoints").restore(make_state())
   assert not (run / "damaged").exists()
+
+
+def test_other_names_are_no_steps(tmp_path):
+  save_run(tmp_path / "c", [3])
+  for name in ("4\u00b2", "\u0669", "007", "-5", "5.0", "notes"):
+    (tmp_path / "c" / name).mkdir()
+  (tmp_path / "c" / "9").write_text("a file")
+  (tmp_path / "c" / "10").symlink_to("nowhere")
+  saved = Checkpoints(tmp_path / "c")
+  assert saved.all_steps() == [3]
+  assert saved.restore(make_state())[0] == 3
+  with Checkpoints(tmp_path / "c") as saved:
+    assert saved.save(11, make_state(11), {})
+  assert saved.all_steps() == [3, 11]
+
+
+@pytest.mark.parametrize("make", [
+    os.mkfifo, lambda path: os.symlink("nowhere", path),
+    lambda path: pathlib.Path(path).write_text("[" * 100_000),
+])
+def test_a_file_that_is_none_is_damage(tmp_path, make):
+  save_run(tmp_path / "c", [3, 4])
+  path = tmp_path / "c" / "4" / "meta" / "metadata"
+  path.unlink()
+  make(path)
+  assert Checkpoints(tmp_path / "c").restore(make_state())[0] == 3
+  assert (tmp_path / "damaged" / "4-0").is_dir()

@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -172,7 +173,8 @@ def test_after_a_kill_several_starts_at_once_never_own_it_both(
       f"t.kill_and_start(pathlib.Path({str(tmp_path / 'run')!r}), {rounds})"
   )
   (tmp_path / "run").mkdir()
-  subprocess.run([sys.executable, "-c", code], check=True)
+  root = pathlib.Path(__file__).parents[2]
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

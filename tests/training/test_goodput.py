@@ -161,3 +161,20 @@ def test_half_an_account_and_a_full_disk_are_no_trouble(
 
   monkeypatch.setattr(goodput.files, "write_json", full)
   start(tmp_path, 4, 8, saved=8)
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "null", "[" * 100_000, "{}", '{"first": 0, "seconds": []}',
+    '{"first": 0, "last": 1e999, "steps": 1, "wall": 1, "seconds": {}}',
+    '{"first": "0", "last": 1, "steps": 1, "wall": NaN, "seconds": {"step": 1}}'
+])
+def test_damaged_records_are_left_out_and_named(tmp_path, caplog, text):
+  accounts, clock = account(str(tmp_path))
+  accounts.begin(0)
+  clock.pass_(5)
+  accounts.save(4, 4)
+  good = goodput.total(str(tmp_path))
+  (tmp_path / goodput.FOLDER / "0001.json").write_text(text)
+  (tmp_path / goodput.FOLDER / "0002.json").mkdir()
+  assert goodput.total(str(tmp_path)) == good
+  assert "0001.json" in caplog.text and "0002.json" in caplog.text

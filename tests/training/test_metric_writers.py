@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bcm_jax import errors
 from bcm_jax.training import hooks
 from bcm_jax.training import metric_writers as writers
 
@@ -367,3 +368,26 @@ def test_terminal_without_tqdm_gets_lines(monkeypatch):
      (90061, "25:01:01"), (-3, "0:00")])
 def test_format_secs(seconds, text):
   assert hooks.format_secs(seconds) == text
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 100_000, "[]", '{"step": [1]}', "\x00", '{"step": 1e999}',
+])
+def test_odd_lines_are_removed_on_resuming(tmp_path, text):
+  path = tmp_path / writers.METRICS_FILE
+  path.write_text('{"step": 1, "loss": 2.0}\n' + text + "\n")
+  writer = writers.JsonlWriter(str(tmp_path))
+  writer.write_hparams({})
+  writer.truncate_after(3)
+  writer.close()
+  lines = [json.loads(x) for x in path.read_text().splitlines()]
+  assert [x.get("step") for x in lines] == [1, None]
+
+
+@pytest.mark.parametrize("make", [
+    os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path),
+])
+def test_metrics_that_are_no_file_are_refused(tmp_path, make):
+  make(tmp_path / writers.METRICS_FILE)
+  with pytest.raises(errors.UserError, match=writers.METRICS_FILE):
+    writers.JsonlWriter(str(tmp_path))

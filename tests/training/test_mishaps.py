@@ -3,6 +3,7 @@
 Every start is a process of the real command (starts.py).
 """
 
+import shutil
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from bcm_jax import errors
 from tests.training import starts
 from tests.training import tiny_run
+from tests.training.test_resuming import flip_a_bit
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +102,85 @@ def test_a_disk_that_stays_full_ends_the_run_as_the_machines_fault(
   assert "got 3 consecutive failures" in start.text
   server.start(tmp_path).wait(0)  # There is room again.
   starts.assert_same_run(tmp_path, unbroken, STEPS)
+
+
+# Nothing at all can be written.
+NO_SPACE = """
+import resource, subprocess, os
+cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=1)
+os.dup2(cat.stdin.fileno(), 1)
+os.dup2(cat.stdin.fileno(), 2)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["train", "sample", "invert"])
+def test_a_full_disk_from_the_start_is_the_machines_fault(
+    server, unbroken, tmp_path, mode
+):
+  shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))
+  start = server.start(tmp_path, f"--mode={mode}", code=NO_SPACE)
+  start.wait(errors.EXIT_MACHINE)
+  assert "Traceback" not in start.text
+  assert "File too large" in start.text.splitlines()[-1]
+  assert all(path.stat().st_size for path in (tmp_path / "lock").iterdir())
+  assert not list(tmp_path.rglob("*.tmp"))
+  if mode == "train":
+    server.start(tmp_path).wait(0)
+    starts.assert_same_run(tmp_path, unbroken, STEPS)
+
+
+def dangling(path):
+  path.symlink_to(path / "nowhere")
+
+
+# What is in the way -> path in the work directory, what is put there.
+IN_THE_WAY = {
+    "file": ("checkpoints", lambda path: path.write_text("x")),
+    "dangling_checkpoints": ("checkpoints", dangling),
+    "loop": ("checkpoints", lambda path: path.symlink_to(path)),
+    "lock_file": ("lock", lambda path: path.write_text("")),
+    "damaged_file": ("damaged", lambda path: path.write_text("")),
+    "metrics_folder": ("metrics.jsonl", lambda path: path.mkdir()),
+    "metrics_link": ("metrics.jsonl", dangling),
+    "rollbacks": ("rollbacks.json", lambda path: path.write_text("[{}]")),
+    "done_folder": ("DONE", lambda path: path.mkdir()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_THE_WAY)
+def test_what_is_in_the_way_is_named_in_one_line(
+    server, unbroken, tmp_path, name
+):
+  shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+  flip_a_bit(tmp_path / "checkpoints" / str(STEPS))  # To be set aside.
+  place, make = IN_THE_WAY[name]
+  path = tmp_path / place
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+  make(path)
+  start = server.start(tmp_path)
+  start.wait(errors.EXIT_BAD_INPUT)
+  assert "Traceback" not in start.text
+  assert start.text.splitlines()[-1].startswith("error: ")
+  assert place in start.text.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_an_init_from_that_is_none_leaves_no_config(server, tmp_path):
+  """A second start with the right one is not a run of another config."""
+  workdir = tmp_path / "run"
+  (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+  start = server.start(workdir, f"training.init_from={tmp_path / 'old'}")
+  start.wait(errors.EXIT_BAD_INPUT)
+  assert not (workdir / "config.json").exists()
+  server.start(workdir).wait(0)
 
 
 # Patience is cut short where it hangs, for it must last while all compiles.

@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bcm_jax import errors
 from bcm_jax.training import nonfinite
+
+ROW = dict(step=1, data_offset=0, position=2, reached=1, count=1)
 
 
 def metrics(*in_row):
@@ -102,3 +105,26 @@ def test_the_bundle_tells_where_it_is_not_finite(tmp_path):
   assert report["tensors"]["empty"]["not_finite"] == 0
   with np.load(f"{folder}/batch.npz") as batch:
     assert np.isnan(batch["image"]).all()
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", '{"a": 1}', '[{"a": 1}]', "null", "3", "[3]", "[[1,2,3,4,5]]",
+    "[" * 100_000, "[" + str(ROW).replace("'", '"').replace("1", "1e30") + "]",
+    "[" + str(ROW).replace("'", '"').replace("1", "-1") + "]",
+])
+def test_damaged_rollbacks_are_refused(tmp_path, text):
+  path = tmp_path / nonfinite.ROLLBACKS
+  path.write_text(text)
+  with pytest.raises(errors.UserError, match=nonfinite.ROLLBACKS):
+    nonfinite.rollback_history(str(tmp_path))
+  with pytest.raises(errors.UserError, match=nonfinite.ROLLBACKS):
+    nonfinite.add_rollback(str(tmp_path), nonfinite.Rollback(**ROW))
+  assert path.read_text() == text
+
+
+def test_rollbacks_are_read_back(tmp_path):
+  row = nonfinite.Rollback(**ROW)
+  assert nonfinite.rollback_history(str(tmp_path)) == []
+  nonfinite.add_rollback(str(tmp_path), row)
+  nonfinite.add_rollback(str(tmp_path), row)
+  assert nonfinite.rollback_history(str(tmp_path)) == [row, row]
