@@ -26,6 +26,7 @@ class ExactMethod:
   supports_inversion: bool = True
   is_denoiser: bool = False
   takes_end_time: bool = True
+  rounding: str = "floor"
   tint: float = 0.0
 
   def flow_map(self, params):

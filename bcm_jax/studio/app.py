@@ -430,7 +430,7 @@ def main(argv: list[str] | None = None) -> None:
   parser = cli.Parser("studio", __doc__)
   parser.add_argument(
       "checkpoint", nargs="?",
-      help="work directory or packed folder; the digits network by default",
+      help="work directory or model folder (the digits network)",
   )
   parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
                       help="address to listen on (%(default)s)")
@@ -439,8 +439,8 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--upload-mb", type=int, default=5, metavar="N",
                       help="largest upload in MB (%(default)s)")
   parser.add_argument("--allow-host", action="append", default=[],
-                      metavar="NAME", help="accepts requests for this host "
-                      "name, or pattern such as '*.example.com' (none)")
+                      metavar="NAME", help="also answers to this host "
+                      "name, or to '*.example.com' (none)")
   with cli.reporting():
     args = parser.parse_args(argv)
     _gradio()

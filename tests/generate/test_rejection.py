@@ -35,8 +35,6 @@ def test_the_best_of_every_class_in_their_order(drawn, count):
      "/nowhere"),
 ])
 def test_what_cannot_be_done(overrides, said):
-  config = resolve.resolve(
-      resolve.read_file("configs/digits.py"), overrides
-  )
+  file = resolve.read_file("configs/digits.py")
   with pytest.raises(errors.UserError, match=said):
-    rejection.check(build.build(config))
+    rejection.check(build.build(resolve.resolve(file, overrides)))

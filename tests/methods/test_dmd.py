@@ -86,7 +86,7 @@ def test_it_is_the_gradient_of_the_divergence(mean, spread, sigma):
   """
   v = toys.SIGMA_DATA**2
 
-  def of_generated(params, x, s, labels):
+  def of_generated(params, x, s, labels, augment_labels=None):
     ratio = (spread**2 / (spread**2 + s**2))[:, None, None, None]
     return mean + ratio * (x - mean)
 
