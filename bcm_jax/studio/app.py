@@ -440,7 +440,7 @@ def main(argv: list[str] | None = None) -> None:
                       help="largest upload in MB (%(default)s)")
   parser.add_argument("--allow-host", action="append", default=[],
                       metavar="NAME", help="also answers to this host "
-                      "name, or to '*.example.com' (none)")
+                      "name, or pattern (none)")
   with cli.reporting():
     args = parser.parse_args(argv)
     _gradio()
