@@ -312,7 +312,7 @@ def test_another_config_is_refused_and_nothing_is_lost(run, capsys):
     f"--workdir={run}",
     *flags(seed="5"),
   )
-  assert "seed: got 5, expected 0" in line
+  assert "seed is 0 there, 5 here" in line
   assert ((run / "config.json").read_text(), state_digests(run)) == before
 
 

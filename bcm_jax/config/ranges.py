@@ -65,7 +65,7 @@ _INTERVALS = {
         "invert.times", "invert.noise", "edit.times", "edit.sigma",
         "edit.noise", "eval.inversion_noise", "search.mid_times",
         "search.noises", "search.levels", "method.sigma_min",
-        "method.sigma_max", "method.sigma_data",
+        "method.sigma_max",
         "method.feature_sigma", "method.gan_sigma_max", "optimizer.eps",
         "optimizer.grad_clip", "model.clip_act", "model.fourier_scale",
         "training.ema_halflife_kimg", "training.ema_rampup_ratio",
@@ -75,8 +75,10 @@ _INTERVALS = {
     "[0, 1e6]": (
         "sample.s_churn", "sample.s_tmin", "sample.s_tmax", "sample.s_noise",
         "sample.guidance", "sample.guidance_interval",
-        "optimizer.learning_rate",
     ),
+    # Any float32; what diverges is found in training.
+    "[0, 1e38]": ("optimizer.learning_rate",),
+    "(0, 1e38]": ("method.sigma_data",),
     "[-1e6, 1e6]": ("edit.strength",),
     "[-10, 10]": ("method.p_mean",),
     "[0.1, 100]": ("method.p_std",),

@@ -93,7 +93,7 @@ def test_a_published_checkpoint(tmp_path):
   text, pictures = execute(
       "imagenet64.ipynb", tmp_path,
       WEIGHTS="ema_0.9_000007.safetensors", SAMPLES=4,
-      CONVERT={"model.num_head_channels": "32"},
+      CONVERT={"model.num_head_channels": "32"}, IMAGE_SIZE=64,
       EVALUATE={
           "eval.features": "tiny:colours", "eval.reference": "reference.npz",
           "eval.samplers": "onestep", "eval.num_samples": "8",

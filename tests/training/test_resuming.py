@@ -246,9 +246,9 @@ def test_config_drift_is_refused_with_a_difference(server, tmp_path):
   )
   start.wait(errors.EXIT_BAD_INPUT)
   for said in (
-    "optimizer.learning_rate: got 0.5, expected 0.01",
-    "model.width: got 16, expected 32",
-    "seed: got 3, expected 0",
+    "optimizer.learning_rate is 0.01 there, 0.5 here",
+    "model.width is 32 there, 16 here",
+    "seed is 0 there, 3 here",
   ):
     assert said in start.text
   assert (tmp_path / "config.json").read_text() == before
@@ -303,8 +303,8 @@ def test_the_config_in_the_checkpoint_counts(server, unbroken, tmp_path, name):
   if name == "emptied":
     assert f"{config}: got a damaged file" in start.text
   else:
-    assert "optimizer.learning_rate: got" in start.text
-    assert "seed: got" in start.text
+    assert "optimizer.learning_rate is 0." in start.text
+    assert "seed is " in start.text
   assert "Traceback" not in start.text
   # Nothing is written, and the run's own config goes on.
   assert (config.read_text() if config.exists() else None) == before

@@ -201,4 +201,4 @@ def test_bad_input_to_one_ends_both(server, unbroken):
   both = pair(server, unbroken["jit"], "seed=3")
   wait(both, errors.EXIT_BAD_INPUT)
   for start in both:
-    assert "seed: got 3, expected" in start.text
+    assert "seed is 0 there, 3 here" in start.text
