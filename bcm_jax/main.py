@@ -9,7 +9,10 @@ a checkpoint: restart (docs/reliability.md).
 """
 
 from collections.abc import Callable, Sequence
+import os
+import signal
 import sys
+import threading
 from typing import NamedTuple
 
 from absl import app
@@ -163,6 +166,10 @@ def run(
   mode, workdir = FLAGS.mode, FLAGS.workdir
   if mode not in MODES:
     raise errors.unknown_name("--mode", mode, MODES)
+  in_main = threading.current_thread() is threading.main_thread()
+  if mode == "train" and in_main:
+    # Until training handles it, there is nothing to save.
+    signal.signal(signal.SIGTERM, _end_at_once)
   for flag in _FLAGS:
     value = FLAGS[flag.name].value
     if isinstance(value, str):
@@ -198,6 +205,12 @@ def run(
     if mode != "compile":
       _connect(config, workdir)
   MODES[mode].function(config, workdir)
+
+
+def _end_at_once(number, frame) -> None:
+  del number, frame
+  os.write(2, b"preempted: nothing to save\n")
+  os._exit(errors.EXIT_PREEMPTED)
 
 
 def help_text() -> str:

@@ -177,7 +177,8 @@ def load_run(
 
   Raises:
     UserError: no good checkpoint, unknown average, values that are not finite,
-      or a released model instead of a run.
+      another config or network than that of the checkpoint, or a released model
+      instead of a run.
   """
   if is_released(workdir):
     raise errors.UserError(
@@ -186,7 +187,8 @@ def load_run(
     )
   saved = checkpoint.Checkpoints(checkpoint_dir(workdir))
   average = average or experiment.config.sample.average
-  step, state, _ = saved.read_raw(step)
+  step, state, meta = saved.read_raw(step)
+  experiment.check_config(meta, workdir)
   name = experiment.method.sampled_network
   if average is not None and average.startswith(_POSTHOC):
     params = _posthoc(
@@ -195,6 +197,7 @@ def load_run(
   else:
     average, params = choose(name, state, average, "sample.average")
   params = experiment.method.networks[name].without_heads(params)
+  experiment.check_params(params, f"{workdir}, step {step}")
   check_finite(f"{workdir}, step {step}, {average}", params)
   return step, average, params
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from typing import Any, Generic, TypeVar
 
+from flax import traverse_util
 import jax
 import ml_collections
 import numpy as np
@@ -78,6 +79,49 @@ class Experiment:
   edit = _Section(schema.Edit)
   eval = _Section(schema.Eval)
   search = _Section(schema.Search)
+
+  def check_config(self, meta: Mapping[str, Any], workdir: str) -> None:
+    """Checks that config.json defines the same network as a checkpoint.
+
+    Args:
+      meta: metadata of the checkpoint.
+      workdir: work directory of the run.
+
+    Raises:
+      UserError: the sections model and method, or the images, differ.
+    """
+    run = resolve.of_run(workdir)
+    if run is not None and isinstance(meta.get("config"), Mapping):
+      resolve.check_network(resolve.resolve(meta["config"]), run, workdir)
+
+  def check_params(self, params: Any, place: str) -> None:
+    """Checks that parameters are those of the sampled network.
+
+    Args:
+      params: tree of arrays.
+      place: where they are from, for the error.
+
+    Raises:
+      UserError: other names or shapes.
+    """
+    network = self.method.networks[self.method.sampled_network]
+    expected = network.without_heads(jax.eval_shape(
+        network.init, jax.random.key(0), *example_batch(self)
+    ))
+    of_config, of_checkpoint = (
+        {
+            (name, np.shape(x))
+            for name, x in traverse_util.flatten_dict(tree, sep=".").items()
+        }
+        for tree in (expected, params)
+    )
+    wrong = sorted({name for name, _ in of_config ^ of_checkpoint})
+    if wrong:
+      raise errors.UserError(
+          f"config.model: got a network that differs from {place} in "
+          f"{len(wrong)} tensors, such as {wrong[0]}, expected that of the "
+          "checkpoint; restore config.json, or omit config.model.* values"
+      )
 
   def frozen_keys(self) -> dict[str, str]:
     """Returns frozen network -> its key in config section method."""

@@ -532,6 +532,38 @@ def check_checkpoint(
     ) from e
 
 
+def check_network(
+  saved: ml_collections.ConfigDict, run: ml_collections.ConfigDict, workdir: str
+) -> None:
+  """Checks that config.json defines the network and method of a checkpoint.
+
+  Args:
+    saved: config in the checkpoint.
+    run: config.json of the work directory.
+    workdir: work directory, for the error.
+
+  Raises:
+    UserError: a key of section model or method, or the images, differ.
+  """
+  paths = {
+      f"method.{path}"
+      for part, declared in registry.METHODS[run.method.name].cls.frozen.items()
+      for path in declared.paths(part)
+  }
+  changed = [
+      f"{k} is {old!r} there, {new!r} in config.json"
+      for k, (old, new) in difference(saved, run).items()
+      if k.startswith(("model.", "method.", "data.image_shape"))
+      and k not in paths
+  ]
+  if changed:
+    raise errors.UserError(
+      f"--workdir: got checkpoints of {workdir} of another config, expected "
+      f"that of config.json; {', '.join(changed)}; restore config.json, or "
+      "move the checkpoints of the other run away"
+    )
+
+
 def write(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Writes workdir/config.json atomically."""
   files.write_json(os.path.join(workdir, "config.json"), to_json(config))

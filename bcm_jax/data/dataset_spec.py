@@ -50,6 +50,12 @@ def split_word(name: str) -> str | None:
   return match and _WORDS.get(match[1], match[1])
 
 
+def has_split_word(name: str) -> bool:
+  """Returns True for a name with the word of a split: seg_train, testA, te."""
+  words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+  return any(split_word(word) or word.lower() in ("tr", "te") for word in words)
+
+
 def splits_of(names: Iterable[str], where: str) -> dict[str, str]:
   """Returns {split: name} of the names that are splits; test before val.
 

@@ -183,10 +183,13 @@ def _from_folders(tree, places, option, train) -> Labels | None:
           " data.labels=none / --labels=none"
       )
     return None
-  if all(map(dataset_spec.split_word, folders)):
+  if all(map(dataset_spec.split_word, folders)) or (
+      option == "auto" and all(map(dataset_spec.has_split_word, folders))
+  ):
     raise errors.UserError(
         f"{tree.path}: got the splits {', '.join(folders)}, expected class"
-        " folders; correct data.path"
+        " folders, or splits named train and test; correct data.path, rename"
+        " them, or set data.labels / --labels=folders"
     )
   return _of_names(
       FOLDERS, tree, train and train.names or folders,
@@ -200,7 +203,9 @@ def _are_shards(tree, folders) -> bool:
   00001/img00001000.png, 01000/01000.png; GTSRB's 00001/00000_00000.ppm is a
   class.
   """
-  if not all(re.fullmatch(r"[0-9]{5}", name) for name in folders):
+  if all(re.fullmatch(r"(part|shard|chunk)[-_ ]?[0-9]+", n) for n in folders):
+    return True
+  if not all(re.fullmatch(r"[0-9]{4,}", name) for name in folders):
     return False
   for name in (folders[0], folders[-1]):
     files = list(filter(image_tree.is_image, tree.sub(name).entries().files))
@@ -265,7 +270,11 @@ def _jsonl_rows(text: str) -> list[tuple[str, Any]]:
 
 
 def _csv_rows(text: str) -> list[tuple[str, Any]]:
-  return _columns(list(csv.DictReader(io.StringIO(text, newline=""))))
+  reader = csv.DictReader(io.StringIO(text, newline=""))
+  names = reader.fieldnames or ()
+  if len(set(names)) < len(names):
+    raise ValueError(f"got the columns {', '.join(names)}, some twice")
+  return _columns(list(reader))
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[tuple[str, Any]]:

@@ -193,12 +193,21 @@ def to_uint8(image: np.ndarray, rounding: str = "floor") -> np.ndarray:
 
   Returns:
     uint8 of the same shape.
+
+  Raises:
+    UserError: values that are not finite.
   """
   image, half = np.asarray(image, np.float32), np.float32(127.5)
   scaled = {
       "floor": lambda: (image + np.float32(1)) * half,
       "nearest": lambda: image * half + np.float32(128),
   }[rounding]()
+  if not np.isfinite(scaled).all():
+    raise UserError(
+        "images: got values that are not finite, expected numbers around -1 to "
+        "1; the network has diverged, use an earlier checkpoint or other noise "
+        "levels"
+    )
   return np.floor(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 

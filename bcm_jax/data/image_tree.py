@@ -17,7 +17,8 @@ EXTENSIONS = (
 TABLES = ("dataset.json", "metadata.jsonl", "metadata.csv")
 _LIKE_LABELS = re.compile(
     r"(.*[\W_])?(labels?|class(es)?|annotations?|metadata|dataset|targets?)"
-    r"\.(csv|tsv|jsonl?|txt|parquet|npy|npz|mat|xml|xlsx?)", re.IGNORECASE
+    r"\.(csv|tsv|jsonl?|txt|parquet|npy|npz|mat|xml|xlsx?"
+    r"|ya?ml|pkl|pickle)", re.IGNORECASE,
 )
 # Written by file managers and archivers next to the files of the user.
 _JUNK = frozenset((

@@ -19,6 +19,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -154,6 +155,11 @@ def to_workdir(
       that are not finite, or does not determine a required setting.
   """
   files.check_free(out)
+  step = step_of(source) if step is None else step
+  if not 0 <= step < 2**31:
+    raise errors.UserError(
+        f"--step: got {step}, expected 0 to {2**31 - 1}; change it"
+    )
   file = weight_files.read(source)
   group = _choose_group(file.groups, group)
   metadata = dict(file.metadata)
@@ -173,10 +179,14 @@ def to_workdir(
   params = transfer.read_params(
       family, experiment.method.network, size, tensors
   )
+  for name, value in tensors.items():
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+      raise errors.UserError(
+          f"{source}: got tensor {name} of {value.dtype}, expected floating "
+          "point weights; convert the file that training wrote"
+      )
   params = jax.tree.map(lambda v: np.asarray(v, np.float32), params)
   runs.check_finite(source, params)
-  if step is None:
-    step = step_of(source)
   facts = {"converted_from": os.path.basename(source), "kind": family.NAME}
   runs.write(
     out,

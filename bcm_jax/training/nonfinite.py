@@ -225,7 +225,10 @@ def _read_rollbacks(workdir: str) -> list[Rollback]:
   if not os.path.exists(path):
     return []
   try:
-    rows = [Rollback(**r) for r in files.read_json(path)]
+    content = files.read_json(path)
+    if not isinstance(content, list):
+      raise ValueError("not a list")
+    rows = [Rollback(**r) for r in content]
     if any(
         type(x) is not int or not 0 <= x < 2**31
         for row in rows for x in dataclasses.astuple(row)

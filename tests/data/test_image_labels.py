@@ -98,6 +98,9 @@ def test_numbered_folders_of_one_sequence_and_numbered_classes(tmp_path):
   assert _find(_put(tmp_path / "ffhq", ffhq)).num_classes is None
   gtsrb = ["00000/00000_00000.png", "00001/00000_00000.png"]
   assert _find(_put(tmp_path / "gtsrb", gtsrb)).num_classes == 2
+  for shards in ("part_0", "part_1"), ("0000", "0001"), ("000000", "000001"):
+    names = [f"{s}/img{k:08d}.png" for k, s in enumerate(shards)]
+    assert _find(_put(tmp_path / shards[0], names)).num_classes is None
   restarted = ["00000/00001.png", "00001/00001.png"]
   assert _find(_put(tmp_path / "restarted", restarted)).num_classes == 2
 
@@ -327,6 +330,10 @@ def test_splits_never_become_classes(tmp_path, train, test):
     ["cat/train/a.png", "cat/test/a.png", "dog/train/a.png"],
     ["train/train/a.png"],
     ["Train/a.png", "owl/a.png"],
+    ["seg_train/a/1.png", "seg_test/a/1.png"],
+    ["imgs_train/1.png", "imgs_test/1.png"],
+    ["trainA/1.png", "trainB/1.png", "testA/1.png"],
+    ["tr/1.png", "te/1.png"],
 ])
 def test_splits_in_odd_places_are_named(tmp_path, names):
   with pytest.raises(UserError):

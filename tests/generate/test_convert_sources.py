@@ -80,6 +80,18 @@ def refused(match, source, folder, **options):
   assert not (folder / "run").exists()
 
 
+@pytest.mark.parametrize("step", [-1, 2**31, 10**20])
+def test_steps_out_of_range(bcm, tmp_path, step):
+  refused("--step", {"state_dict": bcm}, tmp_path, step=step)
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.int64, np.bool_])
+def test_weights_that_are_no_floats(bcm, tmp_path, dtype):
+  path = str(tmp_path / "x.safetensors")
+  safetensors.numpy.save_file({k: v.astype(dtype) for k, v in bcm.items()}, path)
+  refused(np.dtype(dtype).name, path, tmp_path)
+
+
 def assert_same(actual, expected):
   assert actual.keys() == expected.keys()
   for name, value in expected.items():
@@ -178,7 +190,7 @@ def test_shards(bcm, tmp_path):
     (b"\n<html></html>", "HTML"),
     (b'{"error": "Repository not found"}', "weight_map"),
     (b"{" + b"[" * 100_000, "weight_map"),
-    (gzip.compress(b"weights"), "gzip"),
+    (gzip.compress(b"weights", mtime=0), "gzip"),
     (b"", "got 0 bytes"),
 ])
 def test_files_that_hold_no_weights(content, match, tmp_path):
