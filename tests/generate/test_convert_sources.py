@@ -88,7 +88,8 @@ def test_steps_out_of_range(bcm, tmp_path, step):
 @pytest.mark.parametrize("dtype", [np.complex64, np.int64, np.bool_])
 def test_weights_that_are_no_floats(bcm, tmp_path, dtype):
   path = str(tmp_path / "x.safetensors")
-  safetensors.numpy.save_file({k: v.astype(dtype) for k, v in bcm.items()}, path)
+  weights = {k: v.astype(dtype) for k, v in bcm.items()}
+  safetensors.numpy.save_file(weights, path)
   refused(np.dtype(dtype).name, path, tmp_path)
 
 
