@@ -107,6 +107,7 @@ def test_a_damaged_record_of_a_stopped_evaluation(tmp_path):
     evaluate.run(experiment(), str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, folder, keys", [
     ("sample", "samples/onestep_nfe1", (
         {}, {"sample__seed": 1}, {"sample__num_samples": 13},

@@ -27,6 +27,8 @@ from bcm_jax.export import model_folder
 from tests import hub_server
 from tests import toys
 
+pytestmark = pytest.mark.slow
+
 # One level, one block, two averages.
 SETTINGS = {
     **toys.TINY,

@@ -144,6 +144,7 @@ def test_samples_are_those_of_mode_sample(library, model, tmp_path):
     assert np.any(only[3] != file["arr_0"][3])
 
 
+@pytest.mark.slow
 def test_inversion_is_that_of_the_library(library, model):
   built, runner = library
   draw = np.random.default_rng(1).integers
@@ -409,6 +410,7 @@ def test_programs_hold_no_weights_and_no_paths(path):
     assert b"bcm_jax" not in content
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(run, tmp_path):
   for name in ("a.zip", "b.zip"):
     stablehlo.write(str(run), str(tmp_path / name), platforms=["cpu"])
@@ -596,6 +598,7 @@ def test_places_that_cannot_be_written(run, path, tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
   original, calls = stablehlo.serialize, []
 
@@ -650,6 +653,7 @@ ABSENT = (
 )
 
 
+@pytest.mark.slow
 def test_the_loader_needs_jax_and_flatbuffers_alone(path, model, tmp_path):
   code = ALONE.format(
     absent=set(ABSENT),

@@ -278,6 +278,7 @@ def test_image_sizes(bcm, edm, tmp_path):
           method="edm", overrides={})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mult, size, name, method, qkv_norm", [
     ((1, 1, 2, 2, 4, 4), 256, "ct_bedroom256.pt", "ct", False),
     pytest.param((1, 1, 2, 2, 4, 4), 256, "weights.pt", "ict", False,

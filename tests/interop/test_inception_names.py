@@ -23,6 +23,7 @@ def tensors():
   return {k: v.astype(np.float16) for k, v in features.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_there_and_back(tensors):
   back = inception_names.to_state_dict(inception_names.to_params(tensors))
   assert back.keys() == tensors.keys() and len(back) == 94 * 5 + 2

@@ -48,6 +48,7 @@ def derived():
   return run
 
 
+@pytest.mark.slow
 def test_reproduces_the_package(params, derived):
   each, gradient = derived(params, *lpips_recipe.images())
   assert each.dtype == np.float64

@@ -173,6 +173,7 @@ def untrained(folder, file, **changed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "file, changed, shapes, said",
   [

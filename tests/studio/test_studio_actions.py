@@ -187,6 +187,7 @@ def test_what_is_painted_over_is_filled(studio, task):
   assert "4 pixels filled" in words
 
 
+@pytest.mark.slow
 def test_classes_are_found(tmp_path):
   tinted = make(num_classes=3, tint=0.3)
   dark, light = (
