@@ -16,7 +16,7 @@ from bcm_jax.metrics.moments import Gaussian
 
 # Tolerance for asymmetry and negative eigenvalues, relative to the largest
 # entry or eigenvalue. Rounding of float32 statistics is far smaller.
-_COVARIANCE_TOLERANCE = 1e-3
+COVARIANCE_TOLERANCE = 1e-3
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -66,7 +66,7 @@ def _checked(name: str, gaussian: Gaussian) -> Gaussian:
       "recompute the statistics"
     )
   asymmetry = np.max(np.abs(covariance - covariance.T))
-  if asymmetry > _COVARIANCE_TOLERANCE * np.max(np.abs(covariance)):
+  if asymmetry > COVARIANCE_TOLERANCE * np.max(np.abs(covariance)):
     raise UserError(
       f"Gaussian {name}: covariance differs from its transpose by "
       f"{asymmetry:.3g}, expected a symmetric matrix; recompute the statistics"
@@ -80,7 +80,7 @@ def _factor(name: str, covariance: np.ndarray) -> np.ndarray:
   values, vectors = scipy.linalg.eigh(
     covariance, driver="evd", check_finite=False
   )
-  if values[0] < -_COVARIANCE_TOLERANCE * abs(values[-1]):
+  if values[0] < -COVARIANCE_TOLERANCE * abs(values[-1]):
     raise UserError(
       f"Gaussian {name}: covariance has the eigenvalue {values[0]:.3g}, "
       "expected >= 0; recompute the statistics"

@@ -21,6 +21,7 @@ import numpy as np
 
 from bcm_jax.errors import UserError
 from bcm_jax.interop import torch_files
+from bcm_jax.metrics import fid
 from bcm_jax.metrics.moments import Gaussian
 from bcm_jax.utils import files
 from bcm_jax.utils import hashing
@@ -280,5 +281,16 @@ def _check_gaussian(
   if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
     raise UserError(
       f"{path}: {mu} or {sigma} has NaN or infinity, expected finite numbers; "
+      f"{_RECREATE}"
+    )
+  least = fid.COVARIANCE_TOLERANCE * np.max(np.abs(covariance))
+  if np.max(np.abs(covariance - covariance.T)) > least:
+    raise UserError(
+      f"{path}: {sigma} differs from its transpose, expected a symmetric "
+      f"matrix; {_RECREATE}"
+    )
+  if np.linalg.eigvalsh(covariance.astype(np.float64))[0] < -least:
+    raise UserError(
+      f"{path}: {sigma} has a negative eigenvalue, expected a covariance; "
       f"{_RECREATE}"
     )

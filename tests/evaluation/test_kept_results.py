@@ -219,6 +219,8 @@ def test_wrong_references_are_refused_before_sampling(tmp_path, monkeypatch):
       "jcm": {"pool_3": np.zeros((9, 64))},
       "nan": {"mu": mean * np.nan, "sigma": covariance},
       "half": {"mu": mean},
+      "askew": {"mu": mean, "sigma": covariance + np.tri(64)},
+      "below": {"mu": mean, "sigma": -covariance},
       "flat": {"mu": mean, "sigma": mean},
       "ints": {"mu": mean.astype(int), "sigma": covariance.astype(int)},
   }.items():
