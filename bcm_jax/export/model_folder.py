@@ -103,7 +103,6 @@ def pack(
   config = resolve.of_existing_run(workdir, overrides)
   experiment = build.build(config, to_train=False)
   step, average, params = runs.load_run(experiment, workdir, average, step)
-  _check_shapes(workdir, experiment, params)
   result = _eval_result(workdir, step, average)
   metadata = {
       "step": step, "average": average,

@@ -83,7 +83,7 @@ def _choose_group(groups: dict[str, Any], name: str | None) -> str:
       g for g, tensors in groups.items()
       if transfer.prefixes(transfer.unwrap(tensors))
   }
-  # No network by its names: its error tells which tensors the group has.
+  # No known network: the error lists the tensors of this group.
   candidates = networks or groups.keys()
   averages = [g for g in _AVERAGES if g in groups]
   if averages and candidates.isdisjoint(averages):
